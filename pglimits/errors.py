@@ -1,0 +1,101 @@
+"""What can go wrong. Errors of the SQL functions are told apart by SQLSTATE, never by their message."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AcquireTimeout",
+    "CronUnavailable",
+    "EmbeddedUnavailable",
+    "InvalidArgument",
+    "LeaseLost",
+    "LimitExists",
+    "LimitNotFound",
+    "LimiterUnavailable",
+    "NoSlotDecay",
+    "NotInstalled",
+    "PermissionDenied",
+    "PglimitsError",
+    "QueueFull",
+    "ReadOnlyServer",
+    "SlotsExceedLimit",
+    "VersionMismatch",
+]
+
+
+class PglimitsError(Exception):
+    """Base of all errors of pglimits."""
+
+
+class InvalidArgument(PglimitsError, ValueError):
+    """An argument is of the wrong form; nothing was changed (SQLSTATE PL001)."""
+
+
+class LimitNotFound(PglimitsError, LookupError):
+    """There is no limit of that name (PL002)."""
+
+
+class LimitExists(PglimitsError):
+    """There is a limit of that name already (PL003)."""
+
+
+class SlotsExceedLimit(PglimitsError, ValueError):
+    """More slots were asked for than the limit has; waiting would not help (PL004)."""
+
+
+class NoSlotDecay(PglimitsError, ValueError):
+    """The limit has no slot_decay_per_second, so it is not a rate limit (PL005)."""
+
+
+class QueueFull(PglimitsError):
+    """max_waiters requests wait already (PL006)."""
+
+
+class CronUnavailable(PglimitsError):
+    """pg_cron is not to be had in this database (PL007)."""
+
+
+class AcquireTimeout(PglimitsError, TimeoutError):
+    """The slots could not be had within timeout_seconds; nothing was taken."""
+
+
+class LeaseLost(PglimitsError):
+    """A lease ended while its holder was still at work: somebody else may have its slots by now."""
+
+
+class LimiterUnavailable(PglimitsError):
+    """The database could not be reached, or gave up in the middle."""
+
+
+class ReadOnlyServer(LimiterUnavailable):
+    """The server is a standby, or read-only, and cannot grant anything."""
+
+
+class NotInstalled(PglimitsError):
+    """The database has no pglimits in it."""
+
+
+class VersionMismatch(PglimitsError):
+    """The database has an older or newer pglimits in it than this one."""
+
+
+class PermissionDenied(PglimitsError):
+    """The role may not do that."""
+
+
+class EmbeddedUnavailable(PglimitsError):
+    """There is no PostgreSQL to embed, or it did not start."""
+
+
+BY_SQLSTATE: dict[str, type[PglimitsError]] = {
+    "PL001": InvalidArgument,
+    "PL002": LimitNotFound,
+    "PL003": LimitExists,
+    "PL004": SlotsExceedLimit,
+    "PL005": NoSlotDecay,
+    "PL006": QueueFull,
+    "PL007": CronUnavailable,
+}
+"""The class for each SQLSTATE that ``pglimits.errors()`` lists."""
+
+BY_KIND: dict[str, type[PglimitsError]] = {error.__name__: error for error in BY_SQLSTATE.values()}
+"""The class for each kind that ``pglimits.errors()`` lists."""

@@ -1,0 +1,133 @@
+-- The clock, the errors, and the checks of what callers pass.
+
+-- The one clock. Read after the lock is held, never before.
+create or replace function pglimits._now()
+returns timestamptz
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return clock_timestamp();
+end $$;
+
+comment on function pglimits._now() is 'The only clock: the database''s, read anew at every call.';
+
+-- How long a waiter lives without calling in.
+create or replace function pglimits._liveness()
+returns interval
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return interval '10 seconds';
+end $$;
+
+comment on function pglimits._liveness() is
+  'A waiter that has not called in for this long is dead. Waiters are asked to call in after 3/10 of it.';
+
+-- Every error of pglimits, its SQLSTATE and its meaning: the one list.
+create or replace function pglimits.errors()
+returns table (code text, kind text, meaning text)
+language sql
+immutable
+set search_path = ''
+as $$
+  values
+    ('PL001', 'InvalidArgument', 'an argument is of the wrong form; nothing was changed'),
+    ('PL002', 'LimitNotFound', 'there is no limit of that name'),
+    ('PL003', 'LimitExists', 'there is a limit of that name already'),
+    ('PL004', 'SlotsExceedLimit', 'more slots were asked for than the limit has; waiting would not help'),
+    ('PL005', 'NoSlotDecay', 'the limit has no slot_decay_per_second, so it is not a rate limit'),
+    ('PL006', 'QueueFull', 'max_waiters requests wait already'),
+    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here')
+$$;
+
+comment on function pglimits.errors() is 'Lists the errors of pglimits: SQLSTATE, kind and meaning.';
+
+create or replace function pglimits._fail(kind text, message text, hint text default null)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  error_code text := (select e.code from pglimits.errors() e where e.kind = _fail.kind);
+begin
+  if hint is null then
+    raise exception using errcode = error_code, message = message;
+  end if;
+  raise exception using errcode = error_code, message = message, hint = hint;
+end $$;
+
+comment on function pglimits._fail(text, text, text) is 'Raises an error of the given kind.';
+
+-- What is wrong with a name (or a key, which may be empty), or null.
+create or replace function pglimits._name_error(argument text, value text, may_be_empty boolean default false)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if value is null then
+    return format('%s must not be null', argument);
+  elsif value ~ '^[A-Za-z0-9_.: @-]{1,200}$' or (value = '' and may_be_empty) then
+    return null;
+  elsif length(value) > 200 or value = '' then
+    return format('%s must have %s to 200 characters, not %s: %L', argument,
+                  case when may_be_empty then 0 else 1 end, length(value), left(value, 40));
+  elsif value ~ '[\u0001-\u001f\u007f-\u009f]' then
+    return format('%s must not contain control characters: %s', argument, to_json(value));
+  elsif not may_be_empty and value ~ '[/%&><]' then
+    return format('%s must not contain any of / %% & > <: %L', argument, value);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._name_error(text, text, boolean) is
+  'What is wrong with a name or a key, or null. Names: 1 to 200 characters, no control character, none of / % & > <. '
+  'Keys: 0 to 200 characters, no control character.';
+
+-- What is wrong with a lease duration, or null.
+create or replace function pglimits._duration_error(lease_duration interval)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if lease_duration is null then
+    return 'lease_duration must not be null';
+  elsif lease_duration < interval '1 second' or lease_duration > interval '366 days' then
+    return format('lease_duration must be from 1 second to 366 days, not %s', lease_duration);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._duration_error(interval) is 'What is wrong with a lease duration, or null.';
+
+-- The id of a limit, or LimitNotFound.
+create or replace function pglimits._limit_id(name text)
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  found_id bigint;
+  problem text := pglimits._name_error('name', name);
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  select c.limit_id into found_id from pglimits.configs c where c.name = _limit_id.name;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name),
+                           format('select pglimits.create_limit(%L, 10);', name));
+  end if;
+  return found_id;
+end $$;
+
+comment on function pglimits._limit_id(text) is 'The id of the limit of that name. Raises LimitNotFound.';

@@ -1,0 +1,413 @@
+-- The state of one (limit, key): locking it, bringing it up to date, saving it. Everything that decides goes
+--   _lock  ->  read the config and the clock  ->  _settle  ->  decide  ->  _save
+-- in the order of (limit id, key) where there are several, and so no two callers ever wait for each other in a ring.
+
+-- Virtual time: the slots that have decayed since the limit was created. A rate change bends it and never makes it jump.
+create or replace function pglimits._decayed(config pglimits.configs, at timestamptz)
+returns numeric
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return config.decayed
+    + config.slot_decay_per_second::numeric * extract(epoch from at - config.decayed_at);
+end $$;
+
+comment on function pglimits._decayed(pglimits.configs, timestamptz) is
+  'Virtual time of a limit at a moment: the slots that had decayed since it was created. A turn, a place in virtual '
+  'time, is worth the same however the rate changes. After GCRA, the virtual scheduling algorithm of ITU-T I.371.';
+
+-- How long until a virtual time, rounded up so that nobody who sleeps just that long is early.
+create or replace function pglimits._until(config pglimits.configs, turn numeric, at timestamptz)
+returns interval
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  slots numeric := turn - pglimits._decayed(config, at);
+begin
+  if slots <= 0 then
+    return interval '0';
+  elsif config.slot_decay_per_second = 0 then
+    return null;
+  end if;
+  return make_interval(secs => least(
+    ceil(slots * 1000000 / config.slot_decay_per_second::numeric) / 1000000, 3e9)::double precision);
+end $$;
+
+comment on function pglimits._until(pglimits.configs, numeric, timestamptz) is
+  'How long from a moment until a virtual time; zero when it has passed, null when it never comes.';
+
+-- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
+create or replace function pglimits._lock(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  state pglimits.states;
+  floor bigint;
+begin
+  select s.* into state from pglimits.states s
+  where s.limit_id = _lock.limit_id and s.key = _lock.key
+  order by s.version desc limit 1 for update;
+  if found then
+    return state;
+  end if;
+  -- Two first users must not both create it: the primary key cannot tell them apart once the version has moved on.
+  perform pg_advisory_xact_lock(hashtextextended(_lock.key, _lock.limit_id));
+  select s.* into state from pglimits.states s
+  where s.limit_id = _lock.limit_id and s.key = _lock.key
+  order by s.version desc limit 1 for update;
+  if found then
+    return state;
+  end if;
+  -- Shared with other first users, not with update_limit, which has to meet every state of the limit.
+  select c.fence_floor into floor from pglimits.configs c where c.limit_id = _lock.limit_id for share;
+  if not found then
+    return null;
+  end if;
+  insert into pglimits.states (limit_id, key, version, changed_at)
+  values (_lock.limit_id, _lock.key, floor, pglimits._now())
+  returning * into state;
+  return state;
+end $$;
+
+comment on function pglimits._lock(bigint, text) is
+  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+
+-- Writes a state back if it differs from what was locked.
+create or replace function pglimits._save(state pglimits.states, was pglimits.states, now timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if state is not distinct from was then
+    return;
+  end if;
+  update pglimits.states s
+  set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
+      next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
+      head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
+      next_death = state.next_death, next_look = state.next_look, changed_at = now
+  where s.limit_id = was.limit_id and s.key = was.key and s.version = was.version;
+end $$;
+
+comment on function pglimits._save(pglimits.states, pglimits.states, timestamptz) is
+  'Writes a locked state back under a higher version, if it has changed.';
+
+-- Tells a waiting process to look. A hint only: what is true is in its row.
+create or replace function pglimits._tell(channel text, about uuid)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if channel is not null then
+    perform pg_notify(channel, coalesce(about::text, ''));
+  end if;
+end $$;
+
+comment on function pglimits._tell(text, uuid) is
+  'Notifies a waiting process about one of its requests (null: about all of them).';
+
+-- Whether a concurrency request fits now, and if not, from when on time alone may make it fit.
+create or replace function pglimits._fits_at(
+  state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
+returns timestamptz
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  fits_at timestamptz := timestamptz '-infinity';
+begin
+  if slots > config."limit" then
+    return timestamptz 'infinity';
+  end if;
+  if state.held::bigint + slots > config."limit" then
+    fits_at := greatest(state.next_expiry, now + interval '1 millisecond');
+  end if;
+  if config.slot_decay_per_second > 0
+     and state.booked + slots - config."limit" > pglimits._decayed(config, now) then
+    fits_at := greatest(fits_at, now + pglimits._until(config, state.booked + slots - config."limit", now));
+  end if;
+  return fits_at;
+end $$;
+
+comment on function pglimits._fits_at(pglimits.states, pglimits.configs, integer, timestamptz) is
+  '-infinity if that many slots can be held now; else the earliest moment at which time alone may have made room.';
+
+-- Lets those who sleep behind given-up turns move up. Whoever cannot be told (plain SQL, or bound to another limit)
+-- goes at the time it knows, so nothing that stands before such a turn is given back: that would be too fast.
+create or replace function pglimits._close_gaps(
+  state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots integer[])
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  floor numeric := pglimits._decayed(config, now);
+  told text;
+begin
+  floor := greatest(floor, (
+    select max(q.turn) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor
+      and (q.expires_at = 'infinity' or q.several)));
+  state.booked := state.booked - coalesce(
+    (select sum(g.slots) from unnest(turns, slots) as g(turn, slots) where g.turn > floor), 0);
+  for told in
+    with gaps as (
+      select g.turn, g.slots from unnest(turns, slots) as g(turn, slots) where g.turn > floor
+    ), behind as (
+      select b.lease_id, b.given_up
+      from (
+        select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
+        from (
+          select q.lease_id, q.turn, 0 as slots from pglimits.queue q
+          where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor
+          union all
+          select null, g.turn, g.slots from gaps g
+        ) x
+      ) b
+      where b.lease_id is not null and b.given_up > 0
+    ), moved as (
+      update pglimits.queue q set turn = q.turn - b.given_up
+      from behind b
+      where q.lease_id = b.lease_id and q.limit_id = state.limit_id and q.key = state.key
+      returning q.channel
+    )
+    select distinct m.channel from moved m where m.channel is not null
+  loop
+    perform pglimits._tell(told, null);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], integer[]) is
+  'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
+
+-- Removes sleepers of a rate limit whose process died.
+create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  turns numeric[];
+  slots integer[];
+begin
+  with dead as (
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.expires_at <= now
+    returning q.turn, q.slots
+  )
+  select array_agg(d.turn), array_agg(d.slots) into turns, slots from dead d;
+  if turns is not null then
+    state := pglimits._close_gaps(state, config, now, turns, slots);
+  end if;
+  state.next_death := coalesce((
+    select min(q.expires_at) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key
+      and q.turn > greatest(state.passed, pglimits._decayed(config, now))), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._bury_sleepers(pglimits.states, pglimits.configs, timestamptz) is
+  'Removes those who slept towards a turn on a rate limit and died, and gives their turns back.';
+
+-- Takes leases out that have ended. One that is being renewed or released right now is left to whoever does that.
+create or replace function pglimits._take_expired(state pglimits.states, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  freed bigint;
+begin
+  with ended as (
+    select l.lease_id from pglimits.leases l
+    where l.limit_id = state.limit_id and l.key = state.key
+      and l.expires_at >= state.next_expiry and l.expires_at <= now
+    for update skip locked
+  ), gone as (
+    delete from pglimits.leases l using ended e
+    where l.lease_id = e.lease_id and l.limit_id = state.limit_id and l.key = state.key
+    returning l.slots
+  )
+  select coalesce(sum(g.slots), 0) into freed from gone g;
+  state.held := state.held - freed;
+  state.next_expiry := coalesce((
+    select l.expires_at from pglimits.leases l
+    where l.limit_id = state.limit_id and l.key = state.key and l.expires_at >= state.next_expiry
+    order by l.expires_at limit 1), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._take_expired(pglimits.states, timestamptz) is
+  'Frees the slots of leases that have ended by now.';
+
+-- Grants the head of the queue, and the next, as long as they fit: strictly in order, so that a wide request is not
+-- starved by narrow ones. Then makes sure that whoever is left at the head knows when to look.
+create or replace function pglimits._advance(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  head pglimits.queue;
+  fits_at timestamptz;
+begin
+  loop
+    if state.waiting > 0 then
+      select q.* into head from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+        and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+      order by q.rank, q.arrival limit 1;
+    end if;
+    if state.waiting = 0 or head.lease_id is null then
+      state.waiting := 0;
+      state.next_look := state.next_death;
+      exit;
+    end if;
+    state.head_rank := head.rank;
+    state.head_arrival := head.arrival;
+
+    if head.expires_at <= now then
+      -- It may have called in since it was read; then it is looked at again.
+      delete from pglimits.queue q
+      where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key and q.expires_at <= now;
+      if found then
+        state.waiting := state.waiting - 1;
+      end if;
+      continue;
+    end if;
+
+    if (head.slots > config."limit" and config."limit" > 0)
+       or (head.for_rate and config.slot_decay_per_second = 0) then
+      -- It can never be granted now. It is told, asks again, and gets the error.
+      delete from pglimits.queue q
+      where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
+      state.waiting := state.waiting - 1;
+      perform pglimits._tell(head.channel, head.lease_id);
+      continue;
+    end if;
+
+    if head.for_rate then
+      fits_at := case when config."limit" = 0 then timestamptz 'infinity' else timestamptz '-infinity' end;
+    else
+      fits_at := pglimits._fits_at(state, config, head.slots, now);
+    end if;
+
+    if fits_at = '-infinity' and head.several then
+      -- Granting it here would take locks out of order. It keeps its place until it has tried for itself.
+      if not head.called then
+        update pglimits.queue q set called = true
+        where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
+        perform pglimits._tell(head.channel, head.lease_id);
+      end if;
+      fits_at := head.expires_at;
+    end if;
+
+    if fits_at > '-infinity' then
+      state.next_look := least(state.next_death, fits_at);
+      if head.looks_at > state.next_look then
+        update pglimits.queue q set looks_at = state.next_look
+        where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
+        perform pglimits._tell(head.channel, head.lease_id);
+      end if;
+      exit;
+    end if;
+
+    state := pglimits._hand_over(state, config, head, now);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._advance(pglimits.states, pglimits.configs, timestamptz) is
+  'Grants waiters from the head of the queue as long as they fit, and notes when time alone may free the next one.';
+
+-- Takes slots under a lease: the one place where held grows.
+create or replace function pglimits._take_slots(
+  state pglimits.states, config pglimits.configs, lease_id uuid, slots integer, rank integer,
+  lease_duration interval, holder jsonb, claimed boolean, ends timestamptz, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if config.slot_decay_per_second > 0 then
+    state.booked := greatest(state.booked, pglimits._decayed(config, now)) + slots;
+  end if;
+  state.version := state.version + 1;
+  state.held := state.held + slots;
+  state.next_expiry := least(state.next_expiry, ends);
+  insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                               acquired_at, expires_at)
+  values (lease_id, state.limit_id, state.key, slots, holder, state.version, -rank, lease_duration, claimed, now, ends);
+  return state;
+end $$;
+
+comment on function pglimits._take_slots(
+  pglimits.states, pglimits.configs, uuid, integer, integer, interval, jsonb, boolean, timestamptz, timestamptz) is
+  'Records a lease and returns the state with its slots held; the fence is the state''s new version.';
+
+-- Gives the waiter at the head what it waits for. A lease handed over ends as soon as its waiter would have died,
+-- until the waiter claims it: a dead process does not hold a slot for a whole lease.
+create or replace function pglimits._hand_over(
+  state pglimits.states, config pglimits.configs, head pglimits.queue, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  state.waiting := state.waiting - 1;
+  if head.for_rate then
+    state.booked := greatest(state.booked, pglimits._decayed(config, now)) + head.slots;
+    state.next_death := least(state.next_death, head.expires_at);
+    update pglimits.queue q set turn = state.booked - config."limit"
+    where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
+  else
+    delete from pglimits.queue q
+    where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
+    state := pglimits._take_slots(state, config, head.lease_id, head.slots, head.rank, head.lease_duration,
+                                  head.holder, false, least(head.expires_at, now + head.lease_duration), now);
+  end if;
+  perform pglimits._tell(head.channel, head.lease_id);
+  return state;
+end $$;
+
+comment on function pglimits._hand_over(pglimits.states, pglimits.configs, pglimits.queue, timestamptz) is
+  'Turns the waiter at the head into a lease, or gives it its turn on a rate limit, and tells it.';
+
+-- Brings a locked state up to the moment: what has ended is taken out, what fits is granted.
+create or replace function pglimits._settle(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if now >= state.next_expiry then
+    state := pglimits._take_expired(state, now);
+  end if;
+  if now >= state.next_death then
+    state := pglimits._bury_sleepers(state, config, now);
+  end if;
+  return pglimits._advance(state, config, now);
+end $$;
+
+comment on function pglimits._settle(pglimits.states, pglimits.configs, timestamptz) is
+  'Applies to a locked state what time and the last change have made possible.';

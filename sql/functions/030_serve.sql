@@ -1,0 +1,631 @@
+-- The heart: checks a request, and serves a batch of them under the locks of all their states.
+
+-- Checks what a caller passes and finds its limits. Raises nothing: what is wrong comes back in error and message,
+-- so that one bad request in a batch spoils no other.
+create or replace function pglimits._check_request(
+  names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+  holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean)
+returns pglimits._request
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  request pglimits._request;
+  config record;
+  key text;
+  amount integer;
+  problem text;
+  count_of_names integer := cardinality(names);
+  place integer;
+begin
+  request.lease_id := coalesce(lease_id, gen_random_uuid());
+  request.chosen := lease_id is not null;
+  request.for_rate := for_rate;
+  request.lease_duration := lease_duration;
+  request.wait := wait;
+  request.holder := holder;
+  request.channel := channel;
+  request.limit_ids := '{}';
+  request.keys := '{}';
+  request.slots := '{}';
+  request.places := '{}';
+  request.error := 'InvalidArgument';
+
+  request.message := case
+    when names is null then 'names must not be null'
+    when count_of_names = 0 then 'names must not be empty'
+    when array_ndims(names) <> 1 then 'names must be a flat array'
+    when count_of_names > 100 then format('names must be at most 100, not %s', count_of_names)
+    when slots is null then 'slots must not be null'
+    when array_ndims(slots) <> 1 or cardinality(slots) not in (1, count_of_names)
+      then format('slots must be one number for all names or one for each of the %s names, not %s',
+                  count_of_names, slots)
+    when keys is null then 'keys must not be null'
+    when array_ndims(keys) <> 1 or cardinality(keys) not in (1, count_of_names)
+      then format('keys must be one for all names or one for each of the %s names, not %s', count_of_names, keys)
+    when strict is null then 'strict must not be null'
+    when wait < interval '0' then format('wait must not be negative: %s', wait)
+    when channel !~ '^pglimits_[0-9a-z_]{1,40}$'
+      then format('channel must be pglimits_ and up to 40 of a-z, 0-9, _: %L', left(channel, 60))
+    when priority is null then 'priority must not be null'
+    when priority not between -1000000 and 1000000
+      then format('priority must be from -1000000 to 1000000, not %s', priority)
+    when length(holder::text) > 8000
+      then format('holder must be at most 8000 characters of JSON, not %s', length(holder::text))
+    else pglimits._duration_error(lease_duration)
+  end;
+  if request.message is not null then
+    return request;
+  end if;
+  request.rank := -priority;
+
+  for i in 1 .. count_of_names loop
+    key := keys[least(i, cardinality(keys))];
+    amount := slots[least(i, cardinality(slots))];
+    request.message := coalesce(pglimits._name_error('name', names[i]), pglimits._name_error('key', key, true),
+      case when amount is null then 'slots must not be null'
+           when amount < 1 then format('slots must be at least 1, not %s', amount) end);
+    if request.message is not null then
+      return request;
+    end if;
+
+    select c.limit_id, c.active, c."limit", c.slot_decay_per_second into config
+    from pglimits.configs c where c.name = names[i];
+    if config.limit_id is null then
+      request.missing := request.missing || names[i];
+      place := null;
+    elsif not config.active then
+      place := null;
+    else
+      -- The same limit named twice: the slots add up.
+      place := null;
+      for p in 1 .. cardinality(request.keys) loop
+        if request.limit_ids[p] = config.limit_id and request.keys[p] = key then
+          place := p;
+          if request.slots[p]::bigint + amount > 2147483647 then
+            request.message := format('slots must add up to at most 2147483647 for %L', names[i]);
+            return request;
+          end if;
+          request.slots[p] := request.slots[p] + amount;
+        end if;
+      end loop;
+      if place is null then
+        request.limit_ids := request.limit_ids || config.limit_id;
+        request.keys := request.keys || key;
+        request.slots := request.slots || amount;
+        place := cardinality(request.slots);
+      end if;
+      problem := coalesce(problem,
+        pglimits._impossible(names[i], request.slots[place], config."limit", config.slot_decay_per_second, for_rate));
+    end if;
+    request.places := request.places || place;
+  end loop;
+
+  if strict and request.missing is not null then
+    request.error := 'LimitNotFound';
+    request.message := format('there is no limit named %s',
+      (select string_agg(format('%L', m.name), ', ') from (select distinct u.name from unnest(request.missing) as u(name)) m));
+  elsif problem is not null then
+    request.error := split_part(problem, ' ', 1);
+    request.message := substr(problem, strpos(problem, ' ') + 1);
+  else
+    request.error := null;
+    if cardinality(request.slots) > 1 then
+      request := pglimits._in_lock_order(request);
+    end if;
+  end if;
+  return request;
+end $$;
+
+comment on function pglimits._check_request(
+  text[], integer[], text[], interval, interval, integer, jsonb, uuid, boolean, text, boolean) is
+  'Checks the arguments of a request and finds its limits. What is wrong is in error and message.';
+
+-- Why a limit could never grant that much: the kind of error, a space, and the message; or null.
+create or replace function pglimits._impossible(
+  name text, slots integer, most integer, slot_decay_per_second double precision, for_rate boolean)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if for_rate and slot_decay_per_second = 0 then
+    return format('NoSlotDecay limit %L has no slot_decay_per_second: its slots never come back by themselves', name);
+  elsif slots > most and most > 0 then
+    return format('SlotsExceedLimit slots must be at most the limit: %L has %s, asked for %s', name, most, slots);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._impossible(text, integer, integer, double precision, boolean) is
+  'Why a limit could never grant a request (kind of error and message), or null.';
+
+-- Sorts the parts of a request by (limit id, key).
+create or replace function pglimits._in_lock_order(request pglimits._request)
+returns pglimits._request
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  new_places integer[];
+begin
+  select array_agg(o.limit_id order by o.now_at), array_agg(o.key order by o.now_at),
+         array_agg(o.slots order by o.now_at), array_agg(o.now_at order by o.was_at)
+  into request.limit_ids, request.keys, request.slots, new_places
+  from (
+    select p.*, (row_number() over (order by p.limit_id, p.key collate "C"))::integer as now_at
+    from unnest(request.limit_ids, request.keys, request.slots) with ordinality as p(limit_id, key, slots, was_at)
+  ) o;
+  for i in 1 .. cardinality(request.places) loop
+    request.places[i] := new_places[request.places[i]];
+  end loop;
+  return request;
+end $$;
+
+comment on function pglimits._in_lock_order(pglimits._request) is 'Sorts the parts of a request by (limit id, key).';
+
+-- The answer to a request whose id has a lease already: a reply was lost, or the lease was handed over.
+create or replace function pglimits._answer_again(request pglimits._request, now timestamptz)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+  lease record;
+begin
+  perform pglimits._claim(array[request.lease_id], now);
+  answer.status := 'granted';
+  answer.lease_id := request.lease_id;
+  answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
+  for lease in select l.* from pglimits.leases l where l.lease_id = request.lease_id loop
+    answer.expires_at := lease.expires_at;
+    for i in 1 .. cardinality(request.places) loop
+      if request.limit_ids[request.places[i]] = lease.limit_id and request.keys[request.places[i]] = lease.key then
+        answer.fences[i] := lease.fence;
+      end if;
+    end loop;
+  end loop;
+  return answer;
+end $$;
+
+comment on function pglimits._answer_again(pglimits._request, timestamptz) is
+  'Answers a repeated request from the lease that it got the first time.';
+
+-- Begins the full duration of leases that were handed over.
+create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  update pglimits.leases l
+  set claimed = true, expires_at = greatest(l.expires_at, now + l.lease_duration)
+  where l.lease_id = any (lease_ids) and not l.claimed and l.expires_at > now;
+end $$;
+
+comment on function pglimits._claim(uuid[], timestamptz) is
+  'Begins the full duration of leases that were handed over to waiters.';
+
+-- What stands in the way of a request, given the states of its parts. Reads nothing but its arguments, so that
+-- the same rules answer a peek, a refusal without a lock, and a decision under the locks.
+-- mine: the request's own place in the queue, if it has one.
+create or replace function pglimits._survey(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
+  mine pglimits.queue, now timestamptz)
+returns pglimits._findings
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  survey pglimits._findings;
+  state pglimits.states;
+  config pglimits.configs;
+  fits_at timestamptz;
+begin
+  survey.enforced := 0;
+  survey.turn_in := interval '0';
+  for p in 1 .. cardinality(at) loop
+    config := configs[at[p]];
+    continue when config.active is not true;
+    state := states[at[p]];
+    survey.enforced := survey.enforced + 1;
+    survey.impossible := pglimits._impossible(
+      config.name, request.slots[p], config."limit", config.slot_decay_per_second, request.for_rate);
+    if survey.impossible is not null then
+      return survey;
+    end if;
+
+    if state.waiting > 0 and (
+      case when mine.lease_id is null then state.head_rank <= request.rank
+           else (state.head_rank, state.head_arrival) < (mine.rank, mine.arrival) end)
+    then
+      fits_at := 'infinity';
+    elsif not request.for_rate then
+      fits_at := pglimits._fits_at(state, config, request.slots[p], now);
+      if fits_at > '-infinity' and state.held::bigint + request.slots[p] > config."limit" then
+        -- When the lease that ends first is not renewed; so it is worth a look, but no promise.
+        survey.looks_at := coalesce(survey.looks_at, fits_at);
+        fits_at := 'infinity';
+      end if;
+    elsif config."limit" = 0 then
+      fits_at := 'infinity';
+    else
+      fits_at := '-infinity';
+      survey.turn_in := greatest(survey.turn_in, pglimits._until(
+        config, state.booked + request.slots[p] - config."limit", now));
+    end if;
+
+    if fits_at > '-infinity' then
+      survey.blocked_at := coalesce(survey.blocked_at, at[p]);
+      survey.looks_at := coalesce(survey.looks_at, fits_at);
+      survey.fits_at := greatest(survey.fits_at, fits_at);
+    end if;
+  end loop;
+  if survey.blocked_at is null and survey.turn_in > coalesce(request.wait, survey.turn_in) then
+    survey.fits_at := now + survey.turn_in;
+  end if;
+  return survey;
+end $$;
+
+comment on function pglimits._survey(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
+  'What stands in the way of a request. See the type pglimits._findings.';
+
+-- Takes a turn on a rate limit: the level rises at once, by what will be used when the turn has come.
+-- bound: the turn hangs on other limits too, and so cannot move.
+create or replace function pglimits._take_turn(
+  state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
+  bound boolean, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
+  turn numeric;
+begin
+  -- As of the moment it really goes, which another limit may have put off: charged earlier, the slots would have
+  -- decayed before they are used.
+  state.booked := greatest(state.booked, pglimits._decayed(config, case when bound then now + turn_in else now end))
+                  + slots;
+  if turn_in = interval '0' then
+    return state;
+  end if;
+  turn := case when bound then pglimits._decayed(config, now + turn_in) else state.booked - config."limit" end;
+  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
+  delete from pglimits.queue q
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed
+    and q.turn <= pglimits._decayed(config, now - pglimits._liveness());
+  state.passed := greatest(state.passed, pglimits._decayed(config, now - pglimits._liveness()));
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, for_rate, several, lease_duration,
+                              holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, turn, true, bound,
+          request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
+  state.next_death := least(state.next_death, alive_until);
+  state.next_look := least(state.next_look, alive_until);
+  return state;
+end $$;
+
+comment on function pglimits._take_turn(
+  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
+  'Records a turn on a rate limit, now or ahead, and returns the state with the level raised.';
+
+-- Puts a request in line.
+create or replace function pglimits._enqueue(
+  state pglimits.states, request pglimits._request, slots integer, arrival timestamptz, looks_at timestamptz,
+  now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if arrival is null then
+    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
+    state.last_arrival := arrival;
+  end if;
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
+                              holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate,
+          cardinality(request.slots) > 1, request.lease_duration, request.holder, request.channel,
+          now + pglimits._liveness(), looks_at);
+  if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
+    state.head_rank := request.rank;
+    state.head_arrival := arrival;
+  end if;
+  state.waiting := state.waiting + 1;
+  return state;
+end $$;
+
+comment on function pglimits._enqueue(
+  pglimits.states, pglimits._request, integer, timestamptz, timestamptz, timestamptz) is
+  'Puts a request in line: at its arrival, or, if that is null, behind everybody of its priority.';
+
+-- Takes a request out of the line.
+create or replace function pglimits._leave(state pglimits.states, mine pglimits.queue)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  delete from pglimits.queue q
+  where q.lease_id = mine.lease_id and q.limit_id = mine.limit_id and q.key = mine.key;
+  if found then
+    state.waiting := state.waiting - 1;
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._leave(pglimits.states, pglimits.queue) is 'Takes a waiting request out of the queue.';
+
+-- Why one more may not wait, or null.
+create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if config.max_waiters <= state.waiting + (
+    select count(*) from (
+      select from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(config, now)
+      limit config.max_waiters) asleep)
+  then
+    return format('%s requests wait for %L already, and that is its max_waiters', config.max_waiters, config.name);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._queue_full(pglimits.states, pglimits.configs, timestamptz) is
+  'Why one more request may not wait (in line or for its turn), or null.';
+
+-- The (limit, key)s that a batch touches, in the order in which they are locked.
+create or replace function pglimits._gather(requests pglimits._request[])
+returns pglimits._places
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  places pglimits._places;
+begin
+  if cardinality(requests) = 1 then
+    places.limit_ids := (requests[1]).limit_ids;
+    places.keys := (requests[1]).keys;
+  else
+    select array_agg(p.limit_id order by p.limit_id, p.key collate "C"),
+           array_agg(p.key order by p.limit_id, p.key collate "C")
+    into places.limit_ids, places.keys
+    from (select distinct u.limit_id, u.key
+          from unnest(requests) r, unnest(r.limit_ids, r.keys) as u(limit_id, key)
+          where r.error is null) p;
+  end if;
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    places.labels[i] := places.limit_ids[i] || ' ' || places.keys[i];
+  end loop;
+  return places;
+end $$;
+
+comment on function pglimits._gather(pglimits._request[]) is
+  'The (limit, key)s that a batch touches, in the order in which they are locked.';
+
+-- Where in a batch the parts of a request are.
+create or replace function pglimits._locate(request pglimits._request, places pglimits._places)
+returns integer[]
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  at integer[] := array[]::integer[];
+begin
+  if cardinality(places.keys) = 1 and cardinality(request.keys) = 1 then
+    return array[1];
+  end if;
+  for p in 1 .. cardinality(request.keys) loop
+    at[p] := array_position(places.labels, request.limit_ids[p] || ' ' || request.keys[p]);
+  end loop;
+  return at;
+end $$;
+
+comment on function pglimits._locate(pglimits._request, pglimits._places) is
+  'Where in a batch the parts of a request are.';
+
+-- Notes the fence of a part for every name that it stands for.
+create or replace function pglimits._note_fence(fences bigint[], places integer[], part integer, fence bigint)
+returns bigint[]
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  for n in 1 .. cardinality(places) loop
+    if places[n] = part then
+      fences[n] := fence;
+    end if;
+  end loop;
+  return fences;
+end $$;
+
+comment on function pglimits._note_fence(bigint[], integer[], integer, bigint) is
+  'Notes the fence of a part for every name that it stands for.';
+
+-- How long until the turn of a sleeper, on the slowest of its limits.
+create or replace function pglimits._turn_in(lease_id uuid, now timestamptz)
+returns interval
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return (select max(pglimits._until(c, q.turn, now))
+          from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
+          where q.lease_id = _turn_in.lease_id and q.turn is not null);
+end $$;
+
+comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';
+
+-- Serves requests in their order, all in one transaction: locks every state that they touch, in the order of
+-- (limit id, key), reads the clock, and then grants, books, queues or refuses each.
+create or replace function pglimits._serve(requests pglimits._request[])
+returns pglimits._answer[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  places pglimits._places;
+  states pglimits.states[];
+  was pglimits.states[];
+  configs pglimits.configs[];
+  config pglimits.configs;
+  now timestamptz;
+  chosen uuid[];
+  leased uuid[];
+  queued uuid[];
+  request pglimits._request;
+  mine pglimits.queue;
+  at integer[];
+  at_mine integer;
+  survey pglimits._findings;
+  answer pglimits._answer;
+  answers pglimits._answer[];
+begin
+  places := pglimits._gather(requests);
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
+  end loop;
+  was := states;
+  -- Under the locks: whoever changes a limit waits for us, or we see what it changed.
+  now := pglimits._now();
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
+    configs[i] := config;
+    if config.active and now >= least((states[i]).next_expiry, (states[i]).next_look) then
+      states[i] := pglimits._settle(states[i], config, now);
+    end if;
+  end loop;
+
+  select array_agg(r.lease_id) into chosen from unnest(requests) r where r.chosen;
+  if chosen is not null then
+    select array_agg(l.lease_id) into leased from pglimits.leases l
+    where l.lease_id = any (chosen) and l.expires_at > now;
+    select array_agg(q.lease_id) into queued from pglimits.queue q where q.lease_id = any (chosen);
+  end if;
+
+  foreach request in array requests loop
+    answer := null;
+    answer.lease_id := request.lease_id;
+    answer.error := request.error;
+    answer.message := request.message;
+    if request.error is not null then
+      answer.status := 'error';
+      answers := answers || answer;
+      continue;
+    elsif request.lease_id = any (leased) then
+      answers := answers || pglimits._answer_again(request, now);
+      continue;
+    end if;
+    mine := null;
+    at_mine := null;
+    if request.lease_id = any (queued) then
+      select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
+      at_mine := array_position(places.labels, mine.limit_id || ' ' || mine.key);
+    end if;
+    at := pglimits._locate(request, places);
+    survey := pglimits._survey(request, at, states, configs, mine, now);
+    -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
+    if at_mine is not null and mine.turn is null then
+      states[at_mine] := pglimits._leave(states[at_mine], mine);
+    end if;
+
+    if survey.impossible is not null then
+      answer.status := 'error';
+      answer.error := split_part(survey.impossible, ' ', 1);
+      answer.message := substr(survey.impossible, strpos(survey.impossible, ' ') + 1);
+
+    elsif survey.enforced = 0 then
+      answer.status := 'unlimited';
+
+    elsif mine.turn is not null then
+      -- A turn was taken the first time that this was asked.
+      answer.status := 'granted';
+      answer.wait := pglimits._turn_in(mine.lease_id, now);
+
+    elsif survey.fits_at is null then
+      for p in 1 .. cardinality(at) loop
+        exit when survey.turn_in = interval '0' or answer.message is not null;
+        answer.message := pglimits._queue_full(states[at[p]], configs[at[p]], now);
+      end loop;
+      if answer.message is not null then
+        answer.status := 'error';
+        answer.error := 'QueueFull';
+      else
+        answer.status := 'granted';
+        if request.for_rate then
+          answer.wait := survey.turn_in;
+        else
+          answer.expires_at := now + request.lease_duration;
+          answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
+        end if;
+        for p in 1 .. cardinality(at) loop
+          continue when (configs[at[p]]).active is not true;
+          if request.for_rate then
+            states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
+                                                 survey.turn_in, survey.enforced > 1, now);
+          else
+            states[at[p]] := pglimits._take_slots(
+              states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank,
+              request.lease_duration, request.holder, true, answer.expires_at, now);
+            answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
+          end if;
+        end loop;
+      end if;
+
+    elsif survey.blocked_at is not null and coalesce(request.wait > interval '0', true) then
+      if mine.lease_id is null then
+        answer.message := pglimits._queue_full(states[survey.blocked_at], configs[survey.blocked_at], now);
+      end if;
+      if answer.message is not null then
+        answer.status := 'error';
+        answer.error := 'QueueFull';
+      else
+        answer.status := 'queued';
+        survey.looks_at := least(survey.looks_at, now + pglimits._liveness() * 0.3);
+        answer.retry_after := greatest(survey.looks_at - now, interval '0');
+        states[survey.blocked_at] := pglimits._enqueue(
+          states[survey.blocked_at], request, request.slots[array_position(at, survey.blocked_at)], mine.arrival,
+          survey.looks_at, now);
+      end if;
+
+    else
+      answer.status := 'refused';
+      if survey.fits_at < 'infinity' then
+        answer.retry_after := survey.fits_at - now;
+      end if;
+    end if;
+
+    answers := answers || answer;
+  end loop;
+
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    if (states[i]).waiting > 0 and states[i] is distinct from was[i] and (configs[i]).active then
+      states[i] := pglimits._advance(states[i], configs[i], now);
+    end if;
+    perform pglimits._save(states[i], was[i], now);
+  end loop;
+  return answers;
+end $$;
+
+comment on function pglimits._serve(pglimits._request[]) is
+  'Serves a batch of checked requests in one transaction, in their order; one answer for each.';

@@ -1,0 +1,473 @@
+-- acquire, rate_limit, peek: what callers call.
+
+-- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
+-- settled: instead of null, reckon with what is due as if it had been applied.
+create or replace function pglimits._glance(request pglimits._request, settled boolean, now timestamptz)
+returns pglimits._findings
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  state pglimits.states;
+  config pglimits.configs;
+  states pglimits.states[];
+  configs pglimits.configs[];
+  at integer[] := array[]::integer[];
+begin
+  for p in 1 .. cardinality(request.keys) loop
+    select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
+    select s.* into state from pglimits.states s
+    where s.limit_id = request.limit_ids[p] and s.key = request.keys[p]
+    order by s.version desc limit 1;
+    if not found then
+      state := pglimits._unused(request.limit_ids[p], request.keys[p]);
+    elsif now >= least(state.next_expiry, state.next_look) then
+      if not settled then
+        return null;
+      end if;
+      state := pglimits._as_settled(state, now);
+    end if;
+    states[p] := state;
+    configs[p] := config;
+    at[p] := p;
+  end loop;
+  return pglimits._survey(request, at, states, configs, null, now);
+end $$;
+
+comment on function pglimits._glance(pglimits._request, boolean, timestamptz) is
+  'What stands in the way of a request, read without a lock.';
+
+-- The state of a key that was never used.
+create or replace function pglimits._unused(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  state pglimits.states;
+begin
+  state.limit_id := limit_id;
+  state.key := key;
+  state.held := 0;
+  state.booked := 0;
+  state.waiting := 0;
+  state.next_expiry := timestamptz 'infinity';
+  return state;
+end $$;
+
+comment on function pglimits._unused(bigint, text) is 'The state of a key that was never used.';
+
+-- A state as it would be without the leases that have ended and the waiters that have died by now.
+create or replace function pglimits._as_settled(state pglimits.states, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  head record;
+begin
+  state.held := state.held - (
+    select coalesce(sum(l.slots), 0) from pglimits.leases l
+    where l.limit_id = state.limit_id and l.key = state.key
+      and l.expires_at >= state.next_expiry and l.expires_at <= now);
+  if state.waiting > 0 then
+    select q.rank, q.arrival into head from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at > now
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+    order by q.rank, q.arrival limit 1;
+    if found then
+      state.head_rank := head.rank;
+      state.head_arrival := head.arrival;
+    else
+      state.waiting := 0;
+    end if;
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._as_settled(pglimits.states, timestamptz) is
+  'A state as it would be without ended leases and dead waiters. For looking only.';
+
+-- Serves requests of one caller or, in a batch, of many. A request that may not wait and cannot be granted is refused
+-- without a lock, a row or a transaction id; the rest goes on to where the locks are.
+create or replace function pglimits._answer_all(requests pglimits._request[])
+returns pglimits._answer[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  request pglimits._request;
+  findings pglimits._findings;
+  served pglimits._request[];
+  at integer[];
+  served_answers pglimits._answer[];
+  answer pglimits._answer;
+  answers pglimits._answer[];
+  now timestamptz := pglimits._now();
+begin
+  for i in 1 .. cardinality(requests) loop
+    request := requests[i];
+    answer := null;
+    answer.lease_id := request.lease_id;
+    if request.error is not null then
+      answer.status := 'error';
+      answer.error := request.error;
+      answer.message := request.message;
+    elsif cardinality(request.keys) = 0 and not request.chosen then
+      answer.status := 'unlimited';
+    elsif request.wait = interval '0' then
+      findings := pglimits._glance(request, false, now);
+      if findings.fits_at is not null and not (request.chosen and pglimits._is_known(request.lease_id)) then
+        answer.status := 'refused';
+        if findings.fits_at < 'infinity' then
+          answer.retry_after := findings.fits_at - now;
+        end if;
+      end if;
+    end if;
+    if answer.status is null then
+      served := served || request;
+      at := at || i;
+    end if;
+    answers[i] := answer;
+  end loop;
+  if served is not null then
+    served_answers := pglimits._serve(served);
+    for i in 1 .. cardinality(at) loop
+      answers[at[i]] := served_answers[i];
+    end loop;
+  end if;
+  return answers;
+end $$;
+
+comment on function pglimits._answer_all(pglimits._request[]) is
+  'Answers requests in their order: refusals that are certain without a lock, the others under the locks.';
+
+-- Whether a lease or a waiter has this id.
+create or replace function pglimits._is_known(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return exists (select from pglimits.leases l where l.lease_id = _is_known.lease_id)
+      or exists (select from pglimits.queue q where q.lease_id = _is_known.lease_id);
+end $$;
+
+comment on function pglimits._is_known(uuid) is 'Whether a lease or a waiter has this id.';
+
+-- One request, with its errors raised and its missing limits named.
+create or replace function pglimits._answer(request pglimits._request)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer := (pglimits._answer_all(array[request]))[1];
+begin
+  if answer.error is not null then
+    perform pglimits._fail(answer.error, answer.message);
+  end if;
+  if request.missing is not null then
+    raise warning 'not enforced, because there is no such limit: %',
+      (select string_agg(format('%L', m.name), ', ') from (select distinct u.name from unnest(request.missing) as u(name)) m);
+  end if;
+  if answer.status in ('refused', 'unlimited') then
+    answer.lease_id := null;
+  end if;
+  return answer;
+end $$;
+
+comment on function pglimits._answer(pglimits._request) is 'Serves one request; raises what is wrong with it.';
+
+-- The place of a waiter in its queue.
+create or replace function pglimits._position(lease_id uuid)
+returns integer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  mine pglimits.queue;
+begin
+  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id and q.turn is null;
+  if mine.lease_id is null then
+    return null;
+  end if;
+  return (select count(*) from pglimits.queue q
+          where q.limit_id = mine.limit_id and q.key = mine.key and q.turn is null
+            and (q.rank, q.arrival) <= (mine.rank, mine.arrival));
+end $$;
+
+comment on function pglimits._position(uuid) is 'The place of a waiter in its queue, 1 being the head; null if it waits in none.';
+
+create or replace function pglimits.acquire(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.acquired
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer := pglimits._answer(pglimits._check_request(
+    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+begin
+  return row(answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
+             case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired;
+end $$;
+
+comment on function pglimits.acquire(
+  text[], integer[], text[], interval, interval, integer, jsonb, uuid, boolean, text) is
+$$Takes slots of several limits, all or none, until they are released or the lease ends.
+
+names: the limits. slots: how many, one number for all or one for each. keys: likewise. lease_duration: 1 second to
+366 days. wait: how long the caller is ready to wait in all; 0 tries once, null waits for ever. priority: higher goes
+first. holder: who it is. lease_id: an id of the caller's choice, so that the call can be repeated. strict: a missing
+limit is an error. channel: what to notify when it is granted.
+
+status: granted; queued (call again with the same arguments and lease_id within retry_after, or lose the place after
+10 seconds); refused (retry_after: when time alone would let it in; null: only a release can tell); unlimited (no limit
+was enforced: each is missing or inactive).
+
+Errors: PL001 a bad argument, PL002 strict and a limit is missing, PL004 more slots than a limit has, PL006 the queue is
+full. Call it in a transaction of its own: the limit is locked until commit.$$;
+
+create or replace function pglimits.acquire(
+  name text,
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.acquired_one
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer := pglimits._answer(pglimits._check_request(
+    array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+begin
+  return row(answer.status, answer.lease_id, answer.fences[1], answer.expires_at, answer.retry_after,
+             case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired_one;
+end $$;
+
+comment on function pglimits.acquire(
+  text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text) is
+  'Takes slots of one limit until they are released or the lease ends. As acquire over several limits, with one fence.';
+
+create or replace function pglimits.rate_limit(
+  names text[],
+  slots integer[] default '{1}',
+  wait interval default '0',
+  keys text[] default '{""}',
+  strict boolean default false,
+  lease_id uuid default null,
+  channel text default null)
+returns pglimits.reserved
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer := pglimits._answer(pglimits._check_request(
+    names, slots, keys, '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+begin
+  return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
+end $$;
+
+comment on function pglimits.rate_limit(text[], integer[], interval, text[], boolean, uuid, text) is
+$$Takes slots that come back by decay only; the place on every limit is reserved at once.
+
+names, slots, keys, strict: as in acquire. wait: how far ahead a turn may be reserved; 0: now or never, null: any turn.
+
+status: granted (sleep for wait, then go: no second call is needed); refused (the turn would come after wait; nothing
+was taken; retry_after: when it could go at once); queued (somebody who also wants slots to hold is ahead: call again
+with the same arguments and lease_id within retry_after); unlimited. Over several limits: the latest of their turns.
+release(lease_id) before the turn gives it back as far as nobody goes too fast by it.
+
+Errors: as acquire, and PL005 for a limit without slot_decay_per_second.$$;
+
+create or replace function pglimits.rate_limit(
+  name text,
+  slots integer default 1,
+  wait interval default '0',
+  key text default '',
+  strict boolean default false,
+  lease_id uuid default null,
+  channel text default null)
+returns pglimits.reserved
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer := pglimits._answer(pglimits._check_request(
+    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+begin
+  return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
+end $$;
+
+comment on function pglimits.rate_limit(text, integer, interval, text, boolean, uuid, text) is
+  'Takes slots of one rate limit, now or at a turn reserved ahead. As rate_limit over several limits.';
+
+-- What acquire (or, with for_rate, rate_limit) would answer. It takes no lock and changes nothing.
+create or replace function pglimits.peek(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  wait interval default '0',
+  priority integer default 0,
+  strict boolean default false,
+  for_rate boolean default false)
+returns pglimits.peeked
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  request pglimits._request;
+  now timestamptz := pglimits._now();
+  findings pglimits._findings;
+  peeked pglimits.peeked;
+begin
+  if for_rate is null then
+    perform pglimits._fail('InvalidArgument', 'for_rate must not be null');
+  end if;
+  request := pglimits._check_request(names, slots, keys, '5 minutes', wait, priority, null, null, strict, null, for_rate);
+  if request.error is not null then
+    perform pglimits._fail(request.error, request.message);
+  end if;
+  findings := pglimits._glance(request, true, now);
+  peeked.status := case
+    when findings.enforced = 0 then 'unlimited'
+    when findings.fits_at is null then 'granted'
+    when findings.blocked_at is not null and coalesce(wait > interval '0', true) then 'queued'
+    else 'refused' end;
+  if peeked.status = 'granted' then
+    peeked.wait := findings.turn_in;
+  elsif findings.fits_at < 'infinity' then
+    peeked.retry_after := findings.fits_at - now;
+  end if;
+  if peeked.status = 'queued' then
+    peeked."position" := 1 + (
+      select count(*) from pglimits.queue q
+      where q.limit_id = request.limit_ids[findings.blocked_at] and q.key = request.keys[findings.blocked_at]
+        and q.turn is null and q.rank <= request.rank and q.expires_at > now);
+  end if;
+  return peeked;
+end $$;
+
+comment on function pglimits.peek(text[], integer[], text[], interval, integer, boolean, boolean) is
+  'What acquire (for_rate: rate_limit) with these arguments would answer now: status, wait, retry_after, position. '
+  'Changes nothing and waits for nobody. Errors as acquire.';
+
+create or replace function pglimits.peek(
+  name text,
+  slots integer default 1,
+  key text default '',
+  wait interval default '0',
+  priority integer default 0,
+  strict boolean default false,
+  for_rate boolean default false)
+returns pglimits.peeked
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  return pglimits.peek(array[name], array[slots], array[key], wait, priority, strict, for_rate);
+end $$;
+
+comment on function pglimits.peek(text, integer, text, interval, integer, boolean, boolean) is
+  'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
+
+-- Many requests in one call, each answered by itself: what the clients use to send what queued up meanwhile.
+create or replace function pglimits.acquire_many(requests jsonb, durable boolean default true)
+returns table (
+  ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
+  wait interval, missing text[], error text, message text)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  checked pglimits._request[];
+begin
+  if requests is null or jsonb_typeof(requests) <> 'array' then
+    perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
+  elsif jsonb_array_length(requests) > 10000 then
+    perform pglimits._fail('InvalidArgument',
+      format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
+  end if;
+  perform pglimits._durable(durable);
+  select array_agg(pglimits._check_request(
+           r.names, coalesce(r.slots, '{1}'), coalesce(r.keys, '{""}'), coalesce(r.lease_duration, '5 minutes'),
+           r.wait, coalesce(r.priority, 0), r.holder, r.lease_id, coalesce(r.strict, false), r.channel,
+           coalesce(r.for_rate, false)) order by r.ordinal)
+  into checked
+  from rows from (jsonb_to_recordset(requests) as (
+    names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+    holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean)) with ordinality as r(
+    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, for_rate, ordinal);
+  if checked is null then
+    return;
+  end if;
+  return query
+  select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,
+         (checked[a.ordinal]).missing, a.error, a.message
+  from unnest(pglimits._answer_all(checked)) with ordinality as a(
+    status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
+end $$;
+
+comment on function pglimits.acquire_many(jsonb, boolean) is
+$$Serves many requests in one call and one transaction, in their order, each with an answer of its own.
+
+requests: an array of objects with the arguments of acquire as members (names, slots, keys, lease_duration, wait,
+priority, holder, lease_id, strict, channel; wait null or absent: for ever), and for_rate: true for what rate_limit does.
+durable: false commits with synchronous_commit = off.
+
+A row for each: its ordinal, what acquire or rate_limit would have answered, the limits that are missing, and, with
+status error, the kind of error (as errors() lists them) and its message.$$;
+
+-- A caller that does not insist on durability lets the whole transaction commit without waiting for the disk.
+create or replace function pglimits._durable(durable boolean)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if durable is null then
+    perform pglimits._fail('InvalidArgument', 'durable must not be null');
+  elsif not durable then
+    perform set_config('synchronous_commit', 'off', true);
+  end if;
+end $$;
+
+comment on function pglimits._durable(boolean) is 'false: the current transaction commits with synchronous_commit = off.';

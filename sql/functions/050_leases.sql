@@ -1,0 +1,391 @@
+-- What happens to a lease, or to a place in a queue, after acquire: renew, release, watch.
+
+-- Renews leases. Needs no state: it only moves an end further away. Rows are locked in the order of
+-- (limit id, key, lease id), as everywhere.
+create or replace function pglimits.renew(lease_ids uuid[], lease_duration interval default null)
+returns table (lease_id uuid, renewed boolean, expires_at timestamptz)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  now timestamptz;
+  problem text := case
+    when lease_ids is null then 'lease_ids must not be null'
+    when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  perform from pglimits.leases l where l.lease_id = any (lease_ids)
+  order by l.limit_id, l.key, l.lease_id for update;
+  now := pglimits._now();
+  return query
+  with later as (
+    update pglimits.leases l
+    set expires_at = greatest(l.expires_at, now + coalesce(renew.lease_duration, l.lease_duration)),
+        lease_duration = coalesce(renew.lease_duration, l.lease_duration),
+        claimed = true
+    where l.lease_id = any (lease_ids) and l.expires_at > now
+    returning l.lease_id, l.expires_at
+  ), ended as (
+    select l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at <= now
+  )
+  select asked.id, count(later.lease_id) > 0 and count(ended.lease_id) = 0, min(later.expires_at)
+  from (select distinct u.id from unnest(lease_ids) as u(id)) asked
+  left join later on later.lease_id = asked.id
+  left join ended on ended.lease_id = asked.id
+  group by asked.id;
+end $$;
+
+comment on function pglimits.renew(uuid[], interval) is
+  'Moves the ends of live leases to lease_duration from now (null: the duration they were taken with), never nearer. '
+  'A row for each id: whether it was still live, and its new end. Safe to repeat. PL001 for a duration below 1 second.';
+
+create or replace function pglimits.renew(lease_id uuid, lease_duration interval default null)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  if lease_id is null then
+    perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
+  end if;
+  return (select r.renewed from pglimits.renew(array[lease_id], lease_duration) r);
+end $$;
+
+comment on function pglimits.renew(uuid, interval) is
+  'Moves the end of a live lease to lease_duration from now (null: as it was taken). False if it had ended.';
+
+-- Ends leases, and lets waiters leave, and hands what comes free to the waiters at the head.
+-- Safe to repeat: an unknown or ended lease is 'false', not an error.
+create or replace function pglimits.release(lease_ids uuid[], durable boolean default true)
+returns table (lease_id uuid, released boolean)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  place record;
+  ended uuid[] := array[]::uuid[];
+begin
+  if lease_ids is null then
+    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null');
+  end if;
+  perform pglimits._durable(durable);
+  -- A waiter for several limits may move on while we wait for a lock; then it is found at its new place.
+  for attempt in 1 .. 5 loop
+    for place in
+      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+      union
+      select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+      order by limit_id, key
+    loop
+      ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids);
+    end loop;
+    exit when not found;
+  end loop;
+  return query select asked.id, asked.id = any (ended)
+               from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+end $$;
+
+comment on function pglimits.release(uuid[], boolean) is
+  'Ends leases, takes waiting requests out of their queue, and gives reserved turns back. A row for each id: true if it '
+  'was live, false if it had ended already. Wakes waiters. durable: false commits with synchronous_commit = off.';
+
+create or replace function pglimits.release(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  if lease_id is null then
+    perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
+  end if;
+  return (select r.released from pglimits.release(array[lease_id]) r);
+end $$;
+
+comment on function pglimits.release(uuid) is
+  'Ends a lease. True if it was live (or waiting), false if it had ended already. Wakes waiters.';
+
+-- The part of release that concerns one (limit, key). Returns the ids that were live.
+create or replace function pglimits._release_at(limit_id bigint, key text, lease_ids uuid[])
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  was pglimits.states := pglimits._lock(limit_id, key);
+  state pglimits.states := was;
+  config pglimits.configs;
+  now timestamptz := pglimits._now();
+  freed bigint;
+  left_line bigint;
+  live uuid[];
+  live_waiters uuid[];
+  turns numeric[];
+  slots integer[];
+begin
+  if state.limit_id is null then
+    return array[]::uuid[];
+  end if;
+  select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
+
+  with gone as (
+    delete from pglimits.leases l
+    where l.lease_id = any (lease_ids) and l.limit_id = state.limit_id and l.key = state.key
+    returning l.lease_id, l.slots, l.expires_at
+  )
+  select coalesce(sum(g.slots), 0), coalesce(array_agg(g.lease_id) filter (where g.expires_at > now), '{}')
+  into freed, live from gone g;
+  state.held := state.held - freed;
+
+  if state.waiting > 0 or state.next_death < 'infinity' or freed = 0 then
+    with gone as (
+      delete from pglimits.queue q
+      where q.lease_id = any (lease_ids) and q.limit_id = state.limit_id and q.key = state.key
+      returning q.lease_id, q.turn, q.slots, q.expires_at
+    )
+    select count(*) filter (where g.turn is null),
+           coalesce(array_agg(g.lease_id) filter (
+             where g.expires_at > now and (g.turn is null or g.turn > pglimits._decayed(config, now))), '{}'),
+           array_agg(g.turn) filter (where g.turn > pglimits._decayed(config, now)),
+           array_agg(g.slots) filter (where g.turn > pglimits._decayed(config, now))
+    into left_line, live_waiters, turns, slots from gone g;
+    state.waiting := state.waiting - left_line;
+    live := live || live_waiters;
+    if turns is not null then
+      state := pglimits._close_gaps(state, config, now, turns, slots);
+    end if;
+  end if;
+
+  if config.active and (state.waiting > 0 or now >= state.next_look) then
+    state := pglimits._settle(state, config, now);
+  end if;
+  perform pglimits._save(state, was, now);
+  return live;
+end $$;
+
+comment on function pglimits._release_at(bigint, text, uuid[]) is
+  'Ends those of the leases, places and turns that are on one (limit, key), and grants what fits now.';
+
+-- What waiting processes call when they are notified, when it is time to look again, and at least every few seconds.
+-- It takes up what was handed over, keeps the others alive, and tells all of them how they stand. It touches a state
+-- only if something is due there.
+create or replace function pglimits.watch(lease_ids uuid[])
+returns table (
+  lease_id uuid, status text, fence bigint, expires_at timestamptz, retry_after interval, wait interval)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  place record;
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz := pglimits._now();
+begin
+  if lease_ids is null then
+    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null');
+  end if;
+
+  for place in
+    select p.limit_id, p.key
+    from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
+    where now >= (select s.next_look from pglimits.states s
+                  where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
+    order by p.limit_id, p.key
+  loop
+    was := pglimits._lock(place.limit_id, place.key);
+    continue when was.limit_id is null;
+    now := pglimits._now();
+    select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+    if config.active and now >= was.next_look then
+      state := pglimits._settle(was, config, now);
+      perform pglimits._save(state, was, now);
+    end if;
+  end loop;
+
+  now := pglimits._now();
+  perform pglimits._claim(lease_ids, now);
+  -- Never waits for a row: one that is locked is being granted or removed right now.
+  update pglimits.queue q
+  set expires_at = case when q.expires_at = 'infinity' then q.expires_at else now + pglimits._liveness() end,
+      looks_at = due.looks_at
+  from (
+    select w.lease_id, w.limit_id, w.key, least(
+      now + pglimits._liveness() * 0.3,
+      case when w.turn is null and (w.rank, w.arrival) = (s.head_rank, s.head_arrival) then s.next_look end) as looks_at
+    from pglimits.queue w
+    cross join lateral (
+      select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
+      where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
+    where w.lease_id = any (lease_ids) and w.expires_at > now
+      and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
+    for update of w skip locked
+  ) due
+  where q.lease_id = due.lease_id and q.limit_id = due.limit_id and q.key = due.key;
+
+  return query
+  select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval
+  from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
+  union all
+  select q.lease_id,
+         case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
+         null, q.expires_at,
+         case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
+         case when q.turn is not null then pglimits._until(c, q.turn, now) end
+  from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
+  where q.lease_id = any (lease_ids)
+  union all
+  select asked.id, 'retry', null, null, null, null
+  from (select distinct u.id from unnest(lease_ids) as u(id)) asked
+  where not exists (select from pglimits.leases l where l.lease_id = asked.id and l.expires_at > now)
+    and not exists (select from pglimits.queue q where q.lease_id = asked.id);
+end $$;
+
+comment on function pglimits.watch(uuid[]) is
+$$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
+of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
+retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
+request over several limits has been called).$$;
+
+-- Whether a waiter may go on sleeping. Reads its own row and nothing else.
+create or replace function pglimits.may_sleep(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  return exists (
+    select from pglimits.queue q
+    where q.lease_id = may_sleep.lease_id and q.turn is null and not q.called and q.looks_at > pglimits._now());
+end $$;
+
+comment on function pglimits.may_sleep(uuid) is
+  'Whether a queued request has nothing to do yet. Cheap: reads its own row only. False: call watch.';
+
+-- Waits in plain SQL. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits,
+-- so everything in it is qualified, the operators too.
+create or replace procedure pglimits.acquire_wait(
+  name text,
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default null,
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  inout status text default null,
+  inout granted_lease_id uuid default null,
+  inout fence bigint default null,
+  inout expires_at timestamptz default null)
+language plpgsql
+as $$
+declare
+  request_id uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
+  started timestamptz := pg_catalog.clock_timestamp();
+  remaining interval := wait;
+  answer pglimits.acquired_one;
+  news record;
+begin
+  -- Fails at once, with nothing taken, where a transaction is open around the call.
+  commit;
+  loop
+    answer := pglimits.acquire(name, slots, key, lease_duration, remaining, priority, holder, request_id, strict);
+    commit;
+    while answer.status operator(pg_catalog.=) 'queued' loop
+      if wait operator(pg_catalog.<=) (pg_catalog.clock_timestamp() operator(pg_catalog.-) started) then
+        perform pglimits.release(request_id);
+        commit;
+        answer.status := 'refused';
+        exit;
+      end if;
+      if pglimits.may_sleep(request_id) then
+        commit;
+        perform pg_catalog.pg_sleep(0.005);
+        continue;
+      end if;
+      select * into news from pglimits.watch(array[request_id]);
+      commit;
+      answer.status := news.status;
+      answer.lease_id := request_id;
+      answer.fence := news.fence;
+      answer.expires_at := news.expires_at;
+    end loop;
+    exit when answer.status operator(pg_catalog.<>) 'retry';
+    remaining := greatest(
+      wait operator(pg_catalog.-) (pg_catalog.clock_timestamp() operator(pg_catalog.-) started), interval '0');
+  end loop;
+  status := answer.status;
+  if answer.status operator(pg_catalog.=) 'granted' then
+    granted_lease_id := answer.lease_id;
+    fence := answer.fence;
+    expires_at := answer.expires_at;
+  end if;
+end $$;
+
+comment on procedure pglimits.acquire_wait(
+  text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text, uuid, bigint, timestamptz) is
+$$Takes slots of one limit and waits for them, in plain SQL: queues, commits, and watches its own row.
+
+Arguments as acquire, but wait null, the default, waits for ever. Answers status (granted, refused when wait is over,
+unlimited), granted_lease_id, fence and expires_at. Must be called outside a transaction block. A caller that dies while
+it waits leaves the queue within 10 seconds.$$;
+
+-- Drivers that send strings without a type reach these instead of "function is not unique".
+create or replace function pglimits._uuid(lease_id text)
+returns uuid
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if lease_id is null or lease_id !~* '^\{?([0-9a-f]{4}-?){8}\}?$' then
+    perform pglimits._fail('InvalidArgument', format('lease_id must be a UUID, not %L', left(lease_id, 60)));
+  end if;
+  return lease_id::uuid;
+end $$;
+
+comment on function pglimits._uuid(text) is 'A lease id from its text. Raises InvalidArgument.';
+
+create or replace function pglimits.renew(lease_id text, lease_duration interval default null)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  return pglimits.renew(pglimits._uuid(lease_id), lease_duration);
+end $$;
+
+comment on function pglimits.renew(text, interval) is 'renew(uuid), for drivers that send untyped strings.';
+
+create or replace function pglimits.release(lease_id text)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  return pglimits.release(pglimits._uuid(lease_id));
+end $$;
+
+comment on function pglimits.release(text) is 'release(uuid), for drivers that send untyped strings.';

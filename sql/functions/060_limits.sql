@@ -1,0 +1,369 @@
+-- Limits: what an administrator calls.
+
+create or replace function pglimits._check_limit(
+  most integer, slot_decay_per_second double precision, max_waiters integer, description text)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  problem text := case
+    when most < 0 then format('limit must be at least 0, not %s', most)
+    when slot_decay_per_second not between 0 and 1e9  -- NaN is above everything
+      then format('slot_decay_per_second must be from 0 to 1000000000, not %s', slot_decay_per_second)
+    when slot_decay_per_second > 0 and slot_decay_per_second < 1e-9
+      then format('slot_decay_per_second must be 0 or at least 0.000000001, not %s', slot_decay_per_second)
+    when max_waiters < -1 then format('max_waiters must be at least 0, or null for no bound, not %s', max_waiters)
+    when length(description) > 2000
+      then format('description must be at most 2000 characters, not %s', length(description))
+  end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+end $$;
+
+comment on function pglimits._check_limit(integer, double precision, integer, text) is
+  'Raises InvalidArgument for properties that no limit can have. Nulls are not looked at.';
+
+create or replace function pglimits.create_limit(
+  name text,
+  "limit" integer,
+  slot_decay_per_second double precision default 0,
+  active boolean default true,
+  max_waiters integer default null,
+  description text default null)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  now timestamptz := pglimits._now();
+  problem text := coalesce(
+    pglimits._name_error('name', name),
+    case when "limit" is null then 'limit must not be null'
+         when slot_decay_per_second is null then 'slot_decay_per_second must not be null'
+         when active is null then 'active must not be null'
+         when max_waiters < 0 then format('max_waiters must be at least 0, or null for no bound, not %s', max_waiters)
+    end);
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  perform pglimits._check_limit("limit", slot_decay_per_second, max_waiters, description);
+  insert into pglimits.configs (name, "limit", slot_decay_per_second, active, max_waiters, description,
+                                decayed_at, fence_floor, created_at, updated_at)
+  select create_limit.name, create_limit."limit", create_limit.slot_decay_per_second, create_limit.active,
+         create_limit.max_waiters, create_limit.description, now, m.fence_floor, now, now
+  from pglimits.meta m
+  on conflict do nothing;
+  if not found then
+    perform pglimits._fail('LimitExists', format('there is a limit named %L already', name),
+                           'update_limit changes it.');
+  end if;
+end $$;
+
+comment on function pglimits.create_limit(text, integer, double precision, boolean, integer, text) is
+$$Creates a limit. name: 1 to 200 characters, no control character, none of / % & > <. limit: slots, 0 admits nobody.
+slot_decay_per_second: 0 for a concurrency limit, above 0 for a rate limit. active: false does not enforce it.
+max_waiters: the longest queue for each key; null, no bound. Errors: PL001 a bad argument, PL003 the name is taken.$$;
+
+create or replace function pglimits.update_limit(
+  name text,
+  "limit" integer default null,
+  slot_decay_per_second double precision default null,
+  active boolean default null,
+  max_waiters integer default null,
+  description text default null,
+  new_name text default null)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  old pglimits.configs;
+  new pglimits.configs;
+  waited_for text;
+  now timestamptz;
+  problem text := case when new_name is not null then pglimits._name_error('new_name', new_name) end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  perform pglimits._check_limit("limit", slot_decay_per_second, max_waiters, description);
+  -- First the config, then every state: whoever decided by the old config has committed, whoever comes sees the new.
+  select c.* into old from pglimits.configs c where c.limit_id = pglimits._limit_id(update_limit.name) for update;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  end if;
+  if new_name <> old.name and exists (select from pglimits.configs c where c.name = new_name) then
+    perform pglimits._fail('LimitExists', format('there is a limit named %L already', new_name));
+  end if;
+  perform from pglimits.states s where s.limit_id = old.limit_id order by s.key for update;
+  now := pglimits._now();
+
+  new := old;
+  new.name := coalesce(new_name, old.name);
+  new."limit" := coalesce(update_limit."limit", old."limit");
+  new.slot_decay_per_second := coalesce(update_limit.slot_decay_per_second, old.slot_decay_per_second);
+  new.active := coalesce(update_limit.active, old.active);
+  new.max_waiters := case when max_waiters = -1 then null else coalesce(update_limit.max_waiters, old.max_waiters) end;
+  new.description := coalesce(update_limit.description, old.description);
+  if new.slot_decay_per_second <> old.slot_decay_per_second then
+    new.decayed := pglimits._decayed(old, now);
+    new.decayed_at := now;
+  end if;
+  update pglimits.configs c
+  set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
+      max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
+      decayed_at = new.decayed_at, updated_at = now
+  where c.limit_id = old.limit_id;
+
+  for waited_for in
+    select distinct q.key from pglimits.queue q where q.limit_id = old.limit_id order by q.key
+  loop
+    perform pglimits._apply_change(waited_for, old, new, now);
+  end loop;
+end $$;
+
+comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
+$$Changes a limit, at once and in one transaction; what is null stays as it is. max_waiters -1: no bound. description '':
+none. new_name renames it and keeps everything. Grown: waiters are granted. Shrunk: holders keep their slots, nobody new
+until it fits. Rate: the level so far is kept and decays at the new rate. Inactive: waiters go on at once.
+Errors: PL001 a bad argument, PL002 no such limit, PL003 new_name is taken.$$;
+
+-- What a change of a limit means to those who wait on one of its keys.
+create or replace function pglimits._apply_change(
+  key text, old pglimits.configs, new pglimits.configs, now timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  was pglimits.states := pglimits._lock(new.limit_id, key);
+  state pglimits.states := was;
+  turns numeric[];
+  slots integer[];
+  told text;
+begin
+  if not new.active then
+    perform pglimits._send_away(state.limit_id, state.key);
+    state.waiting := 0;
+    state.next_death := timestamptz 'infinity';
+    state.next_look := timestamptz 'infinity';
+    perform pglimits._save(state, was, now);
+    return;
+  end if;
+
+  -- Turns lie where the level will have come down to the limit: as the limit moves, so do they.
+  update pglimits.queue q set turn = q.turn - (new."limit" - old."limit")
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
+    and q.expires_at < 'infinity' and new."limit" <> old."limit";
+  -- Who sleeps towards a turn that can never come is sent away to ask again, and gets the error.
+  with hopeless as (
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
+      and (q.slots > new."limit" or new.slot_decay_per_second = 0)
+    returning q.turn, q.slots, q.channel, q.lease_id
+  ), told as (
+    select pglimits._tell(h.channel, h.lease_id) from hopeless h
+  )
+  select array_agg(h.turn), array_agg(h.slots) into turns, slots from hopeless h, (select count(*) from told) t;
+  if turns is not null and new.slot_decay_per_second > 0 then
+    state := pglimits._close_gaps(state, new, now, turns, slots);
+  end if;
+  for told in
+    select distinct q.channel from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
+      and q.channel is not null
+  loop
+    perform pglimits._tell(told, null);
+  end loop;
+  state := pglimits._settle(state, new, now);
+  perform pglimits._save(state, was, now);
+end $$;
+
+comment on function pglimits._apply_change(text, pglimits.configs, pglimits.configs, timestamptz) is
+  'Applies a change of a limit to those who wait on one of its keys.';
+
+-- Empties a queue: everybody in it is told, and asks again.
+create or replace function pglimits._send_away(limit_id bigint, key text)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  waiter record;
+begin
+  for waiter in
+    delete from pglimits.queue q where q.limit_id = _send_away.limit_id and q.key = _send_away.key
+    returning q.channel, q.lease_id
+  loop
+    perform pglimits._tell(waiter.channel, waiter.lease_id);
+  end loop;
+end $$;
+
+comment on function pglimits._send_away(bigint, text) is 'Empties the queue of a (limit, key) and tells everybody who was in it.';
+
+create or replace function pglimits.delete_limit(name text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  gone pglimits.configs;
+  state record;
+begin
+  select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  end if;
+  for state in
+    select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key for update
+  loop
+    perform pglimits._send_away(gone.limit_id, state.key);
+    gone.fence_floor := greatest(gone.fence_floor, state.version);
+  end loop;
+  delete from pglimits.leases l where l.limit_id = gone.limit_id;
+  delete from pglimits.states s where s.limit_id = gone.limit_id;
+  delete from pglimits.configs c where c.limit_id = gone.limit_id;
+  update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
+end $$;
+
+comment on function pglimits.delete_limit(text) is
+  'Deletes a limit with its leases; its waiters are told; a later release is a no-op. Errors: PL002 no such limit.';
+
+-- Corrects what was charged before the call was made: up, even past the limit, or down, never below zero.
+create or replace function pglimits.adjust(name text, slots integer, key text default '')
+returns double precision
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz;
+  problem text := coalesce(case when slots is null then 'slots must not be null' end,
+                           pglimits._name_error('key', key, true));
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  was := pglimits._lock(pglimits._limit_id(name), key);
+  now := pglimits._now();
+  select c.* into config from pglimits.configs c where c.limit_id = was.limit_id;
+  if config.limit_id is null then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  elsif config.slot_decay_per_second = 0 then
+    perform pglimits._fail('NoSlotDecay', format('limit %L has no slot_decay_per_second: it has no level', name));
+  end if;
+  state := pglimits._add_to_level(was, config, slots, now);
+  if config.active then
+    state := pglimits._settle(state, config, now);
+  end if;
+  perform pglimits._save(state, was, now);
+  return greatest(state.booked - pglimits._decayed(config, now), 0);
+end $$;
+
+comment on function pglimits.adjust(text, integer, text) is
+$$Adds slots to the level of a rate limit after the fact (an estimate was 500 tokens, the call used 1312: adjust by 812),
+or takes them off, never below zero. Past the limit, later callers wait longer. Returns the new level in slots.
+Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
+
+-- Raises the level, or lowers it by what was used; what sleepers have reserved stays reserved, only earlier.
+create or replace function pglimits._add_to_level(
+  state pglimits.states, config pglimits.configs, slots bigint, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  used numeric;
+begin
+  state.booked := greatest(state.booked, decayed);
+  if slots >= 0 then
+    state.booked := state.booked + slots;
+    return state;
+  end if;
+  used := state.booked - decayed - coalesce((
+    select sum(q.slots) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 0);
+  used := least(-slots, greatest(used, 0));
+  if used = trunc(used) then
+    return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[used::integer]);
+  end if;
+  state := pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[trunc(used)::integer]);
+  if not exists (select from pglimits.queue q
+                 where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed) then
+    state.booked := state.booked - (used - trunc(used));
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, bigint, timestamptz) is
+  'Raises or lowers the level of a rate limit.';
+
+create or replace function pglimits.reset(name text, key text default null)
+returns integer
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz;
+  ended integer := 0;
+  ended_here integer;
+  of_limit bigint := pglimits._limit_id(name);
+  used_key text;
+  problem text := case when key is not null then pglimits._name_error('key', key, true) end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  for used_key in
+    select s.key from pglimits.states s
+    where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key
+  loop
+    was := pglimits._lock(of_limit, used_key);
+    continue when was.limit_id is null;
+    now := pglimits._now();
+    select c.* into config from pglimits.configs c where c.limit_id = of_limit;
+    delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key;
+    get diagnostics ended_here = row_count;
+    ended := ended + ended_here;
+    state := was;
+    state.held := 0;
+    state.next_expiry := timestamptz 'infinity';
+    if config.slot_decay_per_second > 0 then
+      state := pglimits._add_to_level(state, config, -2147483648, now);
+    end if;
+    if config.active then
+      state := pglimits._settle(state, config, now);
+    end if;
+    perform pglimits._save(state, was, now);
+  end loop;
+  return ended;
+end $$;
+
+comment on function pglimits.reset(text, text) is
+$$Ends every lease of a limit (of one key, if given) and sets its level to zero, as if nothing had been taken; waiters are
+granted. The holders are not stopped: they find out when they next renew. Returns how many leases were ended.
+Errors: PL001 a bad argument, PL002 no such limit.$$;

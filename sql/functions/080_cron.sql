@@ -1,0 +1,97 @@
+-- pg_cron, where it is there, calls the sweep. Its functions are called by dynamic SQL, because this has to be
+-- installable without it.
+
+-- How often pg_cron is asked to sweep: seconds from pg_cron 1.5 on, whole minutes before (it would misread seconds).
+create or replace function pglimits._cron_schedule(every interval, extension_version text)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  seconds numeric := extract(epoch from every);
+  parts integer[] := (regexp_match(extension_version, '^(\d+)\.(\d+)'))::integer[];
+  minutes integer;
+begin
+  if every is null or seconds < 1 or seconds > 86400 then
+    perform pglimits._fail('InvalidArgument',
+      format('every must be from 1 second to 1 day, not %s', coalesce(every::text, 'null')));
+  elsif seconds < 60 and (parts[1], parts[2]) >= (1, 5) then
+    return ceil(seconds) || ' seconds';
+  end if;
+  minutes := ceil(seconds / 60);
+  return case when minutes = 1 then '* * * * *'
+              when minutes < 60 then format('*/%s * * * *', minutes)
+              when minutes < 1440 then format('0 */%s * * *', ceil(minutes / 60.0)::integer)
+              else '0 0 * * *' end;
+end $$;
+
+comment on function pglimits._cron_schedule(interval, text) is
+  'The schedule for pg_cron of that version; rounded up to what it can express.';
+
+create or replace function pglimits.cron_enable(every interval default '1 minute')
+returns text
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  cron_version text := (select x.extversion from pg_catalog.pg_extension x where x.extname = 'pg_cron');
+  cron_database text := current_setting('cron.database_name', true);
+  schedule text;
+begin
+  if cron_version is null and cron_database <> current_database() then
+    perform pglimits._fail('CronUnavailable',
+      format('pg_cron lives in database %L, not in this one', cron_database),
+      format('Run ''pglimits cron enable'', or in %I: select cron.schedule_in_database(%L, %L, %L, %L);',
+             cron_database, pglimits._cron_job(), pglimits._cron_schedule(every, '1.4'), 'select pglimits.sweep()',
+             current_database()));
+  elsif cron_version is null then
+    perform pglimits._fail('CronUnavailable', 'pg_cron is not installed in this database',
+      'Install the package (Debian: postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'' and '
+      'cron.database_name, restart, and run: create extension pg_cron. Without it: pglimits sweep --every 60');
+  end if;
+  schedule := pglimits._cron_schedule(every, cron_version);
+  execute 'select cron.schedule($1, $2, $3)' using pglimits._cron_job(), schedule, 'select pglimits.sweep()';
+  return schedule;
+end $$;
+
+comment on function pglimits.cron_enable(interval) is
+$$Has pg_cron call sweep() that often (below a minute from pg_cron 1.5 on, else rounded up to minutes). Run twice, it is
+scheduled once. Returns the schedule. Errors: PL001 a bad argument, PL007 pg_cron is not in this database.$$;
+
+create or replace function pglimits.cron_disable()
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  job bigint;
+begin
+  if not exists (select from pg_catalog.pg_extension x where x.extname = 'pg_cron') then
+    return false;
+  end if;
+  execute 'select j.jobid from cron.job j where j.jobname = $1' into job using pglimits._cron_job();
+  if job is null then
+    return false;
+  end if;
+  execute 'select cron.unschedule($1)' using job;
+  return true;
+end $$;
+
+comment on function pglimits.cron_disable() is 'Stops pg_cron from calling sweep(). False if it was not scheduled here.';
+
+create or replace function pglimits._cron_job()
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return 'pglimits sweep ' || current_database();
+end $$;
+
+comment on function pglimits._cron_job() is 'The name of the job in pg_cron.';

@@ -1,0 +1,44 @@
+-- Installs or upgrades pglimits in the database you are connected to: psql -f sql/install.sql
+-- One transaction; safe to repeat, and safe when several run it at once.
+\set ON_ERROR_STOP on
+\set QUIET on
+set client_min_messages = notice;
+begin;
+set local search_path = pg_catalog;
+select pg_advisory_xact_lock(7210911204761542) \g /dev/null
+set local client_min_messages = warning;
+create schema if not exists pglimits;
+set local client_min_messages = notice;
+
+select to_regclass('pglimits.meta') is null as fresh \gset
+\if :fresh
+\set installed 0
+\else
+select schema_version as installed from pglimits.meta \gset
+\endif
+
+select :installed > 1 as too_new, :installed < 1 as need_0001 \gset
+\if :too_new
+do $$ begin
+  raise exception 'this database has a newer schema of pglimits than this script knows; install the newer pglimits';
+end $$;
+\endif
+\if :need_0001
+\ir migrations/0001_tables.sql
+insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do update set schema_version = 1;
+\endif
+
+\ir functions/010_basics.sql
+\ir functions/020_state.sql
+\ir functions/030_serve.sql
+\ir functions/040_acquire.sql
+\ir functions/050_leases.sql
+\ir functions/060_limits.sql
+\ir functions/070_sweep.sql
+\ir functions/080_cron.sql
+\ir functions/090_version.sql
+\ir views.sql
+\ir grants.sql
+commit;
+select 'pglimits ' || pglimits.version() || ' is installed in ' || current_database() as done \gset
+\echo :done

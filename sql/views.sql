@@ -1,0 +1,57 @@
+-- What anybody may see who may see anything. Decay and expiry are applied as of now, whatever has been taken out yet.
+
+create or replace view pglimits.limits as
+select
+  c.name, c."limit", c.active, c.slot_decay_per_second,
+  coalesce(s.held, 0)::integer as held,
+  coalesce(s.level, 0)::double precision as level,
+  coalesce(w.waiting, 0)::integer as waiting,
+  c.max_waiters, c.description, c.created_at, c.updated_at
+from (select pglimits._now() as now) clock
+cross join pglimits.configs c
+left join lateral (
+  select
+    sum(k.held - case when k.next_expiry > clock.now then 0 else coalesce((
+      select sum(l.slots) from pglimits.leases l
+      where l.limit_id = k.limit_id and l.key = k.key
+        and l.expires_at >= k.next_expiry and l.expires_at <= clock.now), 0) end) as held,
+    sum(greatest(k.booked - (c.decayed + c.slot_decay_per_second::numeric
+                             * extract(epoch from clock.now - c.decayed_at)), 0))
+      filter (where c.slot_decay_per_second > 0) as level
+  from pglimits.states k where k.limit_id = c.limit_id
+) s on true
+left join lateral (
+  select count(*) as waiting from pglimits.queue q
+  where q.limit_id = c.limit_id and q.expires_at > clock.now
+    and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
+                                                * extract(epoch from clock.now - c.decayed_at))
+) w on true;
+
+comment on view pglimits.limits is
+  'Every limit. held, level and waiting are over all its keys: slots under live leases; slots used (or reserved ahead) '
+  'and not decayed yet; live requests in the queue or asleep until their turn.';
+
+create or replace view pglimits.holders as
+select l.lease_id, c.name, l.key, l.slots, l.holder, l.fence, l.priority, l.acquired_at, l.expires_at
+from (select pglimits._now() as now) clock
+cross join pglimits.leases l
+join pglimits.configs c on c.limit_id = l.limit_id
+where l.expires_at > clock.now;
+
+comment on view pglimits.holders is 'Every live lease: one row for each limit that it is on.';
+
+create or replace view pglimits.waiters as
+select
+  q.lease_id, c.name, q.key, q.slots, q.holder, -q.rank as priority,
+  (row_number() over (partition by q.limit_id, q.key order by q.turn nulls last, q.rank, q.arrival))::integer
+    as "position",
+  q.arrival as waiting_since
+from (select pglimits._now() as now) clock
+cross join pglimits.queue q
+join pglimits.configs c on c.limit_id = q.limit_id
+where q.expires_at > clock.now
+  and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
+                                              * extract(epoch from clock.now - c.decayed_at));
+
+comment on view pglimits.waiters is
+  'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue.';

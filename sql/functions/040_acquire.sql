@@ -407,7 +407,8 @@ comment on function pglimits.peek(text, integer, text, interval, integer, boolea
   'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
 
 -- Many requests in one call, each answered by itself: what the clients use to send what queued up meanwhile.
-create or replace function pglimits.acquire_many(requests jsonb, durable boolean default true)
+create or replace function pglimits.acquire_many(
+  requests jsonb, durable boolean default true, patience interval default null)
 returns table (
   ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
   wait interval, missing text[], error text, message text)
@@ -425,7 +426,7 @@ begin
     perform pglimits._fail('InvalidArgument',
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
   end if;
-  perform pglimits._durable(durable);
+  perform pglimits._for_this_call(durable, patience);
   select array_agg(pglimits._check_request(
            r.names, coalesce(r.slots, '{1}'), coalesce(r.keys, '{""}'), coalesce(r.lease_duration, '5 minutes'),
            r.wait, coalesce(r.priority, 0), r.holder, r.lease_id, coalesce(r.strict, false), r.channel,
@@ -445,18 +446,19 @@ begin
     status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
 end $$;
 
-comment on function pglimits.acquire_many(jsonb, boolean) is
+comment on function pglimits.acquire_many(jsonb, boolean, interval) is
 $$Serves many requests in one call and one transaction, in their order, each with an answer of its own.
 
 requests: an array of objects with the arguments of acquire as members (names, slots, keys, lease_duration, wait,
 priority, holder, lease_id, strict, channel; wait null or absent: for ever), and for_rate: true for what rate_limit does.
-durable: false commits with synchronous_commit = off.
+durable: false commits with synchronous_commit = off. patience: how long to wait for the lock of a limit that somebody
+keeps in a long transaction (null: as lock_timeout says); past it error 55P03, and nothing was done.
 
 A row for each: its ordinal, what acquire or rate_limit would have answered, the limits that are missing, and, with
 status error, the kind of error (as errors() lists them) and its message.$$;
 
--- A caller that does not insist on durability lets the whole transaction commit without waiting for the disk.
-create or replace function pglimits._durable(durable boolean)
+-- Settings of one call: how durable it is, and how long it waits for a lock.
+create or replace function pglimits._for_this_call(durable boolean, patience interval)
 returns void
 language plpgsql
 volatile
@@ -465,9 +467,16 @@ as $$
 begin
   if durable is null then
     perform pglimits._fail('InvalidArgument', 'durable must not be null');
-  elsif not durable then
+  elsif patience <= interval '0' or patience > interval '20 days' then
+    perform pglimits._fail('InvalidArgument', format('patience must be above 0 and at most 20 days, not %s', patience));
+  end if;
+  if not durable then
     perform set_config('synchronous_commit', 'off', true);
+  end if;
+  if patience is not null then
+    perform set_config('lock_timeout', ceil(extract(epoch from patience) * 1000)::bigint::text, true);
   end if;
 end $$;
 
-comment on function pglimits._durable(boolean) is 'false: the current transaction commits with synchronous_commit = off.';
+comment on function pglimits._for_this_call(boolean, interval) is
+  'durable false: this transaction commits with synchronous_commit = off. patience: its lock_timeout.';

@@ -78,7 +78,7 @@ begin
   if lease_ids is null then
     perform pglimits._fail('InvalidArgument', 'lease_ids must not be null');
   end if;
-  perform pglimits._durable(durable);
+  perform pglimits._for_this_call(durable, null);
   -- A waiter for several limits may move on while we wait for a lock; then it is found at its new place.
   for attempt in 1 .. 5 loop
     for place in

@@ -1,0 +1,59 @@
+"""Concurrency limits and rate limits for any app that already has PostgreSQL.
+
+``pglimits.sync`` and ``pglimits.asyncio`` have ``concurrency`` and ``rate_limit`` for the database that the environment
+names; ``Limiter`` and ``AsyncLimiter`` take a DSN or a connection pool, and also create and change limits.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from ._async_limiter import AsyncLimiter
+from ._limiter import Limiter
+from ._renewal import Lease
+from .errors import (
+    AcquireTimeout,
+    CronUnavailable,
+    EmbeddedUnavailable,
+    InvalidArgument,
+    LeaseLost,
+    LimiterUnavailable,
+    LimitExists,
+    LimitNotFound,
+    NoSlotDecay,
+    NotInstalled,
+    PermissionDenied,
+    PglimitsError,
+    QueueFull,
+    ReadOnlyServer,
+    SlotsExceedLimit,
+    VersionMismatch,
+)
+from .models import Holder, Limit, Peek, Swept, Waiter
+
+__all__ = [
+    "AcquireTimeout",
+    "AsyncLimiter",
+    "CronUnavailable",
+    "EmbeddedUnavailable",
+    "Holder",
+    "InvalidArgument",
+    "Lease",
+    "LeaseLost",
+    "Limit",
+    "LimitExists",
+    "LimitNotFound",
+    "Limiter",
+    "LimiterUnavailable",
+    "NoSlotDecay",
+    "NotInstalled",
+    "Peek",
+    "PermissionDenied",
+    "PglimitsError",
+    "QueueFull",
+    "ReadOnlyServer",
+    "SlotsExceedLimit",
+    "Swept",
+    "VersionMismatch",
+    "Waiter",
+]

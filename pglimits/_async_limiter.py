@@ -1,0 +1,408 @@
+"""The limiter for tasks: as the one for threads, with the same names and parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+from psycopg_pool import AsyncConnectionPool
+
+from . import _calls
+from ._arguments import Names
+from ._batches import Slot, Ticket
+from ._database import run_async
+from ._engine import Engine, OnUnavailable, Send, Step
+from ._renewal import Lease
+from ._requests import F, checked, decorate, engine_of, who
+from ._wake import TaskWaker
+from .errors import LeaseLost, LimitExists, LimitNotFound
+from .models import Holder, Limit, Peek, Swept, Waiter
+
+if TYPE_CHECKING:
+    from ._limiter import Concurrency
+
+T = TypeVar("T")
+
+
+class AsyncLimiter:
+    """Limits of one database, for asyncio. Arguments as Limiter; ``pool`` is a psycopg_pool.AsyncConnectionPool.
+
+    Without a pool of the caller's, statements are sent from a few threads that all event loops and threads of the
+    process share, so that their requests travel together. Leases are renewed from a thread in any case: a blocked event
+    loop loses none.
+    """
+
+    def __init__(
+        self,
+        dsn: str | None = None,
+        *,
+        pool: AsyncConnectionPool[Any] | None = None,
+        durable: bool = True,
+        on_unavailable: OnUnavailable = "raise",
+    ) -> None:
+        self._engine = engine_of(dsn, pool, durable, on_unavailable)
+        self._on_unavailable = on_unavailable
+        self._pool = pool
+        self._open = True
+        self._leads: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def _on(cls, engine: Engine, on_unavailable: OnUnavailable) -> AsyncLimiter:
+        limiter = cls.__new__(cls)
+        limiter._engine, limiter._on_unavailable, limiter._open = engine, on_unavailable, False
+        limiter._pool, limiter._leads = None, set()
+        return limiter
+
+    # Taking slots.
+
+    def concurrency(
+        self,
+        names: Names,
+        occupy: int = 1,
+        timeout_seconds: float | None = None,
+        max_retries: int | None = None,
+        lease_duration: float = 300,
+        strict: bool = False,
+        holder: Any = None,
+        raise_on_lease_renewal_failure: bool | None = None,
+        *,
+        key: str = "",
+        priority: int = 0,
+    ) -> AsyncConcurrency:
+        """Hold slots for as long as an ``async with`` block or a function runs. As ``Limiter.concurrency``.
+
+        When the lease is lost and that is to raise, the body is cancelled and LeaseLost is raised.
+        """
+        return AsyncConcurrency(
+            lambda: self,
+            (
+                names,
+                occupy,
+                timeout_seconds,
+                max_retries,
+                lease_duration,
+                strict,
+                holder,
+                raise_on_lease_renewal_failure,
+                key,
+                priority,
+            ),
+        )
+
+    async def acquire(
+        self,
+        names: Names,
+        occupy: int = 1,
+        timeout_seconds: float | None = None,
+        max_retries: int | None = None,
+        lease_duration: float = 300,
+        strict: bool = False,
+        holder: Any = None,
+        *,
+        key: str = "",
+        priority: int = 0,
+        renew: bool = True,
+    ) -> Lease:
+        """Take slots until ``release``. As ``Limiter.acquire``."""
+        request = checked(
+            names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
+        )(_waker(), self._on_unavailable, _who())
+        lease = await self._drive(self._engine.acquiring(request))
+        if not renew:
+            self._engine.renewal.remove(lease)
+        return lease
+
+    async def release(self, lease: Lease | UUID | str) -> bool:
+        """End a lease now instead of at its expiry. As ``Limiter.release``."""
+        if not isinstance(lease, Lease):
+            lease = Lease.foreign(_calls.lease_id(lease))
+        return bool(await self._drive(self._engine.releasing(lease, _waker())))
+
+    async def rate_limit(
+        self,
+        names: Names,
+        occupy: int = 1,
+        timeout_seconds: float | None = None,
+        strict: bool = False,
+        key: str = "",
+    ) -> None:
+        """Take slots that come back by decay only, and sleep until their turn. As ``Limiter.rate_limit``."""
+        request = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)(
+            _waker(), self._on_unavailable, _who()
+        )
+        await self._drive(self._engine.acquiring(request))
+
+    # Limits.
+
+    async def create(
+        self,
+        name: str,
+        limit: int,
+        slot_decay_per_second: float = 0.0,
+        active: bool = True,
+        max_waiters: int | None = None,
+        description: str | None = None,
+    ) -> Limit:
+        """Create a limit. Raises LimitExists, InvalidArgument."""
+        await self._call(_calls.create(name, limit, slot_decay_per_second, active, max_waiters, description))
+        return await self.get(name)
+
+    async def update(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        slot_decay_per_second: float | None = None,
+        active: bool | None = None,
+        max_waiters: int | None = None,
+        description: str | None = None,
+        new_name: str | None = None,
+    ) -> Limit:
+        """Change what is given, at once. ``max_waiters=-1``: no bound. Raises LimitNotFound, LimitExists."""
+        await self._call(_calls.update(name, limit, slot_decay_per_second, active, max_waiters, description, new_name))
+        return await self.get(name if new_name is None else new_name)
+
+    async def upsert(
+        self,
+        name: str,
+        limit: int,
+        slot_decay_per_second: float = 0.0,
+        active: bool = True,
+        max_waiters: int | None = None,
+        description: str | None = None,
+    ) -> Limit:
+        """Create a limit, or make the one of that name so."""
+        try:
+            return await self.update(
+                name,
+                limit=limit,
+                slot_decay_per_second=slot_decay_per_second,
+                active=active,
+                max_waiters=-1 if max_waiters is None else max_waiters,
+                description=description or "",
+            )
+        except LimitNotFound:
+            with contextlib.suppress(LimitExists):
+                return await self.create(name, limit, slot_decay_per_second, active, max_waiters, description)
+            return await self.upsert(name, limit, slot_decay_per_second, active, max_waiters, description)
+
+    async def delete(self, name: str) -> None:
+        """Delete a limit with its leases; its waiters are told. Raises LimitNotFound."""
+        await self._call(_calls.delete(name))
+
+    async def get(self, name: str) -> Limit:
+        """One limit, as it stands now. Raises LimitNotFound."""
+        return await self._call(_calls.get(name))
+
+    async def list(self) -> list[Limit]:
+        """All limits by name, as they stand now."""
+        return await self._call(_calls.list_limits())
+
+    async def reset(self, name: str, key: str | None = None) -> int:
+        """End every lease of a limit (or of one key) and set its level to zero. Returns how many leases ended."""
+        return await self._call(_calls.reset(name, key))
+
+    async def peek(
+        self,
+        names: Names,
+        occupy: int = 1,
+        *,
+        key: str = "",
+        priority: int = 0,
+        strict: bool = False,
+        for_rate: bool = False,
+    ) -> Peek:
+        """What a request would be answered now, without making it. ``for_rate``: for ``rate_limit``."""
+        return await self._call(_calls.peek(names, occupy, key, priority, strict, for_rate))
+
+    async def adjust(self, name: str, slots: int, key: str = "") -> float:
+        """Add slots to (or take them off) the level of a rate limit after the fact. Returns the new level.
+
+        Raises LimitNotFound, NoSlotDecay.
+        """
+        return await self._call(_calls.adjust(name, slots, key))
+
+    async def holders(self, name: str | None = None) -> list[Holder]:  # type: ignore[valid-type]
+        """The live leases, of one limit or of all."""
+        return await self._call(_calls.holders(name))
+
+    async def waiters(self, name: str | None = None) -> list[Waiter]:  # type: ignore[valid-type]
+        """Who waits, in order, for one limit or for all."""
+        return await self._call(_calls.waiters(name))
+
+    async def renew(self, lease: Lease | UUID, lease_duration: float | None = None) -> bool:
+        """Renew a lease that is not renewed by itself. Whether it was still live."""
+        return await self._call(_calls.renew(lease, lease_duration))
+
+    async def sweep(self) -> Swept:
+        """Tidy up. Nothing depends on it but the size of the tables."""
+        return await self._call(_calls.sweep())
+
+    async def version(self) -> str:
+        """The version of pglimits in the database."""
+        return await self._call(_calls.version())
+
+    async def close(self) -> None:
+        """Release what is still held and close connections of our own."""
+        if self._open:
+            self._open = False
+            await asyncio.to_thread(self._engine.close)
+
+    async def __aenter__(self) -> AsyncLimiter:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    # Doing what the engine says.
+
+    async def _call(self, call: _calls.Call[T]) -> T:
+        if self._pool is not None:
+            return call.read(await run_async(self._pool, self._engine.database, call.sql, call.params))
+        return call.read(await asyncio.to_thread(self._engine.database.execute, call.sql, call.params))
+
+    async def _drive(self, course: Generator[Step, None, T]) -> T:
+        try:
+            step = next(course)
+            while True:
+                try:
+                    await self._do(step)
+                except BaseException as error:
+                    step = course.throw(error)
+                else:
+                    step = course.send(None)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    async def _do(self, step: Step) -> None:
+        if isinstance(step, Send):
+            await self._send(step.ticket, step.seconds)
+        elif isinstance(step.waker, TaskWaker):
+            await step.waker.wait(step.seconds)
+
+    async def _send(self, ticket: Ticket, seconds: float | None) -> None:
+        assert isinstance(ticket.waker, TaskWaker)
+        self._engine.batches.submit(ticket)
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            self._have_sent(ticket)
+            left = None if until is None else until - time.monotonic()
+            if ticket.done or (left is not None and left <= 0):
+                return
+            await ticket.waker.wait(left)
+
+    def _have_sent(self, ticket: Ticket) -> None:
+        if self._pool is None:
+            self._engine.send_for_tasks(ticket)
+        elif self._engine.batches.can_go(ticket):
+            # In a task of its own: whoever asked may be cancelled, and the batch carries others' requests too.
+            lead = asyncio.create_task(self._lead(), name="pglimits-send")
+            self._leads.add(lead)
+            lead.add_done_callback(self._leads.discard)
+
+    async def _lead(self) -> None:
+        assert self._pool is not None
+        batches = self._engine.batches
+        while True:
+            slot = Slot()
+            try:
+                if not batches.take(slot):
+                    return
+                batches.nudge()
+                sql, params = batches.statement(slot.batch or ())
+                batches.finish(slot, await run_async(self._pool, self._engine.database, sql, params))
+            except BaseException as error:
+                batches.fail(slot, error)
+                if not isinstance(error, Exception):
+                    raise
+
+
+class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
+    """Slots held while an ``async with`` block or a decorated coroutine function runs."""
+
+    def __init__(self, limiter: Callable[[], AsyncLimiter], arguments: tuple[Any, ...]) -> None:
+        self._limiter = limiter
+        self._arguments = arguments
+        self._request = checked(*arguments)
+        self._raises = bool(arguments[5] if arguments[7] is None else arguments[7])
+        self._holds: list[_Hold] = []
+
+    async def __aenter__(self) -> Lease:
+        limiter = self._limiter()
+        request = self._request(_waker(), limiter._on_unavailable, _who())
+        lease = await limiter._drive(limiter._engine.acquiring(request))
+        hold = _Hold(lease)
+        if self._raises:
+            lease.on_lost(hold.lost_elsewhere)
+        self._holds.append(hold)
+        return lease
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        hold = self._holds.pop()
+        hold.over = True
+        lease = hold.lease
+        ours = lease.enforced and not lease.released and lease.pid == os.getpid()
+        lost = lease.lost
+        limiter = self._limiter()
+        live = await limiter._drive(limiter._engine.releasing(lease, _waker()))
+        if not self._raises or not ours or not (lost or live is False):
+            return
+        if hold.cancelled:
+            # As asyncio.timeout does it: our own cancellation ends here, somebody else's goes on.
+            assert hold.task is not None
+            if hold.task.uncancel() > hold.cancelling or not isinstance(error, asyncio.CancelledError):
+                return
+        elif error is not None:
+            return
+        raise LeaseLost(f"the lease {lease.id} on {', '.join(lease.names)} ended before the work did") from error
+
+    def __call__(self, function: F) -> F:
+        return decorate(function, self._in_thread, self._again)
+
+    def _again(self) -> AsyncConcurrency:
+        return AsyncConcurrency(self._limiter, self._arguments)
+
+    def _in_thread(self) -> Concurrency:
+        from ._limiter import Concurrency, Limiter
+
+        limiter = self._limiter()
+        return Concurrency(lambda: Limiter._on(limiter._engine, limiter._on_unavailable), self._arguments)
+
+
+class _Hold:
+    """A lease, and the task that works under it."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task()
+        self.cancelling = self.task.cancelling() if self.task is not None else 0
+        self.cancelled = False
+        self.over = False
+
+    def lost_elsewhere(self) -> None:
+        """Called by the thread that renews."""
+        with contextlib.suppress(RuntimeError):  # the loop may have been closed
+            self.loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if not self.over and self.task is not None:
+            self.cancelled = True
+            self.task.cancel()
+
+
+def _waker() -> TaskWaker:
+    return TaskWaker(asyncio.get_running_loop())
+
+
+def _who() -> dict[str, Any]:
+    task = asyncio.current_task()
+    return who(task=task.get_name() if task is not None else None)

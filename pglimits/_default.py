@@ -1,0 +1,25 @@
+"""The limiters that the module-level functions use, made when they are first needed."""
+
+from __future__ import annotations
+
+import threading
+
+from ._async_limiter import AsyncLimiter
+from ._limiter import Limiter
+
+_lock = threading.RLock()
+_limiter: Limiter | None = None
+
+
+def limiter() -> Limiter:
+    """The limiter for the database that the environment names."""
+    global _limiter
+    with _lock:
+        if _limiter is None:
+            _limiter = Limiter()
+        return _limiter
+
+
+def async_limiter() -> AsyncLimiter:
+    """The same for tasks: both share connections, batches and renewal."""
+    return AsyncLimiter._on(limiter()._engine, "raise")

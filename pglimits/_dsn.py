@@ -1,0 +1,55 @@
+"""Which database: the caller's DSN, the environment, or the embedded server."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from .errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A database. ``source`` says where its DSN came from: ``argument``, a variable's name, or ``embedded``."""
+
+    conninfo: str
+    source: str
+
+
+def resolve(dsn: str | None = None) -> Target:
+    """The database to use: ``dsn``, else PGLIMITS_DSN, else DATABASE_URL, else the embedded server, started if need be.
+
+    Raises:
+        InvalidArgument: the DSN cannot be read.
+        EmbeddedUnavailable: there is no DSN and no PostgreSQL to embed.
+    """
+    for source, value in (
+        ("argument", dsn),
+        ("PGLIMITS_DSN", os.environ.get("PGLIMITS_DSN")),
+        ("DATABASE_URL", os.environ.get("DATABASE_URL")),
+    ):
+        if value:
+            return Target(_normal(value, source), source)
+    from . import _embedded, _install
+
+    server = _embedded.start()
+    _install.install_if_needed(server.dsn)
+    return Target(_normal(server.dsn, "embedded"), "embedded")
+
+
+def _normal(dsn: str, source: str) -> str:
+    # SQLAlchemy and Django users write the driver into the scheme.
+    scheme, separator, rest = dsn.partition("://")
+    if separator and scheme.split("+")[0] in ("postgres", "postgresql"):
+        dsn = f"postgresql://{rest}"
+    try:
+        given = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        what = "dsn" if source == "argument" else source
+        raise InvalidArgument(f"{what} is not a PostgreSQL connection string: {error}") from None
+    given.setdefault("application_name", "pglimits")
+    given.setdefault("connect_timeout", 10)
+    return make_conninfo("", **given)

@@ -1,0 +1,427 @@
+"""One engine for each database that a process uses: what sync and async callers share, and how a request goes.
+
+``acquiring`` is the course of a request, without I/O: it yields what has to be done (``Send``, ``Wait``, ``Pause``) and
+is told what came of it. The two shells, for threads and for tasks, do just that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import UUID, uuid4
+
+from . import _sql
+from ._arguments import Part
+from ._batches import PATIENCE, Answer, Batches, Slot, Ticket
+from ._database import BATCHES_AT_ONCE, Busy, Database
+from ._keeper import Keeper, Waiter
+from ._renewal import Lease, Renewal
+from ._wake import Waker
+from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
+
+log = logging.getLogger("pglimits")
+
+OnUnavailable = Literal["raise", "wait", "allow"]
+
+_SHORTEST_WATCHED = 0.1
+"""Turns nearer than this many seconds are not worth telling anybody that they have moved."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What a caller wants."""
+
+    parts: tuple[Part, ...]
+    timeout: float | None
+    waker: Waker
+    for_rate: bool = False
+    lease_duration: float = 300.0
+    strict: bool = False
+    priority: int = 0
+    holder: Any = None
+    on_unavailable: OnUnavailable = "raise"
+    lease_id: UUID = field(default_factory=uuid4)
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        return tuple((part.name, part.key) for part in self.parts)
+
+    def body(self, wait: float | None, channel: str) -> dict[str, Any]:
+        """As ``acquire_many`` takes it."""
+        return {
+            "names": [part.name for part in self.parts],
+            "keys": [part.key for part in self.parts],
+            "slots": [part.slots for part in self.parts],
+            "lease_duration": f"{self.lease_duration:.6f} s",
+            "wait": None if wait is None else f"{wait:.6f} s",
+            "priority": self.priority,
+            "holder": self.holder,
+            "lease_id": str(self.lease_id),
+            "strict": self.strict,
+            "channel": channel,
+            "for_rate": self.for_rate,
+        }
+
+    def named(self) -> str:
+        return ", ".join(repr(part.name) for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Have the ticket served; give up after so many seconds."""
+
+    ticket: Ticket
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait until woken, at most so many seconds."""
+
+    waker: Waker
+    seconds: float | None
+
+
+Step = Send | Wait
+Course = Generator[Step, None, Lease]
+
+
+class Engine:
+    """What a process needs for one database."""
+
+    def __init__(self, database: Database, durable: bool) -> None:
+        self.database = database
+        self.durable = durable
+        self.users = 0
+        self._warned: set[str] = set()
+        self._begin()
+        _engines.add(self)
+
+    def _begin(self) -> None:
+        self.pid = os.getpid()
+        self.batches = Batches(self.durable, lambda ticket: self.give_back(ticket.lease_id))
+        self.keeper = Keeper(self.database)
+        self.renewal = Renewal(self.database, self.give_back)
+        self._lock = threading.Lock()
+        self._given_up: queue.SimpleQueue[tuple[UUID, float] | None] = queue.SimpleQueue()
+        self._cleaner: threading.Thread | None = None
+        self._senders: ThreadPoolExecutor | None = None
+        self._sending = 0
+
+    def forked(self) -> None:
+        """Called in the child of a fork."""
+        self._parents = getattr(self, "_parents", []), self.batches, self.keeper, self.renewal, self._senders
+        self.database.forked()
+        self._begin()
+
+    # The course of a request.
+
+    def acquiring(self, request: Request) -> Course:
+        """Take slots, or a turn on rate limits.
+
+        Raises:
+            AcquireTimeout, and what the database says.
+        """
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        waiter: Waiter | None = None
+        pause = 0.05
+        # Whether the database may have something of ours if this ends without a lease.
+        taken = False
+        self._ready_to_clean()
+        try:
+            while True:
+                taken = True
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                asked = time.monotonic()
+                ticket = Ticket(
+                    request.lease_id,
+                    request.places,
+                    request.body(left, self.keeper.channel),
+                    request.waker,
+                    None if left is None else left or PATIENCE,
+                )
+                yield from self._send(ticket, ticket.patience)
+                if ticket.error is not None or not isinstance(ticket.answer, Answer):
+                    problem = ticket.error or LimiterUnavailable("the database did not answer in time")
+                    if isinstance(problem, Busy) or ticket.error is None:
+                        if left is not None and time.monotonic() >= (deadline or 0):
+                            raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
+                    elif not isinstance(problem, LimiterUnavailable) or request.on_unavailable == "raise":
+                        raise problem
+                    elif request.on_unavailable == "allow":
+                        log.warning("%s not enforced: %s", request.named(), problem)
+                        return self._lease(request, None, asked)
+                    elif left is not None and left <= 0:
+                        raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
+                    yield Wait(request.waker, pause if left is None else min(pause, left))
+                    pause = min(pause * 2, 2.0)
+                    continue
+
+                answer = ticket.answer
+                taken = answer.status in ("granted", "queued")
+                self._warn_missing(answer.missing)
+                if answer.error is not None:
+                    raise BY_KIND.get(answer.error, PglimitsError)(answer.message or answer.error)
+                if answer.status == "unlimited":
+                    return self._lease(request, None, asked)
+                if answer.status == "granted" and not answer.wait:
+                    return self._lease(request, answer, asked)
+                if answer.status == "refused":
+                    raise AcquireTimeout(_refusal(request, answer))
+
+                now = time.monotonic()
+                waiter = Waiter(
+                    request.lease_id,
+                    request.waker,
+                    now + (answer.retry_after if answer.wait is None else min(answer.wait, 3.0)),  # type: ignore[operator]
+                    None if answer.wait is None else now + answer.wait,
+                )
+                if answer.wait is None or answer.wait > _SHORTEST_WATCHED:
+                    self.keeper.add(waiter)
+                yield from self._await_news(waiter, deadline)
+                self.keeper.remove(waiter)
+                if waiter.error is not None and request.on_unavailable == "raise":
+                    raise waiter.error
+                if waiter.news is not None and waiter.news.status == "granted":
+                    news = waiter.news
+                    asked = time.monotonic() - 0.001
+                    return self._lease(request, Answer("granted", [news.fence], news.expires_at), asked)
+                if (
+                    waiter.turn_at is not None
+                    and waiter.news is None
+                    and (self.keeper.listening or (answer.wait is not None and answer.wait <= _SHORTEST_WATCHED))
+                ):
+                    return self._lease(request, answer, asked)
+                if waiter.news is None and waiter.turn_at is None and waiter.error is None:
+                    released = Ticket(request.lease_id, request.places, None, request.waker, None)
+                    yield from self._send(released, PATIENCE)
+                    taken = released.error is not None or not released.done
+                    raise AcquireTimeout(f"no slot of {request.named()} within {request.timeout:g} s")
+                # Else ask again, with the same id: it acts once.
+        except BaseException:
+            if taken:
+                self.give_back(request.lease_id)
+            raise
+        finally:
+            if waiter is not None:
+                self.keeper.remove(waiter)
+
+    def _send(self, ticket: Ticket, seconds: float | None) -> Generator[Step, None, None]:
+        try:
+            yield Send(ticket, seconds)
+        finally:
+            if not ticket.done:
+                self.batches.withdraw(ticket)
+            elif ticket.body is not None and isinstance(ticket.error, LimiterUnavailable):
+                # Nobody knows what became of it. What may have been granted is given back.
+                self.give_back(ticket.lease_id, 1.0)
+
+    def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
+        while waiter.news is None and waiter.error is None:
+            now = time.monotonic()
+            until = waiter.turn_at if waiter.turn_at is not None else deadline
+            if until is not None and now >= until:
+                return
+            yield Wait(waiter.waker, None if until is None else until - now)
+
+    def releasing(self, lease: Lease, waker: Waker) -> Generator[Step, None, bool | None]:
+        """End a lease. Whether it was still live; None if the database could not be asked."""
+        if not lease.enforced or lease.released or lease.pid != os.getpid():
+            return False
+        lease.released = True
+        self.renewal.remove(lease)
+        ticket = Ticket(lease.id, lease.places, None, waker, None)
+        try:
+            yield Send(ticket, None)
+        except BaseException:
+            self.batches.withdraw(ticket)
+            self.give_back(lease.id)
+            raise
+        if ticket.error is not None:
+            self.give_back(lease.id, 0.5)
+            if not isinstance(ticket.error, LimiterUnavailable):
+                raise ticket.error
+            log.warning("the lease %s could not be released yet, trying on: %s", lease.id, ticket.error)
+            return None
+        return bool(ticket.answer)
+
+    def _lease(self, request: Request, answer: Answer | None, asked: float) -> Lease:
+        enforced = answer is not None and answer.expires_at is not None
+        lease = Lease(
+            request.lease_id,
+            request.places,
+            answer.fences if answer is not None and answer.fences is not None else [None] * len(request.parts),
+            answer.expires_at if answer is not None else None,
+            request.lease_duration,
+            asked + request.lease_duration,
+            self.pid,
+        )
+        if enforced:
+            self.renewal.add(lease)
+        return lease
+
+    def _warn_missing(self, missing: list[str] | None) -> None:
+        for name in missing or ():
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning("there is no limit named %r: it is not enforced", name)
+
+    # Sending, from a caller's thread or from one of a few of our own on behalf of tasks.
+
+    def lead(self, ticket: Ticket | None) -> None:
+        """Send batches: those with this ticket in it, or, without one, as long as there are any."""
+        while True:
+            slot = Slot()
+            try:
+                if not self.batches.take(slot, ticket):
+                    return
+                self.batches.nudge()
+                sql, params = self.batches.statement(slot.batch or ())
+                self.batches.finish(slot, self.database.execute(sql, params))
+            except BaseException as error:
+                self.batches.fail(slot, error)
+                if not isinstance(error, Exception):
+                    raise
+
+    def send_for_tasks(self, ticket: Ticket) -> None:
+        """Have a thread of ours send what is pending, if the ticket can go and not enough of them are at it."""
+        if not self.batches.can_go(ticket):
+            return
+        with self._lock:
+            if self._sending >= BATCHES_AT_ONCE:
+                return
+            self._sending += 1
+            if self._senders is None:
+                self._senders = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="pglimits-send")
+        self._senders.submit(self._send_all)
+
+    def _send_all(self) -> None:
+        try:
+            self.lead(None)
+        finally:
+            with self._lock:
+                self._sending -= 1
+        # Something may have come in between the last look and the line above.
+        self.batches.nudge()
+
+    # Giving back what nobody waits for any longer.
+
+    def give_back(self, lease_id: UUID, again_after: float = 0.0) -> None:
+        """Release a lease, a place or a turn in the background. Callable from anywhere.
+
+        again_after: release it once more so many seconds later, where the first may have been too early.
+        """
+        self._given_up.put((lease_id, again_after))
+
+    def _ready_to_clean(self) -> None:
+        if self._cleaner is None:
+            with self._lock:
+                if self._cleaner is None:
+                    self._cleaner = threading.Thread(target=self._clean, name="pglimits-release", daemon=True)
+                    self._cleaner.start()
+
+    def _clean(self) -> None:
+        later: list[tuple[float, UUID]] = []
+        stopping = False
+        while not stopping or later:
+            now = time.monotonic()
+            timeout = None if not later else max(min(later)[0] - now, 0.0)
+            try:
+                item = self._given_up.get(timeout=0 if stopping else timeout)
+                if item is None:
+                    stopping = True
+                else:
+                    later.append((0.0, item[0]))
+                    if item[1]:
+                        later.append((now + item[1], item[0]))
+                    continue
+            except queue.Empty:
+                pass
+            due = [entry for entry in later if entry[0] <= now or stopping]
+            if not due:
+                continue
+            later = [entry for entry in later if entry not in due]
+            try:
+                self.database.execute(_sql.RELEASE, [list({lease_id for _, lease_id in due}), self.durable])
+            except Exception as error:
+                log.debug("giving back %d requests failed: %s", len(due), error)
+                if not stopping:
+                    later += [(time.monotonic() + 1.0, lease_id) for _, lease_id in due]
+
+    def close(self) -> None:
+        """One user less. The last one releases what is held, and stops the engine."""
+        with _shared_lock:
+            self.users -= 1
+            if self.users > 0:
+                return
+            for key in [key for key, engine in _shared.items() if engine is self]:
+                del _shared[key]
+        self.shut()
+
+    def shut(self) -> None:
+        """Release what is held, and stop."""
+        for lease in self.renewal.all():
+            if self.renewal.remove(lease):
+                self._ready_to_clean()
+                self.give_back(lease.id)
+        self.keeper.stop()
+        self.renewal.stop()
+        if self._cleaner is not None:
+            self._given_up.put(None)
+            self._cleaner.join(timeout=5)
+        if self._senders is not None:
+            self._senders.shutdown(wait=False)
+        self.database.close()
+        _engines.discard(self)
+
+
+def _refusal(request: Request, answer: Answer) -> str:
+    if request.timeout == 0 or request.timeout is None:
+        said = f"no slot of {request.named()} is free"
+    else:
+        said = f"no slot of {request.named()} within {request.timeout:g} s"
+    return said if answer.retry_after is None else f"{said}; it could be had in {answer.retry_after:.3f} s"
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    for engine in list(_engines):
+        engine.forked()
+
+
+def _at_exit() -> None:
+    for engine in list(_engines):
+        with contextlib.suppress(Exception):
+            engine.shut()
+
+
+_shared: dict[tuple[str, bool], Engine] = {}
+_shared_lock = threading.Lock()
+
+
+def engine_for(conninfo: str, durable: bool) -> Engine:
+    """The engine for a database, shared by all limiters of this process that ask for the same."""
+    with _shared_lock:
+        engine = _shared.get((conninfo, durable))
+        if engine is None:
+            engine = _shared[conninfo, durable] = Engine(Database(conninfo, {}), durable)
+        engine.users += 1
+        return engine
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

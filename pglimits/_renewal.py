@@ -1,0 +1,245 @@
+"""Keeps the leases of this process: renews them all from one thread, and notices when one is lost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from uuid import UUID
+
+import psycopg
+
+from . import _sql
+from ._database import Database, Row
+from ._database import run as run_statement
+
+log = logging.getLogger("pglimits.lease")
+
+_RETRY = 0.5
+
+
+class Lease:
+    """Slots that are held. Ends when it is released, or at ``expires_at`` if it can no longer be renewed.
+
+    Attributes:
+        id: the lease's id.
+        names: the limits it was asked of.
+        fences: for each name a number that grows with every grant; None where the limit is not enforced.
+        enforced: False if every limit is missing or inactive: nothing is held then.
+        released: whether it was given back with ``release``, or by leaving its block.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_duration",
+        "_ends",
+        "_expires_at",
+        "_lost",
+        "_on_lost",
+        "enforced",
+        "fences",
+        "id",
+        "names",
+        "pid",
+        "places",
+        "released",
+    )
+
+    def __init__(
+        self,
+        lease_id: UUID,
+        places: tuple[tuple[str, str], ...],
+        fences: Sequence[int | None],
+        expires_at: datetime | None,
+        duration: float,
+        ends: float,
+        pid: int,
+    ) -> None:
+        self.id = lease_id
+        self.places = places
+        self.names = tuple(name for name, _ in places)
+        self.fences = tuple(fences)
+        self.enforced = expires_at is not None
+        self.pid = pid
+        self.released = False
+        self._expires_at = expires_at
+        self._duration = duration
+        self._ends = ends
+        self._lost = False
+        self._on_lost: Callable[[], None] | None = None
+
+    @classmethod
+    def foreign(cls, lease_id: UUID) -> Lease:
+        """A lease that somebody else holds, or held, to be released."""
+        lease = cls(lease_id, (), (), None, 0.0, math.inf, os.getpid())
+        lease.enforced = True
+        return lease
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """Have something called, by the thread that renews, when the lease is lost."""
+        self._on_lost = callback
+
+    @property
+    def fence(self) -> int | None:
+        """The fence of the first limit that is enforced."""
+        return next((fence for fence in self.fences if fence is not None), None)
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it ends unless it is renewed, by the database's clock; None if nothing is held."""
+        return self._expires_at
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended while it should still be held."""
+        return self._lost or (self.enforced and time.monotonic() >= self._ends)
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.id} on {', '.join(self.names)}{' (lost)' if self.lost else ''}>"
+
+
+class Renewal:
+    """The leases of this process, and the thread that renews them.
+
+    A lease that nobody refers to any longer is given back: an interrupt can strike between the grant and the
+    first line of the caller's body.
+    """
+
+    def __init__(self, database: Database, give_back: Callable[[UUID], None]) -> None:
+        self._database = database
+        self._give_back = give_back
+        self._condition = threading.Condition()
+        # Leases of one duration come due in the order in which they were taken or renewed.
+        self._by_duration: dict[float, dict[UUID, tuple[float, weakref.ref[Lease]]]] = {}
+        self._due: dict[UUID, weakref.ref[Lease]] = {}
+        self._not_before = 0.0
+        self._thread: threading.Thread | None = None
+        self._wakes_at = math.inf
+        self._stopped = False
+
+    def add(self, lease: Lease) -> None:
+        """Renew a lease from now on, a third of its duration after it was taken."""
+        due = lease._ends - lease._duration * 2 / 3
+        lease_id = lease.id
+        reference = weakref.ref(lease, lambda _: self._dropped(lease_id))
+        with self._condition:
+            self._by_duration.setdefault(lease._duration, {})[lease.id] = (due, reference)
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._work, name="pglimits-renewal", daemon=True)
+                self._thread.start()
+            elif due < self._wakes_at:
+                self._condition.notify()
+
+    def remove(self, lease: Lease) -> bool:
+        """Renew it no longer. Whether it was being renewed."""
+        with self._condition:
+            entry = self._by_duration.get(lease._duration, {}).pop(lease.id, None)
+            return self._due.pop(lease.id, None) is not None or entry is not None
+
+    def all(self) -> list[Lease]:
+        """The leases that are held now."""
+        with self._condition:
+            references = [reference for leases in self._by_duration.values() for _, reference in leases.values()]
+            references += self._due.values()
+        return [lease for reference in references if (lease := reference()) is not None]
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify()
+
+    def _dropped(self, lease_id: UUID) -> None:
+        # May run anywhere, also inside our own lock: only hand it on.
+        self._due.pop(lease_id, None)
+        self._give_back(lease_id)
+
+    def _work(self) -> None:
+        connection: psycopg.Connection[Row] | None = None
+        while True:
+            with self._condition:
+                now = time.monotonic()
+                due = self._take_due(now)
+                if not due:
+                    if self._stopped:
+                        break
+                    next_due = self._next_due()
+                    if next_due > now + 30:
+                        _close(connection)
+                        connection = None
+                    self._wakes_at = next_due
+                    self._condition.wait(None if next_due == math.inf else max(next_due - now, 0.001))
+                    continue
+            asked = time.monotonic()
+            try:
+                connection = connection or self._database.connect()
+                rows = run_statement(connection, _sql.RENEW, ([lease.id for lease in due], None), prepare=False)
+            except Exception as error:
+                _close(connection)
+                connection = None
+                self._failed(due, error)
+            else:
+                self._renewed(due, asked, rows)
+        _close(connection)
+
+    def _take_due(self, now: float) -> list[Lease]:
+        for duration, leases in self._by_duration.items():
+            if not leases or next(iter(leases.values()))[0] > now:
+                continue
+            # Those due soon come along, so that all of them settle into one statement.
+            soon = now + duration / 30
+            for lease_id, (at, reference) in list(leases.items()):
+                if at > soon:
+                    break
+                del leases[lease_id]
+                self._due[lease_id] = reference
+        if now < self._not_before:
+            return []
+        return [lease for reference in self._due.values() if (lease := reference()) is not None]
+
+    def _next_due(self) -> float:
+        first = [next(iter(leases.values()))[0] for leases in self._by_duration.values() if leases]
+        return min([*first, *([self._not_before] if self._due else [])], default=math.inf)
+
+    def _renewed(self, due: list[Lease], asked: float, rows: list[Row]) -> None:
+        outcome = {lease_id: (renewed, expires_at) for lease_id, renewed, expires_at in rows}
+        for lease in due:
+            renewed, expires_at = outcome.get(lease.id, (False, None))
+            if not renewed:
+                self._lose(lease, "it had expired, or somebody ended it")
+                continue
+            with self._condition:
+                reference = self._due.pop(lease.id, None)
+                if reference is not None:
+                    lease._expires_at = expires_at
+                    lease._ends = asked + lease._duration
+                    self._by_duration[lease._duration][lease.id] = (asked + lease._duration / 3, reference)
+
+    def _failed(self, due: list[Lease], error: Exception) -> None:
+        log.debug("renewing %d leases failed, trying again: %s", len(due), error)
+        now = time.monotonic()
+        for lease in due:
+            if now >= lease._ends:
+                self._lose(lease, f"it could not be renewed: {error}")
+        with self._condition:
+            left = [lease._ends - now for lease in due]
+            self._not_before = now + min(_RETRY, *(max(seconds / 4, 0.02) for seconds in left))
+
+    def _lose(self, lease: Lease, why: str) -> None:
+        if not self.remove(lease):
+            return
+        lease._lost = True
+        if lease._on_lost is None:
+            log.warning("the lease %s on %s was lost: %s", lease.id, ", ".join(lease.names), why)
+        else:
+            lease._on_lost()
+
+
+def _close(connection: psycopg.Connection[Row] | None) -> None:
+    if connection is not None:
+        connection.close()

@@ -1,0 +1,119 @@
+"""What both shells do before they ask: check arguments, say who asks, and wrap functions."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, TypeVar, cast
+from uuid import uuid4
+
+from . import _arguments
+from ._database import Database, connection_source
+from ._dsn import resolve
+from ._engine import Engine, OnUnavailable, Request, engine_for
+from ._wake import Waker
+from .errors import InvalidArgument
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def who(*, task: str | None = None) -> dict[str, Any]:
+    """The default holder: host, pid, thread or task, program."""
+    return {
+        **_this_process(os.getpid()),
+        **({"task": task} if task is not None else {"thread": threading.current_thread().name}),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> dict[str, Any]:
+    program = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "python"  # noqa: PTH119
+    return {"host": socket.gethostname(), "pid": pid, "program": program}
+
+
+def checked(
+    names: _arguments.Names,
+    occupy: int,
+    timeout_seconds: float | None,
+    max_retries: int | None,
+    lease_duration: float,
+    strict: bool,
+    holder: Any,
+    raise_on_lease_renewal_failure: bool | None,
+    key: str,
+    priority: int,
+    *,
+    for_rate: bool = False,
+) -> Callable[[Waker, OnUnavailable, Any], Request]:
+    """Check the arguments once; returns what makes a request of them, each with an id of its own."""
+    parts = _arguments.parts(names, occupy, key)
+    timeout = _arguments.timeout(timeout_seconds, max_retries)
+    duration = _arguments.lease_duration(lease_duration)
+    strict = _arguments.flag("strict", strict)
+    _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
+    priority = _arguments.whole("priority", priority)
+    given = None if holder is None else _arguments.holder(holder)
+
+    def request(waker: Waker, on_unavailable: OnUnavailable, default_holder: Any) -> Request:
+        return Request(
+            parts,
+            timeout,
+            waker,
+            for_rate,
+            duration,
+            strict,
+            priority,
+            default_holder if given is None else given,
+            on_unavailable,
+            uuid4(),
+        )
+
+    return request
+
+
+def engine_of(dsn: str | None, pool: Any, durable: bool, on_unavailable: OnUnavailable) -> Engine:
+    """The engine for what a limiter was given."""
+    _arguments.flag("durable", durable)
+    if on_unavailable not in ("raise", "wait", "allow"):
+        raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {on_unavailable!r}")
+    if pool is None:
+        return engine_for(resolve(_arguments.optional_text("dsn", dsn)).conninfo, durable)
+    if dsn is not None:
+        raise InvalidArgument("dsn and pool must not be given both")
+    conninfo, options = connection_source(pool)
+    engine = Engine(Database(conninfo, options, None if hasattr(pool, "__aenter__") else pool), durable)
+    engine.users = 1
+    return engine
+
+
+def decorate(
+    function: F,
+    in_thread: Callable[[], AbstractContextManager[Any]],
+    in_task: Callable[[], AbstractAsyncContextManager[Any]],
+) -> F:
+    """Wrap a function, sync or async, so that each call runs within a context of its own."""
+    if asyncio.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def in_task_wrapper(*args: Any, **kwargs: Any) -> Any:
+            async with in_task():
+                return await function(*args, **kwargs)
+
+        return cast(F, in_task_wrapper)
+    import inspect
+
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function) or not callable(function):
+        raise InvalidArgument(f"concurrency decorates functions and coroutine functions, not {function!r}")
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with in_thread():
+            return function(*args, **kwargs)
+
+    return cast(F, wrapper)

@@ -1,0 +1,46 @@
+"""Every SQL statement of the wrapper: calls of pglimits.*, and nothing else.
+
+Intervals travel as seconds and rows in binary, so that no setting of a session (DateStyle, IntervalStyle, TimeZone)
+can change what is read.
+"""
+
+from __future__ import annotations
+
+VERSION = "select pglimits.version(), pg_backend_pid()"
+
+ACQUIRE_MANY = """
+    select a.status, a.fences, a.expires_at, extract(epoch from a.retry_after)::float8,
+           extract(epoch from a.wait)::float8, a.missing, a.error, a.message
+    from pglimits.acquire_many(%s::jsonb, %s, make_interval(secs => %s)) a order by a.ordinal"""
+
+RELEASE = "select r.lease_id, r.released from pglimits.release(%s::uuid[], %s) r"
+
+RENEW = "select r.lease_id, r.renewed, r.expires_at from pglimits.renew(%s::uuid[], make_interval(secs => %s)) r"
+
+WATCH = """
+    select w.lease_id, w.status, w.fence, w.expires_at, extract(epoch from w.retry_after)::float8,
+           extract(epoch from w.wait)::float8
+    from pglimits.watch(%s::uuid[]) w"""
+
+LIMITS = """
+    select name, "limit", active, slot_decay_per_second, held, level, waiting, max_waiters, description,
+           created_at, updated_at
+    from pglimits.limits where name = coalesce(%s::text, name) order by name"""
+
+HOLDERS = """
+    select lease_id, name, key, slots, holder, fence, priority, acquired_at, expires_at
+    from pglimits.holders where name = coalesce(%s::text, name) order by name, key, acquired_at, lease_id"""
+
+WAITERS = """
+    select lease_id, name, key, slots, holder, priority, "position", waiting_since
+    from pglimits.waiters where name = coalesce(%s::text, name) order by name, key, "position" """
+
+CREATE = "select pglimits.create_limit(%s, %s::int, %s::float8, %s::bool, %s::int, %s::text)"
+UPDATE = "select pglimits.update_limit(%s, %s::int, %s::float8, %s::bool, %s::int, %s::text, %s::text)"
+DELETE = "select pglimits.delete_limit(%s)"
+RESET = "select pglimits.reset(%s, %s::text)"
+ADJUST = "select pglimits.adjust(%s, %s::int, %s)"
+SWEEP = "select s.leases, s.waiters, s.keys from pglimits.sweep() s"
+PEEK = """
+    select p.status, extract(epoch from p.wait)::float8, extract(epoch from p.retry_after)::float8, p."position"
+    from pglimits.peek(%s::text[], %s::int[], %s::text[], '0', %s::int, %s::bool, %s::bool) p"""

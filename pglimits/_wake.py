@@ -1,0 +1,90 @@
+"""How a thread or a task is woken. The rest of the wrapper does not know which of the two is waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+
+
+class Waker:
+    """Something that waits for a wake-up. A wake-up that comes before the wait is not lost."""
+
+    __slots__ = ()
+
+    def wake(self) -> None:
+        raise NotImplementedError
+
+
+class ThreadWaker(Waker):
+    """A waiting thread."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def wait(self, seconds: float | None) -> None:
+        """Return when woken or after that many seconds."""
+        self._event.wait(seconds)
+        self._event.clear()
+
+
+class TaskWaker(Waker):
+    """A waiting task. Woken from any thread."""
+
+    __slots__ = ("_future", "_woken", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._woken = False
+        self._future: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        wake_all((self,))
+
+    def wake_in_loop(self) -> None:
+        """To be called in the loop's own thread."""
+        self._woken = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    async def wait(self, seconds: float | None) -> None:
+        """Return when woken or after that many seconds."""
+        if not self._woken:
+            self._future = self.loop.create_future()
+            timer = None if seconds is None else self.loop.call_later(max(seconds, 0), self._time_is_up)
+            try:
+                await self._future
+            finally:
+                self._future = None
+                if timer is not None:
+                    timer.cancel()
+        self._woken = False
+
+    def _time_is_up(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+
+def wake_all(wakers: Iterable[Waker]) -> None:
+    """Wake many, with one message to each event loop."""
+    loops: dict[asyncio.AbstractEventLoop, list[TaskWaker]] = {}
+    for waker in wakers:
+        if isinstance(waker, TaskWaker):
+            loops.setdefault(waker.loop, []).append(waker)
+        else:
+            waker.wake()
+    for loop, tasks in loops.items():
+        try:
+            loop.call_soon_threadsafe(_wake_in_loop, tasks)
+        except RuntimeError:  # the loop was closed, and its tasks with it
+            continue
+
+
+def _wake_in_loop(tasks: list[TaskWaker]) -> None:
+    for task in tasks:
+        task.wake_in_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import os
 import time
@@ -200,7 +201,7 @@ class AsyncLimiter:
         """One limit, as it stands now. Raises LimitNotFound."""
         return await self._call(_calls.get(name))
 
-    async def list(self) -> list[Limit]:
+    async def list(self) -> builtins.list[Limit]:
         """All limits by name, as they stand now."""
         return await self._call(_calls.list_limits())
 
@@ -228,11 +229,11 @@ class AsyncLimiter:
         """
         return await self._call(_calls.adjust(name, slots, key))
 
-    async def holders(self, name: str | None = None) -> list[Holder]:  # type: ignore[valid-type]
+    async def holders(self, name: str | None = None) -> builtins.list[Holder]:
         """The live leases, of one limit or of all."""
         return await self._call(_calls.holders(name))
 
-    async def waiters(self, name: str | None = None) -> list[Waiter]:  # type: ignore[valid-type]
+    async def waiters(self, name: str | None = None) -> builtins.list[Waiter]:
         """Who waits, in order, for one limit or for all."""
         return await self._call(_calls.waiters(name))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,27 +75,27 @@ def translate(error: BaseException) -> PglimitsError:
 
 
 class Database:
-    """Where statements go: a pool of the caller's, or one of its own, opened when it is first needed.
+    """Where statements go: a pool of the caller's, or connections of its own, opened when they are needed.
 
-    After a fork the child opens its own; the parent's sockets are left alone.
+    Its own are kept in a plain list: an interrupt can strike a thread at any moment, and a connection that got lost by
+    it is then missing from no count. After a fork the child opens its own; the parent's sockets are left alone.
     """
 
     def __init__(self, conninfo: str, options: dict[str, Any], pool: ConnectionPool[Any] | None = None) -> None:
         self.conninfo = conninfo
         self.options = options
         self.pooled = False
-        self._given = pool
-        self._pool: ConnectionPool[Any] | None = None
         self.checked = False
+        self._pool = pool
+        self._idle: list[psycopg.Connection[Row]] = []
         self._closed = False
-        self._lock = threading.Lock()
         self._left_to_parent: list[object] = []
 
     def forked(self) -> None:
         """Called in the child of a fork: forget the parent's sockets without closing them."""
-        self._left_to_parent += [self._given, self._pool]
-        self._given = self._pool = None
-        self._lock = threading.Lock()
+        self._left_to_parent += [self._pool, *self._idle]
+        self._pool = None
+        self._idle = []
 
     def execute(self, sql: str, params: Sequence[object]) -> list[Row]:
         """Run one statement in a transaction of its own, again if the connection had gone stale.
@@ -104,42 +104,70 @@ class Database:
             PglimitsError: as ``translate`` says.
         """
         for last in (False, False, True):
-            pool = self._ready()
             try:
-                with pool.connection() as connection:
-                    return run(connection, sql, params, prepare=False if self.pooled else None)
-            except PoolTimeout as error:
-                self.connect().close()  # raises what is really wrong
-                raise LimiterUnavailable(f"no connection came free: {error}") from error
+                if self._pool is not None:
+                    return self._execute_in_pool(self._pool, sql, params)
+                return self._execute(sql, params)
             except psycopg.Error as error:
                 problem = translate(error)
-                if last or not isinstance(problem, LimiterUnavailable) or isinstance(problem, ReadOnlyServer):
-                    raise problem from error
-                if not isinstance(problem, Busy):
-                    pool.check()
-                elif error.sqlstate == "55P03":
+                if last or not worth_another_try(problem, error):
                     raise problem from error
         raise AssertionError("unreachable")
 
+    def _execute(self, sql: str, params: Sequence[object]) -> list[Row]:
+        if self._closed:
+            raise LimiterUnavailable("the limiter has been closed")
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self.connect()
+        try:
+            if not self.checked:
+                self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
+                if self.pooled:
+                    connection.prepare_threshold = None
+            rows = run(connection, sql, params, prepare=None)
+        except psycopg.Error as error:
+            if isinstance(translate(error), LimiterUnavailable) and not error.sqlstate:
+                # If one connection has gone stale, so have the others.
+                self._drop_idle()
+            if not connection.closed:
+                self._idle.append(connection)
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        if len(self._idle) > BATCHES_AT_ONCE:
+            self._idle.pop(0).close()
+        return rows
+
+    def _execute_in_pool(self, pool: ConnectionPool[Any], sql: str, params: Sequence[object]) -> list[Row]:
+        try:
+            with pool.connection() as connection:
+                if not self.checked:
+                    self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
+                return run(connection, sql, params, prepare=False if self.pooled else None)
+        except PoolTimeout as error:
+            raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
+        except psycopg.OperationalError:
+            pool.check()
+            raise
+
+    def _drop_idle(self) -> None:
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().close()
+
     def connect(self) -> psycopg.Connection[Row]:
-        """A connection of its own, for what must not wait for the pool."""
+        """Open a connection."""
         options = dict(self.options)
         if self.pooled:
             options["prepare_threshold"] = None
         return connect(self.conninfo, **options)
 
-    def check(self) -> None:
-        """Find out, once, whether the database is there, is ours, and is behind a pooler."""
-        if self.checked:
-            return
-        with self._lock:
-            if self.checked:
-                return
-            with self.connect() as connection:
-                self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
-
     def check_on(self, row: Row, backend_pid: int) -> None:
-        """Note what a first connection has found out."""
+        """Note what a first connection has found out: whether the versions match, and whether there is a pooler."""
         version, real_pid = row
         ours, theirs = __version__.split(".")[:2], str(version).split(".")[:2]
         if ours != theirs:
@@ -152,44 +180,15 @@ class Database:
         self.pooled = real_pid != backend_pid
         self.checked = True
 
-    def _ready(self) -> ConnectionPool[Any]:
-        if self._given is not None:
-            if not self.checked:
-                with self._given.connection() as connection:
-                    try:
-                        row = run(connection, _sql.VERSION, (), prepare=False)[0]
-                    except psycopg.Error as error:
-                        raise translate(error) from error
-                    self.check_on(row, connection.info.backend_pid)
-            return self._given
-        self.check()
-        with self._lock:
-            if self._closed:
-                raise LimiterUnavailable("the limiter has been closed")
-            if self._pool is None:
-                options: dict[str, Any] = {**self.options, "autocommit": True}
-                if self.pooled:
-                    options["prepare_threshold"] = None
-                self._pool = ConnectionPool(
-                    self.conninfo,
-                    kwargs=options,
-                    min_size=0,
-                    max_size=BATCHES_AT_ONCE,
-                    timeout=10,
-                    max_idle=60,
-                    reconnect_timeout=10,
-                    open=True,
-                    name="pglimits",
-                )
-            return self._pool
-
     def close(self) -> None:
-        """Close the pool, if it is our own."""
-        with self._lock:
-            self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close(timeout=2)
+        """Close our own connections."""
+        self._closed = True
+        self._drop_idle()
+
+
+def worth_another_try(problem: PglimitsError, error: psycopg.Error) -> bool:
+    """Whether a statement that failed so may go through if it is sent again at once."""
+    return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("25006", "55P03", "57014", "53300")
 
 
 def run(connection: psycopg.Connection[Any], sql: str, params: Sequence[object], prepare: bool | None) -> list[Row]:
@@ -219,7 +218,7 @@ async def run_async(
             raise LimiterUnavailable(f"no connection came free: {error}") from error
         except psycopg.Error as error:
             problem = translate(error)
-            if last or not isinstance(problem, LimiterUnavailable) or error.sqlstate in ("25006", "55P03"):
+            if last or not worth_another_try(problem, error):
                 raise problem from error
             if not isinstance(problem, Busy):
                 await pool.check()

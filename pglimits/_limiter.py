@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import time
@@ -226,7 +227,7 @@ class Limiter:
         """One limit, as it stands now. Raises LimitNotFound."""
         return self._call(_calls.get(name))
 
-    def list(self) -> list[Limit]:
+    def list(self) -> builtins.list[Limit]:
         """All limits by name, as they stand now."""
         return self._call(_calls.list_limits())
 
@@ -254,11 +255,11 @@ class Limiter:
         """
         return self._call(_calls.adjust(name, slots, key))
 
-    def holders(self, name: str | None = None) -> list[Holder]:  # type: ignore[valid-type]
+    def holders(self, name: str | None = None) -> builtins.list[Holder]:
         """The live leases, of one limit or of all."""
         return self._call(_calls.holders(name))
 
-    def waiters(self, name: str | None = None) -> list[Waiter]:  # type: ignore[valid-type]
+    def waiters(self, name: str | None = None) -> builtins.list[Waiter]:
         """Who waits, in order, for one limit or for all."""
         return self._call(_calls.waiters(name))
 

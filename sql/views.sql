@@ -3,9 +3,9 @@
 create or replace view pglimits.limits as
 select
   c.name, c."limit", c.active, c.slot_decay_per_second,
-  coalesce(s.held, 0)::integer as held,
+  coalesce(s.held, 0)::bigint as held,
   coalesce(s.level, 0)::double precision as level,
-  coalesce(w.waiting, 0)::integer as waiting,
+  coalesce(w.waiting, 0) as waiting,
   c.max_waiters, c.description, c.created_at, c.updated_at
 from (select pglimits._now() as now) clock
 cross join pglimits.configs c

@@ -49,35 +49,45 @@ set search_path = ''
 as $$
 declare
   state pglimits.states;
-  floor bigint;
 begin
-  select s.* into state from pglimits.states s
-  where s.limit_id = _lock.limit_id and s.key = _lock.key
-  order by s.version desc limit 1 for update;
-  if found then
-    return state;
-  end if;
-  -- Two first users must not both create it: the primary key cannot tell them apart once the version has moved on.
-  perform pg_advisory_xact_lock(hashtextextended(_lock.key, _lock.limit_id));
-  select s.* into state from pglimits.states s
-  where s.limit_id = _lock.limit_id and s.key = _lock.key
-  order by s.version desc limit 1 for update;
-  if found then
-    return state;
-  end if;
-  -- Shared with other first users, not with update_limit, which has to meet every state of the limit.
-  select c.fence_floor into floor from pglimits.configs c where c.limit_id = _lock.limit_id for share;
-  if not found then
-    return null;
-  end if;
-  insert into pglimits.states (limit_id, key, version, changed_at)
-  values (_lock.limit_id, _lock.key, floor, pglimits._now())
-  returning * into state;
+  loop
+    select s.* into state from pglimits.states s
+    where s.limit_id = _lock.limit_id and s.key = _lock.key
+    order by s.version desc limit 1 for update;
+    exit when found;
+    exit when not pglimits._create_state(limit_id, key);
+  end loop;
   return state;
 end $$;
 
 comment on function pglimits._lock(bigint, text) is
   'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+
+-- Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.
+create or replace function pglimits._create_state(limit_id bigint, key text)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  floor bigint;
+begin
+  -- Shared with other first users, not with update_limit, which has to meet every state of the limit.
+  select c.fence_floor into floor from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
+  if not found then
+    return false;
+  end if;
+  insert into pglimits.keys (limit_id, key) values (_create_state.limit_id, _create_state.key) on conflict do nothing;
+  if found then
+    insert into pglimits.states (limit_id, key, version, changed_at)
+    values (_create_state.limit_id, _create_state.key, floor, pglimits._now());
+  end if;
+  return true;
+end $$;
+
+comment on function pglimits._create_state(bigint, text) is
+  'Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.';
 
 -- Writes a state back if it differs from what was locked.
 create or replace function pglimits._save(state pglimits.states, was pglimits.states, now timestamptz)
@@ -147,7 +157,7 @@ comment on function pglimits._fits_at(pglimits.states, pglimits.configs, integer
 -- Lets those who sleep behind given-up turns move up. Whoever cannot be told (plain SQL, or bound to another limit)
 -- goes at the time it knows, so nothing that stands before such a turn is given back: that would be too fast.
 create or replace function pglimits._close_gaps(
-  state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots integer[])
+  state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
 returns pglimits.states
 language plpgsql
 volatile
@@ -191,7 +201,7 @@ begin
   return state;
 end $$;
 
-comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], integer[]) is
+comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
   'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
 
 -- Removes sleepers of a rate limit whose process died.
@@ -203,7 +213,7 @@ set search_path = ''
 as $$
 declare
   turns numeric[];
-  slots integer[];
+  slots numeric[];
 begin
   with dead as (
     delete from pglimits.queue q
@@ -316,11 +326,11 @@ begin
         where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
         perform pglimits._tell(head.channel, head.lease_id);
       end if;
-      fits_at := head.expires_at;
+      fits_at := timestamptz 'infinity';
     end if;
 
     if fits_at > '-infinity' then
-      state.next_look := least(state.next_death, fits_at);
+      state.next_look := least(state.next_death, fits_at, head.expires_at);
       if head.looks_at > state.next_look then
         update pglimits.queue q set looks_at = state.next_look
         where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
@@ -340,7 +350,7 @@ comment on function pglimits._advance(pglimits.states, pglimits.configs, timesta
 -- Takes slots under a lease: the one place where held grows.
 create or replace function pglimits._take_slots(
   state pglimits.states, config pglimits.configs, lease_id uuid, slots integer, rank integer,
-  lease_duration interval, holder jsonb, claimed boolean, ends timestamptz, now timestamptz)
+  lease_duration interval, holder jsonb, claimed boolean, parts integer, ends timestamptz, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
@@ -354,13 +364,14 @@ begin
   state.held := state.held + slots;
   state.next_expiry := least(state.next_expiry, ends);
   insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
-                               acquired_at, expires_at)
-  values (lease_id, state.limit_id, state.key, slots, holder, state.version, -rank, lease_duration, claimed, now, ends);
+                               parts, acquired_at, expires_at)
+  values (lease_id, state.limit_id, state.key, slots, holder, state.version, -rank, lease_duration, claimed, parts,
+          now, ends);
   return state;
 end $$;
 
 comment on function pglimits._take_slots(
-  pglimits.states, pglimits.configs, uuid, integer, integer, interval, jsonb, boolean, timestamptz, timestamptz) is
+  pglimits.states, pglimits.configs, uuid, integer, integer, interval, jsonb, boolean, integer, timestamptz, timestamptz) is
   'Records a lease and returns the state with its slots held; the fence is the state''s new version.';
 
 -- Gives the waiter at the head what it waits for. A lease handed over ends as soon as its waiter would have died,
@@ -383,7 +394,7 @@ begin
     delete from pglimits.queue q
     where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
     state := pglimits._take_slots(state, config, head.lease_id, head.slots, head.rank, head.lease_duration,
-                                  head.holder, false, least(head.expires_at, now + head.lease_duration), now);
+                                  head.holder, false, 1, least(head.expires_at, now + head.lease_duration), now);
   end if;
   perform pglimits._tell(head.channel, head.lease_id);
   return state;

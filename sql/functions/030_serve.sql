@@ -21,8 +21,10 @@ declare
 begin
   request.lease_id := coalesce(lease_id, gen_random_uuid());
   request.chosen := lease_id is not null;
+  request.bounded := false;
   request.for_rate := for_rate;
-  request.lease_duration := lease_duration;
+  -- A day has 24 hours, whatever the session's time zone.
+  request.lease_duration := make_interval(secs => extract(epoch from lease_duration)::double precision);
   request.wait := wait;
   request.holder := holder;
   request.channel := channel;
@@ -70,7 +72,7 @@ begin
       return request;
     end if;
 
-    select c.limit_id, c.active, c."limit", c.slot_decay_per_second into config
+    select c.limit_id, c.active, c."limit", c.slot_decay_per_second, c.max_waiters into config
     from pglimits.configs c where c.name = names[i];
     if config.limit_id is null then
       request.missing := request.missing || names[i];
@@ -80,6 +82,7 @@ begin
     else
       -- The same limit named twice: the slots add up.
       place := null;
+      request.bounded := request.bounded or config.max_waiters is not null;
       for p in 1 .. cardinality(request.keys) loop
         if request.limit_ids[p] = config.limit_id and request.keys[p] = key then
           place := p;
@@ -179,7 +182,7 @@ declare
   lease record;
 begin
   perform pglimits._claim(array[request.lease_id], now);
-  answer.status := 'granted';
+  answer.status := 'error';
   answer.lease_id := request.lease_id;
   answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
   for lease in select l.* from pglimits.leases l where l.lease_id = request.lease_id loop
@@ -187,9 +190,14 @@ begin
     for i in 1 .. cardinality(request.places) loop
       if request.limit_ids[request.places[i]] = lease.limit_id and request.keys[request.places[i]] = lease.key then
         answer.fences[i] := lease.fence;
+        answer.status := 'granted';
       end if;
     end loop;
   end loop;
+  if answer.status = 'error' then
+    answer.error := 'InvalidArgument';
+    answer.message := format('lease_id %s is in use for another request', request.lease_id);
+  end if;
   return answer;
 end $$;
 
@@ -204,9 +212,14 @@ volatile
 set search_path = ''
 as $$
 begin
+  -- Never waits for a row: whoever has it locked claims it, renews it or ends it right now.
   update pglimits.leases l
   set claimed = true, expires_at = greatest(l.expires_at, now + l.lease_duration)
-  where l.lease_id = any (lease_ids) and not l.claimed and l.expires_at > now;
+  from (
+    select u.lease_id, u.limit_id, u.key from pglimits.leases u
+    where u.lease_id = any (lease_ids) and not u.claimed and u.expires_at > now for update skip locked
+  ) mine
+  where l.lease_id = mine.lease_id and l.limit_id = mine.limit_id and l.key = mine.key;
 end $$;
 
 comment on function pglimits._claim(uuid[], timestamptz) is
@@ -296,10 +309,11 @@ begin
   -- decayed before they are used.
   state.booked := greatest(state.booked, pglimits._decayed(config, case when bound then now + turn_in else now end))
                   + slots;
-  if turn_in = interval '0' then
+  if turn_in = interval '0' and not request.chosen then
     return state;
   end if;
-  turn := case when bound then pglimits._decayed(config, now + turn_in) else state.booked - config."limit" end;
+  turn := case when bound then pglimits._decayed(config, now + turn_in)
+               else greatest(state.booked - config."limit", pglimits._decayed(config, now)) end;
   -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
   delete from pglimits.queue q
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed
@@ -367,7 +381,7 @@ end $$;
 
 comment on function pglimits._leave(pglimits.states, pglimits.queue) is 'Takes a waiting request out of the queue.';
 
--- Why one more may not wait, or null.
+-- Why one more may not wait on a (limit, key), or null.
 create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
 returns text
 language plpgsql
@@ -375,11 +389,13 @@ volatile
 set search_path = ''
 as $$
 begin
-  if config.max_waiters <= state.waiting + (
+  if config.max_waiters <= (
     select count(*) from (
       select from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(config, now)
-      limit config.max_waiters) asleep)
+      where q.limit_id = state.limit_id and q.key = state.key and q.expires_at > now
+        and (q.turn is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+             or q.turn > pglimits._decayed(config, now))
+      limit config.max_waiters) live)
   then
     return format('%s requests wait for %L already, and that is its max_waiters', config.max_waiters, config.name);
   end if;
@@ -387,7 +403,32 @@ begin
 end $$;
 
 comment on function pglimits._queue_full(pglimits.states, pglimits.configs, timestamptz) is
-  'Why one more request may not wait (in line or for its turn), or null.';
+  'Why one more request may not wait (in line or for its turn) on a (limit, key), or null.';
+
+-- Why a request that has to wait may not, or null.
+create or replace function pglimits._may_not_wait(
+  findings pglimits._findings, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  problem text;
+begin
+  if findings.blocked_at is not null then
+    return pglimits._queue_full(states[findings.blocked_at], configs[findings.blocked_at], now);
+  end if;
+  for p in 1 .. cardinality(at) loop
+    exit when problem is not null or findings.turn_in = interval '0';
+    problem := pglimits._queue_full(states[at[p]], configs[at[p]], now);
+  end loop;
+  return problem;
+end $$;
+
+comment on function pglimits._may_not_wait(
+  pglimits._findings, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+  'Why a request that has to wait, in line or for its turn, may not: the queue is full; or null.';
 
 -- The (limit, key)s that a batch touches, in the order in which they are locked.
 create or replace function pglimits._gather(requests pglimits._request[])
@@ -502,6 +543,15 @@ declare
   answers pglimits._answer[];
 begin
   places := pglimits._gather(requests);
+  if cardinality(places.keys) > 1 then
+    -- What is used for the first time is created before any state is locked: that takes locks of configs.
+    for i in 1 .. cardinality(places.keys) loop
+      if not exists (select from pglimits.states s
+                     where s.limit_id = places.limit_ids[i] and s.key = places.keys[i]) then
+        perform pglimits._create_state(places.limit_ids[i], places.keys[i]);
+      end if;
+    end loop;
+  end if;
   for i in 1 .. coalesce(cardinality(places.keys), 0) loop
     states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
   end loop;
@@ -562,51 +612,41 @@ begin
       answer.status := 'granted';
       answer.wait := pglimits._turn_in(mine.lease_id, now);
 
+    elsif mine.lease_id is null and request.bounded and (
+      survey.fits_at is null or survey.blocked_at is not null and coalesce(request.wait > interval '0', true)
+    ) and pglimits._may_not_wait(survey, at, states, configs, now) is not null then
+      answer.status := 'error';
+      answer.error := 'QueueFull';
+      answer.message := pglimits._may_not_wait(survey, at, states, configs, now);
+
     elsif survey.fits_at is null then
-      for p in 1 .. cardinality(at) loop
-        exit when survey.turn_in = interval '0' or answer.message is not null;
-        answer.message := pglimits._queue_full(states[at[p]], configs[at[p]], now);
-      end loop;
-      if answer.message is not null then
-        answer.status := 'error';
-        answer.error := 'QueueFull';
+      answer.status := 'granted';
+      if request.for_rate then
+        answer.wait := survey.turn_in;
       else
-        answer.status := 'granted';
-        if request.for_rate then
-          answer.wait := survey.turn_in;
-        else
-          answer.expires_at := now + request.lease_duration;
-          answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
-        end if;
-        for p in 1 .. cardinality(at) loop
-          continue when (configs[at[p]]).active is not true;
-          if request.for_rate then
-            states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
-                                                 survey.turn_in, survey.enforced > 1, now);
-          else
-            states[at[p]] := pglimits._take_slots(
-              states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank,
-              request.lease_duration, request.holder, true, answer.expires_at, now);
-            answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
-          end if;
-        end loop;
+        answer.expires_at := now + request.lease_duration;
+        answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
       end if;
+      for p in 1 .. cardinality(at) loop
+        continue when (configs[at[p]]).active is not true;
+        if request.for_rate then
+          states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
+                                               survey.turn_in, survey.enforced > 1, now);
+        else
+          states[at[p]] := pglimits._take_slots(
+            states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank,
+            request.lease_duration, request.holder, true, survey.enforced, answer.expires_at, now);
+          answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
+        end if;
+      end loop;
 
     elsif survey.blocked_at is not null and coalesce(request.wait > interval '0', true) then
-      if mine.lease_id is null then
-        answer.message := pglimits._queue_full(states[survey.blocked_at], configs[survey.blocked_at], now);
-      end if;
-      if answer.message is not null then
-        answer.status := 'error';
-        answer.error := 'QueueFull';
-      else
-        answer.status := 'queued';
-        survey.looks_at := least(survey.looks_at, now + pglimits._liveness() * 0.3);
-        answer.retry_after := greatest(survey.looks_at - now, interval '0');
-        states[survey.blocked_at] := pglimits._enqueue(
-          states[survey.blocked_at], request, request.slots[array_position(at, survey.blocked_at)], mine.arrival,
-          survey.looks_at, now);
-      end if;
+      answer.status := 'queued';
+      survey.looks_at := least(survey.looks_at, now + pglimits._liveness() * 0.3);
+      answer.retry_after := greatest(survey.looks_at - now, interval '0');
+      states[survey.blocked_at] := pglimits._enqueue(
+        states[survey.blocked_at], request, request.slots[array_position(at, survey.blocked_at)], mine.arrival,
+        survey.looks_at, now);
 
     else
       answer.status := 'refused';

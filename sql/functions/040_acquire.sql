@@ -14,6 +14,7 @@ declare
   states pglimits.states[];
   configs pglimits.configs[];
   at integer[] := array[]::integer[];
+  findings pglimits._findings;
 begin
   for p in 1 .. cardinality(request.keys) loop
     select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
@@ -32,7 +33,11 @@ begin
     configs[p] := config;
     at[p] := p;
   end loop;
-  return pglimits._survey(request, at, states, configs, null, now);
+  findings := pglimits._survey(request, at, states, configs, null, now);
+  if request.bounded then
+    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
+  end if;
+  return findings;
 end $$;
 
 comment on function pglimits._glance(pglimits._request, boolean, timestamptz) is
@@ -91,8 +96,9 @@ end $$;
 comment on function pglimits._as_settled(pglimits.states, timestamptz) is
   'A state as it would be without ended leases and dead waiters. For looking only.';
 
--- Serves requests of one caller or, in a batch, of many. A request that may not wait and cannot be granted is refused
--- without a lock, a row or a transaction id; the rest goes on to where the locks are.
+-- Answers requests of one caller or, in a batch, of many. A request that cannot be granted and may not wait (at all, or
+-- that long, or because the queue is full) is refused without a lock, a row or a transaction id; the rest goes on to
+-- where the locks are.
 create or replace function pglimits._answer_all(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -119,13 +125,18 @@ begin
       answer.message := request.message;
     elsif cardinality(request.keys) = 0 and not request.chosen then
       answer.status := 'unlimited';
-    elsif request.wait = interval '0' then
+    elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
+          and not (request.chosen and pglimits._is_known(request.lease_id)) then
       findings := pglimits._glance(request, false, now);
-      if findings.fits_at is not null and not (request.chosen and pglimits._is_known(request.lease_id)) then
+      if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
         answer.status := 'refused';
         if findings.fits_at < 'infinity' then
           answer.retry_after := findings.fits_at - now;
         end if;
+      elsif findings.queue_full is not null then
+        answer.status := 'error';
+        answer.error := 'QueueFull';
+        answer.message := findings.queue_full;
       end if;
     end if;
     if answer.status is null then
@@ -201,7 +212,7 @@ begin
   end if;
   return (select count(*) from pglimits.queue q
           where q.limit_id = mine.limit_id and q.key = mine.key and q.turn is null
-            and (q.rank, q.arrival) <= (mine.rank, mine.arrival));
+            and (q.rank, q.arrival) <= (mine.rank, mine.arrival) and q.expires_at > pglimits._now());
 end $$;
 
 comment on function pglimits._position(uuid) is 'The place of a waiter in its queue, 1 being the head; null if it waits in none.';
@@ -438,6 +449,8 @@ begin
     names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, for_rate, ordinal);
   if checked is null then
     return;
+  elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
+    perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
   end if;
   return query
   select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,

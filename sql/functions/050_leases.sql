@@ -12,6 +12,8 @@ as $$
 #variable_conflict use_column
 declare
   now timestamptz;
+  mine tid[];
+  seconds constant double precision := extract(epoch from renew.lease_duration);
   problem text := case
     when lease_ids is null then 'lease_ids must not be null'
     when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
@@ -19,30 +21,28 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
-  perform from pglimits.leases l where l.lease_id = any (lease_ids)
-  order by l.limit_id, l.key, l.lease_id for update;
+  select array_agg(x.place) into mine from (
+    select l.ctid as place from pglimits.leases l where l.lease_id = any (lease_ids)
+    order by l.limit_id, l.key, l.lease_id for update) x;
   now := pglimits._now();
   return query
   with later as (
     update pglimits.leases l
-    set expires_at = greatest(l.expires_at, now + coalesce(renew.lease_duration, l.lease_duration)),
-        lease_duration = coalesce(renew.lease_duration, l.lease_duration),
+    set expires_at = greatest(l.expires_at, now + coalesce(make_interval(secs => seconds), l.lease_duration)),
+        lease_duration = coalesce(make_interval(secs => seconds), l.lease_duration),
         claimed = true
-    where l.lease_id = any (lease_ids) and l.expires_at > now
-    returning l.lease_id, l.expires_at
-  ), ended as (
-    select l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at <= now
+    where l.ctid = any (mine) and l.expires_at > now
+    returning l.lease_id, l.expires_at, l.parts
   )
-  select asked.id, count(later.lease_id) > 0 and count(ended.lease_id) = 0, min(later.expires_at)
+  select asked.id, count(later.lease_id) > 0 and count(later.lease_id) = min(later.parts), min(later.expires_at)
   from (select distinct u.id from unnest(lease_ids) as u(id)) asked
   left join later on later.lease_id = asked.id
-  left join ended on ended.lease_id = asked.id
   group by asked.id;
 end $$;
 
 comment on function pglimits.renew(uuid[], interval) is
   'Moves the ends of live leases to lease_duration from now (null: the duration they were taken with), never nearer. '
-  'A row for each id: whether it was still live, and its new end. Safe to repeat. PL001 for a duration below 1 second.';
+  'A row for each id: whether it was still live (on all its limits), and its new end. Safe to repeat. PL001 for a duration below 1 second.';
 
 create or replace function pglimits.renew(lease_id uuid, lease_duration interval default null)
 returns boolean
@@ -133,13 +133,19 @@ declare
   live uuid[];
   live_waiters uuid[];
   turns numeric[];
-  slots integer[];
+  slots numeric[];
 begin
   if state.limit_id is null then
     return array[]::uuid[];
   end if;
   select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
 
+  if cardinality(lease_ids) > 1 then
+    -- In the order in which renew locks them.
+    perform from pglimits.leases l
+    where l.lease_id = any (lease_ids) and l.limit_id = state.limit_id and l.key = state.key
+    order by l.lease_id for update;
+  end if;
   with gone as (
     delete from pglimits.leases l
     where l.lease_id = any (lease_ids) and l.limit_id = state.limit_id and l.key = state.key
@@ -227,7 +233,9 @@ begin
   from (
     select w.lease_id, w.limit_id, w.key, least(
       now + pglimits._liveness() * 0.3,
-      case when w.turn is null and (w.rank, w.arrival) = (s.head_rank, s.head_arrival) then s.next_look end) as looks_at
+      -- The head looks at the very moment; the others a little later, in case the head has died.
+      s.next_look + case when (w.rank, w.arrival) = (s.head_rank, s.head_arrival) then interval '0'
+                         else interval '50 milliseconds' end) as looks_at
     from pglimits.queue w
     cross join lateral (
       select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
@@ -244,7 +252,7 @@ begin
   union all
   select q.lease_id,
          case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
-         null, q.expires_at,
+         null, null,
          case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
          case when q.turn is not null then pglimits._until(c, q.turn, now) end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id

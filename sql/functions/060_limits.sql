@@ -58,7 +58,7 @@ begin
                                 decayed_at, fence_floor, created_at, updated_at)
   select create_limit.name, create_limit."limit", create_limit.slot_decay_per_second, create_limit.active,
          create_limit.max_waiters, create_limit.description, now, m.fence_floor, now, now
-  from pglimits.meta m
+  from (select x.fence_floor from pglimits.meta x for share) m
   on conflict do nothing;
   if not found then
     perform pglimits._fail('LimitExists', format('there is a limit named %L already', name),
@@ -149,7 +149,8 @@ declare
   was pglimits.states := pglimits._lock(new.limit_id, key);
   state pglimits.states := was;
   turns numeric[];
-  slots integer[];
+  slots numeric[];
+  left_line bigint;
   told text;
 begin
   if not new.active then
@@ -165,16 +166,20 @@ begin
   update pglimits.queue q set turn = q.turn - (new."limit" - old."limit")
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
     and q.expires_at < 'infinity' and new."limit" <> old."limit";
-  -- Who sleeps towards a turn that can never come is sent away to ask again, and gets the error.
+  -- Whoever can never be granted now is sent away to ask again, and gets the error.
   with hopeless as (
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
-      and (q.slots > new."limit" or new.slot_decay_per_second = 0)
-    returning q.turn, q.slots, q.channel, q.lease_id
-  ), told as (
-    select pglimits._tell(h.channel, h.lease_id) from hopeless h
+    where q.limit_id = state.limit_id and q.key = state.key
+      and case when q.turn is null
+               then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
+               else q.turn > pglimits._decayed(new, now)
+                    and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
+    returning q.turn, q.slots, pglimits._tell(q.channel, q.lease_id)
   )
-  select array_agg(h.turn), array_agg(h.slots) into turns, slots from hopeless h, (select count(*) from told) t;
+  select array_agg(h.turn) filter (where h.turn is not null), array_agg(h.slots) filter (where h.turn is not null),
+         count(*) filter (where h.turn is null)
+  into turns, slots, left_line from hopeless h;
+  state.waiting := state.waiting - left_line;
   if turns is not null and new.slot_decay_per_second > 0 then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
@@ -223,6 +228,8 @@ declare
   gone pglimits.configs;
   state record;
 begin
+  -- First of all, so that a limit created under this name while this commits starts above its fences.
+  perform from pglimits.meta m for update;
   select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
@@ -233,8 +240,17 @@ begin
     perform pglimits._send_away(gone.limit_id, state.key);
     gone.fence_floor := greatest(gone.fence_floor, state.version);
   end loop;
+  -- A lease on other limits too goes on there.
+  perform from pglimits.leases l
+  where l.parts > 1 and l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
+  order by l.limit_id, l.key, l.lease_id for update;
+  update pglimits.leases l set parts = l.parts - d.dropped
+  from (select x.lease_id, count(*)::integer as dropped from pglimits.leases x
+        where x.limit_id = gone.limit_id and x.parts > 1 group by x.lease_id) d
+  where l.lease_id = d.lease_id and l.limit_id <> gone.limit_id;
   delete from pglimits.leases l where l.limit_id = gone.limit_id;
   delete from pglimits.states s where s.limit_id = gone.limit_id;
+  delete from pglimits.keys k where k.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
 end $$;
@@ -284,7 +300,7 @@ Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_d
 
 -- Raises the level, or lowers it by what was used; what sleepers have reserved stays reserved, only earlier.
 create or replace function pglimits._add_to_level(
-  state pglimits.states, config pglimits.configs, slots bigint, now timestamptz)
+  state pglimits.states, config pglimits.configs, slots numeric, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
@@ -302,19 +318,10 @@ begin
   used := state.booked - decayed - coalesce((
     select sum(q.slots) from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 0);
-  used := least(-slots, greatest(used, 0));
-  if used = trunc(used) then
-    return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[used::integer]);
-  end if;
-  state := pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[trunc(used)::integer]);
-  if not exists (select from pglimits.queue q
-                 where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed) then
-    state.booked := state.booked - (used - trunc(used));
-  end if;
-  return state;
+  return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[least(-slots, greatest(used, 0))]);
 end $$;
 
-comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, bigint, timestamptz) is
+comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is
   'Raises or lowers the level of a rate limit.';
 
 create or replace function pglimits.reset(name text, key text default null)
@@ -353,7 +360,7 @@ begin
     state.held := 0;
     state.next_expiry := timestamptz 'infinity';
     if config.slot_decay_per_second > 0 then
-      state := pglimits._add_to_level(state, config, -2147483648, now);
+      state := pglimits._add_to_level(state, config, -state.booked, now);
     end if;
     if config.active then
       state := pglimits._settle(state, config, now);

@@ -93,7 +93,9 @@ begin
     ), gone as (
       delete from pglimits.states s using unused u
       where s.limit_id = u.limit_id and s.key = u.key and s.version = u.version
-      returning s.version
+      returning s.limit_id, s.key, s.version
+    ), forgotten as (
+      delete from pglimits.keys k using gone g where k.limit_id = g.limit_id and k.key = g.key
     )
     select count(*), max(g.version) into removed, highest from gone g;
     if removed > 0 then

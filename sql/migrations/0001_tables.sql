@@ -35,6 +35,15 @@ comment on column pglimits.configs.decayed is
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
 
+create table pglimits.keys (
+  limit_id bigint not null,
+  key text collate "C" not null,
+  primary key (limit_id, key)
+);
+comment on table pglimits.keys is
+  'Which (limit, key)s have a state. Its primary key is what keeps two first users from creating two: that of states '
+  'cannot tell once the version has moved on, and a transaction with an old snapshot does not see the state at all.';
+
 create table pglimits.states (
   limit_id bigint not null,
   key text collate "C" not null,
@@ -86,6 +95,7 @@ create table pglimits.leases (
   priority integer not null,
   lease_duration interval not null,
   claimed boolean not null,
+  parts integer not null,
   acquired_at timestamptz not null,
   expires_at timestamptz not null,
   primary key (lease_id, limit_id, key)
@@ -99,6 +109,9 @@ create index leases_expiry on pglimits.leases (limit_id, key, expires_at);
 comment on table pglimits.leases is 'Slots held. A request over several limits has one row for each.';
 comment on column pglimits.leases.claimed is
   'False between a hand-over and the moment its waiter hears of it; until then the lease ends when the waiter would have.';
+
+comment on column pglimits.leases.parts is
+  'How many rows the lease has over all its limits: lost on one, it is lost.';
 
 create table pglimits.queue (
   lease_id uuid not null,
@@ -151,6 +164,7 @@ create type pglimits._request as (
   holder jsonb,
   channel text,
   chosen boolean,
+  bounded boolean,
   missing text[],
   error text,
   message text
@@ -158,6 +172,7 @@ create type pglimits._request as (
 comment on type pglimits._request is
   'A checked request. limit_ids, keys and slots are its parts, in the order in which they are locked; places says '
   'which part each given name became (null: not enforced). wait null: for ever. chosen: the caller gave the id, so this may be a repetition. '
+  'bounded: some of its limits have max_waiters. '
   'error and message: what was wrong with it.';
 
 create type pglimits._answer as (
@@ -185,13 +200,14 @@ create type pglimits._findings as (
   blocked_at integer,
   looks_at timestamptz,
   fits_at timestamptz,
-  turn_in interval
+  turn_in interval,
+  queue_full text
 );
 comment on type pglimits._findings is
   'What stands in the way of a request. enforced: how many of its parts are. impossible: why it can never be granted. '
   'blocked_at: the first state that blocks it. looks_at: when time alone may change that. fits_at: null, it can go on; '
   'else the moment from which on it could, infinity where only a release can tell. turn_in: how long until its turn '
-  'on the slowest rate limit.';
+  'on the slowest rate limit. queue_full: why it may not wait.';
 
 create type pglimits.acquired as (
   status text,

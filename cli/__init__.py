@@ -1,0 +1,14 @@
+"""The command line of pglimits."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command that the process was started with, and exit."""
+    from ._app import app
+
+    app(prog_name="pglimits" if sys.argv[0].endswith("__main__.py") else None)

@@ -1,0 +1,5 @@
+"""``python -m pglimits_cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,382 @@
+"""The doctor on what keeps things going, and on what slows them down."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import _client, _output
+from ._doctor import FAIL, OK, SKIP, WARN, Case, Finding
+
+if TYPE_CHECKING:
+    import psycopg
+
+OLD_SNAPSHOT = 300
+"""Seconds from which on a snapshot is said to bloat."""
+OLD_XIDS = 1_000_000
+"""Transactions by which a replication slot or a standby may hold the horizon back."""
+LONG_LOCK = 5
+"""Seconds from which on a transaction with a lock on pglimits is long."""
+LONG_WAIT = 300
+"""Seconds from which on it is worth a look what the head of a queue waits for."""
+IDLE_SLOT = 1
+"""Seconds for which a slot may be free beside a waiter that fits."""
+MANY_UNSWEPT = 10_000
+"""Ended leases and dead waiters from which on a sweep is due."""
+MANY_DEAD = 200_000
+"""Dead rows from which on autovacuum is said not to keep up."""
+
+
+# The janitor.
+
+
+def _sweep(case: Case) -> Iterator[Finding]:
+    other_means = "pglimits sweep --every 60"
+    here = case.one("select extversion from pg_extension where extname = 'pg_cron'")
+    home = case.one("select current_setting('cron.database_name', true)") or None
+    mine = case.one("select current_database()::text")
+    if here is None and (home is None or home == mine):
+        what = "pg_cron is not created in this database" if home else "there is no pg_cron on this server"
+        fix = (
+            f"create extension pg_cron; then: pglimits cron enable (or let run: {other_means})" if home else other_means
+        )
+        yield Finding("sweep", WARN, f"{what}: nothing tidies up unless somebody calls sweep()", fix)
+        return
+    job_name = f"pglimits sweep {mine}"
+    if here is not None:
+        yield from _job(case.connection, job_name, mine)
+        return
+    with _client.connect(case.target.conninfo, dbname=home) as there:
+        yield from _job(there, job_name, str(home))
+
+
+def _job(connection: psycopg.Connection[tuple[Any, ...]], job_name: str, home: str) -> Iterator[Finding]:
+    job = connection.execute(
+        "select jobid, schedule, active from cron.job where jobname = %s order by active desc limit 1", [job_name]
+    ).fetchone()
+    if job is None:
+        yield Finding(
+            "sweep",
+            WARN,
+            f"pg_cron (in database {home}) is there, but no sweep of yours is scheduled",
+            "pglimits cron enable",
+        )
+        return
+    job_id, schedule, active = job
+    if not active:
+        yield Finding("sweep", WARN, f"pg_cron's job {job_name!r} is not active", "pglimits cron enable")
+        return
+    failed = connection.execute(
+        "select status = 'failed', return_message from cron.job_run_details where jobid = %s"
+        " and status in ('failed', 'succeeded') order by runid desc limit 1",
+        [job_id],
+    ).fetchone()
+    if failed is not None and failed[0]:
+        yield Finding(
+            "sweep",
+            FAIL,
+            f"pg_cron's last sweep failed: {failed[1]}",
+            "see cron.job_run_details; often pg_cron may not connect: pg_hba.conf, or cron.use_background_workers = on",
+        )
+        return
+    yield Finding("sweep", OK, f"pg_cron sweeps: {schedule}")
+
+
+# The way of a wake-up.
+
+
+def _listen(case: Case) -> Iterator[Finding]:
+    real = case.one("select pg_backend_pid()")
+    pooled = real != case.connection.info.backend_pid
+    heard = _heard(case)
+    behind = "a pooler is in between"
+    if heard and not pooled:
+        yield Finding("listen", OK, "notifications arrive: who waits is woken at once")
+    elif heard:
+        yield Finding("listen", OK, f"{behind}, and notifications arrive (it pools sessions, not transactions)")
+    else:
+        yield Finding(
+            "listen",
+            WARN,
+            (f"{behind}, and LISTEN does not reach through it" if pooled else "notifications do not arrive")
+            + ": who waits has to poll, and is woken later",
+            "point the DSN at the server itself, or at a pool in session mode",
+        )
+    if pooled:
+        yield from _prepared(case)
+
+
+def _heard(case: Case) -> bool:
+    """Whether a notification of one connection reaches another that is idle, as a waiting one is."""
+    channel = f"pglimits_doctor_{secrets.token_hex(6)}"
+    with _client.connect(case.target.conninfo, prepare_threshold=None) as listener:
+        listener.execute(f"listen {channel}".encode())
+        case.connection.execute(f"notify {channel}".encode())
+        return any(True for _ in listener.notifies(timeout=2, stop_after=1))
+
+
+def _prepared(case: Case) -> Iterator[Finding]:
+    """A pooler may hand the next statement to a server that never saw it prepared."""
+    import psycopg
+
+    works = True
+    connections = [_client.connect(case.target.conninfo, prepare_threshold=0) for _ in range(2)]
+    try:
+        for _ in range(3):
+            for connection in connections:
+                connection.execute("select pg_backend_pid(), %s::int", [1])
+    except psycopg.Error:
+        works = False
+    finally:
+        for connection in connections:
+            connection.close()
+    if works:
+        yield Finding("prepared", OK, "prepared statements work through the pooler")
+    else:
+        yield Finding(
+            "prepared",
+            WARN,
+            "the pooler loses prepared statements; pglimits does not use them there, your own pool may",
+            "PgBouncer 1.21 or later with max_prepared_statements, or prepare_threshold=None in a pool that you pass",
+        )
+
+
+# What slows things down.
+
+
+def _snapshots(case: Case) -> Iterator[Finding]:
+    old = case.rows(
+        """
+        select pid, coalesce(usename, '?'), coalesce(application_name, ''), coalesce(state, backend_type),
+               extract(epoch from clock_timestamp() - coalesce(xact_start, backend_start))::float8
+        from pg_stat_activity
+        where backend_xmin is not null and pid <> pg_backend_pid()
+          and (datname = current_database() or backend_type = 'walsender') and backend_type <> 'autovacuum worker'
+          and coalesce(xact_start, backend_start) < clock_timestamp() - make_interval(secs => %s)
+          and (backend_type <> 'walsender' or age(backend_xmin) > %s)
+        order by 5 desc limit 5
+        """,
+        OLD_SNAPSHOT,
+        OLD_XIDS,
+    )
+    for pid, user, program, state, age in old:
+        yield Finding(
+            "snapshots",
+            WARN,
+            f"{_session(pid, user, program)} holds a snapshot since {_output.duration(age)} ({state}):"
+            " dead rows pile up meanwhile",
+            f"let it end, or: select pg_terminate_backend({pid});",
+        )
+    prepared = case.rows(
+        "select gid, extract(epoch from clock_timestamp() - prepared)::float8 from pg_prepared_xacts"
+        " where database = current_database() and prepared < clock_timestamp() - make_interval(secs => %s)"
+        " order by prepared limit 5",
+        OLD_SNAPSHOT,
+    )
+    for gid, age in prepared:
+        yield Finding(
+            "snapshots",
+            WARN,
+            f"the prepared transaction {gid!r} is open since {_output.duration(age)}: dead rows pile up",
+            f"rollback prepared {_literal(gid)}; (or commit prepared …)",
+        )
+    slots = case.rows(
+        "select slot_name, active, greatest(age(xmin), age(catalog_xmin)) from pg_replication_slots"
+        " where age(xmin) > %s order by 3 desc limit 5",
+        OLD_XIDS,
+    )
+    for slot, active, age in slots:
+        yield Finding(
+            "snapshots",
+            WARN,
+            f"the {'' if active else 'inactive '}replication slot {slot} holds rows back, {age:,} transactions by now",
+            f"let its standby catch up, or: select pg_drop_replication_slot({_literal(slot)});",
+        )
+    if not old and not prepared and not slots:
+        blind = (
+            ""
+            if case.one("select pg_has_role('pg_read_all_stats', 'member')")
+            else " among those that you may see (all of them: grant pg_read_all_stats)"
+        )
+        yield Finding("snapshots", OK, f"no snapshot older than {_output.duration(OLD_SNAPSHOT)}{blind}")
+
+
+def _session(pid: int, user: str, program: str) -> str:
+    return f"session {pid} of {user}" + (f" ({program})" if program else "")
+
+
+def _literal(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _locks(case: Case) -> Iterator[Finding]:
+    long = case.rows(
+        """
+        select a.pid, coalesce(a.usename, '?'), coalesce(a.application_name, ''), coalesce(a.state, '?'),
+               extract(epoch from clock_timestamp() - a.xact_start)::float8,
+               (select count(*) from pg_stat_activity b where a.pid = any (pg_blocking_pids(b.pid)))
+        from pg_stat_activity a
+        where a.pid <> pg_backend_pid() and a.xact_start < clock_timestamp() - make_interval(secs => %s)
+          and exists (
+            select from pg_locks l join pg_class c on c.oid = l.relation
+            where l.pid = a.pid and l.granted and l.mode <> 'AccessShareLock' and c.relkind = 'r'
+              and l.database = (select d.oid from pg_database d where d.datname = current_database())
+              and c.relnamespace = 'pglimits'::regnamespace)
+          and a.backend_type = 'client backend'
+        order by a.xact_start limit 5
+        """,
+        LONG_LOCK,
+    )
+    for pid, user, program, state, age, blocked in long:
+        blocking = f" and blocks {_output.count(blocked, 'other')}" if blocked else ""
+        yield Finding(
+            "locks",
+            FAIL if blocked else WARN,
+            f"{_session(pid, user, program)} keeps a limit locked since {_output.duration(age)} ({state}){blocking}",
+            "call acquire and release in a transaction of their own (autocommit); now: "
+            f"select pg_terminate_backend({pid});",
+        )
+    if not long:
+        yield Finding("locks", OK, "no long transaction keeps a limit locked")
+
+
+_HEADS = """
+    select l.name, l."limit", l.active, l.waiting, h.key, h.lease_id, h.slots,
+           extract(epoch from pglimits._now() - h.waiting_since)::float8, h.held,
+           l.slot_decay_per_second = 0 and l.active and l."limit" > 0 and h.held + h.slots <= l."limit"
+    from pglimits.limits l
+    join lateral (
+      select distinct on (w.key) w.key, w.lease_id, w.slots, w.waiting_since, (
+        select coalesce(sum(k.slots), 0)::int from pglimits.holders k where k.name = w.name and k.key = w.key
+      ) as held
+      from pglimits.waiters w where w.name = l.name order by w.key, w.position
+    ) h on true
+    where l.waiting > 0 order by h.waiting_since
+"""
+
+
+def _waiters(case: Case) -> Iterator[Finding]:
+    if not case.may.get("look"):
+        yield Finding("waiters", SKIP, "you may not look at the waiters (pglimits_reader)")
+        return
+    heads = case.rows(_HEADS)
+    unserved: set[object] = set()
+    if any(fits for *_, fits in heads):  # in that very moment, or for good?
+        time.sleep(IDLE_SLOT)
+        fitted = {lease_id for *_, lease_id, _, _, _, fits in heads if fits}
+        heads = case.rows(_HEADS)
+        unserved = {lease_id for *_, lease_id, _, _, _, fits in heads if fits and lease_id in fitted}
+    troubled: set[str] = set()
+    for head in heads:
+        found = _trouble(*head[:9], served=head[5] not in unserved)
+        if found is not None and head[0] not in troubled:
+            troubled.add(head[0])
+            yield found
+    if not troubled:
+        waiting = case.one("select coalesce(sum(waiting), 0)::int from pglimits.limits")
+        text = f"{_output.count(waiting, 'request')} waiting, none of them in trouble" if waiting else "nobody waits"
+        yield Finding("waiters", OK, text)
+
+
+def _trouble(
+    name: str,
+    limit: int,
+    active: bool,
+    waiting: int,
+    key: str,
+    lease_id: object,
+    slots: int,
+    waited: float,
+    held: int,
+    *,
+    served: bool,
+) -> Finding | None:
+    """What is wrong with a queue, told by its head."""
+    shown = shlex.quote(name)
+    requests = _output.count(waiting, "request")
+    head = f"the head of {name!r}" + (f" (key {key!r})" if key else "")
+    since = f"waits since {_output.duration(waited)}"
+    if limit == 0:
+        return Finding(
+            "waiters",
+            WARN,
+            f"{requests} for {name!r}, whose limit is 0: nobody is let in",
+            f"pglimits update {shown} --limit N",
+        )
+    if not active:
+        return Finding(
+            "waiters",
+            WARN,
+            f"{requests} for {name!r}, which is not active: nobody serves them",
+            f"pglimits enable {shown}",
+        )
+    if not served:
+        return Finding(
+            "waiters",
+            FAIL,
+            f"{head} {since} for {_output.count(slots, 'slot')} although {limit - held} are free: nobody serves it",
+            f"pglimits sweep (or take it out: pglimits release {lease_id})",
+        )
+    if waited > LONG_WAIT:
+        return Finding(
+            "waiters",
+            WARN,
+            f"{head} {since}; {held} of {limit} slots are held, {requests} in all",
+            f"pglimits holders {shown} (and perhaps: pglimits release LEASE_ID)",
+        )
+    return None
+
+
+def _tables(case: Case) -> Iterator[Finding]:
+    rows = case.rows(
+        """
+        select c.relname::text, pg_total_relation_size(c.oid)::bigint,
+               coalesce(s.n_live_tup, 0), coalesce(s.n_dead_tup, 0)
+        from pg_class c left join pg_stat_all_tables s on s.relid = c.oid
+        where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'
+        """
+    )
+    well = True
+    for name, size, live, dead in rows:
+        if dead > MANY_DEAD and dead > live:
+            well = False
+            yield Finding(
+                "tables",
+                WARN,
+                f"pglimits.{name} has {dead:,} dead rows beside {live:,} live ones ({size / 1e6:,.0f} MB):"
+                " autovacuum cannot keep up, or an old snapshot holds it back",
+                f"vacuum (verbose) pglimits.{name};",
+            )
+    if case.one("select current_setting('autovacuum')") == "off":
+        well = False
+        yield Finding("tables", WARN, "autovacuum is off", "alter system reset autovacuum; select pg_reload_conf();")
+    if case.may.get("tables"):
+        ended, dead_waiters = case.rows(
+            "select (select count(*) from pglimits.leases where expires_at <= pglimits._now()),"
+            " (select count(*) from pglimits.queue where expires_at <= pglimits._now())"
+        )[0]
+        if ended + dead_waiters > MANY_UNSWEPT:
+            well = False
+            yield Finding(
+                "tables",
+                WARN,
+                f"{ended:,} ended leases and {dead_waiters:,} dead waiters were not swept away",
+                "pglimits sweep",
+            )
+    if well:
+        total = sum(size for _, size, _, _ in rows)
+        yield Finding("tables", OK, f"{total / 1e6:,.1f} MB with indexes")
+
+
+CHECKS = (
+    ("sweep", _sweep),
+    ("listen", _listen),
+    ("locks", _locks),
+    ("snapshots", _snapshots),
+    ("waiters", _waiters),
+    ("tables", _tables),
+)
+"""The checks of this module, in order."""

@@ -1,0 +1,90 @@
+"""Exit codes that scripts can rely on, and errors as one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+DONE = 0
+ERROR = 1
+USAGE = 2
+NO_SLOT = 75
+"""Could not get a slot in time: EX_TEMPFAIL of sysexits.h, as flock and cron know it."""
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+SIGNAL = 128
+"""Plus the number of the signal that ended it."""
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings click along, or its own copy of it
+_CliError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def say(kind: str, message: object) -> None:
+    """``Error: …`` or ``Warning: …`` on stderr, as one line."""
+    text = " ".join(str(message).split())
+    typer.secho(f"{kind}:", err=True, nl=False, bold=True, fg="red" if kind == "Error" else "yellow")
+    typer.echo(f" {text}", err=True)
+
+
+def fail(message: object, code: int = ERROR) -> typer.Exit:
+    """Say what is wrong. ``raise fail(…)`` ends the command."""
+    say("Error", message)
+    return typer.Exit(code)
+
+
+def usage(message: str) -> typer.Exit:
+    """Say what is wrong with the command line."""
+    return fail(message, USAGE)
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command, show what went wrong, and say what to exit with."""
+    try:
+        done = command()
+    except _CliError as error:
+        return _refused(error)
+    except typer.Abort:
+        return fail("aborted; nothing was changed").exit_code
+    except KeyboardInterrupt:
+        return SIGNAL + 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has left: nobody gets the rest
+        return ERROR
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        return fail(error, code).exit_code
+    return done if isinstance(done, int) else DONE
+
+
+def _refused(error: Exception) -> int:
+    """Show what is wrong with the command line."""
+    message = str(getattr(error, "format_message", lambda: error)())
+    code = int(getattr(error, "exit_code", USAGE))
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if message.strip():
+            typer.echo(message, err=True)
+        return code
+    context = getattr(error, "ctx", None)
+    if context is not None and isinstance(error, _UsageError):
+        message = f"{message.rstrip('.')} (see: {context.command_path} --help)"
+    return fail(message, code).exit_code
+
+
+def _code_of(error: Exception) -> int | None:
+    """What to exit with after an error that is no fault of this program; None if it may be one."""
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        return ERROR
+    from pglimits.errors import AcquireTimeout, InvalidArgument, PglimitsError, QueueFull
+
+    if isinstance(error, (AcquireTimeout, QueueFull)):
+        return NO_SLOT
+    if isinstance(error, InvalidArgument):
+        return USAGE
+    if isinstance(error, PglimitsError):
+        return ERROR
+    return None

@@ -1,0 +1,51 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """How to print."""
+
+    table = "table"
+    json = "json"
+
+
+def _dsn(context: typer.Context, value: str | None) -> str | None:
+    """The DSN of this command, else the one that stood before the command."""
+    given = value or context.obj
+    return given if isinstance(given, str) else None
+
+
+DSN_HELP = "The database. Default: $PGLIMITS_DSN, else $DATABASE_URL, else the embedded server."
+
+Dsn = Annotated[str | None, typer.Option("--dsn", metavar="DSN", help=DSN_HELP, callback=_dsn, show_default=False)]
+Output = Annotated[
+    Format, typer.Option("--output", "-o", help="How to print.", case_sensitive=False, show_default=False)
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The limit.", show_default=False)]
+SomeName = Annotated[str | None, typer.Argument(metavar="NAME", help="Only this limit.", show_default=False)]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The limits: all or none.", show_default=False)]
+
+Slots = Annotated[int, typer.Option("--slots", metavar="N", min=1, help="Slots to take of each limit.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout",
+        metavar="S",
+        min=0,
+        show_default=False,
+        help="Seconds to wait at most; 0 tries once. Default: for ever.",
+    ),
+]
+Key = Annotated[
+    str, typer.Option("--key", metavar="KEY", help="Each key has the whole limit for itself.", show_default=False)
+]
+Priority = Annotated[int, typer.Option("--priority", metavar="N", help="Higher goes first.")]
+Strict = Annotated[bool, typer.Option("--strict", help="A missing limit is an error, not a warning.")]

@@ -1,0 +1,176 @@
+"""Tables for people, JSON for programs: stdout has the result and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import typer
+
+from ._options import Format
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+_WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
+
+
+def on_terminal() -> bool:
+    """Whether somebody sits there who can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed, on a terminal only. Ends the command unless the answer is yes."""
+    if not yes and on_terminal():
+        typer.confirm(question, abort=True, err=True)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal's stderr that something is under way."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(what)):
+        yield
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: timestamps in ISO 8601, durations in seconds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return str(value) if isinstance(value, (UUID, os.PathLike)) else value
+
+
+def as_json(value: Any, *, indent: int | None = 2) -> str:
+    """A result as JSON."""
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False)
+
+
+def show(output: Format, result: Any, *lines: str) -> None:
+    """Print a result: as JSON, or as lines for people."""
+    typer.echo(as_json(result) if output is Format.json else "\n".join(lines))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _WIDE
+    return Console(width=wide, highlight=False, emoji=False, markup=False, soft_wrap=False)
+
+
+def render(*parts: RenderableType) -> None:
+    """Print tables and texts."""
+    console = _console()
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    with console.capture() as capture:
+        console.print(*parts, sep="\n")
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def table(*columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """A table that folds what is too long and cuts nothing off.
+
+    ``numbers`` stand to the right; they and what is ``whole`` never fold.
+    """
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        right = column in numbers
+        made.add_column(column, justify="right" if right else "left", no_wrap=column in whole or right, overflow="fold")
+    return made
+
+
+def properties(pairs: Iterable[tuple[str, str | Text]]) -> Table:
+    """A thing and what is known of it, a line each."""
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in pairs:
+        made.add_row(name, value if not isinstance(value, str) else text(value))
+    return made
+
+
+def text(value: object, style: str = "") -> Text:
+    """A cell that is shown as it is: a name like ``[red]`` is no markup."""
+    from rich.text import Text
+
+    return Text(str(value), style=style)
+
+
+def moment(at: datetime) -> str:
+    """A timestamp as people here read it."""
+    return f"{at.astimezone():%Y-%m-%d %H:%M:%S %z}"
+
+
+def number(value: float) -> str:
+    """A number without a tail of zeros."""
+    return f"{value:,.0f}" if abs(value - round(value)) < 0.005 else f"{value:,.2f}"
+
+
+def rate(per_second: float) -> str:
+    """A decay rate, exact; none for a concurrency limit."""
+    return f"{per_second:,.10g}/s" if per_second else "-"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, short: ``4m58s``."""
+    whole = max(round(seconds), 0)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size}{unit}" + (f"{rest}{smaller_unit}" if rest else "")
+    return f"{whole}s"
+
+
+def count(how_many: float, singular: str, plural: str | None = None) -> str:
+    """``1 slot``, ``2 slots``."""
+    return f"{number(how_many)} {singular if how_many == 1 else plural or singular + 's'}"
+
+
+def who(holder: Any) -> str:
+    """A holder as one short text: host, program, pid; else its JSON."""
+    if holder is None:
+        return "-"
+    if isinstance(holder, str):
+        return holder
+    if not isinstance(holder, dict):
+        return json.dumps(holder, ensure_ascii=False)
+    rest = dict(holder)
+    host, program, pid = (rest.pop(name, None) for name in ("host", "program", "pid"))
+    if rest.get("thread") == "MainThread":
+        del rest["thread"]
+    words = [] if program is None else [str(program)]
+    if pid is not None:
+        words.append(f"(pid {pid})")
+    if host is not None:
+        words.append(f"on {host}")
+    words += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in rest.items()]
+    return " ".join(words) or "{}"

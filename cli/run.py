@@ -1,0 +1,158 @@
+"""run: a command under a lease, as flock does with a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from . import _client, _errors
+from ._commands import command
+from ._options import Dsn, Key, Names, Priority, Slots, Timeout
+
+if TYPE_CHECKING:
+    from ._child import Child, Signals
+
+app = typer.Typer()
+
+
+class _WithCommand(typer.core.TyperCommand):
+    """Everything after ``--`` is a command, options and all."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing and "--" in args:
+            at = args.index("--")
+            ctx.meta[__name__] = args[at + 1 :]
+            args = args[:at]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "-- COMMAND..."]
+
+
+@command(app, "Take slots", _WithCommand)
+def run(
+    context: typer.Context,
+    names: Names,
+    slots: Slots = 1,
+    timeout: Timeout = None,
+    lease_duration: Annotated[
+        float,
+        typer.Option(
+            "--lease-duration",
+            metavar="S",
+            min=1,
+            show_default=False,
+            help="Renewed while the command runs; so long after this machine died, the slots come back. Default: 60.",
+        ),
+    ] = 60.0,
+    key: Key = "",
+    priority: Priority = 0,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="A missing limit is an error; a lost lease terminates the command (exit code 1)."
+        ),
+    ] = False,
+    dsn: Dsn = None,
+) -> None:
+    """Run a command while holding slots.
+
+    For cron lines and shell scripts: like flock, but across machines, with a queue.
+
+    The lease is renewed while the command runs and given back when it ends, however it ends. The command finds
+    PGLIMITS_LEASE_ID and PGLIMITS_FENCE (of several limits: commas between) in its environment. TERM, INT, HUP,
+    QUIT, USR1 and USR2 are passed on to it. Should this process be killed by SIGKILL, the command gets a SIGTERM
+    at once (on Linux, and unless it is set-user-ID as sudo is), and the lease ends by itself.
+
+    Exit code: the command's; 128+n if signal n ended it, or the wait for the slot; 75 if the slots could not be
+    had in time; 127 not found, 126 not executable; 1 any other error; 2 usage.
+
+    Example: pglimits run nightly-report --timeout 0 -- ./report.sh --all
+
+    Example: */5 * * * *  pglimits run crm-api --slots 2 --timeout 240 -- sync-customers
+    """
+    command: list[str] | None = context.meta.get(__name__)
+    if not command:
+        raise _errors.usage("no command: put it after --, as in: pglimits run database -- ./job.sh")
+    _must_exist(command[0])
+
+    import asyncio
+
+    from ._child import Signals
+
+    acquire: dict[str, Any] = {
+        "names": _client.names(names),
+        "occupy": slots,
+        "timeout_seconds": timeout,
+        "lease_duration": lease_duration,
+        "strict": strict,
+        "holder": _client.holder(command[0][:500]),
+        "key": key,
+        "priority": priority,
+    }
+    conninfo = _client.target(dsn).conninfo
+    signals = Signals()  # before any thread is started: all of them have to leave the signals to one
+    try:
+        code = asyncio.run(_run(conninfo, acquire, command, signals))
+    finally:
+        signals.close()
+    raise typer.Exit(code)
+
+
+def _must_exist(program: str) -> None:
+    """Fail before the wait for a slot, not after it."""
+    import shutil
+    from pathlib import Path
+
+    if shutil.which(program) is None:
+        if "/" in program and Path(program).exists():
+            raise _errors.fail(f"{program}: cannot be executed", _errors.NOT_EXECUTABLE)
+        raise _errors.fail(f"{program}: command not found", _errors.NOT_FOUND)
+
+
+async def _run(conninfo: str, acquire: dict[str, Any], command: list[str], signals: Signals) -> int:
+    import asyncio
+
+    from pglimits import AsyncLimiter
+
+    from ._child import Child
+
+    signals.listen(asyncio.get_running_loop())
+    async with AsyncLimiter(conninfo) as limiter:
+        if signals.first is not None:
+            return _errors.SIGNAL + signals.first
+        lease = await signals.interrupt(limiter.acquire(**acquire))
+        try:
+            if signals.first is not None:  # in the moment of the grant
+                return _errors.SIGNAL + signals.first
+            child = await Child.start(command, lease, signals)
+            return await _watch(child, lease, strict=acquire["strict"])
+        finally:
+            await _give_back(limiter, lease, signals)
+
+
+async def _watch(child: Child, lease: Any, *, strict: bool) -> int:
+    """Wait for the command to end; under ``strict``, end it when the lease is lost."""
+    import asyncio
+
+    ended = asyncio.ensure_future(child.wait())
+    while strict and not lease.lost and not ended.done():
+        await asyncio.wait({ended}, timeout=0.2)
+    if strict and lease.lost and not ended.done():
+        _errors.say("Error", f"the lease {lease.id} was lost: terminating the command")
+        await child.terminate()
+        return _errors.ERROR
+    return await ended
+
+
+async def _give_back(limiter: Any, lease: Any, signals: Signals) -> None:
+    from pglimits.errors import PglimitsError
+
+    try:
+        await signals.interrupt(limiter.release(lease))
+    except PglimitsError as error:
+        _errors.say("Warning", f"could not give the slots back, they come back at {lease.expires_at}: {error}")
+    except typer.Exit:
+        _errors.say("Warning", f"interrupted while giving the slots back; they come back at {lease.expires_at}")

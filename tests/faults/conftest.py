@@ -1,0 +1,12 @@
+"""Fixtures of the tests of bad days: those of the Python wrapper."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+from wrappertest import _nothing_stays_open, api, children, environment, limiter  # noqa: E402
+
+__all__ = ["_nothing_stays_open", "api", "children", "environment", "limiter"]

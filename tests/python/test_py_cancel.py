@@ -1,0 +1,438 @@
+"""A task cancelled and a thread interrupted, at whatever moment, leak nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import random
+import signal
+import threading
+import time
+from typing import Any
+
+import psycopg
+import pytest
+from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, waiting
+
+from pglimits import AcquireTimeout, AsyncLimiter, Lease, Limiter
+
+
+def settles(conn: Connection, wait_until: WaitUntil) -> None:
+    wait_until(lambda: nothing_left(conn), what="for held and waiting to come to zero")
+
+
+async def until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.005)
+
+
+# Tasks.
+
+
+def test_a_task_cancelled_while_queued_leaves_the_queue(dsn: str, conn: Connection) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 1)
+            async with limiter.concurrency("database"):
+                queued = asyncio.create_task(limiter.acquire("database"))
+                await until(lambda: waiting(conn) == 1)
+                queued.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await queued
+                await until(lambda: waiting(conn) == 0)
+                assert held(conn) == 1
+            assert held(conn) == 0
+
+    run(main())
+
+
+def test_a_task_cancelled_in_its_block_releases(dsn: str, conn: Connection) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 1)
+
+            async def work() -> None:
+                async with limiter.concurrency("database"):
+                    await asyncio.sleep(3600)
+
+            task = asyncio.create_task(work())
+            await until(lambda: held(conn) == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert held(conn) == 0
+
+    run(main())
+
+
+def test_a_task_cancelled_before_its_grant_comes_back_leaks_nothing(
+    dsn: str, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    """The statement is under way, held up by the limit's lock, when the task is cancelled."""
+
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 2)
+            other = connect(autocommit=False)
+            other.execute("select pglimits.acquire('database')")
+            acquiring = asyncio.create_task(limiter.acquire("database"))
+            await until(lambda: _blocked(conn) == 1)
+            acquiring.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await acquiring
+            other.rollback()
+            await until(lambda: _blocked(conn) == 0)
+            await until(lambda: nothing_left(conn))
+            # The engine goes on as if nothing had happened.
+            lease = await limiter.acquire("database")
+            assert await limiter.release(lease)
+
+    run(main())
+
+
+def test_a_task_cancelled_while_it_releases_still_releases(
+    dsn: str, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 2)
+            lease = await limiter.acquire("database")
+            other = connect(autocommit=False)
+            other.execute("select pglimits.acquire('database')")
+            releasing = asyncio.create_task(limiter.release(lease))
+            await until(lambda: _blocked(conn) == 1)
+            releasing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await releasing
+            other.rollback()
+            await until(lambda: nothing_left(conn))
+
+    run(main())
+
+
+def test_a_task_cancelled_while_it_sleeps_to_its_turn_gives_the_turn_back(dsn: str, conn: Connection) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("api", 1, slot_decay_per_second=0.01)
+            await limiter.rate_limit("api")
+            sleeping = asyncio.create_task(limiter.rate_limit("api"))
+            await until(lambda: waiting(conn) == 1)
+            assert (await limiter.get("api")).level > 1.5
+            sleeping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sleeping
+            await until(lambda: waiting(conn) == 0)
+            assert (await limiter.get("api")).level <= 1
+
+    run(main())
+
+
+def test_asyncio_timeout_around_an_acquire_leaves_the_queue(dsn: str, conn: Connection) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 1)
+            async with limiter.concurrency("database"):
+                with pytest.raises(TimeoutError) as caught:
+                    async with asyncio.timeout(0.3), limiter.concurrency("database"):
+                        pytest.fail("there was no slot")
+                assert not isinstance(caught.value, AcquireTimeout)
+                await until(lambda: waiting(conn) == 0)
+            assert held(conn) == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_hundreds_of_tasks_cancelled_at_random_moments_leak_nothing(
+    dsn: str, conn: Connection, wait_until: WaitUntil, seed: int
+) -> None:
+    chance = random.Random(seed)
+    finished = 0
+
+    async def main() -> None:
+        nonlocal finished
+        limiter = AsyncLimiter(dsn)
+        await limiter.create("a", 3)
+        await limiter.create("b", 2)
+        await limiter.create("api", 5, slot_decay_per_second=200)
+
+        async def work(number: int) -> None:
+            nonlocal finished
+            names = (["a"], ["b"], ["a", "b"], ["b", "a"])[number % 4]
+            if number % 5 == 0:
+                await limiter.rate_limit("api")
+            async with limiter.concurrency(names, timeout_seconds=None if number % 3 else 0.05):
+                await asyncio.sleep(chance.random() * 0.004)
+            finished += 1
+
+        for _ in range(4):
+            tasks = [asyncio.create_task(work(number)) for number in range(80)]
+            for task in chance.sample(tasks, 60):
+                # Some before they even start, some at once after another, some in the middle of everything.
+                if chance.random() < 0.7:
+                    await asyncio.sleep(chance.random() * 0.006)
+                task.cancel()
+            outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+            for outcome in outcomes:
+                assert outcome is None or isinstance(outcome, (asyncio.CancelledError, AcquireTimeout)), repr(outcome)
+        # Before the limiter is closed: closing releases what is held, and this must not be what tidies up.
+        await until(lambda: nothing_left(conn))
+        async with asyncio.timeout(20), limiter.concurrency({"a": 3, "b": 2}):
+            pass
+        await limiter.close()
+
+    run(main())
+    assert finished >= 20
+    settles(conn, wait_until)
+
+
+def test_a_loop_that_ends_with_tasks_queued_and_holding_leaks_nothing(
+    dsn: str, conn: Connection, wait_until: WaitUntil
+) -> None:
+    async def main(limiter: AsyncLimiter) -> None:
+        await limiter.create("database", 2)
+
+        async def work() -> None:
+            async with limiter.concurrency("database"):
+                await asyncio.sleep(3600)
+
+        tasks = [asyncio.create_task(work()) for _ in range(6)]
+        await until(lambda: held(conn) == 2 and waiting(conn) == 4)
+        assert tasks  # asyncio.run cancels them
+
+    limiter = AsyncLimiter(dsn)
+    run(main(limiter))
+    settles(conn, wait_until)
+    run(limiter.close())
+
+
+def test_a_loop_closed_under_its_waiters_harms_no_other_loop(
+    dsn: str, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter = AsyncLimiter(dsn)
+    with Limiter(dsn) as threads:
+        threads.create("database", 1)
+        lease = threads.acquire("database")
+        loop = asyncio.new_event_loop()
+        abandoned = loop.create_task(limiter.acquire("database"))
+        for _ in range(20):
+            loop.run_until_complete(asyncio.sleep(0.01))
+            if waiting(conn):
+                break
+        wait_until(lambda: waiting(conn) == 1)
+        loop.close()
+        behind = in_thread(threads.acquire, "database")
+        wait_until(lambda: waiting(conn) == 2)
+        with contextlib.suppress(RuntimeError):
+            abandoned.get_coro().close()
+        abandoned._log_destroy_pending = False  # type: ignore[attr-defined]
+        del abandoned
+        threads.release(lease)
+        mine = behind.result(30)
+        assert threads.release(mine)
+        settles(conn, wait_until)
+    run(limiter.close())
+
+
+# Threads.
+
+
+class Interrupt(BaseException):
+    """What is thrown into a thread."""
+
+
+def throw_into(thread: threading.Thread) -> None:
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Interrupt))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_threads_interrupted_at_random_moments_leak_nothing(
+    dsn: str, conn: Connection, wait_until: WaitUntil, seed: int
+) -> None:
+    chance = random.Random(seed)
+    limiter = Limiter(dsn)
+    limiter.create("a", 2)
+    limiter.create("b", 1)
+    done = interrupted = 0
+    unexpected: list[BaseException] = []
+
+    def work(number: int) -> None:
+        nonlocal done, interrupted
+        try:
+            with limiter.concurrency((["a"], ["b"], ["a", "b"])[number % 3]):
+                pass
+            done += 1
+        except Interrupt:
+            interrupted += 1
+        except BaseException as error:
+            unexpected.append(error)
+
+    for _ in range(12):
+        threads = [threading.Thread(target=_guarded, args=(work, number), daemon=True) for number in range(9)]
+        for thread in threads:
+            thread.start()
+        for thread in chance.sample(threads, 6):
+            time.sleep(chance.random() * 0.003)
+            throw_into(thread)
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    assert not unexpected
+    assert interrupted >= 10
+    assert done >= 10
+    settles(conn, wait_until)
+    with limiter.concurrency({"a": 2, "b": 1}, timeout_seconds=20):
+        pass
+    limiter.close()
+
+
+def _guarded(work: Any, number: int) -> None:
+    # An interrupt can also strike outside of what the test runs.
+    with contextlib.suppress(Interrupt):
+        work(number)
+
+
+def test_a_thread_interrupted_while_queued_leaves_the_queue(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+    interrupted = threading.Event()
+
+    def work() -> None:
+        try:
+            limiter.acquire("database")
+        except Interrupt:
+            interrupted.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until(lambda: waiting(conn) == 1)
+    throw_into(thread)
+    # An asynchronous exception waits for the thread to run: it runs when it is woken.
+    limiter.release(lease)
+    wait_until(interrupted.is_set)
+    settles(conn, wait_until)
+
+
+def test_a_lease_that_nobody_refers_to_any_longer_is_given_back(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease: Lease | None = limiter.acquire("database")
+    assert held(conn) == 1
+    assert lease is not None
+    del lease
+    settles(conn, wait_until)
+
+
+def test_a_lease_taken_without_renewal_outlives_its_handle(limiter: Limiter, conn: Connection) -> None:
+    limiter.create("database", 1)
+    lease_id = limiter.acquire("database", renew=False).id
+    limiter.create("other", 1)
+    with limiter.concurrency("other"):
+        pass
+    assert held(conn, "database") == 1
+    assert limiter.release(lease_id)
+    assert held(conn) == 0
+
+
+def test_a_main_thread_interrupted_by_a_signal_while_queued_leaves_the_queue_at_once(
+    children: Children, limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    with limiter.concurrency("database"):
+        child = children(
+            """
+            from pglimits.sync import concurrency
+            try:
+                with concurrency("database"):
+                    print("holds")
+            except KeyboardInterrupt:
+                print("interrupted")
+            input()
+            """
+        )
+        wait_until(lambda: waiting(conn) == 1)
+        child.signal(signal.SIGINT)
+        child.expect("interrupted")
+        wait_until(lambda: waiting(conn) == 0, what="for the interrupted waiter to leave the queue")
+        child.tell()
+        child.end()
+
+
+HAMMER = """
+    import random, signal, sys, time, threading
+    from pglimits import Limiter
+    limiter = Limiter()
+    chance = random.Random(int(sys.argv[1]))
+    done = interrupted = 0
+    # Raised wherever the main thread happens to be.
+    def interrupt(number, frame):
+        signal.setitimer(signal.ITIMER_REAL, chance.choice([0.005, 0.02, 0.06]) * chance.random() + 0.0002)
+        if armed:
+            raise KeyboardInterrupt
+    armed = False
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    rounds = 0
+    while rounds < 4000 and (done < 40 or interrupted < 80):
+        rounds += 1
+        try:
+            armed = True
+            if rounds % 4 == 0:
+                limiter.rate_limit("api")
+            else:
+                with limiter.concurrency("a" if rounds % 2 else ["b", "a"]):
+                    done += 1
+            armed = False
+        except KeyboardInterrupt:
+            armed = False
+            interrupted += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(done, interrupted)
+    input()
+"""
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_a_main_thread_interrupted_at_random_moments_leaks_nothing(
+    children: Children, limiter: Limiter, conn: Connection, wait_until: WaitUntil, seed: str
+) -> None:
+    limiter.create("a", 1)
+    limiter.create("b", 1)
+    limiter.create("api", 100, slot_decay_per_second=1000)
+    # Somebody else who wants the same, so that the child also queues.
+    stop = threading.Event()
+
+    def contend() -> None:
+        while not stop.is_set():
+            with limiter.concurrency("a"):
+                pass
+
+    rival = in_thread(contend)
+    try:
+        child = children(HAMMER, seed)
+        said = child.hear()
+    finally:
+        stop.set()
+    rival.result(30)
+    done, interrupted = map(int, said.split())
+    assert interrupted >= 20, said
+    assert done >= 20, said
+    # The child is still there: its exit is not what gives the slots back.
+    settles(conn, wait_until)
+    child.tell()
+    child.end()
+
+
+def _blocked(conn: psycopg.Connection[Any]) -> int:
+    row = conn.execute(
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,31 @@
+"""Fixtures of the SQL tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+from sqltest import Db, Session
+
+
+@pytest.fixture
+def db(connect: Callable[..., psycopg.Connection[Any]], wait_until: Callable[..., Any]) -> Iterator[Db]:
+    """The test's database, with threads to call it from."""
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        db = Db(connect, wait_until, pool)
+        yield db
+        # Whatever a failed test left waiting must not keep the pool from ending.
+        db.main.connection.rollback()
+        db.main.run(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'"
+        )
+
+
+@pytest.fixture
+def s(db: Db) -> Session:
+    """The test's main session."""
+    return db.main

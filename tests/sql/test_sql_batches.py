@@ -1,0 +1,381 @@
+"""acquire_many, which serves a batch, and acquire_wait, which waits in plain SQL."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from sqltest import Clock, Db, Session, changes_nothing, fails, seconds
+
+
+def many(s: Session, *requests: dict[str, Any]) -> list[Any]:
+    rows = s.all("select * from pglimits.acquire_many(%s::jsonb)", json.dumps(requests))
+    assert [row.ordinal for row in rows] == list(range(1, len(requests) + 1))
+    return rows
+
+
+def ask(name: str, **more: Any) -> dict[str, Any]:
+    return {"names": [name], "wait": "0", **more}
+
+
+# acquire_many
+
+
+def test_each_request_of_a_batch_is_answered_by_itself_in_their_order(clock: Clock, db: Db, s: Session) -> None:
+    now = clock.freeze()
+    s.create("database", 2)
+    s.create("api", 1, 0.5)
+    s.create("off", 1, active=False)
+    rows = many(
+        s,
+        ask("database", holder={"pid": 1}, priority=3, lease_duration="1 minute"),
+        ask("database"),
+        ask("database"),
+        ask("database", wait=None),
+        ask("api", for_rate=True),
+        ask("api", for_rate=True),
+        ask("api", for_rate=True, wait="2 seconds"),
+        ask("nowhere"),
+        ask("nowhere", strict=True),
+        ask("off"),
+        ask("database", slots=[3]),
+        ask("database", for_rate=True),
+        ask("da%ta"),
+    )
+    assert [row.status for row in rows] == [
+        "granted", "granted", "refused", "queued", "granted", "refused", "granted", "unlimited", "error", "unlimited",
+        "error", "error", "error",
+    ]  # fmt: skip
+    assert seconds(rows[0].expires_at - now) == 60
+    assert rows[1].fences[0] > rows[0].fences[0]
+    assert seconds(rows[5].retry_after) == 2
+    assert (seconds(rows[4].wait), seconds(rows[6].wait)) == (0, 2)
+    assert rows[7].missing == ["nowhere"]
+    assert {row.ordinal: row.error for row in rows if row.error} == {
+        9: "LimitNotFound",
+        11: "SlotsExceedLimit",
+        12: "NoSlotDecay",
+        13: "InvalidArgument",
+    }
+    assert all(row.message for row in rows if row.error)
+    held = {row.lease_id: row for row in s.holders()}
+    assert set(held) == {rows[0].lease_id, rows[1].lease_id}
+    assert (held[rows[0].lease_id].holder, held[rows[0].lease_id].priority) == ({"pid": 1}, 3)
+    assert [row.lease_id for row in s.waiters("database")] == [rows[3].lease_id]
+    db.consistent()
+
+
+def test_an_absent_or_null_wait_waits_for_ever(s: Session) -> None:
+    s.create("database", 0)
+    assert [row.status for row in many(s, {"names": ["database"]}, ask("database", wait=None))] == ["queued"] * 2
+
+
+def test_a_batch_repeated_with_its_ids_acts_once(db: Db, clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("one", 2)
+    s.create("two", 1)
+    requests = [
+        {"names": ["one", "two"], "lease_id": str(uuid4()), "wait": "0"},
+        ask("one", lease_id=str(uuid4())),
+    ]
+    first = many(s, *requests)
+    assert [row.status for row in first] == ["granted", "granted"]
+    with changes_nothing(db.session()):
+        assert many(s, *requests) == first
+
+
+def test_the_same_id_twice_in_a_batch_is_an_error_and_nothing_is_taken(db: Db, s: Session) -> None:
+    s.create("database", 5)
+    lease_id = str(uuid4())
+    with changes_nothing(db.session()), fails("PL001", "lease_id"):
+        many(s, ask("database", lease_id=lease_id), ask("database"), ask("database", lease_id=lease_id))
+
+
+def test_a_batch_keeps_the_order_of_the_queue(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    held = s.acquire("database").lease_id
+    rows = many(s, *[ask("database", wait=None) for _ in range(5)])
+    assert [row.lease_id for row in s.waiters()] == [row.lease_id for row in rows]
+    s.release(held)
+    assert s.watch_one(rows[0].lease_id).status == "granted"
+    db.consistent()
+
+
+def test_a_batch_of_refusals_takes_no_transaction_id_and_waits_for_nobody(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database")
+    other = db.session()
+    other.run("begin")
+    other.run("select from pglimits.states for update")
+    s.run("set lock_timeout = '50ms'")
+    with changes_nothing(db.session()):
+        s.run("begin read only")
+        assert {row.status for row in many(s, *[ask("database") for _ in range(20)])} == {"refused"}
+        assert s.value("select pg_current_xact_id_if_assigned()") is None
+        s.run("rollback")
+    other.run("rollback")
+
+
+def test_a_batch_over_many_keys_and_limits_is_granted_as_one_by_one(db: Db, s: Session) -> None:
+    for name in ("one", "two", "three"):
+        s.create(name, 2)
+    requests = [
+        {"names": names, "keys": [key], "wait": "0"}
+        for key in "zyxabc"
+        for names in (["three", "one"], ["two"], ["one", "two"], ["three"], ["three"])
+    ]
+    assert [row.status for row in many(s, *requests)] == ["granted", "granted", "granted", "granted", "refused"] * 6
+    db.consistent()
+
+
+def test_an_empty_batch_is_no_rows(s: Session) -> None:
+    assert many(s) == []
+
+
+def test_batches_in_opposite_orders_do_not_deadlock(db: Db, s: Session) -> None:
+    names = [s.create(f"limit {number}", 1000) for number in range(10)]
+
+    def caller(order: list[str]) -> Any:
+        def work(session: Session) -> int:
+            granted = 0
+            for _ in range(30):
+                rows = many(session, *[ask(name, keys=[key]) for name in order for key in ("a", "b")])
+                granted += sum(row.status == "granted" for row in rows)
+            return granted
+
+        return work
+
+    assert sum(db.together([caller(names), caller(names[::-1]), caller(names), caller(names[::-1])])) == 4 * 30 * 20
+    db.consistent()
+
+
+def test_durable_false_commits_without_waiting_for_the_disk_and_only_that_transaction(s: Session) -> None:
+    s.create("database", 5)
+    for call in (
+        "select * from pglimits.acquire_many('[{\"names\": [\"database\"]}]', durable => false)",
+        "select * from pglimits.release(array[]::uuid[], durable => false)",
+    ):
+        s.run("begin")
+        s.run(call)
+        assert s.value("show synchronous_commit") == "off"
+        s.run("commit")
+        assert s.value("show synchronous_commit") == "on"
+        s.run("begin")
+        s.run(call.replace("false", "true"))
+        assert s.value("show synchronous_commit") == "on"
+        s.run("commit")
+
+
+def test_patience_bounds_how_long_a_call_waits_for_a_lock_and_nothing_after_it(db: Db, s: Session) -> None:
+    s.create("database", 5)
+    lease_id = s.acquire("database").lease_id
+    other = db.session()
+    other.run("begin")
+    other.run("select from pglimits.states for update")
+    with changes_nothing(db.session()):
+        for call in (
+            "select * from pglimits.acquire_many('[{\"names\": [\"database\"]}]', patience => '20 milliseconds')",
+            f"select * from pglimits.release(array['{lease_id}'::uuid], patience => '20 milliseconds')",
+        ):
+            with fails("55P03"):
+                s.run(call)
+            assert s.value("show lock_timeout") == "0"
+    other.run("rollback")
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        "null", "{}", "1", '"x"', "[1]", '["x"]', "[null]", "[[]]", '[{"names": "database"}]',
+        '[{"names": ["database"], "slots": ["x"]}]', '[{"names": ["database"], "slots": 1}]',
+        '[{"names": ["database"], "lease_id": "x"}]', '[{"names": ["database"], "wait": "soon"}]',
+        '[{"names": ["database"], "priority": 1.5}]', '[{"names": ["database"], "strict": "perhaps"}]',
+        '[{"names": ["database"], "priority": 99999999999}]', '[{"names": ["database"], "keys": "k"}]',
+    ],
+)  # fmt: skip
+def test_a_malformed_batch_is_an_error_and_changes_nothing(db: Db, s: Session, requests: str) -> None:
+    """A member of a wrong type is told by PostgreSQL, as an argument of a wrong type is."""
+    s.create("database", 5)
+    with changes_nothing(db.session()):
+        try:
+            rows = s.all("select * from pglimits.acquire_many(%s::jsonb)", requests)
+        except psycopg.Error as error:
+            assert error.diag.sqlstate in ("PL001", "22P02", "22003", "22007", "22023"), error
+        else:
+            assert [(row.status, row.error) for row in rows] == [("error", "InvalidArgument")]
+
+
+def test_a_batch_has_at_most_10000_requests(s: Session) -> None:
+    with fails("PL001", "requests", "10000"):
+        s.run("select * from pglimits.acquire_many(%s::jsonb)", json.dumps([{}] * 10001))
+
+
+# acquire_wait
+
+WAIT = "call pglimits.acquire_wait(%s, wait => %s::interval, lease_id => %s::uuid)"
+
+
+def waits(db: Db, name: str, wait: str | None = None, lease_id: UUID | None = None) -> Any:
+    """Call it in the background and wait until it is in the queue."""
+    before = len(db.main.waiters())
+    future, _ = db.start(lambda session: session.one(WAIT, name, wait, lease_id))
+    db.wait_until(lambda: future.done() or len(db.main.waiters()) > before)
+    assert not future.done(), future.exception() or future.result()
+    return future
+
+
+def test_acquire_wait_returns_at_once_what_is_free(s: Session) -> None:
+    s.create("database", 2)
+    row = s.one(WAIT, "database", None, None)
+    (held,) = s.holders()
+    assert (row.status, row.granted_lease_id, row.fence, row.expires_at) == (
+        "granted",
+        held.lease_id,
+        held.fence,
+        held.expires_at,
+    )
+    row = s.one(
+        "call pglimits.acquire_wait('database', slots => 1, key => 'k', lease_duration => '1 hour', priority => 3,"
+        " holder => '{\"a\": 1}', strict => true)"
+    )
+    held = s.one("select * from pglimits.holders where lease_id = %s", row.granted_lease_id)
+    assert (held.slots, held.key, held.priority, held.holder) == (1, "k", 3, {"a": 1})
+    assert seconds(held.expires_at - held.acquired_at) == pytest.approx(3600)
+
+
+def test_acquire_wait_waits_for_a_release_and_is_granted_in_order(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    holder = s.acquire("database").lease_id
+    first = waits(db, "database", lease_id=uuid4())
+    second = waits(db, "database")
+    assert s.release(holder)
+    row = first.result(timeout=20)
+    assert row.status == "granted"
+    (held,) = s.holders()
+    assert (held.lease_id, held.fence) == (row.granted_lease_id, row.fence)
+    assert held.expires_at == row.expires_at
+    assert not second.done()
+    s.release(row.granted_lease_id)
+    assert second.result(timeout=20).status == "granted"
+    db.consistent()
+
+
+def test_acquire_wait_holds_no_lock_and_no_transaction_while_it_waits(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database")
+    future = waits(db, "database")
+    s.run("set lock_timeout = '5s'")
+    s.run("begin")
+    s.run("select from pglimits.states for update")
+    s.run("select from pglimits.queue for update")
+    s.run("rollback")
+    assert not future.done()
+    s.reset("database")
+    assert future.result(timeout=20).status == "granted"
+
+
+def test_acquire_wait_gives_up_at_its_wait_and_leaves_the_queue(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database")
+    row = s.one(WAIT, "database", "20 milliseconds", None)
+    assert (row.status, row.granted_lease_id, row.fence, row.expires_at) == ("refused", None, None, None)
+    assert s.one(WAIT, "database", "0", None).status == "refused"
+    assert s.waiters() == []
+    db.consistent()
+
+
+def test_acquire_wait_takes_an_ended_leases_slot_without_any_release(s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database", lease_duration="1 second")
+    assert s.one(WAIT, "database", "20 seconds", None).status == "granted"
+
+
+def test_acquire_wait_goes_on_waiting_when_it_lost_its_place(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database")
+    future = waits(db, "database")
+    s.run("begin")
+    s.delete("database")
+    s.create("database", 1)
+    holder = s.acquire("database").lease_id
+    s.run("commit")
+    db.wait_until(lambda: future.done() or s.waiters())
+    assert not future.done(), future.result()
+    s.release(holder)
+    assert future.result(timeout=20).status == "granted"
+
+
+def test_acquire_wait_goes_on_without_a_slot_when_the_limit_is_deactivated(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database")
+    future = waits(db, "database")
+    s.update("database", active=False)
+    row = future.result(timeout=20)
+    assert (row.status, row.granted_lease_id) == ("unlimited", None)
+
+
+def test_acquire_wait_fails_when_the_limit_has_become_too_small(db: Db, s: Session) -> None:
+    s.create("database", 2)
+    s.acquire("database")
+    future, _ = db.start(lambda session: session.one("call pglimits.acquire_wait('database', 2)"))
+    db.wait_until(lambda: future.done() or s.waiters())
+    s.update("database", limit=1)
+    with fails("PL004", "slots"):
+        future.result(timeout=20)
+
+
+def test_acquire_wait_fails_inside_a_transaction_and_takes_nothing(s: Session) -> None:
+    s.create("database", 1)
+    s.run("begin")
+    with pytest.raises(psycopg.errors.InvalidTransactionTermination):
+        s.run(WAIT, "database", None, None)
+    s.run("rollback")
+    assert s.holders() == []
+
+
+def test_acquire_wait_repeated_with_its_id_acts_once(s: Session) -> None:
+    s.create("database", 2)
+    lease_id = uuid4()
+    first = s.one(WAIT, "database", None, lease_id)
+    again = s.one(WAIT, "database", None, lease_id)
+    assert (first.granted_lease_id, first.fence) == (again.granted_lease_id, again.fence) == (lease_id, first.fence)
+    assert s.limit("database").held == 1
+
+
+def test_acquire_wait_fails_as_acquire_would(s: Session) -> None:
+    s.create("database", 1)
+    for call, state, word in (
+        ("'database', 2", "PL004", "slots"),
+        ("'nowhere', strict => true", "PL002", "nowhere"),
+        ("'database', lease_duration => '0'", "PL001", "lease_duration"),
+        ("'database', wait => '-1 second'", "PL001", "wait"),
+        ("null", "PL001", "name"),
+    ):
+        with fails(state, word):
+            s.run(f"call pglimits.acquire_wait({call})")
+    assert s.holders() == []
+
+
+def test_acquire_wait_is_not_led_astray_by_the_callers_search_path(db: Db, s: Session) -> None:
+    """Everything in it is qualified, as it can have no search_path of its own."""
+    s.create("database", 1)
+    s.acquire("database")
+    s.run("create schema evil")
+    for pair in ("interval, interval", "text, text", "timestamptz, timestamptz"):
+        left, right = pair.split(", ")
+        for operator in ("=", "<>", "<="):
+            s.run(
+                f"create or replace function evil.wrong({left}, {right}) returns boolean language plpgsql"
+                " as $$ begin raise exception 'led astray'; end $$"
+            )
+            s.run(f"create operator evil.{operator} (leftarg = {left}, rightarg = {right}, function = evil.wrong)")
+    for function in ("clock_timestamp() returns timestamptz", "pg_sleep(double precision) returns void"):
+        s.run(f"create function evil.{function} language plpgsql as $$ begin raise exception 'led astray'; end $$")
+    session = db.session()
+    session.run("set search_path = evil, pg_catalog")
+    assert session.one(WAIT, "database", "20 milliseconds", None).status == "refused"
+    s.reset("database")
+    assert session.one(WAIT, "database", "5 seconds", None).status == "granted"

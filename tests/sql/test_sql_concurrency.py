@@ -1,0 +1,498 @@
+"""Several connections at once: locks, deadlocks, isolation levels, and no limit exceeded whatever happens."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from sqltest import Db, Session, changes_nothing, check_consistent, fails
+
+THREADS = 8
+
+
+def lock_state(session: Session, name: str, key: str = "") -> None:
+    """Lock a limit's state, as whoever decides about it does."""
+    session.one(
+        "select s.version from pglimits.states s join pglimits.configs c using (limit_id)"
+        " where c.name = %s and s.key = %s for update of s",
+        name,
+        key,
+    )
+
+
+def outcome(future: Future[object]) -> object:
+    try:
+        return future.result(timeout=60)
+    except psycopg.Error as error:
+        return error
+
+
+# A refusal costs nothing.
+
+
+def test_a_refusal_waits_behind_no_row_lock(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.serves("database", 1)
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "database")
+    s.run("set lock_timeout = '50ms'")
+    assert s.acquire("database").status == "refused"
+    assert s.acquire(["database", "database"], keys=["", "other"]).status == "refused"
+    other.run("rollback")
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        pytest.param(lambda s: s.acquire("database").status, id="acquire"),
+        pytest.param(lambda s: s.acquire("database", lease_id=uuid4()).status, id="acquire with an id"),
+        pytest.param(lambda s: s.acquire(["free", "database"]).status, id="acquire several"),
+        pytest.param(lambda s: s.rate_limit("api").status, id="rate_limit"),
+        pytest.param(lambda s: s.rate_limit(["other api", "api"]).status, id="rate_limit several"),
+        pytest.param(lambda s: s.rate_limit("api", wait="1 second").status, id="rate_limit beyond its wait"),
+        pytest.param(lambda s: s.acquire("queued").status, id="acquire behind a queue"),
+        pytest.param(lambda s: s.acquire("shut").status, id="acquire with limit 0"),
+        pytest.param(lambda s: s.peek("database", wait=None).status and "refused", id="peek"),
+    ],
+)
+def test_a_refusal_writes_nothing_takes_no_transaction_id_and_waits_for_nobody(
+    db: Db, s: Session, request_of: Callable[[Session], str]
+) -> None:
+    for name in ("database", "free", "queued"):
+        s.create(name, 1)
+    s.create("shut", 0)
+    s.create("api", 1, 1 / 64)
+    s.create("other api", 1, 1)
+    s.serves("database", 1)
+    s.serves("queued", 1)
+    s.queue("queued", slots=1)
+    assert s.rate_limit("api").status == "granted"
+    other = db.session()
+    other.run("begin")
+    other.run("select from pglimits.states for update")
+    s.run("set lock_timeout = '50ms'")
+    with changes_nothing(db.session()):
+        s.run("begin")
+        assert request_of(s) == "refused"
+        assert s.value("select pg_current_xact_id_if_assigned()") is None
+        s.run("rollback")
+        # Nor could it write: a transaction that is read-only is enough for a refusal.
+        s.run("begin read only")
+        assert request_of(s) == "refused"
+        s.run("rollback")
+    other.run("rollback")
+
+
+def test_a_full_queue_refuses_without_waiting_for_a_lock(db: Db, s: Session) -> None:
+    s.create("database", 1, max_waiters=1)
+    s.serves("database", 1)
+    s.queue("database")
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "database")
+    s.run("set lock_timeout = '50ms'")
+    with fails("PL006", "database"):
+        s.acquire("database", wait="1 minute")
+    other.run("rollback")
+
+
+# Under contention.
+
+
+def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused(db: Db, s: Session) -> None:
+    s.create("database", 2)
+    s.serves("database", 1)
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "database")
+    future, _ = db.start_blocked(lambda session: session.acquire("database"))
+    other.run("rollback")
+    assert future.result(timeout=20).status == "granted"
+
+
+def test_the_clock_is_read_after_the_lock_is_held(db: Db, s: Session) -> None:
+    s.create("database", 2)
+    s.serves("database", 1)
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "database")
+    future, _ = db.start_blocked(lambda session: session.acquire("database"))
+    unlocked = other.value("select clock_timestamp()")
+    other.run("commit")
+    lease_id = future.result(timeout=20).lease_id
+    assert s.one("select * from pglimits.holders where lease_id = %s", lease_id).acquired_at > unlocked
+
+
+def test_contended_grants_of_a_rate_limit_are_charged_exactly(db: Db, s: Session) -> None:
+    s.create("api", 1000, 1e-9)
+
+    def caller(session: Session) -> int:
+        return sum(session.rate_limit("api").status == "granted" for _ in range(50))
+
+    assert sum(db.together([caller] * THREADS)) == 400
+    assert s.limit("api").level == pytest.approx(400, abs=1e-5)
+
+
+def test_contended_requests_are_granted_exactly_up_to_the_limit(db: Db, s: Session) -> None:
+    s.create("database", 37)
+
+    def caller(session: Session) -> int:
+        return sum(session.acquire("database").status == "granted" for _ in range(10))
+
+    assert sum(db.together([caller] * THREADS)) == 37
+    assert s.limit("database").held == 37
+    db.consistent()
+
+
+def test_first_users_of_a_key_do_not_both_create_it(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    for key in range(20):
+        gate = threading.Barrier(THREADS)
+
+        def caller(session: Session, gate: threading.Barrier = gate, key: int = key) -> str:
+            gate.wait(timeout=20)
+            return str(session.acquire("database", key=str(key)).status)
+
+        assert sorted(db.together([caller] * THREADS)) == ["granted"] + ["refused"] * (THREADS - 1)
+    db.consistent()
+
+
+def test_a_transaction_that_rolls_back_has_taken_nothing(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.run("begin")
+    assert s.acquire("database").status == "granted"
+    assert s.limit("database").held == 1
+    s.run("rollback")
+    assert s.limit("database").held == 0
+    assert s.holders() == []
+    s.serves("database", 1)
+    db.consistent()
+
+
+def test_a_killed_backend_leaves_neither_slot_nor_lease_of_an_open_transaction(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    other = db.session()
+    other.run("begin")
+    assert other.acquire("database").status == "granted"
+    s.value("select pg_terminate_backend(%s)", other.pid)
+    s.run("set lock_timeout = 0")
+    assert s.acquire("database", wait="1 second").status == "granted"
+    db.consistent()
+
+
+class Tally:
+    """Counts who is inside, by the callers themselves: the check that no product code can fool."""
+
+    def __init__(self, limits: dict[str, int]) -> None:
+        self._lock = threading.Lock()
+        self._limits = limits
+        self._inside = dict.fromkeys(limits, 0)
+        self.passed = 0
+
+    def enter(self, slots: dict[str, int]) -> None:
+        with self._lock:
+            for name, count in slots.items():
+                self._inside[name] += count
+                assert self._inside[name] <= self._limits[name], (name, self._inside)
+            self.passed += 1
+
+    def leave(self, slots: dict[str, int]) -> None:
+        with self._lock:
+            for name, count in slots.items():
+                self._inside[name] -= count
+
+
+def wait_for_grant(session: Session, lease_id: UUID, ask: Callable[[], object], answer: object) -> str:
+    """What a client does with a request that may be queued, by polling."""
+    status = str(answer.status)  # type: ignore[attr-defined]
+    while status in ("queued", "retry"):
+        if status == "queued":
+            time.sleep(0.002)
+            status = "/".join({row.status for row in session.watch(lease_id)})
+        else:
+            status = str(ask().status)  # type: ignore[attr-defined]
+    return status
+
+
+def test_several_limits_in_any_order_never_deadlock_and_never_let_too_many_in(db: Db, s: Session) -> None:
+    limits = {"one": 2, "two": 3, "three": 1, "four": 5}
+    for name, limit in limits.items():
+        s.create(name, limit)
+    tally = Tally(limits)
+    until = time.monotonic() + 4
+
+    def caller(number: int) -> Callable[[Session], int]:
+        def work(session: Session) -> int:
+            rng = random.Random(number)
+            rounds = 0
+            while time.monotonic() < until:
+                names = rng.sample(sorted(limits), rng.randint(1, 4))
+                slots = {name: rng.randint(1, limits[name]) for name in names}
+                lease_id = uuid4()
+
+                def ask(
+                    names: list[str] = names, slots: dict[str, int] = slots, lease_id: UUID = lease_id
+                ) -> object:
+                    return session.acquire(names, slots=list(slots.values()), wait=None, lease_id=lease_id)
+
+                status = wait_for_grant(session, lease_id, ask, ask())
+                assert status == "granted"
+                tally.enter(slots)
+                tally.leave(slots)
+                assert session.release(lease_id)
+                rounds += 1
+            return rounds
+
+        return work
+
+    rounds = db.together([caller(number) for number in range(THREADS)])
+    assert all(count > 0 for count in rounds), rounds
+    assert s.holders() == []
+    assert s.waiters() == []
+    db.consistent()
+
+
+def test_queues_give_ups_keys_and_changes_of_the_limit_never_let_too_many_in(db: Db, s: Session) -> None:
+    """Everything at once on one limit; its limit only ever grows, so that what is inside always fits."""
+    s.create("database", 2)
+    tally = Tally({"database": 4})
+    until = time.monotonic() + 4
+
+    def caller(number: int) -> Callable[[Session], int]:
+        def work(session: Session) -> int:
+            rng = random.Random(100 + number)
+            rounds = 0
+            while time.monotonic() < until:
+                lease_id = uuid4()
+                slots = {"database": rng.randint(1, 2)}
+                priority = rng.randint(0, 1)
+                wait = None if rng.random() < 0.7 else "0"
+
+                def ask(
+                    slots: dict[str, int] = slots,
+                    priority: int = priority,
+                    wait: str | None = wait,
+                    lease_id: UUID = lease_id,
+                ) -> object:
+                    return session.acquire(
+                        "database", slots=slots["database"], wait=wait, lease_id=lease_id, priority=priority
+                    )
+
+                answer = ask()
+                if rng.random() < 0.2:  # gives up, perhaps in the moment of its grant
+                    session.release(lease_id)
+                    continue
+                if wait_for_grant(session, lease_id, ask, answer) == "granted":
+                    tally.enter(slots)
+                    if rng.random() < 0.3:
+                        assert session.renew(lease_id)
+                    tally.leave(slots)
+                    assert session.release(lease_id)
+                    rounds += 1
+            return rounds
+
+        return work
+
+    def administrator(session: Session) -> int:
+        changes = 0
+        while time.monotonic() < until:
+            session.update("database", limit=3 + changes % 2)
+            session.sweep("0 seconds")
+            session.limit("database")
+            changes += 1
+        return changes
+
+    rounds = db.together([caller(number) for number in range(THREADS - 1)] + [administrator])
+    assert all(count > 0 for count in rounds), rounds
+    assert s.holders() == []
+    assert s.waiters() == []
+    db.consistent()
+
+
+# Rings of locks that there must not be. Each is set up step by step, no luck needed.
+
+
+def test_update_limit_and_the_first_use_of_a_key_do_not_deadlock(db: Db, s: Session) -> None:
+    s.create("database", 5)
+    s.serves("database", 1, key="a")
+    limit_id = s.value("select limit_id from pglimits.configs")
+    gate = db.session()
+    gate.run("begin")
+    gate.run("select pg_advisory_xact_lock(hashtextextended('b', %s))", limit_id)
+    acquire, _ = db.start_blocked(lambda session: session.acquire(["database", "database"], keys=["a", "b"]))
+    update, updater = db.start(lambda session: session.update("database", limit=7))
+    db.wait_until(lambda: update.done() or db.blocked(updater.pid))
+    gate.run("commit")
+    assert getattr(outcome(acquire), "status", outcome(acquire)) == "granted"
+    assert outcome(update) is None
+    db.consistent()
+
+
+def test_watch_and_release_do_not_deadlock(db: Db, s: Session) -> None:
+    s.create("first", 1)
+    s.create("second", 1)
+    holder = s.acquire("first")
+    handed_over = s.queue("first")
+    s.release(holder.lease_id)  # handed_over has a lease now that it has not claimed
+    held = s.acquire("second", lease_duration="1 second")
+    waiting = s.queue("second")
+    db.wait_until(lambda: s.value("select next_look <= clock_timestamp() from pglimits.states where waiting > 0"))
+    gate = db.session()
+    gate.run("begin")
+    lock_state(gate, "second")
+    watch, _ = db.start_blocked(lambda session: session.watch(handed_over, waiting))
+    release, _ = db.start_blocked(
+        lambda session: session.all(
+            "select * from pglimits.release(%s::uuid[])", [str(handed_over), str(held.lease_id)]
+        )
+    )
+    gate.run("commit")
+    for future in (watch, release):
+        assert not isinstance(outcome(future), psycopg.Error), outcome(future)
+    db.consistent()
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_renew_and_release_of_the_same_leases_do_not_deadlock(db: Db, s: Session, analyzed: bool) -> None:
+    s.create("database", 9)
+    low, high = UUID(int=1), UUID(int=2)
+    s.acquire("database", lease_id=high)  # first in the table, last by id
+    s.acquire("database", lease_id=low)
+    if analyzed:
+        s.run("analyze pglimits.leases")
+    gate = db.session()
+    gate.run("begin")
+    gate.run("select from pglimits.leases where lease_id = %s for update", low)
+    both = [str(low), str(high)]
+    renew, _ = db.start_blocked(lambda session: session.all("select * from pglimits.renew(%s::uuid[])", both))
+    release, _ = db.start_blocked(lambda session: session.all("select * from pglimits.release(%s::uuid[])", both))
+    gate.run("commit")
+    for future in (renew, release):
+        assert not isinstance(outcome(future), psycopg.Error), outcome(future)
+    assert s.limit("database").held == 0
+    db.consistent()
+
+
+def test_renew_release_and_acquire_of_the_same_leases_do_not_deadlock(db: Db, s: Session) -> None:
+    s.create("one", 100)
+    s.create("two", 100)
+    ids = [uuid4() for _ in range(20)]
+    until = time.monotonic() + 2
+
+    def holder(session: Session) -> int:
+        rounds = 0
+        while time.monotonic() < until:
+            for lease_id in ids:
+                session.acquire(["one", "two"], lease_id=lease_id)
+            session.run("select * from pglimits.release(%s::uuid[])", [str(lease_id) for lease_id in ids])
+            rounds += 1
+        return rounds
+
+    def renewer(session: Session) -> int:
+        rounds = 0
+        while time.monotonic() < until:
+            session.run("select * from pglimits.renew(%s::uuid[])", [str(lease_id) for lease_id in ids])
+            session.watch(*ids[:10])
+            rounds += 1
+        return rounds
+
+    assert all(db.together([holder, renewer, renewer, renewer]))
+    db.consistent()
+
+
+# Isolation levels.
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_an_old_snapshot_does_not_admit_one_too_many(db: Db, s: Session, level: str) -> None:
+    s.create("database", 1)
+    s.serves("database", 1, key="used before")
+    s.release(s.holders()[0].lease_id)
+    for key in ("used before", "first used now"):
+        other = db.session()
+        other.run(f"begin isolation level {level}")
+        other.value("select count(*) from pglimits.states")  # here its snapshot is taken
+        assert s.release(s.acquire("database", key=key).lease_id)
+        assert s.acquire("database", key=key).status == "granted"
+        try:
+            status = other.acquire("database", key=key).status
+            other.run("commit")
+        except psycopg.errors.SerializationFailure:
+            other.run("rollback")
+            status = "refused"
+        assert status == "refused", key
+        assert s.value("select sum(slots) from pglimits.leases where key = %s", key) == 1
+        check_consistent(s)
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_isolation_levels_never_admit_too_many(db: Db, s: Session, level: str) -> None:
+    s.create("database", 3)
+    tally = Tally({"database": 3})
+    until = time.monotonic() + 2
+
+    def caller(session: Session) -> int:
+        session.run(f"set default_transaction_isolation = '{level}'")
+        rounds = 0
+        while time.monotonic() < until:
+            try:
+                lease = session.acquire("database")
+            except psycopg.errors.SerializationFailure:
+                continue
+            if lease.status != "granted":
+                continue
+            tally.enter({"database": 1})
+            tally.leave({"database": 1})
+            while True:
+                try:
+                    assert session.release(lease.lease_id)
+                    break
+                except psycopg.errors.SerializationFailure:
+                    continue
+            rounds += 1
+        return rounds
+
+    assert sum(db.together([caller] * 6)) > 0
+    assert s.limit("database").held == 0
+    db.consistent()
+
+
+# Fences.
+
+
+def test_a_limit_created_while_its_namesake_is_deleted_continues_the_fences(db: Db, s: Session) -> None:
+    s.create("database", 10)
+    last = s.serves("database", 5)[-1].fence
+    other = db.session()
+    other.run("begin")
+    other.delete("database")
+    create, _ = db.start_blocked(lambda session: session.create("database", 10))
+    other.run("commit")
+    create.result(timeout=20)
+    assert s.acquire("database").fence > last
+
+
+def test_fences_grow_with_every_grant_under_contention(db: Db, s: Session) -> None:
+    s.create("database", 2)
+
+    def caller(session: Session) -> list[int]:
+        fences = []
+        for _ in range(60):
+            lease = session.acquire("database")
+            if lease.status == "granted":
+                fences.append(int(lease.fence))
+                session.release(lease.lease_id)
+        return fences
+
+    every = db.together([caller] * 6)
+    for fences in every:
+        assert fences == sorted(fences)
+    everyone = [fence for fences in every for fence in fences]
+    assert len(everyone) == len(set(everyone)) > 0

@@ -1,0 +1,516 @@
+"""Waiting: the order of the queue, hand-over, what wakes whom, and who leaves it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqltest import Clock, Db, Session, fails, seconds
+
+
+def statuses(s: Session, *lease_ids: UUID) -> list[str]:
+    by_id = {row.lease_id: row.status for row in s.watch(*lease_ids)}
+    return [by_id[lease_id] for lease_id in lease_ids]
+
+
+def full(s: Session, name: str = "database", limit: int = 1, **more: Any) -> list[UUID]:
+    """A limit with every slot taken by a lease of one slot."""
+    s.create(name, limit, **more)
+    return [answer.lease_id for answer in s.serves(name, limit)]
+
+
+# Joining the queue.
+
+
+def test_a_request_that_may_wait_is_queued_and_holds_nothing(s: Session) -> None:
+    full(s)
+    lease_id = uuid4()
+    answer = s.acquire("database", wait="1 minute", lease_id=lease_id)
+    assert (answer.status, answer.lease_id, answer.fence, answer.expires_at) == ("queued", lease_id, None, None)
+    assert answer.position == 1
+    assert timedelta(0) <= answer.retry_after <= timedelta(seconds=10)
+    assert s.limit("database").held == 1
+    assert s.limit("database").waiting == 1
+    (waiter,) = s.waiters()
+    assert (waiter.lease_id, waiter.name, waiter.position) == (lease_id, "database", 1)
+
+
+def test_a_queued_request_gets_an_id_where_the_caller_chose_none(s: Session) -> None:
+    full(s)
+    answer = s.acquire("database", wait="1 minute")
+    assert answer.status == "queued"
+    assert [waiter.lease_id for waiter in s.waiters()] == [answer.lease_id]
+
+
+def test_repeating_a_queued_request_keeps_its_place(s: Session) -> None:
+    full(s)
+    first, second = s.queue("database"), s.queue("database")
+    for _ in range(3):
+        assert s.acquire("database", wait=None, lease_id=second).position == 2
+        assert s.acquire("database", wait=None, lease_id=first).position == 1
+    assert [waiter.lease_id for waiter in s.waiters()] == [first, second]
+
+
+def test_a_request_that_may_no_longer_wait_leaves_the_queue(db: Db, s: Session) -> None:
+    full(s)
+    waiter = s.queue("database")
+    assert s.acquire("database", wait="0", lease_id=waiter).status == "refused"
+    assert s.waiters() == []
+    db.consistent()
+
+
+def test_wait_null_waits_for_ever_and_wait_zero_tries_once(s: Session) -> None:
+    full(s)
+    assert s.acquire("database", wait="0").status == "refused"
+    assert s.acquire("database", wait=None).status == "queued"
+
+
+# Order.
+
+
+def test_waiters_are_granted_in_order_of_arrival(db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    waiters = [db.session().queue("database") for _ in range(5)]
+    assert [waiter.position for waiter in s.waiters()] == [1, 2, 3, 4, 5]
+    for position, waiter in enumerate(waiters):
+        s.release(holder)
+        assert statuses(s, *waiters[position:]) == ["granted"] + ["queued"] * (4 - position)
+        holder = waiter
+    assert s.release(holder)
+    assert s.holders() == []
+    db.consistent()
+
+
+def test_higher_priority_goes_first_and_within_one_priority_arrival(s: Session) -> None:
+    (holder,) = full(s)
+    order = [s.queue("database", priority=priority) for priority in (0, 5, -3, 5, 0)]
+    expected = [order[1], order[3], order[0], order[4], order[2]]
+    assert [waiter.lease_id for waiter in s.waiters()] == expected
+    assert [waiter.priority for waiter in s.waiters()] == [5, 5, 0, 0, -3]
+    for lease_id in expected:
+        s.release(holder)
+        assert s.watch_one(lease_id).status == "granted"
+        assert [held.lease_id for held in s.holders()] == [lease_id]
+        holder = lease_id
+
+
+def test_a_wide_request_is_not_starved_by_narrow_ones(db: Db, s: Session) -> None:
+    one, two, three = full(s, limit=3)
+    wide = s.queue("database", slots=3)
+    narrow = s.queue("database")
+    s.release(one)
+    s.release(two)
+    assert statuses(s, wide, narrow) == ["queued", "queued"]
+    assert s.acquire("database").status == "refused"
+    s.release(three)
+    assert statuses(s, wide, narrow) == ["granted", "queued"]
+    s.release(wide)
+    assert statuses(s, narrow) == ["granted"]
+    db.consistent()
+
+
+def test_a_newcomer_never_passes_a_waiter_of_its_priority(s: Session) -> None:
+    one, _ = full(s, limit=2)
+    wide = s.queue("database", slots=2)
+    s.release(one)
+    assert s.acquire("database").status == "refused"
+    assert s.acquire("database", priority=-1).status == "refused"
+    assert s.acquire("database", wait=None).position == 2
+    assert s.watch_one(wide).status == "queued"
+
+
+def test_a_newcomer_of_higher_priority_passes_waiters_when_it_fits(s: Session) -> None:
+    one, _ = full(s, limit=2)
+    s.queue("database", slots=2)
+    s.release(one)
+    assert s.acquire("database", priority=1).status == "granted"
+    assert s.acquire("database", priority=1, wait=None).position == 1
+
+
+def test_keys_have_queues_of_their_own(s: Session) -> None:
+    s.create("database", 1)
+    held = s.acquire("database", key="a").lease_id
+    s.acquire("database", key="b")
+    a, b = s.queue("database", key="a"), s.queue("database", key="b")
+    s.release(held)
+    assert statuses(s, a, b) == ["granted", "queued"]
+
+
+def test_one_release_grants_every_waiter_that_fits(db: Db, s: Session) -> None:
+    s.create("database", 5)
+    wide = s.acquire("database", slots=5).lease_id
+    waiters = [s.queue("database", slots=slots) for slots in (2, 1, 2, 1)]
+    s.release(wide)
+    assert statuses(s, *waiters) == ["granted", "granted", "granted", "queued"]
+    assert s.limit("database").held == 5
+    db.consistent()
+
+
+# Hand-over.
+
+
+def test_release_grants_the_head_in_its_own_transaction(db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    waiter = s.queue("database")
+    other = db.session()
+    other.run("begin")
+    other.release(holder)
+    assert [held.lease_id for held in s.holders()] == [holder]
+    other.run("commit")
+    assert [held.lease_id for held in s.holders()] == [waiter]
+    assert s.waiters() == []
+
+
+def test_a_grant_notifies_its_waiter_on_its_channel_and_nobody_else(db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    listener = db.session().connection
+    listener.execute("listen pglimits_t1")
+    listener.execute("listen pglimits_t2")
+    waiter = s.queue("database", channel="pglimits_t1")
+    s.queue("database", channel="pglimits_t2")
+    s.release(holder)
+    (notice,) = list(listener.notifies(timeout=20, stop_after=1))
+    assert (notice.channel, notice.payload) == ("pglimits_t1", str(waiter))
+    # All that was sent before this has been delivered with it.
+    s.run("select pg_notify('pglimits_t2', 'end')")
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == ["end"]
+
+
+def test_nothing_is_notified_where_nobody_is_granted(db: Db, s: Session) -> None:
+    listener = db.session().connection
+    listener.execute("listen pglimits_t1")
+    s.create("database", 2)
+    lease = s.acquire("database", slots=2, channel="pglimits_t1").lease_id
+    assert s.acquire("database", channel="pglimits_t1").status == "refused"
+    waiter = s.queue("database", channel="pglimits_t1")
+    s.watch(waiter)
+    s.release(waiter)
+    s.release(lease)
+    s.run("select pg_notify('pglimits_t1', 'end')")
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == ["end"]
+
+
+def test_a_grant_begins_its_full_duration_when_its_waiter_hears_of_it(clock: Clock, s: Session) -> None:
+    (holder,) = full(s)
+    clock.freeze()
+    waiter = s.queue("database", lease_duration="5 minutes")
+    clock.advance(1)
+    s.release(holder)
+    clock.advance(4)
+    row = s.watch_one(waiter)
+    assert row.status == "granted"
+    assert row.fence == s.holders()[0].fence
+    assert row.expires_at - clock.now() == timedelta(minutes=5)
+    clock.advance(290)
+    assert s.watch_one(waiter).expires_at - clock.now() == timedelta(seconds=10), "watching is not renewing"
+
+
+def test_asking_again_takes_up_a_grant_as_well(clock: Clock, s: Session) -> None:
+    (holder,) = full(s)
+    clock.freeze()
+    waiter = s.queue("database")
+    s.release(holder)
+    clock.advance(5)
+    answer = s.acquire("database", wait=None, lease_id=waiter)
+    assert (answer.status, answer.lease_id) == ("granted", waiter)
+    assert answer.expires_at - clock.now() == timedelta(minutes=5)
+    assert s.limit("database").held == 1
+
+
+def test_a_grant_that_nobody_takes_up_ends_when_its_waiter_would_have(clock: Clock, s: Session) -> None:
+    (holder,) = full(s)
+    s.queue("database", lease_duration="1 hour")
+    s.release(holder)
+    assert s.acquire("database").status == "refused"
+    clock.advance(11)
+    assert s.acquire("database").status == "granted"
+
+
+def test_a_given_up_request_whose_grant_landed_in_the_same_moment_frees_its_slot(db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    waiter, next_one = s.queue("database"), s.queue("database")
+    s.release(holder)
+    assert s.release(waiter), "it had a lease by then"
+    assert statuses(s, waiter, next_one) == ["retry", "granted"]
+    db.consistent()
+
+
+def test_releasing_a_waiter_takes_it_out_of_the_queue(db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    waiter, next_one = s.queue("database"), s.queue("database")
+    assert s.release(waiter)
+    assert not s.release(waiter)
+    s.release(holder)
+    assert statuses(s, next_one) == ["granted"]
+    assert s.waiters() == []
+    db.consistent()
+
+
+def test_a_wide_head_that_gives_up_lets_those_behind_it_through(s: Session) -> None:
+    one, _ = full(s, limit=2)
+    wide = s.queue("database", slots=2)
+    narrow = s.queue("database")
+    s.release(one)
+    assert statuses(s, narrow) == ["queued"]
+    s.release(wide)
+    assert statuses(s, narrow) == ["granted"]
+
+
+# Waiters live while they call in.
+
+
+def test_a_waiter_that_does_not_call_in_is_gone_after_ten_seconds(clock: Clock, db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    dead, alive = s.queue("database"), s.queue("database")
+    for _ in range(3):
+        clock.advance(4)
+        assert statuses(s, alive) == ["queued"]
+    assert [(waiter.lease_id, waiter.position) for waiter in s.waiters()] == [(alive, 1)]
+    assert s.limit("database").waiting == 1
+    s.release(holder)
+    assert statuses(s, alive, dead) == ["granted", "retry"]
+    db.consistent()
+
+
+def test_a_waiter_that_calls_in_as_often_as_it_is_told_stays(clock: Clock, s: Session) -> None:
+    (holder,) = full(s)
+    first, second = s.queue("database"), s.queue("database")
+    for _ in range(40):
+        rows = s.watch(first, second)
+        assert {row.status for row in rows} == {"queued"}
+        pause = min(seconds(row.retry_after) for row in rows)
+        assert pause > 0
+        clock.advance(pause)
+    s.release(holder)
+    assert statuses(s, first, second) == ["granted", "queued"]
+
+
+def test_a_dead_wide_head_does_not_keep_a_slot_idle_that_fits_the_next(clock: Clock, db: Db, s: Session) -> None:
+    one, _ = full(s, limit=2)
+    s.queue("database", slots=2)  # dies
+    alive = s.queue("database")
+    s.release(one)
+    for _ in range(3):
+        clock.advance(4)
+        row = s.watch_one(alive)
+    assert row.status == "granted"
+    db.consistent()
+
+
+def test_a_newcomer_is_not_refused_because_of_a_dead_wide_head(clock: Clock, s: Session) -> None:
+    one, _ = full(s, limit=2)
+    s.queue("database", slots=2)
+    s.release(one)
+    clock.advance(11)
+    assert s.peek("database").status == "granted"
+    assert s.acquire("database").status == "granted"
+
+
+def test_a_waiter_that_died_is_told_to_ask_again(clock: Clock, s: Session) -> None:
+    full(s)
+    waiter = s.queue("database")
+    clock.advance(11)
+    assert s.watch_one(waiter).status == "retry"
+    assert s.acquire("database", wait=None, lease_id=waiter).status == "queued"
+
+
+def test_watching_an_unknown_request_says_retry(s: Session) -> None:
+    row = s.watch_one(uuid4())
+    assert (row.status, row.fence, row.expires_at) == ("retry", None, None)
+    assert s.watch() == []
+
+
+def test_may_sleep_is_true_only_for_a_queued_request_with_nothing_to_do(clock: Clock, s: Session) -> None:
+    (holder,) = full(s)
+    waiter = s.queue("database")
+    ask = "select pglimits.may_sleep(%s)"
+    assert s.value(ask, waiter) is True
+    clock.advance(4)
+    assert s.value(ask, waiter) is False
+    s.watch(waiter)
+    assert s.value(ask, waiter) is True
+    s.release(holder)
+    assert s.value(ask, waiter) is False
+    assert s.value(ask, uuid4()) is False
+
+
+# Time frees slots too.
+
+
+def test_the_head_gets_the_slot_at_a_leases_end_with_no_sweep_and_no_release(clock: Clock, db: Db, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database", lease_duration="5 seconds")
+    waiter = s.queue("database")
+    row = s.watch_one(waiter)
+    assert (row.status, seconds(row.retry_after) <= 5) == ("queued", True)
+    clock.advance(5.1)
+    assert s.watch_one(waiter).status == "granted"
+    db.consistent()
+
+
+def test_a_queued_answer_says_when_time_alone_may_free_what_the_head_needs(clock: Clock, s: Session) -> None:
+    s.create("database", 2)
+    clock.freeze()
+    s.acquire("database", lease_duration="1500 milliseconds")
+    s.acquire("database", lease_duration="1 hour")
+    answer = s.acquire("database", wait=None)
+    assert seconds(answer.retry_after) == pytest.approx(1.5)
+    assert seconds(s.watch_one(answer.lease_id).retry_after) == pytest.approx(1.5)
+    s.create("api", 1, 0.5)
+    s.release(s.acquire("api").lease_id)
+    answer = s.acquire("api", wait=None)
+    assert seconds(answer.retry_after) == pytest.approx(2)
+    clock.advance(2)
+    assert s.watch_one(answer.lease_id).status == "granted"
+
+
+def test_a_newcomer_after_a_leases_end_does_not_pass_the_waiter_at_the_head(clock: Clock, s: Session) -> None:
+    s.create("database", 1)
+    s.acquire("database", lease_duration="5 seconds")
+    waiter = s.queue("database")
+    clock.advance(6)
+    assert s.acquire("database").status == "refused"
+    assert s.watch_one(waiter).status == "granted"
+
+
+def test_the_head_is_told_when_a_lease_that_ends_sooner_comes_first(db: Db, clock: Clock, s: Session) -> None:
+    s.create("database", 2)
+    clock.freeze()
+    long = s.acquire("database", lease_duration="1 hour").lease_id
+    s.acquire("database", lease_duration="1 hour")
+    wide = s.queue("database", slots=2, channel="pglimits_w")
+    listener = db.session().connection
+    listener.execute("listen pglimits_w")
+    s.release(long)
+    assert s.acquire("database", lease_duration="1 second", priority=1).status == "granted"
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == [str(wide)]
+    assert seconds(s.watch_one(wide).retry_after) == pytest.approx(1)
+
+
+# max_waiters.
+
+
+def test_a_longer_queue_than_max_waiters_is_refused_with_queue_full(db: Db, s: Session) -> None:
+    full(s, max_waiters=2)
+    first = s.queue("database")
+    s.queue("database")
+    with fails("PL006", "database", "2"):
+        s.acquire("database", wait=None)
+    assert s.acquire("database").status == "refused", "who would not wait is not told about the queue"
+    assert s.acquire("database", wait=None, lease_id=first).status == "queued", "who is in it already stays"
+    s.release(first)
+    assert s.acquire("database", wait=None).status == "queued"
+    db.consistent()
+
+
+def test_max_waiters_zero_lets_nobody_wait(s: Session) -> None:
+    (holder,) = full(s, max_waiters=0)
+    with fails("PL006", "database"):
+        s.acquire("database", wait=None)
+    s.release(holder)
+    assert s.acquire("database", wait=None).status == "granted"
+
+
+def test_max_waiters_is_for_each_key(s: Session) -> None:
+    s.create("database", 1, max_waiters=1)
+    for key in "ab":
+        s.acquire("database", key=key)
+        s.queue("database", key=key)
+
+
+@pytest.mark.parametrize("head_lives", [False, True])
+def test_dead_waiters_do_not_fill_the_queue(clock: Clock, s: Session, head_lives: bool) -> None:
+    full(s, max_waiters=3)
+    waiters = [s.queue("database") for _ in range(3)]
+    for _ in range(3):
+        clock.advance(4)
+        if head_lives:
+            s.watch(waiters[0])
+    assert s.acquire("database", wait=None).position == (2 if head_lives else 1)
+
+
+# Several limits.
+
+
+def test_several_limits_wait_on_the_first_that_blocks_and_hold_nothing(s: Session) -> None:
+    s.create("one", 1)
+    (holder,) = full(s, "two")
+    waiter = s.queue(["one", "two"])
+    assert s.limit("one").held == 0
+    assert [row.name for row in s.waiters()] == ["two"]
+    assert s.acquire("one").status == "granted", "nothing of it is reserved"
+    s.release(holder)
+
+
+def test_several_limits_are_woken_to_try_again_and_are_granted_by_themselves(db: Db, s: Session) -> None:
+    s.create("one", 1)
+    (holder,) = full(s, "two")
+    listener = db.session().connection
+    listener.execute("listen pglimits_m")
+    waiter = s.queue(["one", "two"], channel="pglimits_m")
+    s.release(holder)
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == [str(waiter)]
+    assert s.limit("two").held == 0
+    assert s.watch_one(waiter).status == "retry"
+    assert s.acquire("two").status == "refused", "it keeps its place until it has tried"
+    answer = s.acquire(["one", "two"], wait=None, lease_id=waiter)
+    assert (answer.status, answer.lease_id) == ("granted", waiter)
+    assert (s.limit("one").held, s.limit("two").held) == (1, 1)
+    db.consistent()
+
+
+def test_several_limits_move_to_the_next_that_blocks_with_their_time_of_arrival(db: Db, s: Session) -> None:
+    (one,) = full(s, "one")
+    (two,) = full(s, "two")
+    waiter = s.queue(["one", "two"])
+    later = s.queue("two")
+    s.release(one)
+    assert s.watch_one(waiter).status == "retry"
+    assert s.acquire(["one", "two"], wait=None, lease_id=waiter).status == "queued"
+    assert [row.lease_id for row in s.waiters("two")] == [waiter, later]
+    assert s.waiters("one") == []
+    s.release(two)
+    assert s.acquire(["one", "two"], wait=None, lease_id=waiter).status == "granted"
+    db.consistent()
+
+
+def test_several_limits_that_move_on_let_the_next_through(s: Session) -> None:
+    (one,) = full(s, "one")
+    full(s, "two")
+    waiter = s.queue(["one", "two"])
+    narrow = s.queue("one")
+    s.release(one)
+    assert s.watch_one(narrow).status == "queued"
+    s.acquire(["one", "two"], wait=None, lease_id=waiter)
+    assert s.watch_one(narrow).status == "granted"
+
+
+def test_a_called_request_over_several_limits_that_died_does_not_hold_the_next_up(clock: Clock, s: Session) -> None:
+    s.create("one", 1)
+    (two,) = full(s, "two")
+    s.queue(["one", "two"])
+    narrow = s.queue("two")
+    s.release(two)
+    assert s.watch_one(narrow).status == "queued"
+    for _ in range(3):
+        clock.advance(4)
+        status = s.watch_one(narrow).status
+    assert status == "granted"
+
+
+def test_acquire_behind_waiters_of_a_rate_limit_and_the_other_way_round_keep_their_order(
+    clock: Clock, s: Session
+) -> None:
+    s.create("api", 1, 1)
+    clock.freeze()
+    held = s.acquire("api").lease_id  # level 1, held 1
+    waiting = s.queue("api")
+    rate = s.rate_limit("api", wait=None, lease_id=uuid4())
+    assert rate.status == "queued", "somebody who wants slots to hold is ahead"
+    s.release(held)
+    clock.advance(1)
+    assert s.watch_one(waiting).status == "granted"
+    row = s.watch_one(rate.lease_id)
+    assert (row.status, seconds(row.wait)) == ("granted", 1)

@@ -35,7 +35,6 @@ def show_warnings() -> None:
     log = logging.getLogger("pglimits")
     if not any(isinstance(handler, _Warnings) for handler in log.handlers):
         log.addHandler(_Warnings(logging.WARNING))
-        log.propagate = False
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
 
@@ -98,7 +97,9 @@ def place(conninfo: str) -> str:
     host = given.get("host") or given.get("hostaddr") or "local"
     port = given.get("port")
     user = f" as {given['user']}" if given.get("user") else ""
-    return f"database {given.get('dbname') or given.get('user') or '?'} at {host}{f':{port}' if port else ''}{user}"
+    name = given.get("dbname") or given.get("user")
+    database = f"database {name}" if name else "the default database"
+    return f"{database} at {host}{f':{port}' if port else ''}{user}"
 
 
 class Stopped(KeyboardInterrupt):

@@ -59,7 +59,11 @@ def examine(dsn: str | None) -> list[Finding]:
     try:
         target = _client.target(dsn)
     except (PglimitsError, RuntimeError, OSError) as error:
-        return [Finding("target", FAIL, str(error), "pglimits doctor --dsn postgresql://user@host/database")]
+        return [
+            Finding(
+                "target", FAIL, " ".join(str(error).split()), "pglimits doctor --dsn postgresql://user@host/database"
+            )
+        ]
     findings.append(Finding("target", OK, f"{_client.place(target.conninfo)} (from {_client.source(target)})"))
     connection = _doctor_server.connect(target, findings)
     if connection is None:

@@ -31,7 +31,7 @@ def connect(target: Target, findings: list[Finding]) -> psycopg.Connection[tuple
         return None
     info = connection.info
     secure = "" if not info.host or info.host.startswith("/") else (", TLS" if info.pgconn.ssl_in_use else ", no TLS")
-    findings.append(Finding("reachable", OK, f"connected as {info.user}{secure}"))
+    findings.append(Finding("reachable", OK, f"connected to database {info.dbname} as {info.user}{secure}"))
     return connection
 
 

@@ -186,6 +186,7 @@ def acquire(
                     "fence": lease.fence,
                     "fences": lease.fences,
                     "expires_at": lease.expires_at,
+                    "enforced": lease.enforced,
                 },
                 str(lease.id),
             )

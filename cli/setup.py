@@ -106,8 +106,8 @@ def sql(
 def doctor(dsn: Dsn = None, output: Output = Format.table) -> None:
     """Find out what is wrong, and say what mends it.
 
-    Exits with 1 if anything fails. Looks at the connection, the server, the installation, your rights, the sweep, and what slows things down: old
-    snapshots, long transactions, poolers, waiters that nobody serves.
+    Exits with 1 if anything fails. Looks at the connection, the server, the installation, your rights, the sweep, and
+    what slows things down: old snapshots, long transactions, poolers, waiters that nobody serves.
 
     Example: pglimits doctor --dsn postgresql://app@db.example.com/app
     """

@@ -130,14 +130,12 @@ class Batches:
 
     def statement(self, batch: Sequence[Ticket]) -> tuple[str, list[object]]:
         """The one statement that serves the batch."""
+        patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=None)
+        if patience is not None:
+            patience = min(max(patience, 0.001), 86400.0)
         if batch[0].body is None:
-            return _sql.RELEASE, [[ticket.lease_id for ticket in batch], self.durable]
-        patience = min((t.patience for t in batch if t.patience is not None), default=None)
-        return _sql.ACQUIRE_MANY, [
-            json.dumps([ticket.body for ticket in batch]),
-            self.durable,
-            None if patience is None else max(patience, 0.001),
-        ]
+            return _sql.RELEASE, [[ticket.lease_id for ticket in batch], self.durable, patience]
+        return _sql.ACQUIRE_MANY, [json.dumps([ticket.body for ticket in batch]), self.durable, patience]
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""

@@ -203,7 +203,7 @@ class Engine:
                 ):
                     return self._lease(request, answer, asked)
                 if waiter.news is None and waiter.turn_at is None and waiter.error is None:
-                    released = Ticket(request.lease_id, request.places, None, request.waker, None)
+                    released = Ticket(request.lease_id, request.places, None, request.waker, PATIENCE)
                     yield from self._send(released, PATIENCE)
                     taken = released.error is not None or not released.done
                     raise AcquireTimeout(f"no slot of {request.named()} within {request.timeout:g} s")
@@ -352,7 +352,7 @@ class Engine:
                 continue
             later = [entry for entry in later if entry not in due]
             try:
-                self.database.execute(_sql.RELEASE, [list({lease_id for _, lease_id in due}), self.durable])
+                self.database.execute(_sql.RELEASE, [list({lease_id for _, lease_id in due}), self.durable, None])
             except Exception as error:
                 log.debug("giving back %d requests failed: %s", len(due), error)
                 if not stopping:

@@ -13,7 +13,7 @@ ACQUIRE_MANY = """
            extract(epoch from a.wait)::float8, a.missing, a.error, a.message
     from pglimits.acquire_many(%s::jsonb, %s, make_interval(secs => %s)) a order by a.ordinal"""
 
-RELEASE = "select r.lease_id, r.released from pglimits.release(%s::uuid[], %s) r"
+RELEASE = "select r.lease_id, r.released from pglimits.release(%s::uuid[], %s, make_interval(secs => %s)) r"
 
 RENEW = "select r.lease_id, r.renewed, r.expires_at from pglimits.renew(%s::uuid[], make_interval(secs => %s)) r"
 

@@ -102,7 +102,7 @@ begin
   end if;
   update pglimits.states s
   set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
-      next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
+      pinned = state.pinned, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
       head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
       next_death = state.next_death, next_look = state.next_look, changed_at = now
   where s.limit_id = was.limit_id and s.key = was.key and s.version = was.version;
@@ -127,16 +127,131 @@ end $$;
 comment on function pglimits._tell(text, uuid) is
   'Notifies a waiting process about one of its requests (null: about all of them).';
 
+-- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
+-- booked, nor by the turns pinned further ahead, between which it may find room.
+create or replace function pglimits._find_turn(
+  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
+returns pglimits._turn
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  found_turn pglimits._turn;
+  pin record;
+begin
+  found_turn.booked := state.booked;
+  found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
+  if state.pinned > 0 then
+    for pin in
+      select q.turn, q.lease_id, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      order by q.turn, q.lease_id
+    loop
+      exit when found_turn.turn <= pin.turn and pglimits._leaves_room(
+        state, config, greatest(found_turn.booked, found_turn.turn) + slots, pin.turn, pin.lease_id);
+      found_turn.booked := greatest(found_turn.booked, pin.turn) + pin.slots;
+      found_turn.passed_turn := pin.turn;
+      found_turn.passed_id := pin.lease_id;
+      found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
+    end loop;
+  end if;
+  return found_turn;
+end $$;
+
+comment on function pglimits._find_turn(pglimits.states, pglimits.configs, integer, numeric) is
+  'The earliest turn on a rate limit that can be had for so many slots, not before a virtual time.';
+
+-- Whether pinned turns, from the given one on, can still be kept if so much is booked before them.
+create or replace function pglimits._leaves_room(
+  state pglimits.states, config pglimits.configs, booked numeric, from_turn numeric, from_id uuid)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  pin record;
+begin
+  for pin in
+    select q.turn, q.slots from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      and (q.turn, q.lease_id) >= (from_turn, from_id)
+    order by q.turn, q.lease_id
+  loop
+    if booked <= pin.turn then
+      return true;  -- all has decayed by then: what comes later is as it was
+    end if;
+    booked := booked + pin.slots;
+    if booked > pin.turn + config."limit" then
+      return false;
+    end if;
+  end loop;
+  return true;
+end $$;
+
+comment on function pglimits._leaves_room(pglimits.states, pglimits.configs, numeric, numeric, uuid) is
+  'Whether the pinned turns from a given one on can be kept if so much is booked before them.';
+
+-- Books slots at the earliest turn that is not before a virtual time. Their turn is then booked - limit, or that time.
+create or replace function pglimits._book(
+  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  at pglimits._turn := pglimits._find_turn(state, config, slots, not_before);
+begin
+  if at.passed_turn is not null then
+    state := pglimits._unpin(state, at.passed_turn, at.passed_id);
+  end if;
+  state.booked := greatest(state.booked, at.turn) + slots;
+  return state;
+end $$;
+
+comment on function pglimits._book(pglimits.states, pglimits.configs, integer, numeric) is
+  'Raises the level of a rate limit by slots, at the earliest turn that is not before a virtual time.';
+
+-- Books the pinned turns up to a given one: it has come, or somebody else goes after it.
+create or replace function pglimits._unpin(state pglimits.states, up_to_turn numeric, up_to_id uuid)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  pin record;
+begin
+  for pin in
+    select q.turn, q.slots, q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      and (q.turn, q.lease_id) <= (up_to_turn, up_to_id)
+    order by q.turn, q.lease_id
+  loop
+    state.booked := greatest(state.booked, pin.turn) + pin.slots;
+    state.pinned := state.pinned - 1;
+    update pglimits.queue q set pinned = false
+    where q.lease_id = pin.lease_id and q.limit_id = state.limit_id and q.key = state.key;
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._unpin(pglimits.states, numeric, uuid) is
+  'Books the pinned turns up to a given one.';
+
 -- Whether a concurrency request fits now, and if not, from when on time alone may make it fit.
 create or replace function pglimits._fits_at(
   state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
 returns timestamptz
 language plpgsql
-immutable
+volatile
 set search_path = ''
 as $$
 declare
   fits_at timestamptz := timestamptz '-infinity';
+  turn_in interval;
 begin
   if slots > config."limit" then
     return timestamptz 'infinity';
@@ -144,9 +259,12 @@ begin
   if state.held::bigint + slots > config."limit" then
     fits_at := greatest(state.next_expiry, now + interval '1 millisecond');
   end if;
-  if config.slot_decay_per_second > 0
-     and state.booked + slots - config."limit" > pglimits._decayed(config, now) then
-    fits_at := greatest(fits_at, now + pglimits._until(config, state.booked + slots - config."limit", now));
+  if config.slot_decay_per_second > 0 then
+    turn_in := pglimits._until(
+      config, (pglimits._find_turn(state, config, slots, pglimits._decayed(config, now))).turn, now);
+    if turn_in > interval '0' then
+      fits_at := greatest(fits_at, now + turn_in);
+    end if;
   end if;
   return fits_at;
 end $$;
@@ -169,7 +287,7 @@ declare
 begin
   floor := greatest(floor, (
     select max(q.turn) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor and not q.pinned
       and (q.expires_at = 'infinity' or q.several)));
   state.booked := state.booked - coalesce(
     (select sum(g.slots) from unnest(turns, slots) as g(turn, slots) where g.turn > floor), 0);
@@ -182,7 +300,7 @@ begin
         select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
         from (
           select q.lease_id, q.turn, 0 as slots from pglimits.queue q
-          where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor
+          where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor and not q.pinned
           union all
           select null, g.turn, g.slots from gaps g
         ) x
@@ -214,13 +332,17 @@ as $$
 declare
   turns numeric[];
   slots numeric[];
+  unpinned bigint;
 begin
   with dead as (
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.expires_at <= now
-    returning q.turn, q.slots
+    returning q.turn, q.slots, q.pinned
   )
-  select array_agg(d.turn), array_agg(d.slots) into turns, slots from dead d;
+  select array_agg(d.turn) filter (where not d.pinned), array_agg(d.slots) filter (where not d.pinned),
+         count(*) filter (where d.pinned)
+  into turns, slots, unpinned from dead d;
+  state.pinned := state.pinned - unpinned;
   if turns is not null then
     state := pglimits._close_gaps(state, config, now, turns, slots);
   end if;
@@ -358,7 +480,7 @@ set search_path = ''
 as $$
 begin
   if config.slot_decay_per_second > 0 then
-    state.booked := greatest(state.booked, pglimits._decayed(config, now)) + slots;
+    state := pglimits._book(state, config, slots, pglimits._decayed(config, now));
   end if;
   state.version := state.version + 1;
   state.held := state.held + slots;
@@ -386,7 +508,7 @@ as $$
 begin
   state.waiting := state.waiting - 1;
   if head.for_rate then
-    state.booked := greatest(state.booked, pglimits._decayed(config, now)) + head.slots;
+    state := pglimits._book(state, config, head.slots, pglimits._decayed(config, now));
     state.next_death := least(state.next_death, head.expires_at);
     update pglimits.queue q set turn = state.booked - config."limit"
     where q.lease_id = head.lease_id and q.limit_id = head.limit_id and q.key = head.key;
@@ -413,6 +535,9 @@ as $$
 begin
   if now >= state.next_expiry then
     state := pglimits._take_expired(state, now);
+  end if;
+  if state.pinned > 0 then
+    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   end if;
   if now >= state.next_death then
     state := pglimits._bury_sleepers(state, config, now);

@@ -23,8 +23,6 @@ begin
   request.chosen := lease_id is not null;
   request.bounded := false;
   request.for_rate := for_rate;
-  -- A day has 24 hours, whatever the session's time zone.
-  request.lease_duration := make_interval(secs => extract(epoch from lease_duration)::double precision);
   request.wait := wait;
   request.holder := holder;
   request.channel := channel;
@@ -60,7 +58,13 @@ begin
   if request.message is not null then
     return request;
   end if;
+  -- Arrays may begin anywhere; slices begin at 1.
+  names := names[:];
+  slots := slots[:];
+  keys := keys[:];
   request.rank := -priority;
+  -- A day has 24 hours, whatever the session's time zone.
+  request.lease_duration := make_interval(secs => extract(epoch from lease_duration)::double precision);
 
   for i in 1 .. count_of_names loop
     key := keys[least(i, cardinality(keys))];
@@ -225,15 +229,15 @@ end $$;
 comment on function pglimits._claim(uuid[], timestamptz) is
   'Begins the full duration of leases that were handed over to waiters.';
 
--- What stands in the way of a request, given the states of its parts. Reads nothing but its arguments, so that
--- the same rules answer a peek, a refusal without a lock, and a decision under the locks.
+-- What stands in the way of a request, given the states of its parts. Writes nothing: the same rules answer a peek, a
+-- refusal without a lock, and a decision under the locks.
 -- mine: the request's own place in the queue, if it has one.
 create or replace function pglimits._survey(
   request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
   mine pglimits.queue, now timestamptz)
 returns pglimits._findings
 language plpgsql
-immutable
+volatile
 set search_path = ''
 as $$
 declare
@@ -271,8 +275,6 @@ begin
       fits_at := 'infinity';
     else
       fits_at := '-infinity';
-      survey.turn_in := greatest(survey.turn_in, pglimits._until(
-        config, state.booked + request.slots[p] - config."limit", now));
     end if;
 
     if fits_at > '-infinity' then
@@ -281,6 +283,9 @@ begin
       survey.fits_at := greatest(survey.fits_at, fits_at);
     end if;
   end loop;
+  if request.for_rate and survey.blocked_at is null then
+    survey.turn_in := pglimits._common_turn(request, at, states, configs, now) - now;
+  end if;
   if survey.blocked_at is null and survey.turn_in > coalesce(request.wait, survey.turn_in) then
     survey.fits_at := now + survey.turn_in;
   end if;
@@ -291,11 +296,43 @@ comment on function pglimits._survey(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
   'What stands in the way of a request. See the type pglimits._findings.';
 
--- Takes a turn on a rate limit: the level rises at once, by what will be used when the turn has come.
--- bound: the turn hangs on other limits too, and so cannot move.
+-- The first moment from now on at which every rate limit of a request has a turn for it.
+create or replace function pglimits._common_turn(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+returns timestamptz
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  go_at timestamptz := now;
+  later timestamptz := now;
+  config pglimits.configs;
+begin
+  loop
+    for p in 1 .. cardinality(at) loop
+      config := configs[at[p]];
+      continue when config.active is not true;
+      later := greatest(later, now + pglimits._until(config, (pglimits._find_turn(
+        states[at[p]], config, request.slots[p], pglimits._decayed(config, go_at))).turn, now));
+    end loop;
+    -- A turn that one limit has put off may not be free on the others.
+    exit when later = go_at or cardinality(at) = 1;
+    go_at := later;
+  end loop;
+  return later;
+end $$;
+
+comment on function pglimits._common_turn(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+  'The first moment from now on at which every rate limit of a request has a turn for it.';
+
+-- Takes a turn on a rate limit. The level rises at once; but if another limit of the request is slower, so that the turn
+-- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used,
+-- and kept back until then, they would be missing to others.
 create or replace function pglimits._take_turn(
   state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
-  bound boolean, now timestamptz)
+  several boolean, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
@@ -303,34 +340,39 @@ set search_path = ''
 as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
-  turn numeric;
+  decayed numeric := pglimits._decayed(config, now);
+  forget numeric := pglimits._decayed(config, now - pglimits._liveness());
+  turn numeric := pglimits._decayed(config, now + turn_in);
+  pinned boolean := several and turn_in > interval '0'
+    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
 begin
-  -- As of the moment it really goes, which another limit may have put off: charged earlier, the slots would have
-  -- decayed before they are used.
-  state.booked := greatest(state.booked, pglimits._decayed(config, case when bound then now + turn_in else now end))
-                  + slots;
+  if pinned then
+    state.pinned := state.pinned + 1;
+  else
+    state := pglimits._book(state, config, slots, decayed);
+    turn := greatest(state.booked - config."limit", decayed);
+  end if;
   if turn_in = interval '0' and not request.chosen then
     return state;
   end if;
-  turn := case when bound then pglimits._decayed(config, now + turn_in)
-               else greatest(state.booked - config."limit", pglimits._decayed(config, now)) end;
   -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
   delete from pglimits.queue q
-  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed
-    and q.turn <= pglimits._decayed(config, now - pglimits._liveness());
-  state.passed := greatest(state.passed, pglimits._decayed(config, now - pglimits._liveness()));
-  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, for_rate, several, lease_duration,
-                              holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, turn, true, bound,
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
+  state.passed := greatest(state.passed, forget);
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several,
+                              lease_duration, holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, turn, pinned, true, several,
           request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
-  state.next_death := least(state.next_death, alive_until);
-  state.next_look := least(state.next_look, alive_until);
+  if turn_in > interval '0' then
+    state.next_death := least(state.next_death, alive_until);
+    state.next_look := least(state.next_look, alive_until);
+  end if;
   return state;
 end $$;
 
 comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
-  'Records a turn on a rate limit, now or ahead, and returns the state with the level raised.';
+  'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
 -- Puts a request in line.
 create or replace function pglimits._enqueue(
@@ -561,7 +603,7 @@ begin
   for i in 1 .. coalesce(cardinality(places.keys), 0) loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
     configs[i] := config;
-    if config.active and now >= least((states[i]).next_expiry, (states[i]).next_look) then
+    if config.active and (now >= least((states[i]).next_expiry, (states[i]).next_look) or (states[i]).pinned > 0) then
       states[i] := pglimits._settle(states[i], config, now);
     end if;
   end loop;

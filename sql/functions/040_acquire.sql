@@ -57,6 +57,7 @@ begin
   state.key := key;
   state.held := 0;
   state.booked := 0;
+  state.pinned := 0;
   state.waiting := 0;
   state.next_expiry := timestamptz 'infinity';
   return state;
@@ -233,6 +234,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -274,6 +276,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -300,6 +303,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -333,6 +337,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -358,6 +363,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   request pglimits._request;
@@ -409,6 +415,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   return pglimits.peek(array[name], array[slots], array[key], wait, priority, strict, for_rate);
@@ -427,9 +434,11 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   checked pglimits._request[];
+  lock_timeout text;
 begin
   if requests is null or jsonb_typeof(requests) <> 'array' then
     perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
@@ -437,7 +446,7 @@ begin
     perform pglimits._fail('InvalidArgument',
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
   end if;
-  perform pglimits._for_this_call(durable, patience);
+  lock_timeout := pglimits._for_this_call(durable, patience);
   select array_agg(pglimits._check_request(
            r.names, coalesce(r.slots, '{1}'), coalesce(r.keys, '{""}'), coalesce(r.lease_duration, '5 minutes'),
            r.wait, coalesce(r.priority, 0), r.holder, r.lease_id, coalesce(r.strict, false), r.channel,
@@ -457,6 +466,7 @@ begin
          (checked[a.ordinal]).missing, a.error, a.message
   from unnest(pglimits._answer_all(checked)) with ordinality as a(
     status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
+  perform set_config('lock_timeout', lock_timeout, true);
 end $$;
 
 comment on function pglimits.acquire_many(jsonb, boolean, interval) is
@@ -470,13 +480,15 @@ keeps in a long transaction (null: as lock_timeout says); past it error 55P03, a
 A row for each: its ordinal, what acquire or rate_limit would have answered, the limits that are missing, and, with
 status error, the kind of error (as errors() lists them) and its message.$$;
 
--- Settings of one call: how durable it is, and how long it waits for a lock.
+-- Settings of one call: how durable it is, and how long it waits for a lock. Returns the lock_timeout to go back to.
 create or replace function pglimits._for_this_call(durable boolean, patience interval)
-returns void
+returns text
 language plpgsql
 volatile
 set search_path = ''
 as $$
+declare
+  before text := current_setting('lock_timeout');
 begin
   if durable is null then
     perform pglimits._fail('InvalidArgument', 'durable must not be null');
@@ -489,7 +501,9 @@ begin
   if patience is not null then
     perform set_config('lock_timeout', ceil(extract(epoch from patience) * 1000)::bigint::text, true);
   end if;
+  return before;
 end $$;
 
 comment on function pglimits._for_this_call(boolean, interval) is
-  'durable false: this transaction commits with synchronous_commit = off. patience: its lock_timeout.';
+  'durable false: this transaction commits with synchronous_commit = off. patience: the lock_timeout from now on; '
+  'returns what it was.';

@@ -1,5 +1,20 @@
 -- What happens to a lease, or to a place in a queue, after acquire: renew, release, watch.
 
+-- What is wrong with a list of lease ids is an error.
+create or replace function pglimits._check_ids(lease_ids uuid[])
+returns void
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if lease_ids is null or array_position(lease_ids, null) is not null then
+    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null, nor contain null');
+  end if;
+end $$;
+
+comment on function pglimits._check_ids(uuid[]) is 'Raises InvalidArgument for a null list of lease ids, or a null in it.';
+
 -- Renews leases. Needs no state: it only moves an end further away. Rows are locked in the order of
 -- (limit id, key, lease id), as everywhere.
 create or replace function pglimits.renew(lease_ids uuid[], lease_duration interval default null)
@@ -8,16 +23,16 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
   now timestamptz;
   mine tid[];
   seconds constant double precision := extract(epoch from renew.lease_duration);
-  problem text := case
-    when lease_ids is null then 'lease_ids must not be null'
-    when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
+  problem text := case when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
 begin
+  perform pglimits._check_ids(lease_ids);
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -50,6 +65,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   if lease_id is null then
@@ -63,22 +79,23 @@ comment on function pglimits.renew(uuid, interval) is
 
 -- Ends leases, and lets waiters leave, and hands what comes free to the waiters at the head.
 -- Safe to repeat: an unknown or ended lease is 'false', not an error.
-create or replace function pglimits.release(lease_ids uuid[], durable boolean default true)
+create or replace function pglimits.release(
+  lease_ids uuid[], durable boolean default true, patience interval default null)
 returns table (lease_id uuid, released boolean)
 language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
   place record;
   ended uuid[] := array[]::uuid[];
+  lock_timeout text;
 begin
-  if lease_ids is null then
-    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null');
-  end if;
-  perform pglimits._for_this_call(durable, null);
+  perform pglimits._check_ids(lease_ids);
+  lock_timeout := pglimits._for_this_call(durable, patience);
   -- A waiter for several limits may move on while we wait for a lock; then it is found at its new place.
   for attempt in 1 .. 5 loop
     for place in
@@ -91,13 +108,15 @@ begin
     end loop;
     exit when not found;
   end loop;
+  perform set_config('lock_timeout', lock_timeout, true);
   return query select asked.id, asked.id = any (ended)
                from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
 end $$;
 
-comment on function pglimits.release(uuid[], boolean) is
+comment on function pglimits.release(uuid[], boolean, interval) is
   'Ends leases, takes waiting requests out of their queue, and gives reserved turns back. A row for each id: true if it '
-  'was live, false if it had ended already. Wakes waiters. durable: false commits with synchronous_commit = off.';
+  'was live, false if it had ended already. Wakes waiters. durable: false commits with synchronous_commit = off. '
+  'patience: how long to wait for a lock, as in acquire_many.';
 
 create or replace function pglimits.release(lease_id uuid)
 returns boolean
@@ -105,6 +124,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   if lease_id is null then
@@ -130,6 +150,7 @@ declare
   now timestamptz := pglimits._now();
   freed bigint;
   left_line bigint;
+  unpinned bigint;
   live uuid[];
   live_waiters uuid[];
   turns numeric[];
@@ -139,6 +160,10 @@ begin
     return array[]::uuid[];
   end if;
   select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
+  if state.pinned > 0 then
+    -- A turn that has come stays booked.
+    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  end if;
 
   if cardinality(lease_ids) > 1 then
     -- In the order in which renew locks them.
@@ -155,19 +180,21 @@ begin
   into freed, live from gone g;
   state.held := state.held - freed;
 
-  if state.waiting > 0 or state.next_death < 'infinity' or freed = 0 then
+  if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
     with gone as (
       delete from pglimits.queue q
       where q.lease_id = any (lease_ids) and q.limit_id = state.limit_id and q.key = state.key
-      returning q.lease_id, q.turn, q.slots, q.expires_at
+      returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
     )
     select count(*) filter (where g.turn is null),
            coalesce(array_agg(g.lease_id) filter (
              where g.expires_at > now and (g.turn is null or g.turn > pglimits._decayed(config, now))), '{}'),
-           array_agg(g.turn) filter (where g.turn > pglimits._decayed(config, now)),
-           array_agg(g.slots) filter (where g.turn > pglimits._decayed(config, now))
-    into left_line, live_waiters, turns, slots from gone g;
+           array_agg(g.turn) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
+           array_agg(g.slots) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
+           count(*) filter (where g.pinned)
+    into left_line, live_waiters, turns, slots, unpinned from gone g;
     state.waiting := state.waiting - left_line;
+    state.pinned := state.pinned - unpinned;
     live := live || live_waiters;
     if turns is not null then
       state := pglimits._close_gaps(state, config, now, turns, slots);
@@ -194,6 +221,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -203,9 +231,7 @@ declare
   config pglimits.configs;
   now timestamptz := pglimits._now();
 begin
-  if lease_ids is null then
-    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null');
-  end if;
+  perform pglimits._check_ids(lease_ids);
 
   for place in
     select p.limit_id, p.key
@@ -277,6 +303,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   return exists (
@@ -337,8 +364,8 @@ begin
       answer.expires_at := news.expires_at;
     end loop;
     exit when answer.status operator(pg_catalog.<>) 'retry';
-    remaining := greatest(
-      wait operator(pg_catalog.-) (pg_catalog.clock_timestamp() operator(pg_catalog.-) started), interval '0');
+    remaining := case when wait is not null then greatest(
+      wait operator(pg_catalog.-) (pg_catalog.clock_timestamp() operator(pg_catalog.-) started), interval '0') end;
   end loop;
   status := answer.status;
   if answer.status operator(pg_catalog.=) 'granted' then
@@ -378,6 +405,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   return pglimits.renew(pglimits._uuid(lease_id), lease_duration);
@@ -391,6 +419,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   return pglimits.release(pglimits._uuid(lease_id));

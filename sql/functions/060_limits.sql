@@ -39,6 +39,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   now timestamptz := pglimits._now();
@@ -84,6 +85,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   old pglimits.configs;
@@ -151,11 +153,13 @@ declare
   turns numeric[];
   slots numeric[];
   left_line bigint;
+  unpinned bigint;
   told text;
 begin
   if not new.active then
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
+    state.pinned := 0;
     state.next_death := timestamptz 'infinity';
     state.next_look := timestamptz 'infinity';
     perform pglimits._save(state, was, now);
@@ -165,7 +169,7 @@ begin
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they.
   update pglimits.queue q set turn = q.turn - (new."limit" - old."limit")
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
-    and q.expires_at < 'infinity' and new."limit" <> old."limit";
+    and q.expires_at < 'infinity' and not q.pinned and new."limit" <> old."limit";
   -- Whoever can never be granted now is sent away to ask again, and gets the error.
   with hopeless as (
     delete from pglimits.queue q
@@ -174,12 +178,14 @@ begin
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
                else q.turn > pglimits._decayed(new, now)
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots, pglimits._tell(q.channel, q.lease_id)
+    returning q.turn, q.slots, q.pinned, pglimits._tell(q.channel, q.lease_id)
   )
-  select array_agg(h.turn) filter (where h.turn is not null), array_agg(h.slots) filter (where h.turn is not null),
-         count(*) filter (where h.turn is null)
-  into turns, slots, left_line from hopeless h;
+  select array_agg(h.turn) filter (where not h.pinned and h.turn is not null),
+         array_agg(h.slots) filter (where not h.pinned and h.turn is not null),
+         count(*) filter (where h.turn is null), count(*) filter (where h.pinned)
+  into turns, slots, left_line, unpinned from hopeless h;
   state.waiting := state.waiting - left_line;
+  state.pinned := state.pinned - unpinned;
   if turns is not null and new.slot_decay_per_second > 0 then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
@@ -223,6 +229,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   gone pglimits.configs;
@@ -265,6 +272,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   was pglimits.states;
@@ -317,7 +325,7 @@ begin
   end if;
   used := state.booked - decayed - coalesce((
     select sum(q.slots) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 0);
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
   return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[least(-slots, greatest(used, 0))]);
 end $$;
 
@@ -330,6 +338,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   was pglimits.states;

@@ -7,6 +7,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   place record;
@@ -46,6 +47,9 @@ begin
     get diagnostics removed = row_count;
     state.waiting := state.waiting - removed;
     waiters := waiters + removed;
+    if state.pinned > 0 then
+      state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    end if;
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
       and q.turn <= pglimits._decayed(config, now - pglimits._liveness());
@@ -56,7 +60,7 @@ begin
     end if;
     perform pglimits._save(state, was, now);
   end loop;
-  keys := pglimits._sweep_idle_keys(max_keys, now - idle, now);
+  keys := pglimits._sweep_idle_keys(max_keys, now - least(idle, interval '1000 years'), now);
   return next;
 end $$;
 

@@ -16,13 +16,13 @@ begin
   if every is null or seconds < 1 or seconds > 86400 then
     perform pglimits._fail('InvalidArgument',
       format('every must be from 1 second to 1 day, not %s', coalesce(every::text, 'null')));
-  elsif seconds < 60 and (parts[1], parts[2]) >= (1, 5) then
+  elsif ceil(seconds) < 60 and (parts[1], parts[2]) >= (1, 5) then
     return ceil(seconds) || ' seconds';
   end if;
   minutes := ceil(seconds / 60);
   return case when minutes = 1 then '* * * * *'
               when minutes < 60 then format('*/%s * * * *', minutes)
-              when minutes < 1440 then format('0 */%s * * *', ceil(minutes / 60.0)::integer)
+              when minutes <= 23 * 60 then format('0 */%s * * *', ceil(minutes / 60.0)::integer)
               else '0 0 * * *' end;
 end $$;
 
@@ -35,24 +35,25 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   cron_version text := (select x.extversion from pg_catalog.pg_extension x where x.extname = 'pg_cron');
   cron_database text := current_setting('cron.database_name', true);
-  schedule text;
+  -- Also the check of its argument, which comes first.
+  schedule text := pglimits._cron_schedule(every, coalesce(cron_version, '1.4'));
 begin
   if cron_version is null and cron_database <> current_database() then
     perform pglimits._fail('CronUnavailable',
       format('pg_cron lives in database %L, not in this one', cron_database),
       format('Run ''pglimits cron enable'', or in %I: select cron.schedule_in_database(%L, %L, %L, %L);',
-             cron_database, pglimits._cron_job(), pglimits._cron_schedule(every, '1.4'), 'select pglimits.sweep()',
+             cron_database, pglimits._cron_job(), schedule, 'select pglimits.sweep()',
              current_database()));
   elsif cron_version is null then
     perform pglimits._fail('CronUnavailable', 'pg_cron is not installed in this database',
       'Install the package (Debian: postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'' and '
       'cron.database_name, restart, and run: create extension pg_cron. Without it: pglimits sweep --every 60');
   end if;
-  schedule := pglimits._cron_schedule(every, cron_version);
   execute 'select cron.schedule($1, $2, $3)' using pglimits._cron_job(), schedule, 'select pglimits.sweep()';
   return schedule;
 end $$;
@@ -67,6 +68,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   job bigint;

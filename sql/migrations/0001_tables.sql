@@ -50,6 +50,7 @@ create table pglimits.states (
   version bigint not null,
   held integer not null default 0,
   booked numeric not null default 0,
+  pinned integer not null default 0,
   next_expiry timestamptz not null default 'infinity',
   waiting integer not null default 0,
   head_rank integer not null default 0,
@@ -75,6 +76,8 @@ comment on column pglimits.states.version is 'Grows with every write and with ev
 comment on column pglimits.states.held is 'Slots under leases, including those that ended but that nobody took out yet.';
 comment on column pglimits.states.booked is
   'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
+comment on column pglimits.states.pinned is
+  'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
 comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
@@ -121,6 +124,7 @@ create table pglimits.queue (
   rank integer not null,
   arrival timestamptz not null,
   turn numeric,
+  pinned boolean not null default false,
   for_rate boolean not null,
   several boolean not null,
   called boolean not null default false,
@@ -138,12 +142,15 @@ create table pglimits.queue (
 );
 create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where turn is null;
 create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
+create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
 comment on table pglimits.queue is
   'Who waits. Without a turn: in line for slots. With a turn: has its place on a rate limit and sleeps until then.';
 comment on column pglimits.queue.rank is 'The priority, negated, so that the index is read in one direction.';
 comment on column pglimits.queue.arrival is
   'When the request arrived by the database clock, made unique within the (limit, key). Kept when it moves to another limit.';
 comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves by itself when the rate changes.';
+comment on column pglimits.queue.pinned is
+  'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
 comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
 comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
@@ -208,6 +215,16 @@ comment on type pglimits._findings is
   'blocked_at: the first state that blocks it. looks_at: when time alone may change that. fits_at: null, it can go on; '
   'else the moment from which on it could, infinity where only a release can tell. turn_in: how long until its turn '
   'on the slowest rate limit. queue_full: why it may not wait.';
+
+create type pglimits._turn as (
+  turn numeric,
+  booked numeric,
+  passed_turn numeric,
+  passed_id uuid
+);
+comment on type pglimits._turn is
+  'The earliest turn that can be had. booked: before it, with the pinned turns that it comes after, the last of which is '
+  'passed_turn, passed_id.';
 
 create type pglimits.acquired as (
   status text,

@@ -187,9 +187,7 @@ class Db:
 
     def blocked(self, pid: int) -> bool:
         return bool(
-            self.main.value(
-                "select count(*) from pg_stat_activity where pid = %s and wait_event_type = 'Lock'", pid
-            )
+            self.main.value("select count(*) from pg_stat_activity where pid = %s and wait_event_type = 'Lock'", pid)
         )
 
     def start_blocked(self, work: Callable[[Session], Any]) -> tuple[Future[Any], Session]:

@@ -270,7 +270,9 @@ def test_a_lease_taken_while_inactive_frees_nothing_later(db: Db, s: Session) ->
     db.consistent()
 
 
-def test_leases_taken_before_a_limit_was_deactivated_keep_counting_until_they_end(clock: Clock, db: Db, s: Session) -> None:
+def test_leases_taken_before_a_limit_was_deactivated_keep_counting_until_they_end(
+    clock: Clock, db: Db, s: Session
+) -> None:
     s.create("database", 2)
     first = s.acquire("database").lease_id
     s.acquire("database", lease_duration="30 seconds")
@@ -478,7 +480,9 @@ def test_occupancy_and_lease_move_in_one_transaction(db: Db, s: Session) -> None
 
 @pytest.mark.parametrize("intervalstyle", ["sql_standard", "iso_8601", "postgres_verbose"])
 @pytest.mark.parametrize("timezone", ["America/New_York", "Asia/Kathmandu"])
-def test_settings_of_the_session_change_nothing(clock: Clock, db: Db, s: Session, timezone: str, intervalstyle: str) -> None:
+def test_settings_of_the_session_change_nothing(
+    clock: Clock, db: Db, s: Session, timezone: str, intervalstyle: str
+) -> None:
     now = clock.freeze()
     s.create("database", 1)
     s.create("api", 1, 0.5)
@@ -518,5 +522,3 @@ def test_held_is_right_however_many_keys_are_full(s: Session) -> None:
     for key in "ab":
         assert s.acquire("huge", slots=2_147_483_647, key=key).status == "granted"
     assert s.limit("huge").held == 2 * 2_147_483_647
-
-

@@ -122,7 +122,7 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str | None]]]] = {
     "renew(text)": ("lease_id", "gen_random_uuid()::text", {"lease_id": TEXT_IDS, "lease_duration": DURATIONS}),
     "release(uuid)": ("lease_id", "gen_random_uuid()", {"lease_id": IDS}),
     "release(text)": ("lease_id", "gen_random_uuid()::text", {"lease_id": TEXT_IDS}),
-    "release(uuid[])": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS, "durable": BOOLEANS, "patience": PATIENCES}),
+    "release(uuid[])": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS, "durable": BOOLEANS}),
     "watch": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS}),
     "acquire_many": ("requests", "'[]'::jsonb", {"durable": BOOLEANS, "patience": PATIENCES}),
     "create_limit": (
@@ -152,7 +152,11 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str | None]]]] = {
     "cron_enable": ("", "", {"every": CRON}),
 }  # fmt: skip
 # renew without a duration renews by the one the lease was taken with.
-NULLS_THAT_ARE_GOOD = {("renew(uuid)", "lease_duration"), ("renew(uuid[])", "lease_duration"), ("renew(text)", "lease_duration")}
+NULLS_THAT_ARE_GOOD = {
+    ("renew(uuid)", "lease_duration"),
+    ("renew(uuid[])", "lease_duration"),
+    ("renew(text)", "lease_duration"),
+}
 
 
 def cases(function: str) -> Iterator[tuple[str, str, str]]:
@@ -236,7 +240,9 @@ def test_slots_that_add_up_beyond_an_integer_are_an_error(db: Db, s: Session) ->
 def test_lower_bounds_of_arrays_do_not_matter(s: Session) -> None:
     s.create("one", 5)
     s.create("two", 5)
-    answer = s.one("select * from pglimits.acquire('[0:1]={one,two}'::text[], '[7:8]={1,2}'::int[], '[3:3]={k}'::text[])")
+    answer = s.one(
+        "select * from pglimits.acquire('[0:1]={one,two}'::text[], '[7:8]={1,2}'::int[], '[3:3]={k}'::text[])"
+    )
     assert answer.status == "granted"
     assert [(held.name, held.key, held.slots) for held in sorted(s.holders(), key=lambda held: held.name)] == [
         ("one", "k", 1),
@@ -244,7 +250,9 @@ def test_lower_bounds_of_arrays_do_not_matter(s: Session) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["x", "x" * 200, "ein Name: mit @ _ . - ü", "日本", "'; drop schema pglimits; --", '"', "\\"])
+@pytest.mark.parametrize(
+    "name", ["x", "x" * 200, "ein Name: mit @ _ . - ü", "日本", "'; drop schema pglimits; --", '"', "\\"]
+)
 def test_good_names_and_keys_are_taken(s: Session, name: str) -> None:
     s.create(name, 1)
     assert s.acquire(name, key=name).status == "granted"

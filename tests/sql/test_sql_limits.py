@@ -47,11 +47,10 @@ def test_of_many_that_create_the_same_limit_one_succeeds(db: Db, s: Session) -> 
 
 
 def test_names_are_told_apart_by_every_character(s: Session) -> None:
-    names = ["a", "A", "ä", "a ", "", "a.b", "ａ"]
+    names = ["a", "A", "ä", "a ", "a.b", "a\u0308"]
     for number, name in enumerate(names):
-        if name:
-            s.create(name, number + 1)
-    assert [s.limit(name).limit for name in names if name] == [1, 2, 3, 4, 6, 7]
+        s.create(name, number)
+    assert [s.limit(name).limit for name in names] == list(range(len(names)))
 
 
 # update_limit

@@ -437,7 +437,7 @@ def test_dead_waiters_do_not_fill_the_queue(clock: Clock, s: Session, head_lives
 def test_several_limits_wait_on_the_first_that_blocks_and_hold_nothing(s: Session) -> None:
     s.create("one", 1)
     (holder,) = full(s, "two")
-    waiter = s.queue(["one", "two"])
+    s.queue(["one", "two"])
     assert s.limit("one").held == 0
     assert [row.name for row in s.waiters()] == ["two"]
     assert s.acquire("one").status == "granted", "nothing of it is reserved"

@@ -271,7 +271,9 @@ def test_a_turn_given_up_at_the_tail_goes_to_the_next_caller(clock: Clock, s: Se
     assert turns(s, first) == [1]
 
 
-def test_a_turn_given_up_in_the_middle_moves_up_those_behind_it_and_tells_them(clock: Clock, db: Db, s: Session) -> None:
+def test_a_turn_given_up_in_the_middle_moves_up_those_behind_it_and_tells_them(
+    clock: Clock, db: Db, s: Session
+) -> None:
     clock.freeze()
     s.create("api", 2, 1)
     s.rate_limit("api", slots=2)
@@ -324,7 +326,9 @@ def test_a_sleeper_that_died_gives_its_turn_back(clock: Clock, s: Session) -> No
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nobody_goes_too_fast_whatever_is_given_up_adjusted_or_held(clock: Clock, db: Db, s: Session, seed: int) -> None:
+def test_nobody_goes_too_fast_whatever_is_given_up_adjusted_or_held(
+    clock: Clock, db: Db, s: Session, seed: int
+) -> None:
     """A random life of one rate limit, its grants logged at the times at which they really go."""
     rng = random.Random(seed)
     limit, rate = 4, Fraction(5, 2)
@@ -427,7 +431,9 @@ def test_a_changed_limit_moves_the_turns_of_those_who_sleep(clock: Clock, s: Ses
     assert seconds(s.rate_limit("api", wait=None).wait) == 2
 
 
-def test_a_rate_taken_away_tells_those_who_sleep_to_ask_and_they_get_the_error(clock: Clock, db: Db, s: Session) -> None:
+def test_a_rate_taken_away_tells_those_who_sleep_to_ask_and_they_get_the_error(
+    clock: Clock, db: Db, s: Session
+) -> None:
     clock.freeze()
     s.create("api", 1, 1)
     s.rate_limit("api")
@@ -502,25 +508,60 @@ def test_a_far_turn_on_one_limit_does_not_hold_up_others_on_another(clock: Clock
     assert max(waits) <= 2
 
 
-def test_over_several_limits_nobody_goes_too_fast_on_any_of_them(clock: Clock, s: Session) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_over_several_limits_nobody_goes_too_fast_on_any_of_them(clock: Clock, db: Db, s: Session, seed: int) -> None:
     limits = {"one": (3, Fraction(2)), "two": (5, Fraction(1)), "three": (1, Fraction(4))}
     clock.freeze(START)
     for name, (limit, rate) in limits.items():
         s.create(name, limit, float(rate))
-    rng = random.Random(5)
+    rng = random.Random(seed)
     grants: dict[str, list[tuple[Fraction, int]]] = {name: [] for name in limits}
-    for _ in range(250):
+    asleep: dict[UUID, tuple[Fraction, dict[str, int], bool]] = {}
+    gave_up = 0
+    for _ in range(200):
         now = at(clock.now())
-        names = rng.sample(sorted(limits), rng.randint(1, 3))
-        slots = [rng.randint(1, min(2, limits[name][0])) for name in names]
-        answer = s.rate_limit(names, slots=slots, wait=rng.choice(["0", "3 seconds", "9 seconds"]))
-        if answer.status == "granted":
-            for name, count in zip(names, slots, strict=True):
-                grants[name].append((now + interval(answer.wait), count))
-        clock.advance(round(rng.expovariate(2.0), 6))
+        for lease_id, (goes, slots, _) in list(asleep.items()):
+            if goes <= now:
+                for name, count in slots.items():
+                    grants[name].append((goes, count))
+                del asleep[lease_id]
+        action = rng.random()
+        if action < 0.45:
+            names = rng.sample(sorted(limits), rng.choice([1, 1, 2, 3]))
+            slots = {name: rng.randint(1, min(2, limits[name][0])) for name in names}
+            told, lease_id = rng.random() < 0.6, uuid4()
+            answer = s.rate_limit(
+                names,
+                slots=list(slots.values()),
+                wait=rng.choice(["0", "3 seconds", "9 seconds"]),
+                lease_id=lease_id if rng.random() < 0.9 else None,
+                channel="pglimits_t" if told else None,
+            )
+            if answer.status == "granted":
+                asleep[answer.lease_id] = (now + interval(answer.wait), slots, told)
+        elif action < 0.55 and asleep:
+            lease_id = rng.choice(sorted(asleep))
+            if s.release(lease_id):
+                gave_up += 1
+                del asleep[lease_id]
+        else:
+            clock.advance(round(rng.expovariate(2.0), 6))
+            now = at(clock.now())
+        for name in limits:
+            s.limit(name)
+        waits: dict[UUID, Fraction] = {}
+        for row in s.watch(*(lease_id for lease_id, (_, _, told) in asleep.items() if told)):
+            if row.status == "granted":
+                waits[row.lease_id] = max(interval(row.wait), waits.get(row.lease_id, Fraction(0)))
+        for lease_id, wait in waits.items():
+            goes, slots, told = asleep[lease_id]
+            if goes > now:
+                asleep[lease_id] = (now + wait, slots, told)
+    assert gave_up > 3
     for name, (limit, rate) in limits.items():
         assert len(grants[name]) > 15
         never_too_fast(grants[name], limit, rate)
+    db.consistent()
 
 
 def test_a_reservation_over_several_limits_is_given_back_on_each(clock: Clock, s: Session) -> None:

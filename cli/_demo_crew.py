@@ -167,7 +167,11 @@ class Crew:
         """Have them finish what they are at, and see them end."""
         for worker in self.workers:
             worker.tell("stop")
-        self.play(until=lambda: not self._pipes.get_map(), what="the workers to end")
+        self.play(_PATIENCE, until=lambda: not self._pipes.get_map())
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.said.append(f"did not end within {_PATIENCE:g} s and was killed")
         self._tell_events(math.inf)
 
     def was_first_in_line(self, worker: int, at: float) -> bool:

@@ -1,5 +1,44 @@
 -- The heart: checks a request, and serves a batch of them under the locks of all their states.
 
+-- What is wrong with the arguments of a request as such, or null. The names and keys themselves are looked at one by one.
+create or replace function pglimits._argument_error(
+  names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+  holder jsonb, strict boolean, channel text)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return case
+    when names is null then 'names must not be null'
+    when cardinality(names) = 0 then 'names must not be empty'
+    when array_ndims(names) <> 1 then 'names must be a flat array'
+    when cardinality(names) > 100 then format('names must be at most 100, not %s', cardinality(names))
+    when slots is null then 'slots must not be null'
+    when array_ndims(slots) <> 1 or cardinality(slots) not in (1, cardinality(names))
+      then format('slots must be one number for all names or one for each of the %s names, not %s',
+                  cardinality(names), slots)
+    when keys is null then 'keys must not be null'
+    when array_ndims(keys) <> 1 or cardinality(keys) not in (1, cardinality(names))
+      then format('keys must be one for all names or one for each of the %s names, not %s', cardinality(names), keys)
+    when strict is null then 'strict must not be null'
+    when wait < interval '0' then format('wait must not be negative: %s', wait)
+    when channel !~ '^pglimits_[0-9a-z_]{1,40}$'
+      then format('channel must be pglimits_ and up to 40 of a-z, 0-9, _: %L', left(channel, 60))
+    when priority is null then 'priority must not be null'
+    when priority not between -1000000 and 1000000
+      then format('priority must be from -1000000 to 1000000, not %s', priority)
+    when length(holder::text) > 8000
+      then format('holder must be at most 8000 characters of JSON, not %s', length(holder::text))
+    else pglimits._duration_error(lease_duration)
+  end;
+end $$;
+
+comment on function pglimits._argument_error(
+  text[], integer[], text[], interval, interval, integer, jsonb, boolean, text) is
+  'What is wrong with the arguments of a request, or null.';
+
 -- Checks what a caller passes and finds its limits. Raises nothing: what is wrong comes back in error and message,
 -- so that one bad request in a batch spoils no other.
 create or replace function pglimits._check_request(
@@ -16,7 +55,6 @@ declare
   key text;
   amount integer;
   problem text;
-  count_of_names integer := cardinality(names);
   place integer;
 begin
   request.lease_id := coalesce(lease_id, gen_random_uuid());
@@ -32,29 +70,8 @@ begin
   request.places := '{}';
   request.error := 'InvalidArgument';
 
-  request.message := case
-    when names is null then 'names must not be null'
-    when count_of_names = 0 then 'names must not be empty'
-    when array_ndims(names) <> 1 then 'names must be a flat array'
-    when count_of_names > 100 then format('names must be at most 100, not %s', count_of_names)
-    when slots is null then 'slots must not be null'
-    when array_ndims(slots) <> 1 or cardinality(slots) not in (1, count_of_names)
-      then format('slots must be one number for all names or one for each of the %s names, not %s',
-                  count_of_names, slots)
-    when keys is null then 'keys must not be null'
-    when array_ndims(keys) <> 1 or cardinality(keys) not in (1, count_of_names)
-      then format('keys must be one for all names or one for each of the %s names, not %s', count_of_names, keys)
-    when strict is null then 'strict must not be null'
-    when wait < interval '0' then format('wait must not be negative: %s', wait)
-    when channel !~ '^pglimits_[0-9a-z_]{1,40}$'
-      then format('channel must be pglimits_ and up to 40 of a-z, 0-9, _: %L', left(channel, 60))
-    when priority is null then 'priority must not be null'
-    when priority not between -1000000 and 1000000
-      then format('priority must be from -1000000 to 1000000, not %s', priority)
-    when length(holder::text) > 8000
-      then format('holder must be at most 8000 characters of JSON, not %s', length(holder::text))
-    else pglimits._duration_error(lease_duration)
-  end;
+  request.message := pglimits._argument_error(
+    names, slots, keys, lease_duration, wait, priority, holder, strict, channel);
   if request.message is not null then
     return request;
   end if;
@@ -66,7 +83,7 @@ begin
   -- A day has 24 hours, whatever the session's time zone.
   request.lease_duration := make_interval(secs => extract(epoch from lease_duration)::double precision);
 
-  for i in 1 .. count_of_names loop
+  for i in 1 .. cardinality(names) loop
     key := keys[least(i, cardinality(keys))];
     amount := slots[least(i, cardinality(slots))];
     request.message := coalesce(pglimits._name_error('name', names[i]), pglimits._name_error('key', key, true),
@@ -241,22 +258,22 @@ volatile
 set search_path = ''
 as $$
 declare
-  survey pglimits._findings;
+  findings pglimits._findings;
   state pglimits.states;
   config pglimits.configs;
   fits_at timestamptz;
 begin
-  survey.enforced := 0;
-  survey.turn_in := interval '0';
+  findings.enforced := 0;
+  findings.turn_in := interval '0';
   for p in 1 .. cardinality(at) loop
     config := configs[at[p]];
     continue when config.active is not true;
     state := states[at[p]];
-    survey.enforced := survey.enforced + 1;
-    survey.impossible := pglimits._impossible(
+    findings.enforced := findings.enforced + 1;
+    findings.impossible := pglimits._impossible(
       config.name, request.slots[p], config."limit", config.slot_decay_per_second, request.for_rate);
-    if survey.impossible is not null then
-      return survey;
+    if findings.impossible is not null then
+      return findings;
     end if;
 
     if state.waiting > 0 and (
@@ -268,7 +285,7 @@ begin
       fits_at := pglimits._fits_at(state, config, request.slots[p], now);
       if fits_at > '-infinity' and state.held::bigint + request.slots[p] > config."limit" then
         -- When the lease that ends first is not renewed; so it is worth a look, but no promise.
-        survey.looks_at := coalesce(survey.looks_at, fits_at);
+        findings.looks_at := coalesce(findings.looks_at, fits_at);
         fits_at := 'infinity';
       end if;
     elsif config."limit" = 0 then
@@ -278,18 +295,18 @@ begin
     end if;
 
     if fits_at > '-infinity' then
-      survey.blocked_at := coalesce(survey.blocked_at, at[p]);
-      survey.looks_at := coalesce(survey.looks_at, fits_at);
-      survey.fits_at := greatest(survey.fits_at, fits_at);
+      findings.blocked_at := coalesce(findings.blocked_at, at[p]);
+      findings.looks_at := coalesce(findings.looks_at, fits_at);
+      findings.fits_at := greatest(findings.fits_at, fits_at);
     end if;
   end loop;
-  if request.for_rate and survey.blocked_at is null then
-    survey.turn_in := pglimits._common_turn(request, at, states, configs, now) - now;
+  if request.for_rate and findings.blocked_at is null then
+    findings.turn_in := pglimits._common_turn(request, at, states, configs, now) - now;
   end if;
-  if survey.blocked_at is null and survey.turn_in > coalesce(request.wait, survey.turn_in) then
-    survey.fits_at := now + survey.turn_in;
+  if findings.blocked_at is null and findings.turn_in > coalesce(request.wait, findings.turn_in) then
+    findings.fits_at := now + findings.turn_in;
   end if;
-  return survey;
+  return findings;
 end $$;
 
 comment on function pglimits._survey(
@@ -524,6 +541,33 @@ end $$;
 comment on function pglimits._locate(pglimits._request, pglimits._places) is
   'Where in a batch the parts of a request are.';
 
+-- Locks the states of a batch, in their order.
+create or replace function pglimits._lock_all(places pglimits._places)
+returns pglimits.states[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  states pglimits.states[];
+begin
+  if cardinality(places.keys) > 1 then
+    -- What is used for the first time is created before any state is locked: that takes locks of configs.
+    for i in 1 .. cardinality(places.keys) loop
+      if not exists (select from pglimits.states s
+                     where s.limit_id = places.limit_ids[i] and s.key = places.keys[i]) then
+        perform pglimits._create_state(places.limit_ids[i], places.keys[i]);
+      end if;
+    end loop;
+  end if;
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
+  end loop;
+  return states;
+end $$;
+
+comment on function pglimits._lock_all(pglimits._places) is 'Locks the states of a batch, in their order.';
+
 -- Notes the fence of a part for every name that it stands for.
 create or replace function pglimits._note_fence(fences bigint[], places integer[], part integer, fence bigint)
 returns bigint[]
@@ -558,8 +602,104 @@ end $$;
 
 comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';
 
+-- Takes what a request is granted: slots under a lease, or turns on rate limits.
+create or replace function pglimits._take(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
+  findings pglimits._findings, now timestamptz)
+returns pglimits._decision
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+begin
+  answer.status := 'granted';
+  answer.lease_id := request.lease_id;
+  if request.for_rate then
+    answer.wait := findings.turn_in;
+  else
+    answer.expires_at := now + request.lease_duration;
+    answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
+  end if;
+  for p in 1 .. cardinality(at) loop
+    continue when (configs[at[p]]).active is not true;
+    if request.for_rate then
+      states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
+                                           findings.turn_in, findings.enforced > 1, now);
+    else
+      states[at[p]] := pglimits._take_slots(
+        states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank, request.lease_duration,
+        request.holder, true, findings.enforced, answer.expires_at, now);
+      answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
+    end if;
+  end loop;
+  return row(answer, states)::pglimits._decision;
+end $$;
+
+comment on function pglimits._take(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits._findings, timestamptz) is
+  'Takes what a request is granted, on all its limits.';
+
+-- Decides one request under the locks of its states: grants, books, queues or refuses it.
+create or replace function pglimits._decide(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
+  mine pglimits.queue, at_mine integer, now timestamptz)
+returns pglimits._decision
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  findings pglimits._findings := pglimits._survey(request, at, states, configs, mine, now);
+  may_wait boolean := findings.blocked_at is not null and coalesce(request.wait > interval '0', true);
+  answer pglimits._answer;
+begin
+  answer.lease_id := request.lease_id;
+  -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
+  if at_mine is not null and mine.turn is null then
+    states[at_mine] := pglimits._leave(states[at_mine], mine);
+  end if;
+  if mine.lease_id is null and request.bounded and (findings.fits_at is null or may_wait) then
+    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
+  end if;
+
+  if findings.impossible is not null then
+    answer.status := 'error';
+    answer.error := split_part(findings.impossible, ' ', 1);
+    answer.message := substr(findings.impossible, strpos(findings.impossible, ' ') + 1);
+  elsif findings.enforced = 0 then
+    answer.status := 'unlimited';
+  elsif mine.turn is not null then
+    -- A turn was taken the first time that this was asked.
+    answer.status := 'granted';
+    answer.wait := pglimits._turn_in(mine.lease_id, now);
+  elsif findings.queue_full is not null then
+    answer.status := 'error';
+    answer.error := 'QueueFull';
+    answer.message := findings.queue_full;
+  elsif findings.fits_at is null then
+    return pglimits._take(request, at, states, configs, findings, now);
+  elsif may_wait then
+    findings.looks_at := least(findings.looks_at, now + pglimits._liveness() * 0.3);
+    answer.status := 'queued';
+    answer.retry_after := greatest(findings.looks_at - now, interval '0');
+    states[findings.blocked_at] := pglimits._enqueue(
+      states[findings.blocked_at], request, request.slots[array_position(at, findings.blocked_at)], mine.arrival,
+      findings.looks_at, now);
+  else
+    answer.status := 'refused';
+    answer.retry_after := case when findings.fits_at < 'infinity' then findings.fits_at - now end;
+  end if;
+  return row(answer, states)::pglimits._decision;
+end $$;
+
+comment on function pglimits._decide(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, integer, timestamptz) is
+  'Decides one request under the locks of its states. mine, at_mine: its place in a queue, and in which state that is.';
+
 -- Serves requests in their order, all in one transaction: locks every state that they touch, in the order of
--- (limit id, key), reads the clock, and then grants, books, queues or refuses each.
+-- (limit id, key), reads the clock, decides one after the other, and writes every state once.
 create or replace function pglimits._serve(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -567,40 +707,23 @@ volatile
 set search_path = ''
 as $$
 declare
-  places pglimits._places;
-  states pglimits.states[];
-  was pglimits.states[];
+  places pglimits._places := pglimits._gather(requests);
+  here integer := coalesce(cardinality(places.keys), 0);
+  states pglimits.states[] := pglimits._lock_all(places);
+  was pglimits.states[] := states;
+  -- Under the locks: whoever changes a limit waits for us, or we see what it changed.
+  now timestamptz := pglimits._now();
   configs pglimits.configs[];
   config pglimits.configs;
-  now timestamptz;
   chosen uuid[];
   leased uuid[];
   queued uuid[];
   request pglimits._request;
   mine pglimits.queue;
-  at integer[];
-  at_mine integer;
-  survey pglimits._findings;
-  answer pglimits._answer;
+  decision pglimits._decision;
   answers pglimits._answer[];
 begin
-  places := pglimits._gather(requests);
-  if cardinality(places.keys) > 1 then
-    -- What is used for the first time is created before any state is locked: that takes locks of configs.
-    for i in 1 .. cardinality(places.keys) loop
-      if not exists (select from pglimits.states s
-                     where s.limit_id = places.limit_ids[i] and s.key = places.keys[i]) then
-        perform pglimits._create_state(places.limit_ids[i], places.keys[i]);
-      end if;
-    end loop;
-  end if;
-  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
-    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
-  end loop;
-  was := states;
-  -- Under the locks: whoever changes a limit waits for us, or we see what it changed.
-  now := pglimits._now();
-  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+  for i in 1 .. here loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
     configs[i] := config;
     if config.active and (now >= least((states[i]).next_expiry, (states[i]).next_look) or (states[i]).pinned > 0) then
@@ -616,91 +739,22 @@ begin
   end if;
 
   foreach request in array requests loop
-    answer := null;
-    answer.lease_id := request.lease_id;
-    answer.error := request.error;
-    answer.message := request.message;
-    if request.error is not null then
-      answer.status := 'error';
-      answers := answers || answer;
-      continue;
-    elsif request.lease_id = any (leased) then
+    if request.lease_id = any (leased) then
       answers := answers || pglimits._answer_again(request, now);
       continue;
     end if;
     mine := null;
-    at_mine := null;
     if request.lease_id = any (queued) then
       select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
-      at_mine := array_position(places.labels, mine.limit_id || ' ' || mine.key);
     end if;
-    at := pglimits._locate(request, places);
-    survey := pglimits._survey(request, at, states, configs, mine, now);
-    -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
-    if at_mine is not null and mine.turn is null then
-      states[at_mine] := pglimits._leave(states[at_mine], mine);
-    end if;
-
-    if survey.impossible is not null then
-      answer.status := 'error';
-      answer.error := split_part(survey.impossible, ' ', 1);
-      answer.message := substr(survey.impossible, strpos(survey.impossible, ' ') + 1);
-
-    elsif survey.enforced = 0 then
-      answer.status := 'unlimited';
-
-    elsif mine.turn is not null then
-      -- A turn was taken the first time that this was asked.
-      answer.status := 'granted';
-      answer.wait := pglimits._turn_in(mine.lease_id, now);
-
-    elsif mine.lease_id is null and request.bounded and (
-      survey.fits_at is null or survey.blocked_at is not null and coalesce(request.wait > interval '0', true)
-    ) and pglimits._may_not_wait(survey, at, states, configs, now) is not null then
-      answer.status := 'error';
-      answer.error := 'QueueFull';
-      answer.message := pglimits._may_not_wait(survey, at, states, configs, now);
-
-    elsif survey.fits_at is null then
-      answer.status := 'granted';
-      if request.for_rate then
-        answer.wait := survey.turn_in;
-      else
-        answer.expires_at := now + request.lease_duration;
-        answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
-      end if;
-      for p in 1 .. cardinality(at) loop
-        continue when (configs[at[p]]).active is not true;
-        if request.for_rate then
-          states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
-                                               survey.turn_in, survey.enforced > 1, now);
-        else
-          states[at[p]] := pglimits._take_slots(
-            states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank,
-            request.lease_duration, request.holder, true, survey.enforced, answer.expires_at, now);
-          answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
-        end if;
-      end loop;
-
-    elsif survey.blocked_at is not null and coalesce(request.wait > interval '0', true) then
-      answer.status := 'queued';
-      survey.looks_at := least(survey.looks_at, now + pglimits._liveness() * 0.3);
-      answer.retry_after := greatest(survey.looks_at - now, interval '0');
-      states[survey.blocked_at] := pglimits._enqueue(
-        states[survey.blocked_at], request, request.slots[array_position(at, survey.blocked_at)], mine.arrival,
-        survey.looks_at, now);
-
-    else
-      answer.status := 'refused';
-      if survey.fits_at < 'infinity' then
-        answer.retry_after := survey.fits_at - now;
-      end if;
-    end if;
-
-    answers := answers || answer;
+    decision := pglimits._decide(
+      request, pglimits._locate(request, places), states, configs, mine,
+      array_position(places.labels, mine.limit_id || ' ' || mine.key), now);
+    states := decision.states;
+    answers := answers || decision.answer;
   end loop;
 
-  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+  for i in 1 .. here loop
     if (states[i]).waiting > 0 and states[i] is distinct from was[i] and (configs[i]).active then
       states[i] := pglimits._advance(states[i], configs[i], now);
     end if;

@@ -216,6 +216,12 @@ comment on type pglimits._findings is
   'else the moment from which on it could, infinity where only a release can tell. turn_in: how long until its turn '
   'on the slowest rate limit. queue_full: why it may not wait.';
 
+create type pglimits._decision as (
+  answer pglimits._answer,
+  states pglimits.states[]
+);
+comment on type pglimits._decision is 'What becomes of a request, and of the states that it touches.';
+
 create type pglimits._turn as (
   turn numeric,
   booked numeric,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from pglimits_cli._demo_count import Event, Seen, Setting, Summary, count
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

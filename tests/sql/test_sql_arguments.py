@@ -122,7 +122,7 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str | None]]]] = {
     "renew(text)": ("lease_id", "gen_random_uuid()::text", {"lease_id": TEXT_IDS, "lease_duration": DURATIONS}),
     "release(uuid)": ("lease_id", "gen_random_uuid()", {"lease_id": IDS}),
     "release(text)": ("lease_id", "gen_random_uuid()::text", {"lease_id": TEXT_IDS}),
-    "release(uuid[])": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS, "durable": BOOLEANS}),
+    "release(uuid[])": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS, "durable": BOOLEANS, "patience": PATIENCES}),
     "watch": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS}),
     "acquire_many": ("requests", "'[]'::jsonb", {"durable": BOOLEANS, "patience": PATIENCES}),
     "create_limit": (

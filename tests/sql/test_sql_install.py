@@ -23,13 +23,14 @@ ROLES = ("pglimits_user", "pglimits_reader", "pglimits_admin")
 def catalog(dsn: str) -> dict[str, list[Any]]:
     """Everything in the schema, its privileges and its comments."""
     queries = {
-        "relations": "select c.oid::regclass::text, c.relkind::text, c.reloptions, c.relacl::text, c.relowner::regrole::text,"
-        " obj_description(c.oid, 'pg_class') from pg_class c where c.relnamespace = 'pglimits'::regnamespace",
+        "relations": "select c.oid::regclass::text, c.relkind::text, c.reloptions, c.relacl::text,"
+        " c.relowner::regrole::text, obj_description(c.oid, 'pg_class') from pg_class c where c.relnamespace = 'pglimits'::regnamespace",
         "columns": "select a.attrelid::regclass::text, a.attnum, a.attname::text, format_type(a.atttypid, a.atttypmod),"
         " a.attnotnull, a.attidentity::text, pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum),"
         " a.attcollation::regcollation::text"
         " from pg_attribute a join pg_class c on c.oid = a.attrelid left join pg_attrdef d on d.adrelid = a.attrelid"
-        " and d.adnum = a.attnum where c.relnamespace = 'pglimits'::regnamespace and a.attnum > 0 and not a.attisdropped",
+        " and d.adnum = a.attnum where c.relnamespace = 'pglimits'::regnamespace and a.attnum > 0"
+        " and not a.attisdropped",
         "indexes": "select indexrelid::regclass::text, pg_get_indexdef(indexrelid) from pg_index i"
         " join pg_class c on c.oid = i.indrelid where c.relnamespace = 'pglimits'::regnamespace",
         "constraints": "select conname::text, conrelid::regclass::text, pg_get_constraintdef(oid) from pg_constraint"
@@ -173,7 +174,8 @@ def test_the_callers_settings_change_nothing_of_what_is_installed(bare_dsn: str,
     assert psql(other_dsn, SQL / "install.sql").returncode == 0
     options = (
         "-c search_path=evil -c standard_conforming_strings=on -c check_function_bodies=off -c default_tablespace="
-        " -c client_min_messages=error -c row_security=off -c datestyle=German -c default_transaction_isolation=serializable"
+        " -c client_min_messages=error -c row_security=off -c datestyle=German"
+        " -c default_transaction_isolation=serializable"
     )
     with psycopg.connect(bare_dsn, autocommit=True) as connection:
         connection.execute("create schema evil")

@@ -1,0 +1,157 @@
+"""What all commands have in common: help, version, which database, errors as one line, JSON and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from clitest import PROGRAM
+
+from pglimits import __version__
+
+Connection = psycopg.Connection[Any]
+Cli = Callable[..., Any]
+
+
+def commands(pglimits: Cli) -> Iterator[tuple[str, ...]]:
+    """Every command but the demo, as the app has them."""
+    import typer.main
+    from pglimits_cli._app import app
+
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield (name,)
+        else:
+            yield from ((name, each) for each in inner)
+
+
+def test_every_command_of_the_design_is_there(pglimits: Cli) -> None:
+    names = {" ".join(command) for command in commands(pglimits)}
+    assert names >= {
+        "install", "upgrade", "uninstall", "doctor", "ls", "inspect", "create", "update", "delete", "enable", "disable",
+        "reset", "holders", "waiters", "release", "acquire", "renew", "rate", "run", "sweep", "cron enable",
+        "cron disable", "embedded start", "embedded stop", "embedded status", "sql",
+    }  # fmt: skip
+
+
+def test_every_help_has_an_example_that_names_the_command(pglimits: Cli) -> None:
+    for command in commands(pglimits):
+        for flag in ("--help", "-h"):
+            result = pglimits(*command, flag)
+            assert result.code == 0
+            said = " ".join(result.out.split())
+            assert "Example: " in said
+            assert f"pglimits {' '.join(command)}" in said[said.index("Example: ") :], command
+
+
+def test_every_command_that_connects_takes_a_dsn_and_prints_json(pglimits: Cli) -> None:
+    for command in commands(pglimits):
+        said = pglimits(*command, "--help").out
+        assert ("--dsn" in said) is (command[0] not in ("sql", "embedded")), command
+        assert ("--output" in said) is (command[0] not in ("sql", "run")), command
+
+
+def test_without_a_command_there_is_help(pglimits: Cli) -> None:
+    for arguments in ((), ("cron",), ("embedded",)):
+        result = pglimits(*arguments)
+        assert result.code == 2
+        assert "Usage: pglimits" in result.out
+
+
+def test_help_lists_what_there_is(pglimits: Cli) -> None:
+    result = pglimits("--help")
+    assert result.code == 0
+    for word in ("ls", "run", "doctor", "cron", "embedded"):
+        assert f" {word} " in result.out
+
+
+def test_version(process: Cli) -> None:
+    result = process("--version")
+    assert (result.code, result.out, result.err) == (0, f"pglimits {__version__}\n", "")
+
+
+def test_an_unknown_command_or_option_is_a_usage_error_in_one_line(pglimits: Cli) -> None:
+    for arguments, said in (
+        (("lss",), "Did you mean 'ls'?"),
+        (("ls", "--frob"), "No such option"),
+        (("ls", "-o", "yaml"), "'yaml'"),
+        (("ls", "x"), "unexpected extra argument"),
+        (("inspect",), "Missing argument"),
+    ):
+        result = pglimits(*arguments)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("Error: ") and said in result.err and result.err.count("\n") == 1
+
+
+def test_the_dsn_may_stand_before_or_behind_the_command(pglimits: Cli, dsn: str, monkeypatch: Any) -> None:
+    pglimits("create", "here", "-l", "1")
+    monkeypatch.setenv("PGLIMITS_DSN", "host=127.0.0.1 port=1")
+    assert pglimits("ls").code == 1
+    assert [row["name"] for row in pglimits("--dsn", dsn, "ls", "-o", "json").json] == ["here"]
+    assert [row["name"] for row in pglimits("ls", "-o", "JSON", "--dsn", dsn).json] == ["here"]
+    assert pglimits("--dsn", "host=127.0.0.1 port=1", "ls", "--dsn", dsn).code == 0
+    assert pglimits("--dsn", dsn, "ls", "--dsn", "host=127.0.0.1 port=1").code == 1
+
+
+def test_database_url_is_used_where_nothing_else_is_named(pglimits: Cli, dsn: str, monkeypatch: Any) -> None:
+    pglimits("create", "here", "-l", "1")
+    monkeypatch.delenv("PGLIMITS_DSN")
+    with psycopg.connect(dsn) as connection:
+        info = connection.info
+        url = f"postgresql+psycopg://{info.user}@/{info.dbname}?host={info.host}&port={info.port}"
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert [row["name"] for row in pglimits("ls", "-o", "json").json] == ["here"]
+
+
+def test_a_database_that_is_not_there_is_one_line_and_shows_no_password(process: Cli) -> None:
+    for command in (("ls",), ("install",), ("acquire", "x"), ("cron", "enable"), ("run", "x", "--", "true")):
+        at = command.index("--") if "--" in command else len(command)
+        dsn = ("--dsn", "postgresql://me:secret@127.0.0.1:1/app")
+        result = process(*command[:at], *dsn, *command[at:])
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith("Error: ") and result.err.count("\n") == 1
+        assert "secret" not in result.err
+
+
+def test_a_dsn_that_cannot_be_read_is_a_usage_error(pglimits: Cli) -> None:
+    result = pglimits("ls", "--dsn", "nonsense")
+    assert (result.code, result.out) == (2, "") and result.err.count("\n") == 1
+
+
+def test_a_role_without_rights_is_told_what_to_grant(pglimits: Cli, conn: Connection, dsn: str) -> None:
+    conn.execute("create role stranger login")
+    try:
+        result = pglimits("ls", "--dsn", psycopg.conninfo.make_conninfo(dsn, user="stranger"))
+        assert (result.code, result.out) == (1, "")
+        assert "permission denied" in result.err and "grant pglimits_" in result.err
+    finally:
+        conn.execute("drop role stranger")
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(environment: dict[str, str], pglimits: Cli) -> None:
+    pglimits("create", "x", "-l", "1")
+    for command in (["ls"], ["ls", "-o", "json"], ["sql"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [*PROGRAM, *command], env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_heavy_modules_are_not_loaded_before_they_are_needed(environment: dict[str, str]) -> None:
+    code = "import sys, pglimits_cli._app; print([m for m in ('psycopg', 'rich', 'asyncio', 'pglimits') if m in sys.modules])"
+    done = subprocess.run([PROGRAM[0], "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [("ls",), ("doctor",), ("inspect", "x")])
+def test_output_is_plain_where_there_is_no_terminal(process: Cli, pglimits: Cli, command: tuple[str, ...]) -> None:
+    pglimits("create", "x", "-l", "1")
+    assert "\x1b" not in process(*command).out

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pglimits import Holder, Limit, Limiter, Waiter
 
 _HELD_BACK = 0.1  # seconds until what several pipes tell has come in, so that it can be told in order
-_TICK = 0.05
+_TICK = 0.06
+_LIMITS_EVERY = 0.2
 _PATIENCE = 30.0
 
 
@@ -121,6 +122,8 @@ class Crew:
         self._untold: list[Event] = []
         self._pipes = selectors.DefaultSelector()
         self._ahead = _ahead(dsn)
+        self._limits_then: dict[str, Limit] = {}
+        self._limits_seen = -math.inf
 
     @contextlib.contextmanager
     def at_work(self, how_many: int) -> Iterator[None]:
@@ -128,7 +131,13 @@ class Crew:
         try:
             for number in range(1, how_many + 1):
                 self._start(number)
-            self.play(until=lambda: all(worker.ready for worker in self.workers), what="the workers to start")
+            everybody = len(self.workers)
+            self.play(
+                until=lambda: all(worker.ready for worker in self.workers) or len(self._pipes.get_map()) < everybody,
+                what="the workers to start",
+            )
+            if failures := self.failures():
+                raise DemoFailed("; ".join(failures))
             yield
         finally:
             for worker in self.workers:
@@ -171,6 +180,7 @@ class Crew:
         for worker in self.workers:
             if worker.process.poll() is None:
                 worker.process.kill()
+                worker.process.wait()
                 worker.said.append(f"did not end within {_PATIENCE:g} s and was killed")
         self._tell_events(math.inf)
 
@@ -210,6 +220,7 @@ class Crew:
         # A grant by the new limit comes after we ask for it if it grows, after it is in force if it shrinks.
         asked = time.monotonic()
         changed = self._limiter.update("database", limit=slots)
+        self._limits_seen = -math.inf
         grows = slots > self._jobs.slots
         self.happened(Event(asked if grows else self.local(changed.updated_at.timestamp()), "limit", slots=slots))
 
@@ -233,12 +244,12 @@ class Crew:
         return epoch - self._ahead
 
     def failures(self) -> list[str]:
-        """The workers that did not end as they should, and what they said."""
+        """The workers that failed, and what they said last."""
         return [
-            f"worker {worker.number} ended with code {worker.process.returncode}"
+            f"worker {worker.number} ended with code {worker.process.poll()}"
             + (f": {worker.said[-1]}" if worker.said else "")
             for worker in self.workers
-            if (worker.process.wait() or worker.said) and not worker.killed
+            if (worker.process.poll() or worker.said) and not worker.killed
         ]
 
     def _read(self, seconds: float) -> None:
@@ -252,9 +263,7 @@ class Crew:
                 self.happened(event)
             if events is None:
                 self._pipes.unregister(key.fileobj)
-                if worker.process.wait() and not worker.killed:
-                    said = "\n".join(worker.said[-20:])
-                    raise DemoFailed(f"worker {worker.number} failed: {said}")
+                worker.process.wait()
         time.sleep(max(until - time.monotonic(), 0.0))
 
     def _look(self) -> None:
@@ -271,13 +280,20 @@ class Crew:
         self.view = View(
             max(now - self.started, 0.0),
             now + self._ahead,
-            self._limiter.get("database"),
-            self._limiter.get("api"),
+            self._limits()["database"],
+            self._limits()["api"],
             {_pid(holder.holder): holder for holder in holders},
             {_pid(waiter.holder): waiter for waiter in waiters},
             self.workers,
         )
         self._on_view(self.view)
+
+    def _limits(self) -> dict[str, Limit]:
+        """The limits as they were a moment ago: it is others who are to be busy, not we."""
+        if time.monotonic() >= self._limits_seen + _LIMITS_EVERY:
+            self._limits_seen = time.monotonic()
+            self._limits_then = {limit.name: limit for limit in self._limiter.list()}
+        return self._limits_then
 
     def _seen(self, lease_id: object) -> Seen:
         return self.seen.setdefault(str(lease_id), Seen())

@@ -49,8 +49,10 @@ def _jobs(chance: random.Random) -> None:
             if long:
                 _long.clear()
                 _tell("long")
-            _stop.wait(LONG_JOB_SECONDS if long else chance.uniform(0.5, 1.1))
-            _tell("release")
+            try:
+                _stop.wait(LONG_JOB_SECONDS if long else chance.uniform(0.5, 1.1))
+            finally:
+                _tell("release")
         _stop.wait(chance.uniform(0.05, 0.3))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import secrets
 import shlex
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import _client, _output
@@ -14,6 +16,8 @@ from ._doctor import FAIL, OK, SKIP, WARN, Case, Finding
 if TYPE_CHECKING:
     import psycopg
 
+PATIENCE = 10.0
+"""Seconds to wait for further connections."""
 OLD_SNAPSHOT = 300
 """Seconds from which on a snapshot is said to bloat."""
 OLD_XIDS = 1_000_000
@@ -89,32 +93,61 @@ def _job(connection: psycopg.Connection[tuple[Any, ...]], job_name: str, home: s
 
 
 def _listen(case: Case) -> Iterator[Finding]:
-    real = case.one("select pg_backend_pid()")
-    pooled = real != case.connection.info.backend_pid
-    heard = _heard(case)
-    behind = "a pooler is in between"
-    if heard and not pooled:
-        yield Finding("listen", OK, "notifications arrive: who waits is woken at once")
-    elif heard:
-        yield Finding("listen", OK, f"{behind}, and notifications arrive (it pools sessions, not transactions)")
-    else:
+    pooled = case.one("select pg_backend_pid()") != case.connection.info.backend_pid
+    heard = _in_time(lambda: _heard(case))
+    if heard is None:
         yield Finding(
             "listen",
             WARN,
-            (f"{behind}, and LISTEN does not reach through it" if pooled else "notifications do not arrive")
-            + ": who waits has to poll, and is woken later",
+            f"two more connections did not answer within {PATIENCE:g} s: the server or the pool is full",
+            "raise default_pool_size of the pooler or max_connections of the server, or close connections",
+        )
+    elif heard:
+        through = "; a pooler is in between, in session mode" if pooled else ""
+        yield Finding("listen", OK, f"notifications arrive: who waits is woken at once{through}")
+    else:
+        why = (
+            "a pooler is in between, and LISTEN does not reach through it" if pooled else "notifications do not arrive"
+        )
+        yield Finding(
+            "listen",
+            WARN,
+            f"{why}: who waits has to poll, and is woken later",
             "point the DSN at the server itself, or at a pool in session mode",
         )
-    if pooled:
-        yield from _prepared(case)
+        if pooled:
+            yield from _prepared(case)
+
+
+def _in_time(look: Callable[[], bool]) -> bool | None:
+    """What ``look`` finds; None if it takes too long, as where it waits for a full pool."""
+    answers: queue.SimpleQueue[bool | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(look())
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer = answers.get(timeout=PATIENCE)
+    except queue.Empty:
+        return None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _heard(case: Case) -> bool:
     """Whether a notification of one connection reaches another that is idle, as a waiting one is."""
     channel = f"pglimits_doctor_{secrets.token_hex(6)}"
-    with _client.connect(case.target.conninfo, prepare_threshold=None) as listener:
+    with (
+        _client.connect(case.target.conninfo, prepare_threshold=None) as listener,
+        _client.connect(case.target.conninfo, prepare_threshold=None) as speaker,
+    ):
         listener.execute(f"listen {channel}".encode())
-        case.connection.execute(f"notify {channel}".encode())
+        speaker.execute(f"notify {channel}".encode())
         return any(True for _ in listener.notifies(timeout=2, stop_after=1))
 
 

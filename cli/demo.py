@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def demo(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=8, max=600, help="How long the workers contend.")
-    ] = 20.0,
+    ] = 17.0,
     output: Output = Format.table,
 ) -> None:
     """Watch real processes contend for slots of a real PostgreSQL. Needs nothing, leaves nothing.
@@ -58,7 +58,7 @@ def _play(seconds: float, output: Format) -> Summary:
     from pglimits import Limiter, _embedded, _install
 
     from ._demo_count import Jobs, Setting, count
-    from ._demo_crew import Crew
+    from ._demo_crew import Crew, DemoFailed
 
     with contextlib.ExitStack() as stack:
         _heed_one_signal()
@@ -72,15 +72,20 @@ def _play(seconds: float, output: Format) -> Summary:
         screen = stack.enter_context(_screen(seconds, output, server.version))
         teller = _Teller(screen)
         crew = teller.crew = Crew(server.dsn, limiter, Jobs(_SLOTS), teller.tell, screen.show)
+        problems = []
         with crew.at_work(_WORKERS):
-            _story(crew, teller, seconds)
+            try:
+                _story(crew, teller, seconds)
+            except DemoFailed as error:
+                problems.append(str(error))
+            crew.stop()
         return count(
             crew.log,
             crew.seen,
             Setting(_WORKERS, _SLOTS, _PER_SECOND, _BURST),
             held_at_end=len(limiter.holders()),
             waiting_at_end=len(limiter.waiters()),
-            failures=crew.failures(),
+            failures=[*problems, *crew.failures()],
         )
 
 
@@ -122,7 +127,6 @@ def _story(crew: Crew, teller: _Teller, seconds: float) -> None:
     crew.set_limit(_SLOTS)
     crew.play(max(until(1.0), 1.2))
     teller.say("Time is up: all finish, and those in line get their slots one after the other.")
-    crew.stop()
 
 
 class _Teller:

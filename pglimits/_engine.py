@@ -109,6 +109,7 @@ class Engine:
 
     def _begin(self) -> None:
         self.pid = os.getpid()
+        self.closed = False
         self.batches = Batches(self.durable, lambda ticket: self.give_back(ticket.lease_id))
         self.keeper = Keeper(self.database)
         self.renewal = Renewal(self.database, self.give_back)
@@ -137,6 +138,8 @@ class Engine:
         pause = 0.05
         # Whether the database may have something of ours if this ends without a lease.
         taken = False
+        if self.closed:
+            raise LimiterUnavailable("the limiter has been closed")
         self._ready_to_clean()
         try:
             while True:
@@ -370,6 +373,7 @@ class Engine:
 
     def shut(self) -> None:
         """Release what is held, and stop."""
+        self.closed = True
         for lease in self.renewal.all():
             if self.renewal.remove(lease):
                 self._ready_to_clean()

@@ -6,12 +6,13 @@ read with ``watch``. Where LISTEN cannot work, behind a pooler, it polls with ji
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
 import os
 import random
-import select
+import selectors
 import threading
 import time
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Keeper:
         self._told: set[UUID] = set()
         self._told_all = False
         self._thread: threading.Thread | None = None
-        self._pipe = os.pipe()
+        self._pipe: tuple[int, int] | None = None
         self._said = False
         self._stopped = False
 
@@ -81,9 +82,13 @@ class Keeper:
             self._waiters[waiter.lease_id] = waiter
             self._schedule(waiter, 0.0 if waiter.lease_id in self._told else waiter.looks_at)
             if self._thread is None and not self._stopped:
-                self._thread = threading.Thread(target=self._work, name="pglimits-keeper", daemon=True)
+                self._pipe = os.pipe()
+                os.set_blocking(self._pipe[1], False)
+                self._thread = threading.Thread(
+                    target=self._work, args=(self._pipe[0],), name="pglimits-keeper", daemon=True
+                )
                 self._thread.start()
-        self._poke()
+            self._poke()
 
     def remove(self, waiter: Waiter) -> None:
         """It waits no longer."""
@@ -95,12 +100,14 @@ class Keeper:
         """End the thread."""
         with self._lock:
             self._stopped = True
-        self._poke()
+            self._poke()
 
     def _poke(self) -> None:
-        os.write(self._pipe[1], b"x")
+        if self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):  # full of pokes that it has not read yet: it will look
+                os.write(self._pipe[1], b"x")
 
-    def _work(self) -> None:
+    def _work(self, poked: int) -> None:
         connection: psycopg.Connection[Row] | None = None
         lost_at: float | None = None
         idle_since = time.monotonic()
@@ -113,6 +120,9 @@ class Keeper:
                 if self._stopped or now - idle_since > _LINGER:
                     self._thread = None
                     self.listening = False
+                    for end in self._pipe or ():
+                        os.close(end)
+                    self._pipe = None
                     break
             try:
                 if connection is None:
@@ -122,7 +132,7 @@ class Keeper:
                 if due:
                     self._take_in(run(connection, _sql.WATCH, (due,), prepare=False))
                 else:
-                    self._sleep(connection)
+                    self._sleep(connection, poked)
                 lost_at, pause = None, 0.1
             except Exception as error:
                 self.listening = False
@@ -198,14 +208,17 @@ class Keeper:
                 due.append(heapq.heappop(self._agenda)[2].lease_id)
             return due
 
-    def _sleep(self, connection: psycopg.Connection[Row]) -> None:
+    def _sleep(self, connection: psycopg.Connection[Row], poked: int) -> None:
         """Wait for a notification, a new waiter, or the next moment to look."""
         with self._lock:
             until = self._next_moment()
         seconds = _LINGER if until is None else max(until - time.monotonic(), 0.0)
-        ready, _, _ = select.select([connection.fileno(), self._pipe[0]], [], [], seconds)
-        if self._pipe[0] in ready:
-            os.read(self._pipe[0], 65536)
+        with selectors.DefaultSelector() as selector:
+            selector.register(poked, selectors.EVENT_READ)
+            selector.register(connection.fileno(), selectors.EVENT_READ)
+            ready = {key.fd for key, _ in selector.select(seconds)}
+        if poked in ready:
+            os.read(poked, 65536)
         if connection.fileno() in ready:
             connection.pgconn.consume_input()
             while (message := connection.pgconn.notifies()) is not None:

@@ -146,7 +146,8 @@ def test_a_reader_that_leaves_early_is_no_traceback(environment: dict[str, str],
 
 
 def test_heavy_modules_are_not_loaded_before_they_are_needed(environment: dict[str, str]) -> None:
-    code = "import sys, pglimits_cli._app; print([m for m in ('psycopg', 'rich', 'asyncio', 'pglimits') if m in sys.modules])"
+    heavy = ["psycopg", "rich", "asyncio", "pglimits"]
+    code = f"import sys, pglimits_cli._app; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([PROGRAM[0], "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -1,0 +1,411 @@
+"""doctor finds each of the things that it is there to find, and says what mends it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from pglimits_cli import _doctor_health
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pglimits._embedded import throwaway
+
+Connection = psycopg.Connection[Any]
+Connect = Callable[..., Connection]
+Cli = Callable[..., Any]
+Wait = Callable[..., Any]
+
+ALL = [
+    "target", "reachable", "server", "writable", "durable", "installed", "roles", "rights", "sweep", "listen", "locks",
+    "snapshots", "waiters", "tables",
+]  # fmt: skip
+
+
+@pytest.fixture
+def find(pglimits: Cli) -> Callable[..., dict[str, Any]]:
+    """find("locks"): what the doctor says of it. Fails if the exit code does not fit."""
+
+    def findings(check: str, *arguments: str) -> dict[str, Any]:
+        result = pglimits("doctor", "-o", "json", *arguments)
+        checks = result.json["checks"]
+        failed = any(each["status"] == "fail" for each in checks)
+        assert (result.code, result.json["ok"]) == (1 if failed else 0, not failed)
+        for each in checks:
+            assert set(each) == {"check", "status", "text", "fix"}
+            assert each["status"] in ("ok", "warn", "fail", "skip")
+            assert each["fix"] or each["status"] not in ("warn", "fail") or each["check"] == "reachable"
+        found: dict[str, Any] = next(each for each in checks if each["check"] == check)
+        return found
+
+    return findings
+
+
+@pytest.fixture
+def role(conn: Connection) -> Iterator[Callable[[str], str]]:
+    """role("pglimits_user"): a new login role with that one granted; its name."""
+    made: list[str] = []
+
+    def create(*granted: str) -> str:
+        name = f"doctor_test_{len(made)}"
+        conn.execute(f"create role {name} login".encode())
+        made.append(name)
+        for each in granted:
+            conn.execute(f"grant {each} to {name}".encode())
+        return name
+
+    yield create
+    for name in made:
+        conn.execute(f"drop role {name}".encode())
+
+
+def test_all_is_looked_at_and_shown(pglimits: Cli) -> None:
+    result = pglimits("doctor")
+    assert result.code == 0
+    shown = [line.split()[1] for line in result.out.splitlines() if line[:4] in ("ok  ", "warn", "fail", "skip")]
+    assert shown == ALL
+    assert result.out.splitlines()[-1].startswith("0 failed, ")
+    found = pglimits("doctor", "-o", "json").json
+    assert [each["check"] for each in found["checks"]] == ALL and found["ok"] is True
+
+
+def test_how_the_database_was_found_without_its_password(
+    find: Callable[..., Any], dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "(from $PGLIMITS_DSN)" in find("target")["text"]
+    found = find("target", "--dsn", make_conninfo(dsn, password="geheim"))
+    assert "(from --dsn)" in found["text"] and "geheim" not in found["text"]
+    monkeypatch.setenv("DATABASE_URL", os.environ["PGLIMITS_DSN"])
+    monkeypatch.delenv("PGLIMITS_DSN")
+    assert "(from $DATABASE_URL)" in find("target")["text"]
+
+
+def test_a_dsn_that_cannot_be_read(find: Callable[..., Any]) -> None:
+    assert find("target", "--dsn", "nonsense")["status"] == "fail"
+
+
+def test_why_the_server_cannot_be_reached(find: Callable[..., Any], dsn: str) -> None:
+    for change, fix in (
+        ({"host": "127.0.0.1", "port": 1}, "start the server"),
+        ({"host": "/nonexistent"}, "start the server"),
+        ({"host": "no-such-host.invalid"}, "correct the host"),
+        ({"dbname": "no_such_database"}, "correct the database"),
+        ({"user": "no_such_role"}, "correct the database or user"),
+    ):
+        found = find("reachable", "--dsn", make_conninfo(dsn, **change))
+        assert found["status"] == "fail" and fix in found["fix"], found
+
+
+def test_not_installed(find: Callable[..., Any], pglimits: Cli, bare_dsn: str) -> None:
+    found = find("installed", "--dsn", bare_dsn)
+    assert (found["status"], found["fix"]) == ("fail", "pglimits install")
+    text = pglimits("doctor", "--dsn", bare_dsn)
+    assert text.code == 1 and "→ pglimits install" in text.out
+
+
+def test_an_installation_of_another_version(find: Callable[..., Any], conn: Connection) -> None:
+    for version, status, fix in (
+        ("0.0.1", "fail", "pglimits upgrade"),
+        ("99.0.0", "fail", "pip install --upgrade pglimits"),
+        ("0.1.99", "warn", "pip install --upgrade pglimits"),
+    ):
+        change = f"create or replace function pglimits.version() returns text language sql as $$ select '{version}' $$"
+        conn.execute(change.encode())
+        found = find("installed")
+        assert (found["status"], found["fix"]) == (status, fix)
+
+
+def test_what_the_role_may_do(find: Callable[..., Any], role: Callable[..., str], dsn: str) -> None:
+    stranger, user, reader = role(), role("pglimits_user"), role("pglimits_reader")
+    found = find("rights", "--dsn", make_conninfo(dsn, user=stranger))
+    assert (found["status"], found["fix"]) == ("fail", f"grant pglimits_user to {stranger};")
+    found = find("rights", "--dsn", make_conninfo(dsn, user=user))
+    assert found["status"] == "ok" and "not granted: pglimits_reader, pglimits_admin" in found["text"]
+    assert find("waiters", "--dsn", make_conninfo(dsn, user=user))["status"] == "skip"
+    found = find("rights", "--dsn", make_conninfo(dsn, user=reader))
+    assert found["status"] == "fail" and "only: look" in found["text"]
+    admin = role("pglimits_admin")
+    found = find("rights", "--dsn", make_conninfo(dsn, user=admin))
+    assert found["text"].endswith("may take slots, look, change limits")
+    assert find("waiters", "--dsn", make_conninfo(dsn, user=admin))["status"] == "ok"
+    assert find("tables", "--dsn", make_conninfo(dsn, user=admin))["status"] == "ok"
+
+
+def test_a_server_that_is_read_only(find: Callable[..., Any], dsn: str) -> None:
+    found = find("writable", "--dsn", make_conninfo(dsn, options="-c default_transaction_read_only=on"))
+    assert found["status"] == "fail" and "read-only" in found["text"]
+
+
+def test_a_server_without_durability(find: Callable[..., Any], dsn: str) -> None:
+    found = find("durable")  # the tests' own has fsync off
+    assert found["status"] == "warn" and "fsync" in found["text"] and "alter system reset fsync" in found["fix"]
+
+
+def unprivileged() -> dict[str, Any]:
+    """How to start a process that PostgreSQL does not refuse."""
+    if os.geteuid() != 0:
+        return {}
+    account = pwd.getpwnam("nobody")
+    for name in ("postgres", "nobody"):
+        try:
+            account = pwd.getpwnam(name)
+            break
+        except KeyError:
+            continue
+    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+
+def test_a_standby_and_a_server_that_forgets(find: Callable[..., Any], server: Any, wait_until: Wait) -> None:
+    from pglimits import _install
+
+    settings = {"synchronous_commit": "off", "fsync": "on", "full_page_writes": "on"}
+    with throwaway(settings=settings, fsync=True) as primary:
+        _install.install(primary.dsn)
+        found = find("durable", "--dsn", primary.dsn)
+        assert found["status"] == "warn" and "synchronous_commit = off" in found["text"]
+        owner = primary.data.stat()
+        signal_file = primary.data / "standby.signal"
+        signal_file.touch()
+        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        os.kill(primary.pid, signal.SIGINT)
+        wait_until(lambda: not (primary.data / "postmaster.pid").exists())
+        user = {} if os.geteuid() == owner.st_uid else {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+        standby = subprocess.Popen(
+            [server.bin / "postgres", "-D", primary.data, "-k", primary.host, "-p", str(primary.port), "-h", ""],
+            cwd="/", **user,
+        )  # fmt: skip
+        try:
+            wait_until(lambda: reachable(primary.dsn))
+            found = find("writable", "--dsn", primary.dsn)
+            assert found["status"] == "fail"
+            assert "standby" in found["text"] and "target_session_attrs=read-write" in found["fix"]
+        finally:
+            standby.send_signal(signal.SIGQUIT)
+            standby.wait(timeout=30)
+
+
+def reachable(dsn: str) -> bool:
+    try:
+        psycopg.connect(dsn).close()
+    except psycopg.Error:
+        return False
+    return True
+
+
+def test_nobody_calls_the_sweep(find: Callable[..., Any]) -> None:
+    found = find("sweep")
+    assert found["status"] == "warn"
+    assert "no pg_cron" in found["text"] and found["fix"] == "pglimits sweep --every 60"
+
+
+def test_notifications_arrive(find: Callable[..., Any]) -> None:
+    assert find("listen")["status"] == "ok"
+
+
+@pytest.fixture
+def pooled(dsn: str) -> Iterator[Callable[..., str]]:
+    """pooled("transaction"): a DSN through a PgBouncer of that mode in front of the test's database."""
+    program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+    if program is None:
+        pytest.skip("needs pgbouncer")
+    to = conninfo_to_dict(dsn)
+    running: list[subprocess.Popen[bytes]] = []
+    account = unprivileged()
+    with tempfile.TemporaryDirectory(prefix="pgl-", dir="/tmp") as name:
+        folder = Path(name)
+        if account:
+            os.chown(folder, account["user"], account["group"])
+        folder.chmod(0o711)
+
+        def begin(mode: str, size: int = 5) -> str:
+            config = folder / f"{mode}.ini"
+            port = 6000 + len(running)
+            config.write_text(
+                f"""
+                [databases]
+                * = host={to["host"]} port={to["port"]} user={to["user"]}
+                [pgbouncer]
+                pool_mode = {mode}
+                listen_addr =
+                listen_port = {port}
+                unix_socket_dir = {folder}
+                auth_type = any
+                default_pool_size = {size}
+                """.replace("                ", "")
+            )
+            running.append(
+                subprocess.Popen(
+                    [program, config], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **account
+                )
+            )
+            through = make_conninfo(dsn, host=str(folder), port=port)
+            for _ in range(400):
+                if reachable(through) or running[-1].poll() is not None:
+                    break
+                threading.Event().wait(0.02)
+            assert running[-1].poll() is None
+            return through
+
+        yield begin
+        for one in running:
+            one.kill()
+            one.wait()
+
+
+def test_a_pooler_in_the_way_of_notifications(find: Callable[..., Any], pooled: Callable[..., str]) -> None:
+    found = find("listen", "--dsn", pooled("transaction"))
+    assert found["status"] == "warn"
+    assert "pooler" in found["text"] and "session mode" in found["fix"]
+
+
+def test_a_pool_that_is_full(
+    find: Callable[..., Any], pooled: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor_health, "PATIENCE", 0.5)
+    found = find("listen", "--dsn", pooled("session", size=2))
+    assert found["status"] == "warn" and "the pool is full" in found["text"]
+
+
+def test_a_pooler_that_lets_notifications_through(find: Callable[..., Any], pooled: Callable[..., str]) -> None:
+    through = pooled("session")
+    found = find("listen", "--dsn", through)
+    assert found["status"] == "ok" and "pooler" in found["text"]
+
+
+def test_a_long_transaction_that_keeps_a_limit_locked(
+    find: Callable[..., Any], conn: Connection, connect: Connect, wait_blocked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor_health, "LONG_LOCK", 0)
+    conn.execute("select pglimits.create_limit('database', 2)")
+    assert find("locks")["status"] == "ok"
+    careless = connect(autocommit=False, application_name="careless")
+    careless.execute("select pglimits.acquire('database')")
+    found = find("locks")
+    assert found["status"] == "warn"
+    assert "(careless)" in found["text"] and f"pg_terminate_backend({careless.info.backend_pid})" in found["fix"]
+    victim = connect()
+    thread = threading.Thread(target=victim.execute, args=("select pglimits.acquire('database')",))
+    thread.start()
+    wait_blocked(victim.info.backend_pid)
+    found = find("locks")
+    assert found["status"] == "fail" and "blocks 1 other" in found["text"]
+    careless.rollback()
+    thread.join()
+    assert find("locks")["status"] == "ok"
+
+
+def test_reading_in_a_long_transaction_locks_nothing(
+    find: Callable[..., Any], connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor_health, "LONG_LOCK", 0)
+    connect(autocommit=False).execute("select * from pglimits.limits")
+    assert find("locks")["status"] == "ok"
+
+
+def test_an_old_snapshot(find: Callable[..., Any], connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("snapshots")["status"] == "ok"
+    monkeypatch.setattr(_doctor_health, "OLD_SNAPSHOT", 0)
+    dump = connect(autocommit=False, application_name="dump")
+    dump.execute("set transaction isolation level repeatable read")
+    dump.execute("select 1")
+    found = find("snapshots")
+    assert found["status"] == "warn"
+    assert "(dump)" in found["text"] and f"pg_terminate_backend({dump.info.backend_pid})" in found["fix"]
+
+
+def test_waiters_of_a_limit_that_admits_nobody(find: Callable[..., Any], conn: Connection) -> None:
+    conn.execute("select pglimits.create_limit('database', 1)")
+    assert find("waiters")["text"] == "nobody waits"
+    conn.execute("select pglimits.acquire('database')")
+    conn.execute("select pglimits.acquire('database', wait => null)")
+    assert find("waiters") == {
+        "check": "waiters", "status": "ok", "text": "1 request waiting, none of them in trouble", "fix": None,
+    }  # fmt: skip
+    conn.execute('update pglimits.configs set "limit" = 0')  # by the front door, they would be told
+    found = find("waiters")
+    assert found["status"] == "warn"
+    assert "whose limit is 0" in found["text"] and found["fix"] == "pglimits update database --limit N"
+
+
+def test_waiters_of_a_limit_that_is_not_active(find: Callable[..., Any], conn: Connection) -> None:
+    conn.execute("select pglimits.create_limit('a base', 1)")
+    conn.execute("select pglimits.acquire('a base')")
+    conn.execute("select pglimits.acquire('a base', wait => null)")
+    conn.execute("update pglimits.configs set active = false")
+    found = find("waiters")
+    assert found["status"] == "warn" and found["fix"] == "pglimits enable 'a base'"
+
+
+def test_waiters_beside_free_slots(find: Callable[..., Any], conn: Connection) -> None:
+    conn.execute("select pglimits.create_limit('database', 3)")
+    conn.execute("select pglimits.acquire('database', slots => 3)")
+    conn.execute("select pglimits.acquire('database', slots => 2, wait => null)")
+    conn.execute("delete from pglimits.leases")  # nothing of ours does that, so nobody is told
+    found = find("waiters")
+    assert found["status"] == "fail"
+    assert "although 3 are free" in found["text"] and "2 slots" in found["text"]
+
+
+def test_a_head_that_waits_for_long(
+    find: Callable[..., Any], conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor_health, "LONG_WAIT", 0)
+    conn.execute("select pglimits.create_limit('database', 1)")
+    conn.execute("select pglimits.acquire('database', key => 'k')")
+    conn.execute("select pglimits.acquire('database', key => 'k', wait => null)")
+    found = find("waiters")
+    assert found["status"] == "warn"
+    assert "the head of 'database' (key 'k') waits since" in found["text"] and "1 of 1 slots are held" in found["text"]
+    assert found["fix"].startswith("pglimits holders database")
+
+
+def test_leases_that_were_not_swept_away(
+    find: Callable[..., Any], conn: Connection, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor_health, "MANY_UNSWEPT", 1)
+    conn.execute("select pglimits.create_limit('database', 5)")
+    for _ in range(2):
+        conn.execute("select pglimits.acquire('database')")
+    assert find("tables")["status"] == "ok"
+    clock.advance(301)
+    found = find("tables")
+    assert (found["status"], found["fix"]) == ("warn", "pglimits sweep")
+    assert "2 ended leases" in found["text"]
+
+
+def test_dead_rows(
+    find: Callable[..., Any], conn: Connection, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_doctor_health, "MANY_DEAD", 50)
+    conn.execute("alter table pglimits.states set (autovacuum_enabled = off)")
+    conn.execute("select pglimits.create_limit('database', 5)")
+    for _ in range(100):
+        conn.execute("select pglimits.release((pglimits.acquire('database')).lease_id)")
+    if conn.info.server_version >= 150000:
+        conn.execute("select pg_stat_force_next_flush()")
+    wait_until(lambda: find("tables")["status"] == "warn")
+    assert "vacuum" in find("tables")["fix"]
+
+
+def test_it_changes_nothing(pglimits: Cli, conn: Connection) -> None:
+    conn.execute("select pglimits.create_limit('database', 5)")
+    conn.execute("select pglimits.acquire('database')")
+
+    def contents() -> list[Any]:
+        return [
+            conn.execute(f"select t::text, t.xmin::text from pglimits.{table} t".encode()).fetchall()
+            for table in ("configs", "states", "leases", "queue")
+        ]
+
+    before = contents()
+    pglimits("doctor")
+    assert contents() == before

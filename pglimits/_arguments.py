@@ -31,7 +31,7 @@ def parts(names: Names, occupy: int, key: str) -> tuple[Part, ...]:
     slots = whole("occupy", occupy, least=1)
     text("key", key)
     if isinstance(names, str):
-        return (Part(names, key, slots),)
+        return (Part(text("names", names), key, slots),)
     if isinstance(names, Mapping):
         if slots != 1:
             raise InvalidArgument(f"occupy must be left out when names gives a count for each limit, not {occupy!r}")
@@ -49,7 +49,7 @@ def _part(name: object, key: str, slots: int) -> Part:
     if isinstance(name, tuple):
         if len(name) != 2 or not all(isinstance(item, str) for item in name):
             raise InvalidArgument(f"names must be strings or (name, key) pairs, not {name!r}")
-        return Part(name[0], name[1], slots)
+        return Part(text("names", name[0]), text("key", name[1]), slots)
     return Part(text("names", name), key, slots)
 
 
@@ -58,6 +58,10 @@ def text(argument: str, value: object) -> str:
         raise InvalidArgument(f"{argument} must be a string, not {value!r}")
     if "\x00" in value:
         raise InvalidArgument(f"{argument} must not contain control characters: {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{argument} must be valid Unicode: {value!r}") from None
     return value
 
 
@@ -129,7 +133,8 @@ def holder(value: object) -> Any:
     plain = dump(mode="json") if callable(dump) else value
     try:
         encoded = json.dumps(plain, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        json.dumps(plain, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"holder must be JSON: {error}") from None
     if "\\u0000" in encoded:
         raise InvalidArgument("holder must not contain the character U+0000")

@@ -296,7 +296,7 @@ class AsyncLimiter:
             left = None if until is None else until - time.monotonic()
             if ticket.done or (left is not None and left <= 0):
                 return
-            await ticket.waker.wait(left)
+            await ticket.waker.wait(ticket.patient_for(left))
 
     def _have_sent(self, ticket: Ticket) -> None:
         if self._pool is None:
@@ -356,12 +356,9 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
         live = await limiter._drive(limiter._engine.releasing(lease, _waker()))
         if not self._raises or not ours or not (lost or live is False):
             return
-        if hold.cancelled:
-            # As asyncio.timeout does it: our own cancellation ends here, somebody else's goes on.
-            assert hold.task is not None
-            if hold.task.uncancel() > hold.cancelling or not isinstance(error, asyncio.CancelledError):
-                return
-        elif error is not None:
+        if hold.cancelled and hold.task is not None and hold.task.uncancel() > hold.cancelling:
+            return  # as asyncio.timeout does it: our own cancellation ends here, somebody else's goes on
+        if error is not None and not (hold.cancelled and isinstance(error, asyncio.CancelledError)):
             return
         raise LeaseLost(f"the lease {lease.id} on {', '.join(lease.names)} ended before the work did") from error
 

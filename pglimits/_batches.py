@@ -10,7 +10,9 @@ This module does no I/O: it says what to send and takes in what came back.
 from __future__ import annotations
 
 import json
+import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,13 +22,19 @@ from uuid import UUID
 from . import _sql
 from ._database import BATCHES_AT_ONCE, Busy, Row, translate
 from ._wake import Waker, wake_all
-from .errors import PglimitsError
+from .errors import LimiterUnavailable, NotInstalled, PermissionDenied, PglimitsError, VersionMismatch
 
 Place = tuple[str, str]
 
 LARGEST_BATCH = 1000
 PATIENCE = 1.0
 """Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
+
+LOCK_WAIT = 0.3
+"""Seconds that a batch waits for a lock: longer than contention takes; then somebody keeps it in a long transaction."""
+
+HEARTBEAT = 1.0
+"""Seconds after which a caller looks for itself whether its request is done: who was to wake it may be interrupted."""
 
 
 @dataclass(slots=True)
@@ -54,8 +62,10 @@ class Ticket:
         "done",
         "error",
         "lease_id",
+        "not_before",
         "patience",
         "places",
+        "tries",
         "waker",
     )
 
@@ -72,11 +82,19 @@ class Ticket:
         self.body = body
         self.waker = waker
         self.patience = patience
+        # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
         self.alone = False
+        self.not_before = 0.0
+        self.tries = 0
         self.abandoned = False
         self.done = False
         self.answer: Answer | bool | None = None
         self.error: PglimitsError | None = None
+
+    def patient_for(self, left: float | None) -> float:
+        """How long its caller waits before it looks again."""
+        seconds = HEARTBEAT if left is None else min(left, HEARTBEAT)
+        return min(seconds, max(self.not_before - time.monotonic(), 0.001)) if self.not_before else seconds
 
 
 class Slot:
@@ -89,15 +107,18 @@ class Slot:
 
 
 class Batches:
-    """What waits to be sent, and what is on its way."""
+    """What waits to be sent, and what is on its way.
+
+    An exception can strike a caller's thread anywhere, so each step here can be taken again: what counts is which slots
+    are under way, not a counter, and a batch whose sender was struck is failed as a whole and sent again.
+    """
 
     def __init__(self, durable: bool, abandon: Callable[[Ticket], None]) -> None:
         self.durable = durable
         self._abandon = abandon
         self._lock = threading.Lock()
         self._pending: dict[Ticket, None] = {}
-        self._on_their_way: set[Place] = set()
-        self._batches = 0
+        self._under_way: dict[Slot, set[Place]] = {}
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request."""
@@ -107,32 +128,30 @@ class Batches:
     def take(self, slot: Slot, ticket: Ticket | None = None) -> bool:
         """Put the next batch into the slot; false if nothing can be sent now (or not ``ticket``, when one is given)."""
         with self._lock:
-            if self._batches >= BATCHES_AT_ONCE:
-                return False
             first = ticket if ticket is not None else next(filter(self._can_go, self._pending), None)
             if first is None or first not in self._pending or not self._can_go(first):
                 return False
-            batch = [first]
-            if not first.alone:
+            if first.alone:
+                batch = [first]
+            else:
+                is_release = first.body is None
                 batch = [
                     other
                     for other in self._pending
-                    if (other.body is None) == (first.body is None) and not other.alone and self._can_go(other)
+                    if (other.body is None) == is_release and not other.alone and self._can_go(other)
                 ][:LARGEST_BATCH]
                 if first not in batch:
                     batch[-1] = first
             slot.batch = batch
-            self._batches += 1
+            self._under_way[slot] = {place for taken in batch for place in taken.places}
             for taken in batch:
-                del self._pending[taken]
-                self._on_their_way.update(taken.places)
+                self._pending.pop(taken, None)
         return True
 
     def statement(self, batch: Sequence[Ticket]) -> tuple[str, list[object]]:
         """The one statement that serves the batch."""
-        patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=None)
-        if patience is not None:
-            patience = min(max(patience, 0.001), 86400.0)
+        patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=LOCK_WAIT)
+        patience = min(max(patience, 0.001), LOCK_WAIT)
         if batch[0].body is None:
             return _sql.RELEASE, [[ticket.lease_id for ticket in batch], self.durable, patience]
         return _sql.ACQUIRE_MANY, [json.dumps([ticket.body for ticket in batch]), self.durable, patience]
@@ -147,51 +166,49 @@ class Batches:
         else:
             for ticket, row in zip(batch, rows, strict=True):
                 ticket.answer = Answer(*row)
-        self._done(slot, batch)
+        self._close(slot)
 
     def fail(self, slot: Slot, error: BaseException) -> None:
         """A batch could not be sent, or nobody knows what became of it. What is safe to send again is."""
+        problem = translate(error)
+        for ticket in slot.batch or ():
+            if ticket.answer is not None:
+                continue
+            if isinstance(problem, Busy):
+                ticket.alone = True
+                ticket.tries += 1
+                ticket.not_before = time.monotonic() + min(0.02 * 2**ticket.tries, 1.0) * random.uniform(0.5, 1.0)
+            elif isinstance(error, Exception) and len(slot.batch or ()) > 1 and _blames_the_request(problem):
+                # Nothing was done, and only one of them need be to blame.
+                ticket.alone = True
+            elif isinstance(error, Exception):
+                ticket.error = problem
+            # Else its sender was interrupted, and the others were not: ids make it safe to ask again.
+        self._close(slot)
+
+    def _close(self, slot: Slot) -> None:
         batch = slot.batch
         if batch is None:
             return
-        problem = translate(error)
-        again: list[Ticket] = []
-        for ticket in batch:
-            if isinstance(problem, Busy) and len(batch) > 1:
-                ticket.alone = True
-                again.append(ticket)
-            elif not isinstance(error, Exception):
-                # Its sender was interrupted, the others were not: ids make it safe to ask again.
-                again.append(ticket)
-            else:
-                ticket.error = problem
         with self._lock:
-            for ticket in again:
-                if not ticket.abandoned:
-                    self._pending[ticket] = None
-        self._done(slot, [ticket for ticket in batch if ticket.error is not None or ticket.abandoned])
-
-    def _done(self, slot: Slot, finished: Sequence[Ticket]) -> None:
-        with self._lock:
-            batch, slot.batch = slot.batch, None
-            if batch is None:
-                return
-            self._batches -= 1
             for ticket in batch:
-                self._on_their_way.difference_update(ticket.places)
-            for ticket in finished:
-                ticket.done = True
+                if ticket.answer is not None or ticket.error is not None or ticket.abandoned:
+                    ticket.done = True
+                    self._pending.pop(ticket, None)
+                else:
+                    self._pending[ticket] = None
+            self._under_way.pop(slot, None)
+        finished = [ticket for ticket in batch if ticket.done]
         wake_all([ticket.waker for ticket in finished if not ticket.abandoned])
         for ticket in finished:
             if ticket.abandoned and ticket.body is not None:
                 self._abandon(ticket)
+        slot.batch = None
         self.nudge()
 
     def nudge(self) -> None:
         """Wake somebody who can send the next batch, if there is one to send."""
         with self._lock:
-            if self._batches >= BATCHES_AT_ONCE:
-                return
             ticket = next(filter(self._can_go, self._pending), None)
         if ticket is not None:
             ticket.waker.wake()
@@ -200,16 +217,26 @@ class Batches:
         """Its caller has given up. If it was sent already, what it gets is given back."""
         with self._lock:
             ticket.abandoned = True
-            never_sent = self._pending.pop(ticket, self) is None
-            unknown = not never_sent and ticket.done
-        if unknown and ticket.body is not None:
+            never_sent = ticket in self._pending and not ticket.tries
+            self._pending.pop(ticket, None)
+            under_way = any(ticket in (slot.batch or ()) for slot in self._under_way)
+        if not never_sent and not under_way and ticket.body is not None:
             self._abandon(ticket)
         self.nudge()
 
     def can_go(self, ticket: Ticket) -> bool:
         """Whether a batch with this ticket could be taken now."""
         with self._lock:
-            return self._batches < BATCHES_AT_ONCE and ticket in self._pending and self._can_go(ticket)
+            return ticket in self._pending and self._can_go(ticket)
 
     def _can_go(self, ticket: Ticket) -> bool:
-        return self._on_their_way.isdisjoint(ticket.places)
+        under_way = len(self._under_way)
+        if under_way >= BATCHES_AT_ONCE:
+            return False
+        if ticket.alone and (under_way or ticket.not_before > time.monotonic()):
+            return False  # what meets locks leaves a way to the others
+        return all(places.isdisjoint(ticket.places) for places in self._under_way.values())
+
+
+def _blames_the_request(problem: PglimitsError) -> bool:
+    return not isinstance(problem, (LimiterUnavailable, NotInstalled, VersionMismatch, PermissionDenied))

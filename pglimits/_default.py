@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from ._async_limiter import AsyncLimiter
@@ -9,6 +10,14 @@ from ._limiter import Limiter
 
 _lock = threading.RLock()
 _limiter: Limiter | None = None
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def limiter() -> Limiter:

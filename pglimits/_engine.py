@@ -232,6 +232,8 @@ class Engine:
     def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
         while waiter.news is None and waiter.error is None:
             now = time.monotonic()
+            if waiter.put_off and waiter.turn_at is not None and deadline is not None and waiter.turn_at > deadline:
+                raise AcquireTimeout("the turn was put off beyond the timeout: the limit was changed")
             until = waiter.turn_at if waiter.turn_at is not None else deadline
             if until is not None and now >= until:
                 return

@@ -46,13 +46,14 @@ class News:
 class Waiter:
     """A request that waits in this process: queued, or asleep until ``turn_at`` (monotonic)."""
 
-    __slots__ = ("error", "lease_id", "looks_at", "news", "turn_at", "waker")
+    __slots__ = ("error", "lease_id", "looks_at", "news", "put_off", "turn_at", "waker")
 
     def __init__(self, lease_id: UUID, waker: Waker, looks_at: float, turn_at: float | None) -> None:
         self.lease_id = lease_id
         self.waker = waker
         self.looks_at = looks_at
         self.turn_at = turn_at
+        self.put_off = False
         self.news: News | None = None
         self.error: PglimitsError | None = None
 
@@ -240,6 +241,7 @@ class Keeper:
                     turn_at = now + turns[lease_id]
                     if waiter.turn_at is None or abs(turn_at - waiter.turn_at) > 0.005:
                         woken.append(waiter.waker)
+                        waiter.put_off = waiter.turn_at is not None and turn_at > waiter.turn_at
                         waiter.turn_at = turn_at
                     self._schedule(waiter, self._next_look(now, LIVENESS * 0.3))
                 elif status == "queued":

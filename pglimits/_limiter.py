@@ -320,7 +320,7 @@ class Limiter:
             left = None if until is None else until - time.monotonic()
             if ticket.done or (left is not None and left <= 0):
                 return
-            ticket.waker.wait(left)
+            ticket.waker.wait(ticket.patient_for(left))
 
 
 class Concurrency(contextlib.AbstractContextManager[Lease]):

@@ -97,7 +97,7 @@ class Lease:
     @property
     def lost(self) -> bool:
         """Whether it has ended while it should still be held."""
-        return self._lost or (self.enforced and time.monotonic() >= self._ends)
+        return self._lost or (self.enforced and not self.released and time.monotonic() >= self._ends)
 
     def __repr__(self) -> str:
         return f"<Lease {self.id} on {', '.join(self.names)}{' (lost)' if self.lost else ''}>"

@@ -48,7 +48,7 @@ if importlib.util.find_spec("pglimits") is None:
     sys.path.insert(0, str(ROOT))
 _import_from_checkout()
 
-from pglimits import _embedded  # noqa: E402
+from pglimits import _embedded, _install  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +93,7 @@ def server() -> Iterator[TestServer]:
 
 def _load(**to: Any) -> None:
     to.pop("autocommit", None)
-    install(make_conninfo(**{name: value for name, value in to.items() if value is not None}))
-
-
-def install(dsn: str) -> None:
-    """Install pglimits in a database."""
-    try:
-        from pglimits import _install
-    except ImportError:
-        _install_by_hand(dsn)
-    else:
-        _install.install(dsn)
-
-
-def _install_by_hand(dsn: str) -> None:
-    files = re.findall(r"^\\ir (\S+)$", (ROOT / "sql/install.sql").read_text(), re.MULTILINE)
-    with psycopg.connect(dsn) as connection:
-        connection.execute("create schema pglimits")
-        for file in files:
-            connection.execute((ROOT / "sql" / file).read_text().encode())
-            if file.startswith("migrations/"):
-                connection.execute(
-                    "insert into pglimits.meta (schema_version) values (%s) "
-                    "on conflict (only_row) do update set schema_version = excluded.schema_version",
-                    [int(file.removeprefix("migrations/")[:4])],
-                )
+    _install.install(make_conninfo(**{name: value for name, value in to.items() if value is not None}))
 
 
 pglimits_noproc = factories.postgresql_noproc(depends_on="server", load=[_load])
@@ -238,4 +214,7 @@ def wait_blocked(connect: Connect) -> Callable[[int], None]:
         ).fetchone()
         return row is not None and bool(row[0])
 
-    return lambda pid: wait_for(lambda: blocked(pid), what=f"for backend {pid} to wait for a lock") and None
+    def wait(pid: int) -> None:
+        wait_for(lambda: blocked(pid), what=f"for backend {pid} to wait for a lock")
+
+    return wait

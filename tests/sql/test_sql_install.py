@@ -24,7 +24,8 @@ def catalog(dsn: str) -> dict[str, list[Any]]:
     """Everything in the schema, its privileges and its comments."""
     queries = {
         "relations": "select c.oid::regclass::text, c.relkind::text, c.reloptions, c.relacl::text,"
-        " c.relowner::regrole::text, obj_description(c.oid, 'pg_class') from pg_class c where c.relnamespace = 'pglimits'::regnamespace",
+        " c.relowner::regrole::text, obj_description(c.oid, 'pg_class') from pg_class c"
+        " where c.relnamespace = 'pglimits'::regnamespace",
         "columns": "select a.attrelid::regclass::text, a.attnum, a.attname::text, format_type(a.atttypid, a.atttypmod),"
         " a.attnotnull, a.attidentity::text, pg_get_expr(d.adbin, d.adrelid), col_description(a.attrelid, a.attnum),"
         " a.attcollation::regcollation::text"

@@ -275,6 +275,7 @@ def test_a_waiter_that_does_not_call_in_is_gone_after_ten_seconds(clock: Clock, 
 
 
 def test_a_waiter_that_calls_in_as_often_as_it_is_told_stays(clock: Clock, s: Session) -> None:
+    clock.freeze()
     (holder,) = full(s)
     first, second = s.queue("database"), s.queue("database")
     for _ in range(40):

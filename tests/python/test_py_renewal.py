@@ -1,0 +1,543 @@
+"""Leases: what the handle tells, how they are renewed, and what becomes of those that are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from wrappertest import (
+    PATIENCE,
+    Api,
+    Connection,
+    WaitUntil,
+    backends,
+    held,
+    nothing_left,
+    open_api,
+    run,
+    terminate,
+    value,
+)
+
+from pglimits import AsyncLimiter, Lease, LeaseLost, Limiter, _renewal
+
+THIRD = 3.0
+"""A lease of so many seconds is renewed every second."""
+
+
+def end_of(conn: Connection, lease: Lease) -> datetime:
+    ends: datetime = value(conn, "select min(expires_at) from pglimits.holders where lease_id = %s", [lease.id])
+    return ends
+
+
+def outlives(conn: Connection, lease: Lease, wait_until: WaitUntil, times: int) -> None:
+    """Wait until the database's clock has passed the lease's first end so many times over."""
+    first = lease.expires_at
+    assert first is not None
+    row = conn.execute("select acquired_at from pglimits.holders where lease_id = %s", [lease.id]).fetchone()
+    assert row is not None
+    target = row[0] + times * (first - row[0])
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s", [target]), timeout=PATIENCE)
+
+
+# The handle.
+
+
+def test_a_lease_tells_its_id_fence_and_end(api: Api, conn: Connection) -> None:
+    api.create("database", 2)
+    lease = api.acquire("database", lease_duration=60)
+    assert isinstance(lease, Lease)
+    assert isinstance(lease.id, UUID)
+    held_by = api.holders("database")[0]
+    assert (lease.id, lease.fence, lease.expires_at) == (held_by.lease_id, held_by.fence, held_by.expires_at)
+    assert list(lease.fences) == [held_by.fence]
+    assert held_by.expires_at - held_by.acquired_at == timedelta(seconds=60)
+    assert lease.expires_at is not None
+    assert lease.expires_at.tzinfo is not None
+    assert not lease.lost
+    api.release(lease)
+    assert not lease.lost
+
+
+def test_a_lease_lasts_five_minutes_by_default(api: Api) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database")
+    holder = api.holders()[0]
+    assert holder.expires_at - holder.acquired_at == timedelta(minutes=5)
+    api.release(lease)
+
+
+def test_fences_are_one_for_each_name_and_grow_with_every_grant(api: Api) -> None:
+    api.create("a", 5)
+    api.create("b", 5)
+    leases = [api.acquire(["b", "missing", "a"]) for _ in range(3)]
+    for earlier, later in zip(leases, leases[1:], strict=False):
+        assert later.fences[0] > earlier.fences[0]
+        assert later.fences[1] is None
+        assert later.fences[2] > earlier.fences[2]
+    fences = {holder.name: holder.fence for holder in api.holders() if holder.lease_id == leases[0].id}
+    assert list(leases[0].fences) == [fences["b"], None, fences["a"]]
+    assert leases[0].fence == fences["b"]
+    for lease in leases:
+        api.release(lease)
+
+
+def test_a_fence_of_a_waiter_is_above_that_of_who_held_before(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("a", 1)
+    api.create("b", 1)
+    first = api.acquire(["a", "b"])
+    second = api.start("acquire", ["b", "a"])
+    wait_until(lambda: value(conn, "select count(*) from pglimits.waiters") > 0)
+    api.release(first)
+    lease = second.result(30)
+    assert lease.fences[0] > first.fences[1]
+    assert lease.fences[1] > first.fences[0]
+    api.release(lease)
+
+
+def test_a_lease_on_nothing_holds_nothing(api: Api, conn: Connection) -> None:
+    lease = api.acquire(["nowhere", "neither"])
+    assert (lease.enforced, lease.fence, list(lease.fences), lease.expires_at) == (False, None, [None, None], None)
+    assert not lease.lost
+    assert api.release(lease) is False
+    assert nothing_left(conn)
+
+
+def test_releasing_twice_is_harmless(api: Api, conn: Connection) -> None:
+    api.create("database", 2)
+    mine, other = api.acquire("database"), api.acquire("database")
+    assert api.release(mine) is True
+    assert api.release(mine) is False
+    assert api.release(mine.id) is False
+    assert held(conn) == 1
+    assert api.release(other)
+
+
+def test_leaving_a_block_whose_lease_was_released_inside_is_harmless(api: Api, conn: Connection) -> None:
+    api.create("database", 1)
+    assert api.block("database", lambda lease: api.release(lease), strict=True) is True
+    assert nothing_left(conn)
+
+
+def test_a_lease_is_released_by_its_id_from_anywhere(api: Api, conn: Connection) -> None:
+    api.create("database", 2)
+    first, second = api.acquire("database", renew=False), api.acquire("database", renew=False)
+    assert api.release(first.id) is True
+    assert api.release(str(second.id)) is True
+    assert held(conn) == 0
+
+
+# Renewal.
+
+
+def test_leases_are_renewed_at_a_third_of_their_duration(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", lease_duration=THIRD)
+    first = lease.expires_at
+    wait_until(lambda: lease.expires_at != first)
+    # By the database's clock: after a third of the duration, well before the lease would have ended.
+    assert timedelta(seconds=THIRD / 4) < lease.expires_at - first < timedelta(seconds=THIRD * 2 / 3)
+    assert end_of(conn, lease) >= lease.expires_at
+    api.release(lease)
+
+
+def test_a_lease_lives_as_long_as_its_block(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+    api.create("database", 1)
+
+    def body(lease: Lease) -> int:
+        outlives(conn, lease, wait_until, 3)
+        assert not lease.lost
+        return held(conn)
+
+    assert api.block("database", body, lease_duration=1, strict=True) == 1
+    assert held(conn) == 0
+
+
+def test_a_lease_taken_without_renewal_ends_by_itself(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", lease_duration=1, renew=False)
+    wait_until(lambda: held(conn) == 0)
+    assert not api.renew(lease)
+    assert api.release(lease) is False
+
+
+def test_a_lease_is_renewed_by_hand_for_any_duration(api: Api, conn: Connection) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", lease_duration=10, renew=False)
+    before = end_of(conn, lease)
+    assert api.renew(lease, 1000) is True
+    assert end_of(conn, lease) - before > timedelta(seconds=900)
+    assert api.renew(lease.id) is True
+    api.release(lease)
+    assert api.renew(lease.id) is False
+
+
+def test_an_event_loop_blocked_for_three_lease_durations_loses_no_lease(dsn: str, conn: Connection) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 1)
+            async with limiter.concurrency("database", lease_duration=1, strict=True) as lease:
+                time.sleep(3.2)  # noqa: ASYNC251
+                assert not lease.lost
+                assert held(conn) == 1
+            assert held(conn) == 0
+
+    run(main())
+
+
+def test_all_leases_of_a_process_are_renewed_in_one_statement_by_one_thread(
+    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, set[UUID]]] = []
+    real = _renewal.run_statement
+
+    def counting(connection: Any, sql: str, params: Any, prepare: bool | None) -> Any:
+        calls.append((threading.current_thread().name, set(params[0])))
+        return real(connection, sql, params, prepare)
+
+    monkeypatch.setattr(_renewal, "run_statement", counting)
+    with open_api("sync", dsn=dsn) as threads, open_api("async", dsn=dsn) as tasks:
+        threads.create("database", 40)
+        leases = [api.acquire("database", lease_duration=THIRD) for api in (threads, tasks) * 20]
+        ids = {lease.id for lease in leases}
+        # Taken one after the other, they settle into one statement.
+        wait_until(lambda: sum(asked == ids for _, asked in calls) >= 2, timeout=PATIENCE)
+        assert len({name for name, _ in calls}) == 1
+        for lease in leases:
+            assert not lease.lost
+            threads.release(lease)
+    assert held(conn) == 0
+
+
+def test_renewal_goes_on_through_a_lost_connection(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", lease_duration=2)
+    for _ in range(2):
+        renewing = wait_until(lambda: backends(conn, "pglimits.renew"))
+        ends = end_of(conn, lease)
+        terminate(conn, renewing)
+        wait_until(lambda ends=ends: end_of(conn, lease) > ends)
+    assert not lease.lost
+    assert api.release(lease)
+
+
+def test_renewal_is_tried_until_the_end_of_the_lease_and_no_longer(
+    dsn: str, conn: Connection, server: Any, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
+) -> None:
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin, Limiter(dsn) as limiter:
+        limiter.create("database", 2)
+        short = limiter.acquire("database", lease_duration=2)
+        long = limiter.acquire("database", lease_duration=60)
+        wait_until(lambda: backends(conn, "pglimits.renew"))
+        dbname = conn.info.dbname
+        admin.execute(f'alter database "{dbname}" with allow_connections false')
+        try:
+            terminate(conn, backends(conn))
+            wait_until(lambda: short.lost)
+            wait_until(lambda: "could not be renewed" in caplog.text)
+        finally:
+            admin.execute(f'alter database "{dbname}" with allow_connections true')
+        assert str(short.id) in caplog.text
+        assert not long.lost
+        assert limiter.release(long)
+        assert limiter.release(short) is False
+
+
+# Lost leases.
+
+
+def lose(conn: Connection, lease: Lease, wait_until: WaitUntil) -> None:
+    conn.execute("select pglimits.release(%s)", [lease.id])
+    wait_until(lambda: lease.lost)
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"raise_on_lease_renewal_failure": True}])
+def test_a_lost_lease_raises_at_the_exit_of_a_sync_block_and_tells_earlier(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil, options: dict[str, Any]
+) -> None:
+    limiter.create("database", 1)
+    worked = False
+    with (
+        pytest.raises(LeaseLost, match="database") as caught,
+        limiter.concurrency("database", lease_duration=1, **options) as lease,
+    ):
+        assert not lease.lost
+        lose(conn, lease, wait_until)
+        worked = True
+    assert worked
+    assert str(lease.id) in str(caught.value)
+    assert nothing_left(conn)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": True, "raise_on_lease_renewal_failure": False}])
+def test_a_lost_lease_that_is_not_to_raise_warns_once(
+    api: Api, conn: Connection, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+) -> None:
+    api.create("database", 1)
+
+    def body(lease: Lease) -> UUID:
+        lose(conn, lease, wait_until)
+        return lease.id
+
+    with caplog.at_level(logging.WARNING, "pglimits"):
+        lease_id = api.block("database", body, lease_duration=1, **options)
+    warnings = [record for record in caplog.records if str(lease_id) in record.getMessage()]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+
+
+def test_a_lease_lost_only_at_the_exit_raises_too(limiter: Limiter, conn: Connection) -> None:
+    """Nobody renewed in between, so the release is what finds out."""
+    limiter.create("database", 1)
+    with pytest.raises(LeaseLost), limiter.concurrency("database", strict=True) as lease:
+        conn.execute("select pglimits.release(%s)", [lease.id])
+
+
+def test_an_error_in_the_body_is_not_replaced_by_a_lost_lease(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("database", 1)
+
+    def body(lease: Lease) -> None:
+        conn.execute("select pglimits.release(%s)", [lease.id])
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        api.block("database", body, strict=True)
+
+
+def test_a_decorated_function_raises_when_its_lease_was_lost(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+
+    @limiter.concurrency("database", strict=True)
+    def work() -> None:
+        conn.execute("select pglimits.reset('database')")
+
+    with pytest.raises(LeaseLost):
+        work()
+
+
+async def lose_soon(conn: Connection) -> None:
+    await asyncio.to_thread(conn.execute, "select pglimits.reset('database')")
+
+
+def in_tasks(dsn: str, body: Any) -> None:
+    async def main() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 1)
+            await asyncio.wait_for(body(limiter), PATIENCE)
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+            await asyncio.sleep(0)
+
+    run(main())
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"raise_on_lease_renewal_failure": True}])
+def test_a_lost_lease_cancels_the_body_of_an_async_block(dsn: str, conn: Connection, options: dict[str, Any]) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        cancelled = False
+        with pytest.raises(LeaseLost, match="database"):
+            async with limiter.concurrency("database", lease_duration=1, **options):
+                await lose_soon(conn)
+                try:
+                    await asyncio.sleep(3600)
+                except asyncio.CancelledError:
+                    cancelled = True
+                    raise
+        assert cancelled
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        # The task is as good as new.
+        await asyncio.sleep(0.01)
+        async with asyncio.timeout(20), limiter.concurrency("database"):
+            pass
+
+    in_tasks(dsn, body)
+
+
+def test_a_body_that_swallows_the_cancellation_still_gets_lease_lost(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        with pytest.raises(LeaseLost):
+            async with limiter.concurrency("database", lease_duration=1, strict=True):
+                await lose_soon(conn)
+                try:
+                    await asyncio.sleep(3600)
+                except asyncio.CancelledError:
+                    await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    in_tasks(dsn, body)
+
+
+def test_a_body_that_answers_the_cancellation_with_an_error_keeps_its_error(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        with pytest.raises((ZeroDivisionError, LeaseLost)) as caught:
+            async with limiter.concurrency("database", lease_duration=1, strict=True):
+                await lose_soon(conn)
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    raise ZeroDivisionError
+        chain: list[type[BaseException]] = []
+        error: BaseException | None = caught.value
+        while error is not None:
+            chain.append(type(error))
+            error = error.__cause__ or error.__context__
+        assert ZeroDivisionError in chain
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    in_tasks(dsn, body)
+
+
+def test_a_timeout_around_an_async_block_is_not_confused_by_a_lost_lease(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        with pytest.raises(LeaseLost):
+            async with (
+                asyncio.timeout(3600) as timeout,
+                limiter.concurrency("database", lease_duration=1, strict=True),
+            ):
+                await lose_soon(conn)
+                await asyncio.sleep(3600)
+        assert not timeout.expired()
+
+    in_tasks(dsn, body)
+
+
+def test_a_timeout_within_an_async_block_is_not_confused_by_a_lost_lease(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        with pytest.raises(LeaseLost):
+            async with limiter.concurrency("database", lease_duration=1, strict=True):
+                await lose_soon(conn)
+                async with asyncio.timeout(3600):
+                    await asyncio.sleep(3600)
+
+    in_tasks(dsn, body)
+
+
+def test_a_timeout_that_fires_in_a_block_with_a_live_lease_is_a_timeout(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05), limiter.concurrency("database", lease_duration=1, strict=True):
+                await asyncio.sleep(3600)
+        assert held(conn) == 0
+
+    in_tasks(dsn, body)
+
+
+def test_a_lost_lease_in_a_task_group_fails_the_group(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        other_cancelled = False
+
+        async def work() -> None:
+            async with limiter.concurrency("database", lease_duration=1, strict=True):
+                await lose_soon(conn)
+                await asyncio.sleep(3600)
+
+        async def other() -> None:
+            nonlocal other_cancelled
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                other_cancelled = True
+                raise
+
+        with pytest.raises(ExceptionGroup) as caught:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(work())
+                group.create_task(other())
+        assert [type(error) for error in caught.value.exceptions] == [LeaseLost]
+        assert other_cancelled
+
+    in_tasks(dsn, body)
+
+
+def test_a_task_group_in_a_block_whose_lease_is_lost_ends_with_it(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        ended: list[str] = []
+
+        async def work(name: str) -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ended.append(name)
+
+        with pytest.raises(LeaseLost):
+            async with limiter.concurrency("database", lease_duration=1, strict=True), asyncio.TaskGroup() as group:
+                group.create_task(work("a"))
+                group.create_task(work("b"))
+                await lose_soon(conn)
+        assert sorted(ended) == ["a", "b"]
+
+    in_tasks(dsn, body)
+
+
+def test_somebody_elses_cancellation_goes_on_even_if_the_lease_was_lost(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        lost = asyncio.Event()
+
+        async def work() -> None:
+            async with limiter.concurrency("database", lease_duration=1, strict=True):
+                await lose_soon(conn)
+                try:
+                    await asyncio.sleep(3600)
+                except asyncio.CancelledError:
+                    lost.set()
+                    await asyncio.sleep(3600)
+
+        task = asyncio.create_task(work())
+        await lost.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.cancelled()
+
+    in_tasks(dsn, body)
+
+
+def test_a_lease_that_is_not_to_raise_leaves_the_task_alone(
+    dsn: str, conn: Connection, wait_until: WaitUntil
+) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        async with limiter.concurrency("database", lease_duration=1) as lease:
+            await lose_soon(conn)
+            await asyncio.to_thread(wait_until, lambda: lease.lost)
+            await asyncio.sleep(0.05)
+
+    in_tasks(dsn, body)
+
+
+def test_a_decorated_coroutine_function_raises_when_its_lease_was_lost(dsn: str, conn: Connection) -> None:
+    async def body(limiter: AsyncLimiter) -> None:
+        @limiter.concurrency("database", lease_duration=1, strict=True)
+        async def work() -> None:
+            await lose_soon(conn)
+            await asyncio.sleep(3600)
+
+        with pytest.raises(LeaseLost):
+            await work()
+
+    in_tasks(dsn, body)
+
+
+def test_a_lease_that_ended_with_its_block_is_not_lost(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+    api.create("database", 1)
+    lease = api.block("database", lambda lease: lease, lease_duration=1, strict=True)
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s", [lease.expires_at]))
+    assert not lease.lost

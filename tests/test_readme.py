@@ -14,11 +14,7 @@ import pytest
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = BLOCK.findall(README)
-PYTHON = [
-    (code, BLOCKS[number + 1][1])
-    for number, (language, code) in enumerate(BLOCKS)
-    if language == "python"
-]
+PYTHON = [(code, BLOCKS[number + 1][1]) for number, (language, code) in enumerate(BLOCKS) if language == "python"]
 SQL = [code for language, code in BLOCKS if language == "sql"]
 SHELL = [code for language, code in BLOCKS if language == "bash" and code.startswith("pglimits ")]
 

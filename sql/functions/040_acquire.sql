@@ -1,4 +1,7 @@
 -- acquire, rate_limit, peek: what callers call.
+--
+-- Every public function plans with enable_seqscan = off: a plan made while a table had one page would walk all the dead
+-- versions of the next hour. And with jit = off, since such plans look expensive enough to be compiled.
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
 -- settled: instead of null, reckon with what is due as if it had been applied.
@@ -235,6 +238,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -277,6 +281,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -304,6 +309,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -338,6 +344,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -364,6 +371,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   request pglimits._request;
@@ -416,6 +424,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 begin
   return pglimits.peek(array[name], array[slots], array[key], wait, priority, strict, for_rate);
@@ -435,6 +444,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   checked pglimits._request[];

@@ -36,6 +36,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   cron_version text := (select x.extversion from pg_catalog.pg_extension x where x.extname = 'pg_cron');
@@ -69,6 +70,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set jit = off
 as $$
 declare
   job bigint;

@@ -267,9 +267,7 @@ def test_data_of_a_version_that_is_not_installed_is_an_error_that_names_both(hom
     server = embedded.start()
     embedded.stop()
     (home / "data" / "PG_VERSION").write_text("99\n")
-    with pytest.raises(
-        EmbeddedUnavailable, match=rf"made by PostgreSQL 99(.|\n)*PostgreSQL {server.version} in "
-    ):
+    with pytest.raises(EmbeddedUnavailable, match=rf"made by PostgreSQL 99(.|\n)*PostgreSQL {server.version} in "):
         embedded.start()
     assert embedded.status() is None
 
@@ -313,10 +311,7 @@ def test_the_callers_environment_does_not_matter() -> None:
     assert script.close() == 0
     server = embedded.start()
     assert query(server, "show timezone") == "UTC"
-    assert (
-        query(server, "select datcollate || pg_encoding_to_char(encoding) from pg_database limit 1")
-        == "CUTF8"
-    )
+    assert query(server, "select datcollate || pg_encoding_to_char(encoding) from pg_database limit 1") == "CUTF8"
 
 
 @pytest.mark.parametrize("name", ["x" * 90, "with space, comma 'quote'"])
@@ -568,9 +563,7 @@ def test_an_ordinary_user_has_a_server_of_their_own(folder: Path) -> None:
     if python is None:
         pytest.skip("no Python here that another user can run")
     env = {"PGLIMITS_HOME": str(mine / "h"), "TMPDIR": str(mine), "HOME": "/nonexistent"}
-    script = Script(
-        code, env, python=python, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd="/"
-    )
+    script = Script(code, env, python=python, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd="/")
     pid, root = script.told()
     assert not alive(pid)
     assert not Path(root).exists()

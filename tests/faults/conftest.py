@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
-from wrappertest import _nothing_stays_open, api, children, environment, limiter  # noqa: E402
+from wrappertest import _nothing_stays_open, api, children, environment, limiter
 
 __all__ = ["_nothing_stays_open", "api", "children", "environment", "limiter"]

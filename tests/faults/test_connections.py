@@ -62,9 +62,7 @@ def outage(server: Any, conn: Connection) -> Outage:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_raise_raises_and_the_limiter_recovers_by_itself(
-    dsn: str, conn: Connection, outage: Outage, kind: str
-) -> None:
+def test_raise_raises_and_the_limiter_recovers_by_itself(dsn: str, conn: Connection, outage: Outage, kind: str) -> None:
     with open_api(kind, dsn=dsn) as api:
         api.create("database", 1)
         api.create("api", 10, slot_decay_per_second=1)
@@ -296,9 +294,7 @@ def test_a_database_without_pglimits_says_so(bare_dsn: str, kind: str) -> None:
 def test_another_version_in_the_database_says_so(
     dsn: str, conn: Connection, kind: str, version: str, command: str
 ) -> None:
-    conn.execute(
-        f"create or replace function pglimits.version() returns text language sql as $$ select '{version}' $$"
-    )
+    conn.execute(f"create or replace function pglimits.version() returns text language sql as $$ select '{version}' $$")
     with open_api(kind, dsn=dsn) as api, pytest.raises(VersionMismatch, match=command) as caught:
         api.acquire("database")
     assert version in str(caught.value)

@@ -73,7 +73,9 @@ def pending(api: Api) -> int:
     return len(api.limiter._engine.batches._pending)
 
 
-def submit(api: Api, wait_until: WaitUntil, *calls: tuple[Any, dict[str, Any]], method: str = "acquire") -> list[Future]:
+def submit(
+    api: Api, wait_until: WaitUntil, *calls: tuple[Any, dict[str, Any]], method: str = "acquire"
+) -> list[Future]:
     """Make requests one after the other, each once the one before has queued up in the process."""
     futures = []
     for names, options in calls:

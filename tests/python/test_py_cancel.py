@@ -209,9 +209,7 @@ def test_a_loop_that_ends_with_tasks_queued_and_holding_leaks_nothing(
     run(limiter.close())
 
 
-def test_a_loop_closed_under_its_waiters_harms_no_other_loop(
-    dsn: str, conn: Connection, wait_until: WaitUntil
-) -> None:
+def test_a_loop_closed_under_its_waiters_harms_no_other_loop(dsn: str, conn: Connection, wait_until: WaitUntil) -> None:
     limiter = AsyncLimiter(dsn)
     with Limiter(dsn) as threads:
         threads.create("database", 1)

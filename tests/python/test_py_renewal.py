@@ -511,9 +511,7 @@ def test_somebody_elses_cancellation_goes_on_even_if_the_lease_was_lost(dsn: str
     in_tasks(dsn, body)
 
 
-def test_a_lease_that_is_not_to_raise_leaves_the_task_alone(
-    dsn: str, conn: Connection, wait_until: WaitUntil
-) -> None:
+def test_a_lease_that_is_not_to_raise_leaves_the_task_alone(dsn: str, conn: Connection, wait_until: WaitUntil) -> None:
     async def body(limiter: AsyncLimiter) -> None:
         async with limiter.concurrency("database", lease_duration=1) as lease:
             await lose_soon(conn)

@@ -177,9 +177,7 @@ def test_many_timeouts_in_the_moment_of_the_grant_leak_nothing(
 
     for round_ in range(6):
         lease = api.acquire("database")
-        waiters = [
-            api.start_block("database", note, timeout_seconds=0.02 + 0.002 * number) for number in range(20)
-        ]
+        waiters = [api.start_block("database", note, timeout_seconds=0.02 + 0.002 * number) for number in range(20)]
         wait_until(lambda waiters=waiters: waiters[round_].done())
         api.release(lease)
         for waiter in waiters:

@@ -1,4 +1,4 @@
-"""What the tests of the Python wrapper share: one face for both limiters, child processes, and looks into the database."""
+"""What the tests of the Python wrapper share: one face for both limiters, child processes, looks into the database."""
 
 from __future__ import annotations
 

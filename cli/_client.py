@@ -112,7 +112,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end what runs inside as ctrl-C does: places are given up, slots given back.
+    """Let SIGTERM and SIGHUP end what runs inside as ctrl-C does. Sleep in there for short whiles only.
 
     Raises:
         typer.Exit: a signal came; 128 plus its number.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+_UUID = 36  # characters of a lease's id
 _WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
 
 
@@ -80,6 +81,11 @@ def _console() -> Console:
     return Console(width=wide, highlight=False, emoji=False, markup=False, soft_wrap=False)
 
 
+def is_wide() -> bool:
+    """Whether a line holds a lease's id beside everything else; else that goes below."""
+    return _console().width >= 120
+
+
 def render(*parts: RenderableType) -> None:
     """Print tables and texts."""
     console = _console()
@@ -102,7 +108,13 @@ def table(*columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = ())
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         right = column in numbers
-        made.add_column(column, justify="right" if right else "left", no_wrap=column in whole or right, overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if right else "left",
+            no_wrap=column in whole or right,
+            overflow="fold",
+            min_width=_UUID if "lease" in column.lower() else None,
+        )
     return made
 
 

@@ -12,7 +12,9 @@ from ._commands import command
 from ._options import Dsn, Format, Key, Names, Output, Priority, Slots, SomeName, Strict, Timeout
 
 if TYPE_CHECKING:
-    from pglimits import Limiter
+    from rich.text import Text
+
+    from pglimits import AsyncLimiter, Holder, Limiter, Waiter
 
 app = typer.Typer()
 _LOOK = "Limits"
@@ -50,8 +52,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
         "Slots",
         "Held",
         "Left",
-        "Holder",
-        "Lease",
+        *_who_columns("Holder"),
         numbers=("Slots", "Held", "Left"),
         whole=("Lease",),
     )
@@ -62,8 +63,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
             _output.number(holder.slots),
             _output.duration((now - holder.acquired_at).total_seconds()),
             _output.duration((holder.expires_at - now).total_seconds()),
-            _output.text(_output.who(holder.holder)),
-            str(holder.lease_id),
+            *_who_cells(holder),
         )
     _output.render(table)
 
@@ -92,11 +92,10 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
         *(["Key"] if keyed else []),
         "Place",
         "Slots",
-        *(["Priority"] if ranked else []),
+        *(["Prio"] if ranked else []),
         "Waits",
-        "Waiter",
-        "Lease",
-        numbers=("Place", "Slots", "Priority", "Waits"),
+        *_who_columns("Waiter"),
+        numbers=("Place", "Slots", "Prio", "Waits"),
         whole=("Lease",),
     )
     for waiter in found:
@@ -107,10 +106,20 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
             _output.number(waiter.slots),
             *([str(waiter.priority)] if ranked else []),
             _output.duration((now - waiter.waiting_since).total_seconds()),
-            _output.text(_output.who(waiter.holder)),
-            str(waiter.lease_id),
+            *_who_cells(waiter),
         )
     _output.render(table)
+
+
+def _who_columns(word: str) -> list[str]:
+    return [word, "Lease"] if _output.is_wide() else [f"{word}, lease"]
+
+
+def _who_cells(row: Holder | Waiter) -> list[Text]:
+    who, lease = _output.text(_output.who(row.holder)), _output.text(row.lease_id, "dim")
+    if _output.is_wide():
+        return [who, lease]
+    return [who.append("\n").append_text(lease)]
 
 
 def _must_exist(limiter: Limiter, name: str | None, seen: bool) -> None:
@@ -166,33 +175,32 @@ def acquire(
 
     Example: pglimits acquire database license --key tenant-42 -o json
     """
-    with _client.limiter(dsn) as limiter, _client.ended_by_signals():
-        lease = limiter.acquire(
-            _client.names(names),
-            slots,
-            timeout,
-            lease_duration=lease_duration,
-            strict=strict,
-            holder=_client.holder("pglimits acquire", parent=True),
-            key=key,
-            priority=priority,
-            renew=False,
+    from ._signals import Signals, with_limiter
+
+    async def take(limiter: AsyncLimiter, signals: Signals) -> None:
+        lease = await signals.interrupt(
+            limiter.acquire(
+                _client.names(names),
+                slots,
+                timeout,
+                lease_duration=lease_duration,
+                strict=strict,
+                holder=_client.holder("pglimits acquire", parent=True),
+                key=key,
+                priority=priority,
+                renew=False,
+            )
         )
         try:
-            _output.show(
-                output,
-                {
-                    "id": lease.id,
-                    "fence": lease.fence,
-                    "fences": lease.fences,
-                    "expires_at": lease.expires_at,
-                    "enforced": lease.enforced,
-                },
-                str(lease.id),
-            )
+            if signals.first is not None:
+                raise typer.Exit(_errors.SIGNAL + signals.first)
+            facts = {name: getattr(lease, name) for name in ("id", "fence", "fences", "expires_at", "enforced")}
+            _output.show(output, facts, str(lease.id))
         except BaseException:  # nobody has read the id: nobody could release it
-            limiter.release(lease)
+            await limiter.release(lease)
             raise
+
+    with_limiter(_client.target(dsn).conninfo, take)
 
 
 @command(app, _SCRIPTS)
@@ -243,7 +251,11 @@ def rate(
 
     Example: pglimits rate openai --timeout 30 && curl https://api.openai.com/v1/models
     """
-    with _client.limiter(dsn) as limiter, _client.ended_by_signals():
-        limiter.rate_limit(_client.names(names), slots, timeout, strict, key)
+    from ._signals import Signals, with_limiter
+
+    async def wait(limiter: AsyncLimiter, signals: Signals) -> None:
+        await signals.interrupt(limiter.rate_limit(_client.names(names), slots, timeout, strict, key))
+
+    with_limiter(_client.target(dsn).conninfo, wait)
     if output is Format.json:
         _output.show(output, {"names": names, "slots": slots, "key": key, "granted": True})

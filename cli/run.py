@@ -12,7 +12,10 @@ from ._commands import command
 from ._options import Dsn, Key, Names, Priority, Slots, Timeout
 
 if TYPE_CHECKING:
-    from ._child import Child, Signals
+    from pglimits import AsyncLimiter, Lease
+
+    from ._child import Child
+    from ._signals import Signals
 
 app = typer.Typer()
 
@@ -78,9 +81,7 @@ def run(
         raise _errors.usage("no command: put it after --, as in: pglimits run database -- ./job.sh")
     _must_exist(command[0])
 
-    import asyncio
-
-    from ._child import Signals
+    from ._signals import with_limiter
 
     acquire: dict[str, Any] = {
         "names": _client.names(names),
@@ -93,12 +94,7 @@ def run(
         "priority": priority,
     }
     conninfo = _client.target(dsn).conninfo
-    signals = Signals()  # before any thread is started: all of them have to leave the signals to one
-    try:
-        code = asyncio.run(_run(conninfo, acquire, command, signals))
-    finally:
-        signals.close()
-    raise typer.Exit(code)
+    raise typer.Exit(with_limiter(conninfo, lambda limiter, signals: _run(limiter, signals, acquire, command)))
 
 
 def _must_exist(program: str) -> None:
@@ -112,28 +108,20 @@ def _must_exist(program: str) -> None:
         raise _errors.fail(f"{program}: command not found", _errors.NOT_FOUND)
 
 
-async def _run(conninfo: str, acquire: dict[str, Any], command: list[str], signals: Signals) -> int:
-    import asyncio
-
-    from pglimits import AsyncLimiter
-
+async def _run(limiter: AsyncLimiter, signals: Signals, acquire: dict[str, Any], command: list[str]) -> int:
     from ._child import Child
 
-    signals.listen(asyncio.get_running_loop())
-    async with AsyncLimiter(conninfo) as limiter:
-        if signals.first is not None:
+    lease = await signals.interrupt(limiter.acquire(**acquire))
+    try:
+        if signals.first is not None:  # in the moment of the grant
             return _errors.SIGNAL + signals.first
-        lease = await signals.interrupt(limiter.acquire(**acquire))
-        try:
-            if signals.first is not None:  # in the moment of the grant
-                return _errors.SIGNAL + signals.first
-            child = await Child.start(command, lease, signals)
-            return await _watch(child, lease, strict=acquire["strict"])
-        finally:
-            await _give_back(limiter, lease, signals)
+        child = await Child.start(command, lease, signals)
+        return await _watch(child, lease, strict=acquire["strict"])
+    finally:
+        await _give_back(limiter, lease, signals)
 
 
-async def _watch(child: Child, lease: Any, *, strict: bool) -> int:
+async def _watch(child: Child, lease: Lease, *, strict: bool) -> int:
     """Wait for the command to end; under ``strict``, end it when the lease is lost."""
     import asyncio
 
@@ -147,7 +135,7 @@ async def _watch(child: Child, lease: Any, *, strict: bool) -> int:
     return await ended
 
 
-async def _give_back(limiter: Any, lease: Any, signals: Signals) -> None:
+async def _give_back(limiter: AsyncLimiter, lease: Lease, signals: Signals) -> None:
     from pglimits.errors import PglimitsError
 
     try:

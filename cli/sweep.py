@@ -58,7 +58,9 @@ def _sweep_for_ever(limiter: Limiter, every: float, output: Format) -> None:
             _sweep(limiter, output, stamped=True)
         except LimiterUnavailable as error:  # a restart: the next one may work
             _errors.say("Warning", error)
-        time.sleep(every)
+        again = time.monotonic() + every
+        while (left := again - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))  # a signal in the moment before a sleep does not end that one
 
 
 def _sweep(limiter: Limiter, output: Format, *, stamped: bool = False) -> None:

@@ -15,6 +15,7 @@ import random
 import selectors
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID, uuid4
@@ -81,6 +82,8 @@ class Keeper:
         """Look after a waiter until it has news."""
         with self._lock:
             self._waiters[waiter.lease_id] = waiter
+            if self._said:
+                waiter.looks_at = min(waiter.looks_at, self._next_look(time.monotonic(), LIVENESS))
             self._schedule(waiter, 0.0 if waiter.lease_id in self._told else waiter.looks_at)
             if self._thread is None and not self._stopped:
                 self._pipe = os.pipe()
@@ -153,12 +156,16 @@ class Keeper:
         connection = self._database.connect()
         connection.add_notify_handler(self._notified)
         self.listening = False
-        if not self._database.pooled or not self._said:
+        if not self._said:
             connection.execute(f"listen {self.channel}".encode())
-            connection.execute("select pg_notify(%s, 'self')", [self.channel])
-            if not self.listening:
-                for _ in connection.notifies(timeout=1.0, stop_after=1):
-                    pass
+            self.listening = not self._database.pooled
+        if self._database.pooled and not self._said:
+            # From another connection: on one and the same, a pooler in transaction mode may seem to let it through.
+            with self._database.connect() as other:
+                other.execute("select pg_notify(%s, 'self')", [self.channel])
+            until = time.monotonic() + 1.0
+            while not self.listening and (left := until - time.monotonic()) > 0:
+                self._sleep_until_ready(connection, (), left)
         if not self.listening and not self._said:
             self._said = True
             log.warning(
@@ -214,18 +221,24 @@ class Keeper:
         with self._lock:
             until = self._next_moment()
         seconds = _LINGER if until is None else max(until - time.monotonic(), 0.0)
-        with selectors.DefaultSelector() as selector:
-            selector.register(poked, selectors.EVENT_READ)
-            selector.register(connection.fileno(), selectors.EVENT_READ)
-            ready = {key.fd for key, _ in selector.select(seconds)}
-        if poked in ready:
+        if poked in self._sleep_until_ready(connection, (poked,), seconds):
             os.read(poked, 65536)
+
+    def _sleep_until_ready(
+        self, connection: psycopg.Connection[Row], others: Sequence[int], seconds: float
+    ) -> set[int]:
+        """Take in notifications, if any come in that time. Returns which descriptors were ready."""
+        with selectors.DefaultSelector() as selector:
+            for descriptor in (connection.fileno(), *others):
+                selector.register(descriptor, selectors.EVENT_READ)
+            ready = {key.fd for key, _ in selector.select(seconds)}
         if connection.fileno() in ready:
             connection.pgconn.consume_input()
             while (message := connection.pgconn.notifies()) is not None:
                 self._notified(psycopg.Notify(message.relname.decode(), message.extra.decode(), message.be_pid))
             if connection.pgconn.status != psycopg.pq.ConnStatus.OK:
                 raise LimiterUnavailable("the connection was closed")
+        return ready
 
     def _take_in(self, rows: list[Row]) -> None:
         now = time.monotonic()

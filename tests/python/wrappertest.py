@@ -35,7 +35,7 @@ class Api:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: self.start(name, *args, **kwargs).result(PATIENCE)
 
-    def start(self, name: str, *args: Any, **kwargs: Any) -> Future:
+    def start(self, name: str, /, *args: Any, **kwargs: Any) -> Future:
         """Call a method of the limiter in a thread or a task of its own."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class SyncApi(Api):
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
 
-    def start(self, name: str, *args: Any, **kwargs: Any) -> Future:
+    def start(self, name: str, /, *args: Any, **kwargs: Any) -> Future:
         return in_thread(getattr(self.limiter, name), *args, **kwargs)
 
     def start_block(self, names: Any, body: Callable[[Lease], T], **kwargs: Any) -> Future:
@@ -72,7 +72,7 @@ class AsyncApi(Api):
         self.limiter = limiter
         self.loop = loop
 
-    def start(self, name: str, *args: Any, **kwargs: Any) -> Future:
+    def start(self, name: str, /, *args: Any, **kwargs: Any) -> Future:
         async def call() -> Any:
             return await getattr(self.limiter, name)(*args, **kwargs)
 

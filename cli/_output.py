@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-_UUID = 36  # characters of a lease's id
 _WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
 
 
@@ -113,7 +112,6 @@ def table(*columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = ())
             justify="right" if right else "left",
             no_wrap=column in whole or right,
             overflow="fold",
-            min_width=_UUID if "lease" in column.lower() else None,
         )
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 _LOOK = "Limits"
 _SCRIPTS = "Take slots"
+_WHOLE = ("Lease", "Holder, lease", "Waiter, lease")
 
 LeaseIds = Annotated[
     list[UUID],
@@ -54,7 +56,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
         "Left",
         *_who_columns("Holder"),
         numbers=("Slots", "Held", "Left"),
-        whole=("Lease",),
+        whole=_WHOLE,
     )
     for holder in found:
         table.add_row(
@@ -96,7 +98,7 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
         "Waits",
         *_who_columns("Waiter"),
         numbers=("Place", "Slots", "Prio", "Waits"),
-        whole=("Lease",),
+        whole=_WHOLE,
     )
     for waiter in found:
         table.add_row(
@@ -116,10 +118,11 @@ def _who_columns(word: str) -> list[str]:
 
 
 def _who_cells(row: Holder | Waiter) -> list[Text]:
-    who, lease = _output.text(_output.who(row.holder)), _output.text(row.lease_id, "dim")
+    who, lease = _output.who(row.holder), _output.text(row.lease_id, "dim")
     if _output.is_wide():
-        return [who, lease]
-    return [who.append("\n").append_text(lease)]
+        return [_output.text(who), lease]
+    folded = textwrap.wrap(who, len(lease), break_on_hyphens=False)  # as wide as the id, which must not be folded
+    return [_output.text("\n".join([*folded, ""])).append_text(lease)]
 
 
 def _must_exist(limiter: Limiter, name: str | None, seen: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +137,6 @@ def holder(value: object) -> Any:
         json.dumps(plain, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"holder must be JSON: {error}") from None
-    if "\\u0000" in encoded:
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", encoded):
         raise InvalidArgument("holder must not contain the character U+0000")
     return plain

@@ -47,7 +47,7 @@ class AsyncLimiter:
         durable: bool = True,
         on_unavailable: OnUnavailable = "raise",
     ) -> None:
-        self._engine = engine_of(dsn, pool, durable, on_unavailable)
+        self._engine = engine_of(dsn, pool, AsyncConnectionPool, durable, on_unavailable)
         self._on_unavailable = on_unavailable
         self._pool = pool
         self._open = True
@@ -179,6 +179,7 @@ class AsyncLimiter:
         description: str | None = None,
     ) -> Limit:
         """Create a limit, or make the one of that name so."""
+        _calls.create(name, limit, slot_decay_per_second, active, max_waiters, description)  # checks them all
         try:
             return await self.update(
                 name,
@@ -332,7 +333,8 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
         self._arguments = arguments
         self._request = checked(*arguments)
         self._raises = bool(arguments[5] if arguments[7] is None else arguments[7])
-        self._holds: list[_Hold] = []
+        # One object may be entered by several tasks at once, and by one several times.
+        self._holds: dict[asyncio.Task[Any] | None, list[_Hold]] = {}
 
     async def __aenter__(self) -> Lease:
         limiter = self._limiter()
@@ -341,13 +343,16 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
         hold = _Hold(lease)
         if self._raises:
             lease.on_lost(hold.lost_elsewhere)
-        self._holds.append(hold)
+        self._holds.setdefault(hold.task, []).append(hold)
         return lease
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        hold = self._holds.pop()
+        task = asyncio.current_task()
+        hold = self._holds[task].pop()
+        if not self._holds[task]:
+            del self._holds[task]
         hold.over = True
         lease = hold.lease
         ours = lease.enforced and not lease.released and lease.pid == os.getpid()

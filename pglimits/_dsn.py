@@ -49,7 +49,9 @@ def _normal(dsn: str, source: str) -> str:
         given = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
         what = "dsn" if source == "argument" else source
-        raise InvalidArgument(f"{what} is not a PostgreSQL connection string: {error}") from None
+        # libpq quotes what it was given, and a password may be in that.
+        why = str(error).partition('"')[0].strip()
+        raise InvalidArgument(f"{what} is not a PostgreSQL connection string: {why}") from None
     given.setdefault("application_name", "pglimits")
     given.setdefault("connect_timeout", 10)
     return make_conninfo("", **given)

@@ -110,6 +110,7 @@ class Engine:
     def _begin(self) -> None:
         self.pid = os.getpid()
         self.closed = False
+        self._asking: set[UUID] = set()
         self.batches = Batches(self.durable, lambda ticket: self.give_back(ticket.lease_id))
         self.keeper = Keeper(self.database)
         self.renewal = Renewal(self.database, self.give_back)
@@ -138,11 +139,13 @@ class Engine:
         pause = 0.05
         # Whether the database may have something of ours if this ends without a lease.
         taken = False
-        if self.closed:
-            raise LimiterUnavailable("the limiter has been closed")
-        self._ready_to_clean()
+        out_of_touch = False
+        self._asking.add(request.lease_id)
         try:
             while True:
+                if self.closed:
+                    raise LimiterUnavailable("the limiter has been closed")
+                self._ready_to_clean()
                 taken = True
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 asked = time.monotonic()
@@ -156,6 +159,10 @@ class Engine:
                 yield from self._send(ticket, ticket.patience)
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
+                    out_of_touch = not isinstance(problem, Busy)
+                    if waiter is not None and waiter.turn_at is not None and isinstance(problem, LimiterUnavailable):
+                        # Its turn was taken and has come; it only asked again whether it had been put off.
+                        return self._lease(request, None, asked)
                     if isinstance(problem, Busy) or ticket.error is None:
                         if left is not None and time.monotonic() >= (deadline or 0):
                             raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
@@ -163,6 +170,7 @@ class Engine:
                         raise problem
                     elif request.on_unavailable == "allow":
                         log.warning("%s not enforced: %s", request.named(), problem)
+                        self.give_back(request.lease_id, 1.0)
                         return self._lease(request, None, asked)
                     elif left is not None and left <= 0:
                         raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
@@ -171,6 +179,7 @@ class Engine:
                     continue
 
                 answer = ticket.answer
+                out_of_touch = False
                 taken = answer.status in ("granted", "queued")
                 self._warn_missing(answer.missing)
                 if answer.error is not None:
@@ -213,9 +222,11 @@ class Engine:
                 # Else ask again, with the same id: it acts once.
         except BaseException:
             if taken:
-                self.give_back(request.lease_id)
+                # Once more a little later where the first time may come before what it is to undo.
+                self.give_back(request.lease_id, 1.0 if out_of_touch else 0.0)
             raise
         finally:
+            self._asking.discard(request.lease_id)
             if waiter is not None:
                 self.keeper.remove(waiter)
 
@@ -225,9 +236,6 @@ class Engine:
         finally:
             if not ticket.done:
                 self.batches.withdraw(ticket)
-            elif ticket.body is not None and isinstance(ticket.error, LimiterUnavailable):
-                # Nobody knows what became of it. What may have been granted is given back.
-                self.give_back(ticket.lease_id, 1.0)
 
     def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
         while waiter.news is None and waiter.error is None:
@@ -271,6 +279,8 @@ class Engine:
             asked + request.lease_duration,
             self.pid,
         )
+        if enforced and self.closed:
+            raise LimiterUnavailable("the limiter has been closed")
         if enforced:
             self.renewal.add(lease)
         return lease
@@ -376,11 +386,14 @@ class Engine:
     def shut(self) -> None:
         """Release what is held, and stop."""
         self.closed = True
-        for lease in self.renewal.all():
-            if self.renewal.remove(lease):
-                self._ready_to_clean()
-                self.give_back(lease.id)
         self.keeper.stop()
+        held = [lease.id for lease in self.renewal.all() if self.renewal.remove(lease)]
+        # Together with who still waits here, so that nothing is handed over to a process that goes.
+        ids = [*held, *self._asking]
+        self.keeper.close()
+        if ids:
+            with contextlib.suppress(Exception):
+                self.database.execute(_sql.RELEASE, [ids, self.durable, 5.0])
         self.renewal.stop()
         if self._cleaner is not None:
             self._given_up.put(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Generator
 from types import TracebackType
@@ -52,7 +53,7 @@ class Limiter:
         durable: bool = True,
         on_unavailable: OnUnavailable = "raise",
     ) -> None:
-        self._engine = engine_of(dsn, pool, durable, on_unavailable)
+        self._engine = engine_of(dsn, pool, ConnectionPool, durable, on_unavailable)
         self._on_unavailable = on_unavailable
         self._open = True
 
@@ -205,6 +206,7 @@ class Limiter:
         description: str | None = None,
     ) -> Limit:
         """Create a limit, or make the one of that name so."""
+        _calls.create(name, limit, slot_decay_per_second, active, max_waiters, description)  # checks them all
         try:
             return self.update(
                 name,
@@ -331,19 +333,22 @@ class Concurrency(contextlib.AbstractContextManager[Lease]):
         self._arguments = arguments
         self._request = checked(*arguments)
         self._raises = bool(arguments[5] if arguments[7] is None else arguments[7])
-        self._leases: list[Lease] = []
+        # One object may be entered by several threads at once, and by one several times.
+        self._leases: dict[int, list[Lease]] = {}
 
     def __enter__(self) -> Lease:
         limiter = self._limiter()
         request = self._request(ThreadWaker(), limiter._on_unavailable, who())
         lease = limiter._drive(limiter._engine.acquiring(request))
-        self._leases.append(lease)
+        self._leases.setdefault(threading.get_ident(), []).append(lease)
         return lease
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        lease = self._leases.pop()
+        lease = self._leases[threading.get_ident()].pop()
+        if not self._leases[threading.get_ident()]:
+            del self._leases[threading.get_ident()]
         ours = lease.enforced and not lease.released and lease.pid == os.getpid()
         lost = lease.lost
         limiter = self._limiter()

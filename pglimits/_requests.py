@@ -13,6 +13,8 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
+from psycopg_pool import ConnectionPool
+
 from . import _arguments
 from ._database import Database, connection_source
 from ._dsn import resolve
@@ -77,7 +79,9 @@ def checked(
     return request
 
 
-def engine_of(dsn: str | None, pool: Any, durable: bool, on_unavailable: OnUnavailable) -> Engine:
+def engine_of(
+    dsn: str | None, pool: Any, kind_of_pool: type[Any], durable: bool, on_unavailable: OnUnavailable
+) -> Engine:
     """The engine for what a limiter was given."""
     _arguments.flag("durable", durable)
     if on_unavailable not in ("raise", "wait", "allow"):
@@ -86,8 +90,10 @@ def engine_of(dsn: str | None, pool: Any, durable: bool, on_unavailable: OnUnava
         return engine_for(resolve(_arguments.optional_text("dsn", dsn)).conninfo, durable)
     if dsn is not None:
         raise InvalidArgument("dsn and pool must not be given both")
+    if not isinstance(pool, kind_of_pool):
+        raise InvalidArgument(f"pool must be a psycopg_pool.{kind_of_pool.__name__}, not {pool!r}")
     conninfo, options = connection_source(pool)
-    engine = Engine(Database(conninfo, options, None if hasattr(pool, "__aenter__") else pool), durable)
+    engine = Engine(Database(conninfo, options, pool if isinstance(pool, ConnectionPool) else None), durable)
     engine.users = 1
     return engine
 

@@ -180,11 +180,14 @@ def test_waiters_shows_who_waits_in_order(pglimits: Cli, conn: Connection) -> No
 
 def test_lease_ids_are_never_folded(pglimits: Cli, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     conn.execute("select pglimits.create_limit(%s, 2)", ["a long name of a limit that folds"])
-    conn.execute("select pglimits.acquire(%s)", ["a long name of a limit that folds"])
+    conn.execute(
+        "select pglimits.acquire(%s, key => 'a long key as well', holder => %s::jsonb)",
+        ["a long name of a limit that folds", json.dumps({"host": "h" * 60, "pid": 1, "program": "a long program"})],
+    )
     monkeypatch.setenv("COLUMNS", "80")
     (row,) = pglimits("holders", "-o", "json").json
     out = pglimits("holders").out
-    assert row["lease_id"] in out
+    assert row["lease_id"] in out and out.count("h") >= 60
     assert max(map(len, out.splitlines())) <= 80
 
 

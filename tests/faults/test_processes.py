@@ -89,6 +89,27 @@ def test_a_task_run_that_ends_with_leases_held_releases_them_at_exit(
     assert held(conn) == 0
 
 
+def test_what_comes_free_at_the_exit_of_a_process_is_not_taken_by_its_own_waiters(
+    limiter: Limiter, children: Children, conn: Connection
+) -> None:
+    limiter.create("database", 2)
+    for _ in range(5):
+        child = children(
+            """
+            import threading, time
+            from pglimits import Limiter
+            limiter = Limiter()
+            held = [limiter.acquire("database") for _ in range(2)]
+            for _ in range(8):
+                threading.Thread(target=limiter.acquire, args=("database",), daemon=True).start()
+            while len(limiter.waiters()) < 8:
+                time.sleep(0.01)
+            """
+        )
+        child.end()
+        assert nothing_left(conn)
+
+
 def test_sys_exit_in_a_block_releases_and_keeps_the_exit_code(
     database: Limiter, children: Children, conn: Connection
 ) -> None:
@@ -270,7 +291,7 @@ def test_processes_ended_at_random_moments_leave_nothing_behind(
     working = [children(code) for _ in range(4)]
     for child in working:
         child.expect("ready")
-    wait_until(lambda: value(conn, "select max(version) from pglimits.states") > 100)
+    wait_until(lambda: value(conn, "select coalesce(max(version), 0) from pglimits.states") > 100)
     for child in working:
         time.sleep(random.random() * 0.05)
         child.signal(number)

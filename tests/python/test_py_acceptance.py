@@ -18,7 +18,9 @@ def in_order(conn: Connection) -> list[str]:
 
 @pytest.fixture
 def turns(conn: Connection) -> None:
-    conn.execute("create table turns (fence bigint not null, who text not null, at timestamptz default clock_timestamp())")
+    conn.execute(
+        "create table turns (fence bigint not null, who text not null, at timestamptz default clock_timestamp())"
+    )
 
 
 def test_four_processes_on_one_slot_go_round_in_the_order_of_arrival_with_equal_shares(
@@ -137,7 +139,7 @@ def test_six_processes_share_a_rate_exactly_never_faster_and_never_slower(
 def test_sixteen_processes_on_random_subsets_of_six_limits_never_deadlock_and_never_exceed(
     limiter: Limiter, conn: Connection, children: Children, wait_until: WaitUntil
 ) -> None:
-    conn.execute("create table in_use (name text primary key, most int not null, n int not null default 0, peak int not null default 0)")
+    conn.execute("create table in_use (name text primary key, most int not null, n int default 0, peak int default 0)")
     for number in range(6):
         limiter.create(f"limit-{number}", number % 3 + 1)
         conn.execute("insert into in_use (name, most) values (%s, %s)", [f"limit-{number}", number % 3 + 1])
@@ -237,10 +239,17 @@ def test_a_clock_and_a_time_zone_off_by_hours_change_nothing(
     """
     child = children(
         code,
-        env={"TZ": "Pacific/Kiritimati", "PGTZ": "America/St_Johns", "PGDATESTYLE": "German", "PGOPTIONS": "-c IntervalStyle=sql_standard"},
+        env={
+            "TZ": "Pacific/Kiritimati",
+            "PGTZ": "America/St_Johns",
+            "PGDATESTYLE": "German",
+            "PGOPTIONS": "-c IntervalStyle=sql_standard",
+        },
     )
     child.expect("holds")
-    row = conn.execute("select holder ->> 'pid', expires_at, expires_at - interval '2 s' <= clock_timestamp() from pglimits.holders").fetchone()
+    row = conn.execute(
+        "select holder ->> 'pid', expires_at, expires_at - interval '2 s' <= clock_timestamp() from pglimits.holders"
+    ).fetchone()
     assert row is not None
     assert (row[0], row[2]) == (str(child.pid), True)
     # It renews, several times, at the right moments.
@@ -283,7 +292,7 @@ def test_polling_a_full_limit_writes_nothing(limiter: Limiter, conn: Connection,
 
     def written() -> tuple[Any, ...]:
         with psycopg.connect(conn.info.dsn, autocommit=True) as fresh:
-            row = fresh.execute("select pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot())").fetchone()
+            row = fresh.execute("select pg_snapshot_xmax(pg_current_snapshot())").fetchone()
         assert row is not None
         return row
 
@@ -296,5 +305,5 @@ def test_polling_a_full_limit_writes_nothing(limiter: Limiter, conn: Connection,
             assert isinstance(refused.exception(30), TimeoutError)
     after = written()
     # No transaction got an id for any of the two hundred refusals, but for what the server does by itself.
-    assert int(after[1]) - int(before[1]) < 20
+    assert int(after[0]) - int(before[0]) < 20
     limiter.release(lease)

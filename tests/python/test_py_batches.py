@@ -349,3 +349,21 @@ def test_hundreds_of_requests_over_many_limits_get_each_its_own_answer(api: Api,
     released = [api.start("release", lease) for lease in leases.values()]
     assert all(future.result(60) for future in released)
     assert nothing_left(conn)
+
+
+def test_a_request_that_was_sent_again_because_of_a_lock_keeps_what_it_gets(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    """What was given up on the way, and is given back in the background, is not what was granted in the end."""
+    api.create("database", 10)
+    api.create("other", 10)
+    locked = Locked(connect, "database", "other")
+    waits = [api.start("acquire", name) for name in ("database", "other", "database", ["database", "other"])]
+    since = value(conn, "select clock_timestamp()")
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s + interval '2.5 s'", [since]))
+    locked.unlock()
+    leases = [future.result(30) for future in waits]
+    since = value(conn, "select clock_timestamp()")
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s + interval '2.5 s'", [since]))
+    assert held(conn) == 5
+    assert all(api.release(lease) for lease in leases)

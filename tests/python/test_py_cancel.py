@@ -270,12 +270,14 @@ def test_threads_interrupted_at_random_moments_leak_nothing(
             unexpected.append(error)
 
     for _ in range(12):
-        threads = [threading.Thread(target=_guarded, args=(work, number), daemon=True) for number in range(9)]
+        over = threading.Event()
+        threads = [threading.Thread(target=_guarded, args=(work, number, over), daemon=True) for number in range(9)]
         for thread in threads:
             thread.start()
         for thread in chance.sample(threads, 6):
             time.sleep(chance.random() * 0.003)
             throw_into(thread)
+        over.set()
         for thread in threads:
             thread.join(30)
         assert not any(thread.is_alive() for thread in threads), "a thread hangs"
@@ -288,10 +290,13 @@ def test_threads_interrupted_at_random_moments_leak_nothing(
     limiter.close()
 
 
-def _guarded(work: Any, number: int) -> None:
-    # An interrupt can also strike outside of what the test runs.
+def _guarded(work: Any, number: int, over: threading.Event) -> None:
+    # An interrupt can also strike outside of what the test runs. The thread stays until all are thrown: its number
+    # could be given to another, which then would be struck.
     with contextlib.suppress(Interrupt):
         work(number)
+        over.wait(60)
+    over.wait(60)
 
 
 def test_a_thread_interrupted_while_queued_leaves_the_queue(

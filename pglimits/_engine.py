@@ -181,9 +181,9 @@ class Engine:
                 answer = ticket.answer
                 out_of_touch = False
                 taken = answer.status in ("granted", "queued")
-                self._warn_missing(answer.missing)
                 if answer.error is not None:
                     raise BY_KIND.get(answer.error, PglimitsError)(answer.message or answer.error)
+                self._warn_missing(answer.missing)
                 if answer.status == "unlimited":
                     return self._lease(request, None, asked)
                 if answer.status == "granted" and not answer.wait:
@@ -251,10 +251,10 @@ class Engine:
         """End a lease. Whether it was still live; None if the database could not be asked."""
         if not lease.enforced or lease.released or lease.pid != os.getpid():
             return False
-        lease.released = True
-        self.renewal.remove(lease)
         ticket = Ticket(lease.id, lease.places, None, waker, None)
+        lease.released = True
         try:
+            self.renewal.remove(lease)
             yield Send(ticket, None)
         except BaseException:
             self.batches.withdraw(ticket)

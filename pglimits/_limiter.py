@@ -16,7 +16,7 @@ from psycopg_pool import ConnectionPool
 
 from . import _calls
 from ._arguments import Names
-from ._batches import Ticket
+from ._batches import HEARTBEAT, Ticket
 from ._engine import Engine, OnUnavailable, Send, Step
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, who
@@ -311,7 +311,8 @@ class Limiter:
         if isinstance(step, Send):
             self._send(step.ticket, step.seconds)
         elif isinstance(step.waker, ThreadWaker):
-            step.waker.wait(step.seconds)
+            # Not for ever in one go: a signal that comes just before the wait is only heard of at the next wake-up.
+            step.waker.wait(HEARTBEAT if step.seconds is None else min(step.seconds, HEARTBEAT))
 
     def _send(self, ticket: Ticket, seconds: float | None) -> None:
         assert isinstance(ticket.waker, ThreadWaker)

@@ -319,10 +319,11 @@ class AsyncLimiter:
                 batches.nudge()
                 sql, params = batches.statement(slot.batch or ())
                 batches.finish(slot, await run_async(self._pool, self._engine.database, sql, params))
-            except BaseException as error:
+            except Exception as error:
                 batches.fail(slot, error)
-                if not isinstance(error, Exception):
-                    raise
+            except BaseException:
+                batches.put_back(slot)
+                raise
 
 
 class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):

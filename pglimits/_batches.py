@@ -19,6 +19,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from psycopg import Connection
+
 from . import _sql
 from ._database import BATCHES_AT_ONCE, Busy, Row, translate
 from ._wake import Waker, wake_all
@@ -98,19 +100,20 @@ class Ticket:
 
 
 class Slot:
-    """Holds the batch that its owner has to send, from the moment that it is taken."""
+    """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("batch",)
+    __slots__ = ("batch", "connection")
 
     def __init__(self) -> None:
         self.batch: list[Ticket] | None = None
+        self.connection: Connection[Any] | None = None
 
 
 class Batches:
     """What waits to be sent, and what is on its way.
 
     An exception can strike a caller's thread anywhere, so each step here can be taken again: what counts is which slots
-    are under way, not a counter, and a batch whose sender was struck is failed as a whole and sent again.
+    are under way, not a counter, and a batch whose sender was struck is put back as a whole and sent again.
     """
 
     def __init__(self, durable: bool, abandon: Callable[[Ticket], None]) -> None:
@@ -168,8 +171,12 @@ class Batches:
                 ticket.answer = Answer(*row)
         self._close(slot)
 
-    def fail(self, slot: Slot, error: BaseException) -> None:
-        """A batch could not be sent, or nobody knows what became of it. What is safe to send again is."""
+    def put_back(self, slot: Slot) -> None:
+        """Nobody knows what became of a batch, but it is over: ids make it safe to ask again."""
+        self._close(slot)
+
+    def fail(self, slot: Slot, error: Exception) -> None:
+        """A batch could not be sent, or the database refused it. What is safe to send again is."""
         problem = translate(error)
         for ticket in slot.batch or ():
             if ticket.answer is not None:
@@ -178,12 +185,11 @@ class Batches:
                 ticket.alone = True
                 ticket.tries += 1
                 ticket.not_before = time.monotonic() + min(0.02 * 2**ticket.tries, 1.0) * random.uniform(0.5, 1.0)
-            elif isinstance(error, Exception) and len(slot.batch or ()) > 1 and _blames_the_request(problem):
+            elif len(slot.batch or ()) > 1 and _blames_the_request(problem):
                 # Nothing was done, and only one of them need be to blame.
                 ticket.alone = True
-            elif isinstance(error, Exception):
+            else:
                 ticket.error = problem
-            # Else its sender was interrupted, and the others were not: ids make it safe to ask again.
         self._close(slot)
 
     def _close(self, slot: Slot) -> None:

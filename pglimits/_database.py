@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
@@ -23,6 +26,9 @@ from .errors import (
 )
 
 Row = tuple[Any, ...]
+
+_LEFT_OPEN = 10.0
+"""Seconds after which a server that does not say the last word on a statement is taken for gone."""
 
 BATCHES_AT_ONCE = 2
 """How many batches of one process may be on their way at the same time; each needs a connection."""
@@ -74,6 +80,16 @@ def translate(error: BaseException) -> PglimitsError:
     return PglimitsError(message)
 
 
+class Sender(Protocol):
+    """Who waits for a statement. ``connection`` is where, as long as the server may be at work on it."""
+
+    connection: psycopg.Connection[Any] | None
+
+
+class _Nobody:
+    connection: psycopg.Connection[Any] | None = None
+
+
 class Database:
     """Where statements go: a pool of the caller's, or connections of its own, opened when they are needed.
 
@@ -97,62 +113,109 @@ class Database:
         self._pool = None
         self._idle = []
 
-    def execute(self, sql: str, params: Sequence[object]) -> list[Row]:
+    def execute(self, sql: str, params: Sequence[object], sender: Sender | None = None) -> list[Row]:
         """Run one statement in a transaction of its own, again if the connection had gone stale.
+
+        sender: is left with the connection if an exception of another's making strikes in the middle, a signal's for
+            instance: the server may then still be at work on it. ``let_end`` it.
 
         Raises:
             PglimitsError: as ``translate`` says.
         """
+        if sender is None:
+            sender = _Nobody()
+            try:
+                return self.execute(sql, params, sender)
+            finally:
+                if sender.connection is not None:
+                    self._drop(sender.connection)
         for last in (False, False, True):
             try:
                 if self._pool is not None:
-                    return self._execute_in_pool(self._pool, sql, params)
-                return self._execute(sql, params)
+                    return self._execute_in_pool(self._pool, sql, params, sender)
+                return self._execute(sql, params, sender)
             except psycopg.Error as error:
                 problem = translate(error)
                 if last or not worth_another_try(problem, error):
                     raise problem from error
         raise AssertionError("unreachable")
 
-    def _execute(self, sql: str, params: Sequence[object]) -> list[Row]:
+    def _execute(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
         if self._closed:
             raise LimiterUnavailable("the limiter has been closed")
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = self.connect()
+        sender.connection = connection
         try:
             if not self.checked:
                 self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
                 if self.pooled:
                     connection.prepare_threshold = None
             rows = run(connection, sql, params, prepare=None)
-        except psycopg.Error as error:
-            if isinstance(translate(error), LimiterUnavailable) and not error.sqlstate:
+        except (psycopg.Error, PglimitsError) as error:
+            sender.connection = None
+            if isinstance(translate(error), LimiterUnavailable) and not getattr(error, "sqlstate", None):
                 # If one connection has gone stale, so have the others.
                 self._drop_idle()
             if not connection.closed:
                 self._idle.append(connection)
             raise
-        except BaseException:
-            connection.close()
-            raise
+        sender.connection = None
         self._idle.append(connection)
         if len(self._idle) > BATCHES_AT_ONCE:
             self._idle.pop(0).close()
         return rows
 
-    def _execute_in_pool(self, pool: ConnectionPool[Any], sql: str, params: Sequence[object]) -> list[Row]:
+    def _execute_in_pool(
+        self, pool: ConnectionPool[Any], sql: str, params: Sequence[object], sender: Sender
+    ) -> list[Row]:
         try:
-            with pool.connection() as connection:
-                if not self.checked:
-                    self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
-                return run(connection, sql, params, prepare=False if self.pooled else None)
+            connection = pool.getconn()
         except PoolTimeout as error:
             raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
-        except psycopg.OperationalError:
-            pool.check()
+        sender.connection = connection
+        try:
+            if not self.checked:
+                self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
+            rows = run(connection, sql, params, prepare=False if self.pooled else None)
+            connection.commit()
+        except (psycopg.Error, PglimitsError) as error:
+            with contextlib.suppress(psycopg.Error):
+                connection.rollback()
+            sender.connection = None
+            pool.putconn(connection)
+            if isinstance(error, psycopg.OperationalError):
+                pool.check()
             raise
+        sender.connection = None
+        pool.putconn(connection)
+        return rows
+
+    def let_end(self, connection: psycopg.Connection[Any]) -> None:
+        """Wait for the end of a statement that its sender has left, and close its connection.
+
+        To close it at once would not do: the server notices that only when it answers, and what has been given back
+        meanwhile it would grant afterwards.
+        """
+        with contextlib.suppress(psycopg.Error, OSError, ValueError), selectors.DefaultSelector() as selector:
+            pgconn = connection.pgconn
+            selector.register(pgconn.socket, selectors.EVENT_READ)
+            until = time.monotonic() + _LEFT_OPEN
+            while pgconn.transaction_status == TransactionStatus.ACTIVE:
+                if not pgconn.is_busy():
+                    pgconn.get_result()
+                elif selector.select(max(until - time.monotonic(), 0)):
+                    pgconn.consume_input()
+                else:
+                    break
+        self._drop(connection)
+
+    def _drop(self, connection: psycopg.Connection[Any]) -> None:
+        connection.close()
+        if self._pool is not None:
+            self._pool.putconn(connection)
 
     def _drop_idle(self) -> None:
         while self._idle:

@@ -52,6 +52,6 @@ def _normal(dsn: str, source: str) -> str:
         # libpq quotes what it was given, and a password may be in that.
         why = str(error).partition('"')[0].strip()
         raise InvalidArgument(f"{what} is not a PostgreSQL connection string: {why}") from None
-    given.setdefault("application_name", "pglimits")
+    given.setdefault("application_name", os.environ.get("PGAPPNAME") or "pglimits")
     given.setdefault("connect_timeout", 10)
     return make_conninfo("", **given)

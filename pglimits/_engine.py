@@ -115,7 +115,7 @@ class Engine:
         self.keeper = Keeper(self.database)
         self.renewal = Renewal(self.database, self.give_back)
         self._lock = threading.Lock()
-        self._given_up: queue.SimpleQueue[tuple[UUID, float] | None] = queue.SimpleQueue()
+        self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | None] = queue.SimpleQueue()
         self._cleaner: threading.Thread | None = None
         self._senders: ThreadPoolExecutor | None = None
         self._sending = 0
@@ -302,11 +302,14 @@ class Engine:
                     return
                 self.batches.nudge()
                 sql, params = self.batches.statement(slot.batch or ())
-                self.batches.finish(slot, self.database.execute(sql, params))
+                self.batches.finish(slot, self.database.execute(sql, params, slot))
             except BaseException as error:
-                self.batches.fail(slot, error)
-                if not isinstance(error, Exception):
-                    raise
+                if isinstance(error, PglimitsError) or (ticket is None and isinstance(error, Exception)):
+                    self.batches.fail(slot, error)
+                    continue
+                # Not the database's: a signal's, for instance, raised wherever the caller's thread happened to be.
+                self._given_up.put(slot)
+                raise
 
     def send_for_tasks(self, ticket: Ticket) -> None:
         """Have a thread of ours send what is pending, if the ticket can go and not enough of them are at it."""
@@ -348,13 +351,18 @@ class Engine:
     def _clean(self) -> None:
         later: list[tuple[float, UUID]] = []
         stopping = False
-        while not stopping or later:
+        while not stopping or later or not self._given_up.empty():
             now = time.monotonic()
             timeout = None if not later else max(min(later)[0] - now, 0.0)
             try:
                 item = self._given_up.get(timeout=0 if stopping else timeout)
                 if item is None:
                     stopping = True
+                elif isinstance(item, Slot):
+                    if item.connection is not None:
+                        self.database.let_end(item.connection)
+                    self.batches.put_back(item)
+                    continue
                 else:
                     later.append((0.0, item[0]))
                     if item[1]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, waiting
+from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, value, waiting
 
 from pglimits import AcquireTimeout, AsyncLimiter, Lease, Limiter
 
@@ -440,3 +440,89 @@ def _blocked(conn: psycopg.Connection[Any]) -> int:
     ).fetchone()
     assert row is not None
     return int(row[0])
+
+
+LEAVES = """
+    import signal, sys
+    from pglimits import Limiter
+    kind, what, then = sys.argv[1:]
+    class Stop(getattr(__import__("builtins"), kind)):
+        pass
+    def interrupt(number, frame):
+        raise Stop
+    limiter = Limiter()
+    with limiter.concurrency("other"):
+        pass
+    signal.signal(signal.SIGUSR1, interrupt)
+    print("ready")
+    input()
+    try:
+        if what == "acquire":
+            limiter.acquire("database")
+        else:
+            limiter.rate_limit("database")
+        print("was not interrupted")
+    except Stop:
+        print("interrupted")
+    if then == "stays":
+        input()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+"""
+
+
+@pytest.mark.parametrize("then", ["stays", "exits"])
+@pytest.mark.parametrize("what", ["acquire", "rate_limit"])
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "SystemExit", "BaseException", "Exception", "TimeoutError"])
+def test_a_signal_in_the_middle_of_a_statement_raises_its_own_exception_and_leaves_nothing_behind(
+    dsn: str,
+    children: Children,
+    limiter: Limiter,
+    conn: Connection,
+    wait_until: WaitUntil,
+    kind: str,
+    what: str,
+    then: str,
+) -> None:
+    limiter.create("other", 1)
+    limiter.create("database", 1, slot_decay_per_second=0.001 if what == "rate_limit" else 0)
+    if what == "rate_limit":
+        limiter.rate_limit("database")
+    # The statements of the child stop at the clock until the gate is opened.
+    conn.execute("create table public.gate (open boolean)")
+    conn.execute("insert into public.gate values (true)")
+    conn.execute(
+        """
+        create or replace function pglimits._now() returns timestamptz language plpgsql volatile set search_path = ''
+        as $$ begin
+          while current_setting('application_name') = 'child' and not (select bool_and(g.open) from public.gate g) loop
+            perform pg_catalog.pg_sleep(0.01);
+          end loop;
+          return clock_timestamp();
+        end $$
+        """
+    )
+    child = children(LEAVES, kind, what, then, env={"PGLIMITS_DSN": f"{dsn} application_name=child"})
+    child.expect("ready")
+    conn.execute("update public.gate set open = false")
+    child.tell()
+    wait_until(lambda: _at_work(conn) == 1)
+    child.signal(signal.SIGUSR1)
+    child.expect("interrupted")
+    conn.execute("update public.gate set open = true")
+    wait_until(lambda: _at_work(conn) == 0)
+    settles(conn, wait_until)
+    wait_until(lambda: limiter.get("database").level <= 1)
+    if then == "stays":
+        child.tell()
+    child.end()
+    settles(conn, wait_until)
+
+
+def _at_work(conn: Connection) -> int:
+    return int(
+        value(
+            conn,
+            "select count(*) from pg_stat_activity"
+            " where datname = current_database() and application_name = 'child' and state = 'active'",
+        )
+    )

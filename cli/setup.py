@@ -51,6 +51,8 @@ def _install(dsn: str | None, output: Format) -> None:
         line = f"pglimits {after} is up to date in {where}."
     else:
         line = f"Upgraded pglimits from {before} to {after} in {where}."
+    for remark in report.remarks:
+        _errors.say("Note", remark.removeprefix("pglimits: "))
     _output.show(output, {"version_before": before, "version_after": after, "changed": before != after}, line)
 
 

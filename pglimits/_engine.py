@@ -342,9 +342,9 @@ class Engine:
         self._given_up.put((lease_id, again_after))
 
     def _ready_to_clean(self) -> None:
-        if self._cleaner is None:
+        if self._cleaner is None or not self._cleaner.is_alive():
             with self._lock:
-                if self._cleaner is None:
+                if self._cleaner is None or not self._cleaner.is_alive():
                     self._cleaner = threading.Thread(target=self._clean, name="pglimits-release", daemon=True)
                     self._cleaner.start()
 

@@ -21,10 +21,11 @@ _MIGRATION = re.compile(r"^migrations/(\d+)_")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an installation did. ``version_before`` is None for a fresh one."""
+    """What an installation did. ``version_before`` is None for a fresh one; ``remarks`` are the server's."""
 
     version_before: str | None
     version_after: str
+    remarks: tuple[str, ...] = ()
 
 
 def _folder() -> Traversable:
@@ -55,15 +56,20 @@ def install(conninfo: str) -> Report:
         VersionMismatch: the database has a newer schema than this version knows.
         LimiterUnavailable, PermissionDenied: as they say.
     """
+    remarks: list[str] = []
     with connect(conninfo) as connection:
+        connection.add_notice_handler(
+            lambda notice: remarks.append(". ".join(filter(None, (notice.message_primary, notice.message_hint))))
+        )
         try:
             with connection.transaction():
-                return _install(connection)
+                before, after = _install(connection)
         except psycopg.Error as error:
             raise translate(error) from error
+    return Report(before, after, tuple(remark for remark in remarks if remark.startswith("pglimits:")))
 
 
-def _install(connection: psycopg.Connection[tuple[object, ...]]) -> Report:
+def _install(connection: psycopg.Connection[tuple[object, ...]]) -> tuple[str | None, str]:
     def run(sql: str) -> None:
         connection.execute(sql.encode())
 
@@ -91,7 +97,7 @@ def _install(connection: psycopg.Connection[tuple[object, ...]]) -> Report:
             )
     after = version(connection)
     assert after is not None
-    return Report(before, after)
+    return before, after
 
 
 def _schema_version(connection: psycopg.Connection[tuple[object, ...]]) -> int:

@@ -17,6 +17,7 @@ import psycopg
 from . import _sql
 from ._database import Database, Row
 from ._database import run as run_statement
+from ._wake import ThreadWaker
 
 log = logging.getLogger("pglimits.lease")
 
@@ -113,7 +114,8 @@ class Renewal:
     def __init__(self, database: Database, give_back: Callable[[UUID], None]) -> None:
         self._database = database
         self._give_back = give_back
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._waker = ThreadWaker()
         # Leases of one duration come due in the order in which they were taken or renewed.
         self._by_duration: dict[float, dict[UUID, tuple[float, weakref.ref[Lease]]]] = {}
         self._due: dict[UUID, weakref.ref[Lease]] = {}
@@ -127,32 +129,32 @@ class Renewal:
         due = lease._ends - lease._duration * 2 / 3
         lease_id = lease.id
         reference = weakref.ref(lease, lambda _: self._dropped(lease_id))
-        with self._condition:
+        with self._lock:
             self._by_duration.setdefault(lease._duration, {})[lease.id] = (due, reference)
-            if self._thread is None and not self._stopped:
+            if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._thread = threading.Thread(target=self._work, name="pglimits-renewal", daemon=True)
                 self._thread.start()
             elif due < self._wakes_at:
-                self._condition.notify()
+                self._waker.wake()
 
     def remove(self, lease: Lease) -> bool:
         """Renew it no longer. Whether it was being renewed."""
-        with self._condition:
+        with self._lock:
             entry = self._by_duration.get(lease._duration, {}).pop(lease.id, None)
             return self._due.pop(lease.id, None) is not None or entry is not None
 
     def all(self) -> list[Lease]:
         """The leases that are held now."""
-        with self._condition:
+        with self._lock:
             references = [reference for leases in self._by_duration.values() for _, reference in leases.values()]
             references += self._due.values()
         return [lease for reference in references if (lease := reference()) is not None]
 
     def stop(self) -> None:
         """End the thread."""
-        with self._condition:
+        with self._lock:
             self._stopped = True
-            self._condition.notify()
+        self._waker.wake()
 
     def _dropped(self, lease_id: UUID) -> None:
         # May run anywhere, also inside our own lock: only hand it on.
@@ -162,7 +164,7 @@ class Renewal:
     def _work(self) -> None:
         connection: psycopg.Connection[Row] | None = None
         while True:
-            with self._condition:
+            with self._lock:
                 now = time.monotonic()
                 due = self._take_due(now)
                 if not due:
@@ -173,8 +175,9 @@ class Renewal:
                         _close(connection)
                         connection = None
                     self._wakes_at = next_due
-                    self._condition.wait(None if next_due == math.inf else max(next_due - now, 0.001))
-                    continue
+            if not due:
+                self._waker.wait(None if next_due == math.inf else max(next_due - now, 0.001))
+                continue
             asked = time.monotonic()
             try:
                 connection = connection or self._database.connect()
@@ -213,7 +216,7 @@ class Renewal:
             if not renewed:
                 self._lose(lease, "it had expired, or somebody ended it")
                 continue
-            with self._condition:
+            with self._lock:
                 reference = self._due.pop(lease.id, None)
                 if reference is not None:
                     lease._expires_at = expires_at
@@ -226,7 +229,7 @@ class Renewal:
         for lease in due:
             if now >= lease._ends:
                 self._lose(lease, f"it could not be renewed: {error}")
-        with self._condition:
+        with self._lock:
             left = [lease._ends - now for lease in due]
             self._not_before = now + min(_RETRY, *(max(seconds / 4, 0.02) for seconds in left))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterable
 
@@ -17,20 +18,25 @@ class Waker:
 
 
 class ThreadWaker(Waker):
-    """A waiting thread."""
+    """A waiting thread.
 
-    __slots__ = ("_event",)
+    A bare lock, which is held while nobody has woken it: an exception that strikes a thread inside the Python code of
+    an Event or a Condition can leave their locks taken for good, and who wakes it would hang.
+    """
+
+    __slots__ = ("_asleep",)
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
 
     def wake(self) -> None:
-        self._event.set()
+        with contextlib.suppress(RuntimeError):  # it is awake already
+            self._asleep.release()
 
     def wait(self, seconds: float | None) -> None:
         """Return when woken or after that many seconds."""
-        self._event.wait(seconds)
-        self._event.clear()
+        self._asleep.acquire(timeout=-1 if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX))
 
 
 class TaskWaker(Waker):

@@ -11,8 +11,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pglimits import __version__
+from pglimits._embedded import Binaries, throwaway
 
 Connection = psycopg.Connection[Any]
 Cli = Callable[..., Any]
@@ -31,6 +33,21 @@ def test_install_installs_and_may_be_repeated(pglimits: Cli, bare_dsn: str) -> N
     again = pglimits("install", "--dsn", bare_dsn)
     assert again.code == 0 and again.out.startswith(f"pglimits {__version__} is up to date in database ")
     assert [row["name"] for row in pglimits("ls", "-o", "json", "--dsn", bare_dsn).json] == ["x"]
+
+
+def test_install_tells_a_role_that_may_not_create_roles_what_to_do(
+    pglimits: Cli, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGLIMITS_HOME")  # root may keep a copy of the programs there, for another user
+    with throwaway(binaries=Binaries(server.bin, server.version)) as cluster:  # roles belong to the whole cluster
+        with psycopg.connect(cluster.dsn, autocommit=True) as connection:
+            connection.execute("create role owner login")
+            connection.execute("create database mine owner owner")
+        result = pglimits("install", "--dsn", make_conninfo(cluster.dsn, user="owner", dbname="mine"), "-o", "json")
+        assert result.code == 0 and result.json["changed"]
+        for role in ("pglimits_user", "pglimits_reader", "pglimits_admin"):
+            assert f"may not create the role {role}" in result.err
+        assert "Or grant by hand" in result.err
 
 
 def test_upgrade_says_what_changed(pglimits: Cli, conn: Connection) -> None:

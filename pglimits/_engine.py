@@ -26,7 +26,7 @@ from ._batches import PATIENCE, Answer, Batches, Slot, Ticket
 from ._database import BATCHES_AT_ONCE, Busy, Database
 from ._keeper import Keeper, Waiter
 from ._renewal import Lease, Renewal
-from ._wake import Waker
+from ._wake import Anchor, Orphan, Waker
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits")
@@ -110,12 +110,13 @@ class Engine:
     def _begin(self) -> None:
         self.pid = os.getpid()
         self.closed = False
-        self._asking: set[UUID] = set()
+        self._asking: dict[UUID, Orphan[UUID]] = {}
         self.batches = Batches(self.durable, lambda ticket: self.give_back(ticket.lease_id))
         self.keeper = Keeper(self.database)
-        self.renewal = Renewal(self.database, self.give_back)
         self._lock = threading.Lock()
-        self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | None] = queue.SimpleQueue()
+        self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | Orphan[Slot] | Orphan[UUID] | None]
+        self._given_up = queue.SimpleQueue()
+        self.renewal = Renewal(self.database, self._given_up.put)
         self._cleaner: threading.Thread | None = None
         self._senders: ThreadPoolExecutor | None = None
         self._sending = 0
@@ -140,7 +141,8 @@ class Engine:
         # Whether the database may have something of ours if this ends without a lease.
         taken = False
         out_of_touch = False
-        self._asking.add(request.lease_id)
+        anchor = Anchor()
+        self._asking[request.lease_id] = Orphan(anchor, self._given_up.put, request.lease_id)
         try:
             while True:
                 if self.closed:
@@ -201,7 +203,7 @@ class Engine:
                 if answer.wait is None or answer.wait > _SHORTEST_WATCHED:
                     self.keeper.add(waiter)
                 yield from self._await_news(waiter, deadline)
-                self.keeper.remove(waiter)
+                self.keeper.remove(waiter.lease_id)
                 if waiter.error is not None and request.on_unavailable == "raise":
                     raise waiter.error
                 if waiter.news is not None and waiter.news.status == "granted":
@@ -224,11 +226,11 @@ class Engine:
             if taken:
                 # Once more a little later where the first time may come before what it is to undo.
                 self.give_back(request.lease_id, 1.0 if out_of_touch else 0.0)
+            self._asking.pop(request.lease_id, None)
             raise
         finally:
-            self._asking.discard(request.lease_id)
             if waiter is not None:
-                self.keeper.remove(waiter)
+                self.keeper.remove(waiter.lease_id)
 
     def _send(self, ticket: Ticket, seconds: float | None) -> Generator[Step, None, None]:
         try:
@@ -252,6 +254,8 @@ class Engine:
         if not lease.enforced or lease.released or lease.pid != os.getpid():
             return False
         ticket = Ticket(lease.id, lease.places, None, waker, None)
+        anchor = Anchor()
+        self._asking[lease.id] = Orphan(anchor, self._given_up.put, lease.id)
         lease.released = True
         try:
             self.renewal.remove(lease)
@@ -259,7 +263,9 @@ class Engine:
         except BaseException:
             self.batches.withdraw(ticket)
             self.give_back(lease.id)
+            self._asking.pop(lease.id, None)
             raise
+        self._asking.pop(lease.id, None)
         if ticket.error is not None:
             self.give_back(lease.id, 0.5)
             if not isinstance(ticket.error, LimiterUnavailable):
@@ -283,6 +289,7 @@ class Engine:
             raise LimiterUnavailable("the limiter has been closed")
         if enforced:
             self.renewal.add(lease)
+        self._asking.pop(request.lease_id, None)
         return lease
 
     def _warn_missing(self, missing: list[str] | None) -> None:
@@ -297,8 +304,11 @@ class Engine:
         """Send batches: those with this ticket in it, or, without one, as long as there are any."""
         while True:
             slot = Slot()
+            anchor = Anchor()
             try:
+                slot.orphan = Orphan(anchor, self._given_up.put, slot)
                 if not self.batches.take(slot, ticket):
+                    slot.orphan = None
                     return
                 self.batches.nudge()
                 sql, params = self.batches.statement(slot.batch or ())
@@ -356,17 +366,24 @@ class Engine:
             timeout = None if not later else max(min(later)[0] - now, 0.0)
             try:
                 item = self._given_up.get(timeout=0 if stopping else timeout)
+                if isinstance(item, Orphan):
+                    item = (item.subject, 0.0) if isinstance(item.subject, UUID) else item.subject
                 if item is None:
                     stopping = True
                 elif isinstance(item, Slot):
                     if item.connection is not None:
                         self.database.let_end(item.connection)
+                        item.connection = None
                     self.batches.put_back(item)
                     continue
                 else:
-                    later.append((0.0, item[0]))
-                    if item[1]:
-                        later.append((now + item[1], item[0]))
+                    lease_id, again_after = item
+                    self.renewal.forget(lease_id)
+                    self.keeper.remove(lease_id)
+                    self._asking.pop(lease_id, None)
+                    later.append((0.0, lease_id))
+                    if again_after:
+                        later.append((now + again_after, lease_id))
                     continue
             except queue.Empty:
                 pass

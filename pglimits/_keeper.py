@@ -94,11 +94,11 @@ class Keeper:
                 self._thread.start()
             self._poke()
 
-    def remove(self, waiter: Waiter) -> None:
+    def remove(self, lease_id: UUID) -> None:
         """It waits no longer."""
         with self._lock:
-            self._waiters.pop(waiter.lease_id, None)
-            self._told.discard(waiter.lease_id)
+            self._waiters.pop(lease_id, None)
+            self._told.discard(lease_id)
 
     def stop(self) -> None:
         """End the thread."""

@@ -7,7 +7,6 @@ import math
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from uuid import UUID
@@ -17,7 +16,7 @@ import psycopg
 from . import _sql
 from ._database import Database, Row
 from ._database import run as run_statement
-from ._wake import ThreadWaker
+from ._wake import Orphan, ThreadWaker
 
 log = logging.getLogger("pglimits.lease")
 
@@ -111,14 +110,14 @@ class Renewal:
     first line of the caller's body.
     """
 
-    def __init__(self, database: Database, give_back: Callable[[UUID], None]) -> None:
+    def __init__(self, database: Database, give_back: Callable[[Orphan[UUID]], None]) -> None:
         self._database = database
         self._give_back = give_back
         self._lock = threading.Lock()
         self._waker = ThreadWaker()
         # Leases of one duration come due in the order in which they were taken or renewed.
-        self._by_duration: dict[float, dict[UUID, tuple[float, weakref.ref[Lease]]]] = {}
-        self._due: dict[UUID, weakref.ref[Lease]] = {}
+        self._by_duration: dict[float, dict[UUID, tuple[float, Orphan[UUID]]]] = {}
+        self._due: dict[UUID, Orphan[UUID]] = {}
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
         self._wakes_at = math.inf
@@ -127,8 +126,7 @@ class Renewal:
     def add(self, lease: Lease) -> None:
         """Renew a lease from now on, a third of its duration after it was taken."""
         due = lease._ends - lease._duration * 2 / 3
-        lease_id = lease.id
-        reference = weakref.ref(lease, lambda _: self._dropped(lease_id))
+        reference = Orphan(lease, self._give_back, lease.id)
         with self._lock:
             self._by_duration.setdefault(lease._duration, {})[lease.id] = (due, reference)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
@@ -143,6 +141,13 @@ class Renewal:
             entry = self._by_duration.get(lease._duration, {}).pop(lease.id, None)
             return self._due.pop(lease.id, None) is not None or entry is not None
 
+    def forget(self, lease_id: UUID) -> None:
+        """Its lease is given back."""
+        with self._lock:
+            self._due.pop(lease_id, None)
+            for leases in self._by_duration.values():
+                leases.pop(lease_id, None)
+
     def all(self) -> list[Lease]:
         """The leases that are held now."""
         with self._lock:
@@ -155,11 +160,6 @@ class Renewal:
         with self._lock:
             self._stopped = True
         self._waker.wake()
-
-    def _dropped(self, lease_id: UUID) -> None:
-        # May run anywhere, also inside our own lock: only hand it on.
-        self._due.pop(lease_id, None)
-        self._give_back(lease_id)
 
     def _work(self) -> None:
         connection: psycopg.Connection[Row] | None = None

@@ -5,7 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Anchor:
+    """Lives as long as a call; see Orphan."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Orphan(weakref.ref[Any], Generic[T]):
+    """What is left behind when a call ends without having dropped this: its subject, handed to ``take``.
+
+    The last resort against interrupts: one that strikes in the handler of another can end that too. ``take`` has to
+    be a function of C, in which no signal is heard.
+    """
+
+    __slots__ = ("subject",)
+
+    def __new__(cls, anchor: object, take: Callable[[Orphan[T]], None], subject: T) -> Orphan[T]:
+        return super().__new__(cls, anchor, take)
+
+    def __init__(self, anchor: object, take: Callable[[Orphan[T]], None], subject: T) -> None:
+        super().__init__(anchor, take)  # type: ignore[call-arg]
+        self.subject = subject
 
 
 class Waker:

@@ -239,6 +239,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -282,6 +283,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -310,6 +312,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -345,6 +348,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   answer pglimits._answer := pglimits._answer(pglimits._check_request(
@@ -372,6 +376,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   request pglimits._request;
@@ -425,6 +430,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 begin
   return pglimits.peek(array[name], array[slots], array[key], wait, priority, strict, for_rate);
@@ -445,6 +451,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   checked pglimits._request[];

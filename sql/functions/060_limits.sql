@@ -41,6 +41,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   now timestamptz := pglimits._now();
@@ -88,6 +89,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   old pglimits.configs;
@@ -233,6 +235,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   gone pglimits.configs;
@@ -277,6 +280,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   was pglimits.states;
@@ -344,6 +348,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   was pglimits.states;

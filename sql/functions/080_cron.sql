@@ -37,6 +37,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   cron_version text := (select x.extversion from pg_catalog.pg_extension x where x.extname = 'pg_cron');
@@ -71,6 +72,7 @@ security definer
 set search_path = ''
 set enable_seqscan = off
 set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   job bigint;

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,19 +32,28 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def environment(dsn: str, checkout: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Of a child process: it uses the test's database, and no server of whoever runs the tests."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "COLUMNS")}
-    return {**kept, **checkout, "PGLIMITS_DSN": dsn, "PGLIMITS_HOME": str(tmp_path / "home")}
+def embedded_home() -> Iterator[Path]:
+    """A folder for embedded servers of this test's own, which the user that root runs them as can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    folder.chmod(0o711)
+    yield folder / "home"
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
-def pglimits(dsn: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+def environment(dsn: str, checkout: dict[str, str], embedded_home: Path) -> dict[str, str]:
+    """Of a child process: it uses the test's database, and no server of whoever runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "COLUMNS")}
+    return {**kept, **checkout, "PGLIMITS_DSN": dsn, "PGLIMITS_HOME": str(embedded_home)}
+
+
+@pytest.fixture
+def pglimits(dsn: str, monkeypatch: pytest.MonkeyPatch, embedded_home: Path) -> Callable[..., Result]:
     """pglimits("ls", "-o", "json"): a command on the test's database, called within this process."""
     from pglimits_cli._app import app
 
     monkeypatch.setenv("PGLIMITS_DSN", dsn)
-    monkeypatch.setenv("PGLIMITS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PGLIMITS_HOME", str(embedded_home))
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)
 

@@ -35,10 +35,7 @@ def test_install_installs_and_may_be_repeated(pglimits: Cli, bare_dsn: str) -> N
     assert [row["name"] for row in pglimits("ls", "-o", "json", "--dsn", bare_dsn).json] == ["x"]
 
 
-def test_install_tells_a_role_that_may_not_create_roles_what_to_do(
-    pglimits: Cli, server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PGLIMITS_HOME")  # root may keep a copy of the programs there, for another user
+def test_install_tells_a_role_that_may_not_create_roles_what_to_do(pglimits: Cli, server: Any) -> None:
     with throwaway(binaries=Binaries(server.bin, server.version)) as cluster:  # roles belong to the whole cluster
         with psycopg.connect(cluster.dsn, autocommit=True) as connection:
             connection.execute("create role owner login")

@@ -8,13 +8,12 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,23 @@ SHORT = ["--seconds", "8"]
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder(embedded_home: Path) -> Path:
     """A temporary folder for one demo, which the user that its server runs as can enter."""
-    path = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    path = embedded_home.parent / "temporary"
+    path.mkdir()
     path.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
+    return path
 
 
 def start(folder: Path, *options: str, **files: Any) -> subprocess.Popen[bytes]:
     unwanted = ("PGLIMITS_", "DATABASE_URL", "COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-    environment |= {"TMPDIR": str(folder), "PGLIMITS_HOME": str(folder / "home"), "TERM": "xterm", "LANG": "C.UTF-8"}
+    environment |= {
+        "TMPDIR": str(folder),
+        "PGLIMITS_HOME": str(folder.parent / "home"),
+        "TERM": "xterm",
+        "LANG": "C.UTF-8",
+    }
     command = [sys.executable, "-m", "pglimits_cli", "demo", *options]
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0, **files)
 

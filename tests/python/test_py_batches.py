@@ -44,9 +44,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Statement]]:
     statements: list[Statement] = []
     real = Database.execute
 
-    def noting(self: Database, sql: str, params: Any) -> Any:
+    def noting(self: Database, sql: str, params: Any, *sender: Any) -> Any:
         statements.append(Statement(threading.current_thread().name, sql, params))
-        return real(self, sql, params)
+        return real(self, sql, params, *sender)
 
     monkeypatch.setattr(Database, "execute", noting)
     yield statements

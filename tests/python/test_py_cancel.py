@@ -323,6 +323,33 @@ def test_a_thread_interrupted_while_queued_leaves_the_queue(
     settles(conn, wait_until)
 
 
+def test_an_interrupt_in_the_handler_of_another_leaks_nothing_either(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+
+    def strike(*_: Any) -> None:
+        raise Interrupt
+
+    def work() -> None:
+        with contextlib.suppress(Interrupt):
+            limiter.acquire("database")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until(lambda: waiting(conn) == 1)
+    monkeypatch.setattr(limiter._engine, "give_back", strike)
+    throw_into(thread)
+    wait_until(lambda: not thread.is_alive())
+    with contextlib.suppress(Interrupt), monkeypatch.context() as patch:
+        patch.setattr(limiter._engine, "lead", strike)
+        patch.setattr(limiter._engine.batches, "withdraw", strike)
+        limiter.release(lease)
+    monkeypatch.undo()
+    settles(conn, wait_until)
+
+
 def test_a_lease_that_nobody_refers_to_any_longer_is_given_back(
     limiter: Limiter, conn: Connection, wait_until: WaitUntil
 ) -> None:

@@ -33,7 +33,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The limit.", show_def
 SomeName = Annotated[str | None, typer.Argument(metavar="NAME", help="Only this limit.", show_default=False)]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The limits: all or none.", show_default=False)]
 
-Slots = Annotated[int, typer.Option("--slots", metavar="N", min=1, help="Slots to take of each limit.")]
+Slots = Annotated[int, typer.Option("--slots", metavar="N", min=1, max=2**31 - 1, help="Slots to take of each limit.")]
 Timeout = Annotated[
     float | None,
     typer.Option(

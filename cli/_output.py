@@ -111,6 +111,7 @@ def table(*columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = ())
             column,
             justify="right" if right else "left",
             no_wrap=column in whole or right,
+            min_width=len(column),
             overflow="fold",
         )
     return made

@@ -50,7 +50,7 @@ def ls(dsn: Dsn = None, output: Output = Format.table) -> None:
     if not limits:
         typer.echo("There are no limits. Make one: pglimits create NAME --limit 10")
         return
-    described = any(limit.description for limit in limits)
+    described = _output.is_wide() and any(limit.description for limit in limits)
     table = _output.table(
         "Name",
         "Active",

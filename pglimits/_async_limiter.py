@@ -18,11 +18,11 @@ from . import _calls
 from ._arguments import Names
 from ._batches import Slot, Ticket
 from ._database import run_async
-from ._engine import Engine, OnUnavailable, Send, Step
+from ._engine import Course, Engine, OnUnavailable, Request, Send, Step, User
 from ._renewal import Lease
-from ._requests import F, checked, decorate, engine_of, who
+from ._requests import F, checked, decorate, engine_of, leave, who
 from ._wake import TaskWaker
-from .errors import LeaseLost, LimitExists, LimitNotFound
+from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
 if TYPE_CHECKING:
@@ -47,16 +47,16 @@ class AsyncLimiter:
         durable: bool = True,
         on_unavailable: OnUnavailable = "raise",
     ) -> None:
-        self._engine = engine_of(dsn, pool, AsyncConnectionPool, durable, on_unavailable)
+        self._user = User()
+        self._engine = engine_of(self._user, dsn, pool, AsyncConnectionPool, durable, on_unavailable)
         self._on_unavailable = on_unavailable
         self._pool = pool
-        self._open = True
         self._leads: set[asyncio.Task[None]] = set()
 
     @classmethod
     def _on(cls, engine: Engine, on_unavailable: OnUnavailable) -> AsyncLimiter:
         limiter = cls.__new__(cls)
-        limiter._engine, limiter._on_unavailable, limiter._open = engine, on_unavailable, False
+        limiter._engine, limiter._on_unavailable, limiter._user = engine, on_unavailable, User()
         limiter._pool, limiter._leads = None, set()
         return limiter
 
@@ -114,7 +114,7 @@ class AsyncLimiter:
         request = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
         )(_waker(), self._on_unavailable, _who())
-        lease = await self._drive(self._engine.acquiring(request))
+        lease = await self._drive(self._acquiring(request))
         if not renew:
             self._engine.renewal.remove(lease)
         return lease
@@ -137,7 +137,7 @@ class AsyncLimiter:
         request = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)(
             _waker(), self._on_unavailable, _who()
         )
-        await self._drive(self._engine.acquiring(request))
+        await self._drive(self._acquiring(request))
 
     # Limits.
 
@@ -252,9 +252,8 @@ class AsyncLimiter:
 
     async def close(self) -> None:
         """Release what is still held and close connections of our own."""
-        if self._open:
-            self._open = False
-            await asyncio.to_thread(self._engine.close)
+        if not self._user.closed:
+            await asyncio.to_thread(self._engine.close, self._user)
 
     async def __aenter__(self) -> AsyncLimiter:
         return self
@@ -264,7 +263,12 @@ class AsyncLimiter:
 
     # Doing what the engine says.
 
+    def _acquiring(self, request: Request) -> Course:
+        return self._engine.acquiring(request, self._user)
+
     async def _call(self, call: _calls.Call[T]) -> T:
+        if self._user.closed:
+            raise LimiterUnavailable("the limiter has been closed")
         if self._pool is not None:
             return call.read(await run_async(self._pool, self._engine.database, call.sql, call.params))
         return call.read(await asyncio.to_thread(self._engine.database.execute, call.sql, call.params))
@@ -340,7 +344,7 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
     async def __aenter__(self) -> Lease:
         limiter = self._limiter()
         request = self._request(_waker(), limiter._on_unavailable, _who())
-        lease = await limiter._drive(limiter._engine.acquiring(request))
+        lease = await limiter._drive(limiter._acquiring(request))
         hold = _Hold(lease)
         if self._raises:
             lease.on_lost(hold.lost_elsewhere)
@@ -350,10 +354,7 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        task = asyncio.current_task()
-        hold = self._holds[task].pop()
-        if not self._holds[task]:
-            del self._holds[task]
+        hold = leave(self._holds, asyncio.current_task())
         hold.over = True
         lease = hold.lease
         ours = lease.enforced and not lease.released and lease.pid == os.getpid()

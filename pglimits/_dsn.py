@@ -47,11 +47,12 @@ def _normal(dsn: str, source: str) -> str:
         dsn = f"postgresql://{rest}"
     try:
         given = conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError as error:
+    except psycopg.ProgrammingError:
         what = "dsn" if source == "argument" else source
-        # libpq quotes what it was given, and a password may be in that.
-        why = str(error).partition('"')[0].strip()
-        raise InvalidArgument(f"{what} is not a PostgreSQL connection string: {why}") from None
+        # Not with what libpq says: it quotes what it was given, and a password may be in that.
+        raise InvalidArgument(
+            f"{what} is not a PostgreSQL connection string, as postgresql://user@host/database or host=… dbname=… are"
+        ) from None
     given.setdefault("application_name", os.environ.get("PGAPPNAME") or "pglimits")
     given.setdefault("connect_timeout", 10)
     return make_conninfo("", **given)

@@ -170,7 +170,7 @@ def _start(
         version = data_version(place)
         binaries = _of_version(version, wanted, place) if version else wanted or find_binaries()
         if account:
-            binaries = within_reach(binaries, account, _home() / "binaries")
+            binaries = within_reach(binaries, account, (place.root if leashed else _home()) / "binaries")
         if version is None:
             initialise(place, binaries, account, lock, sync=sync)
         log_from = launch(place, binaries, account, settings, lock, leashed=leashed)

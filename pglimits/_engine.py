@@ -96,13 +96,22 @@ Step = Send | Wait
 Course = Generator[Step, None, Lease]
 
 
+class User:
+    """One of those who share an engine: a limiter, until it is closed."""
+
+    __slots__ = ("closed",)
+
+    def __init__(self) -> None:
+        self.closed = False
+
+
 class Engine:
     """What a process needs for one database."""
 
     def __init__(self, database: Database, durable: bool) -> None:
         self.database = database
         self.durable = durable
-        self.users = 0
+        self.users: set[User] = set()
         self._warned: set[str] = set()
         self._begin()
         _engines.add(self)
@@ -129,7 +138,7 @@ class Engine:
 
     # The course of a request.
 
-    def acquiring(self, request: Request) -> Course:
+    def acquiring(self, request: Request, user: User) -> Course:
         """Take slots, or a turn on rate limits.
 
         Raises:
@@ -145,7 +154,7 @@ class Engine:
         self._asking[request.lease_id] = Orphan(anchor, self._given_up.put, request.lease_id)
         try:
             while True:
-                if self.closed:
+                if self.closed or user.closed:
                     raise LimiterUnavailable("the limiter has been closed")
                 self._ready_to_clean()
                 taken = True
@@ -164,7 +173,7 @@ class Engine:
                     out_of_touch = not isinstance(problem, Busy)
                     if waiter is not None and waiter.turn_at is not None and isinstance(problem, LimiterUnavailable):
                         # Its turn was taken and has come; it only asked again whether it had been put off.
-                        return self._lease(request, None, asked)
+                        return self._lease(request, user, None, asked)
                     if isinstance(problem, Busy) or ticket.error is None:
                         if left is not None and time.monotonic() >= (deadline or 0):
                             raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
@@ -173,7 +182,7 @@ class Engine:
                     elif request.on_unavailable == "allow":
                         log.warning("%s not enforced: %s", request.named(), problem)
                         self.give_back(request.lease_id, 1.0)
-                        return self._lease(request, None, asked)
+                        return self._lease(request, user, None, asked)
                     elif left is not None and left <= 0:
                         raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
                     yield Wait(request.waker, pause if left is None else min(pause, left))
@@ -187,9 +196,9 @@ class Engine:
                     raise BY_KIND.get(answer.error, PglimitsError)(answer.message or answer.error)
                 self._warn_missing(answer.missing)
                 if answer.status == "unlimited":
-                    return self._lease(request, None, asked)
+                    return self._lease(request, user, None, asked)
                 if answer.status == "granted" and not answer.wait:
-                    return self._lease(request, answer, asked)
+                    return self._lease(request, user, answer, asked)
                 if answer.status == "refused":
                     raise AcquireTimeout(_refusal(request, answer))
 
@@ -209,13 +218,13 @@ class Engine:
                 if waiter.news is not None and waiter.news.status == "granted":
                     news = waiter.news
                     asked = time.monotonic() - 0.001
-                    return self._lease(request, Answer("granted", [news.fence], news.expires_at), asked)
+                    return self._lease(request, user, Answer("granted", [news.fence], news.expires_at), asked)
                 if (
                     waiter.turn_at is not None
                     and waiter.news is None
                     and (self.keeper.listening or (answer.wait is not None and answer.wait <= _SHORTEST_WATCHED))
                 ):
-                    return self._lease(request, answer, asked)
+                    return self._lease(request, user, answer, asked)
                 if waiter.news is None and waiter.turn_at is None and waiter.error is None:
                     released = Ticket(request.lease_id, request.places, None, request.waker, PATIENCE)
                     yield from self._send(released, PATIENCE)
@@ -274,7 +283,7 @@ class Engine:
             return None
         return bool(ticket.answer)
 
-    def _lease(self, request: Request, answer: Answer | None, asked: float) -> Lease:
+    def _lease(self, request: Request, user: User, answer: Answer | None, asked: float) -> Lease:
         enforced = answer is not None and answer.expires_at is not None
         lease = Lease(
             request.lease_id,
@@ -285,9 +294,10 @@ class Engine:
             asked + request.lease_duration,
             self.pid,
         )
-        if enforced and self.closed:
-            raise LimiterUnavailable("the limiter has been closed")
         if enforced:
+            if self.closed or user.closed:
+                raise LimiterUnavailable("the limiter has been closed")
+            lease._user = user
             self.renewal.add(lease)
         self._asking.pop(request.lease_id, None)
         return lease
@@ -398,15 +408,21 @@ class Engine:
                 if not stopping:
                     later += [(time.monotonic() + 1.0, lease_id) for _, lease_id in due]
 
-    def close(self) -> None:
-        """One user less. The last one releases what is held, and stops the engine."""
+    def close(self, user: User) -> None:
+        """One user less: release what it holds. The last one stops the engine."""
+        user.closed = True
         with _shared_lock:
-            self.users -= 1
-            if self.users > 0:
-                return
-            for key in [key for key, engine in _shared.items() if engine is self]:
+            self.users.discard(user)
+            last = not self.users
+            for key in [key for key, engine in _shared.items() if last and engine is self]:
                 del _shared[key]
-        self.shut()
+        if last:
+            self.shut()
+            return
+        ids = [lease.id for lease in self.renewal.all() if lease._user is user and self.renewal.remove(lease)]
+        if ids:
+            with contextlib.suppress(Exception):
+                self.database.execute(_sql.RELEASE, [ids, self.durable, 5.0])
 
     def shut(self) -> None:
         """Release what is held, and stop."""
@@ -457,13 +473,13 @@ _shared: dict[tuple[str, bool], Engine] = {}
 _shared_lock = threading.Lock()
 
 
-def engine_for(conninfo: str, durable: bool) -> Engine:
+def engine_for(conninfo: str, durable: bool, user: User) -> Engine:
     """The engine for a database, shared by all limiters of this process that ask for the same."""
     with _shared_lock:
         engine = _shared.get((conninfo, durable))
         if engine is None:
             engine = _shared[conninfo, durable] = Engine(Database(conninfo, {}), durable)
-        engine.users += 1
+        engine.users.add(user)
         return engine
 
 

@@ -17,11 +17,11 @@ from psycopg_pool import ConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import HEARTBEAT, Ticket
-from ._engine import Engine, OnUnavailable, Send, Step
+from ._engine import Course, Engine, OnUnavailable, Request, Send, Step, User
 from ._renewal import Lease
-from ._requests import F, checked, decorate, engine_of, who
+from ._requests import F, checked, decorate, engine_of, leave, who
 from ._wake import ThreadWaker
-from .errors import LeaseLost, LimitExists, LimitNotFound
+from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ class Limiter:
         durable: bool = True,
         on_unavailable: OnUnavailable = "raise",
     ) -> None:
-        self._engine = engine_of(dsn, pool, ConnectionPool, durable, on_unavailable)
+        self._user = User()
+        self._engine = engine_of(self._user, dsn, pool, ConnectionPool, durable, on_unavailable)
         self._on_unavailable = on_unavailable
-        self._open = True
 
     @classmethod
     def _on(cls, engine: Engine, on_unavailable: OnUnavailable) -> Limiter:
         limiter = cls.__new__(cls)
-        limiter._engine, limiter._on_unavailable, limiter._open = engine, on_unavailable, False
+        limiter._engine, limiter._on_unavailable, limiter._user = engine, on_unavailable, User()
         return limiter
 
     # Taking slots.
@@ -128,13 +128,15 @@ class Limiter:
     ) -> Lease:
         """Take slots until ``release``. Arguments and errors as ``concurrency``.
 
+        Keep what it returns: a lease that nobody refers to any longer is given back.
+
         renew: False leaves the lease alone: it lives on after this process, for ``lease_duration`` or until somebody
         releases it by its id.
         """
         request = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
         )(ThreadWaker(), self._on_unavailable, who())
-        lease = self._drive(self._engine.acquiring(request))
+        lease = self._drive(self._acquiring(request))
         if not renew:
             self._engine.renewal.remove(lease)
         return lease
@@ -164,7 +166,7 @@ class Limiter:
         request = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)(
             ThreadWaker(), self._on_unavailable, who()
         )
-        self._drive(self._engine.acquiring(request))
+        self._drive(self._acquiring(request))
 
     # Limits.
 
@@ -279,9 +281,8 @@ class Limiter:
 
     def close(self) -> None:
         """Release what is still held and close connections of our own."""
-        if self._open:
-            self._open = False
-            self._engine.close()
+        if not self._user.closed:
+            self._engine.close(self._user)
 
     def __enter__(self) -> Limiter:
         return self
@@ -291,7 +292,12 @@ class Limiter:
 
     # Doing what the engine says.
 
+    def _acquiring(self, request: Request) -> Course:
+        return self._engine.acquiring(request, self._user)
+
     def _call(self, call: _calls.Call[T]) -> T:
+        if self._user.closed:
+            raise LimiterUnavailable("the limiter has been closed")
         return call.read(self._engine.database.execute(call.sql, call.params))
 
     def _drive(self, course: Generator[Step, None, T]) -> T:
@@ -340,16 +346,14 @@ class Concurrency(contextlib.AbstractContextManager[Lease]):
     def __enter__(self) -> Lease:
         limiter = self._limiter()
         request = self._request(ThreadWaker(), limiter._on_unavailable, who())
-        lease = limiter._drive(limiter._engine.acquiring(request))
+        lease = limiter._drive(limiter._acquiring(request))
         self._leases.setdefault(threading.get_ident(), []).append(lease)
         return lease
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        lease = self._leases[threading.get_ident()].pop()
-        if not self._leases[threading.get_ident()]:
-            del self._leases[threading.get_ident()]
+        lease = leave(self._leases, threading.get_ident())
         ours = lease.enforced and not lease.released and lease.pid == os.getpid()
         lost = lease.lost
         limiter = self._limiter()

@@ -41,6 +41,7 @@ class Lease:
         "_expires_at",
         "_lost",
         "_on_lost",
+        "_user",
         "enforced",
         "fences",
         "id",
@@ -72,6 +73,7 @@ class Lease:
         self._ends = ends
         self._lost = False
         self._on_lost: Callable[[], None] | None = None
+        self._user: object = None
 
     @classmethod
     def foreign(cls, lease_id: UUID) -> Lease:

@@ -18,11 +18,13 @@ from psycopg_pool import ConnectionPool
 from . import _arguments
 from ._database import Database, connection_source
 from ._dsn import resolve
-from ._engine import Engine, OnUnavailable, Request, engine_for
+from ._engine import Engine, OnUnavailable, Request, User, engine_for
 from ._wake import Waker
 from .errors import InvalidArgument
 
 F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def who(*, task: str | None = None) -> dict[str, Any]:
@@ -80,22 +82,36 @@ def checked(
 
 
 def engine_of(
-    dsn: str | None, pool: Any, kind_of_pool: type[Any], durable: bool, on_unavailable: OnUnavailable
+    user: User, dsn: str | None, pool: Any, kind_of_pool: type[Any], durable: bool, on_unavailable: OnUnavailable
 ) -> Engine:
-    """The engine for what a limiter was given."""
+    """The engine for what a limiter was given, with one more user."""
     _arguments.flag("durable", durable)
     if on_unavailable not in ("raise", "wait", "allow"):
         raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {on_unavailable!r}")
     if pool is None:
-        return engine_for(resolve(_arguments.optional_text("dsn", dsn)).conninfo, durable)
+        return engine_for(resolve(_arguments.optional_text("dsn", dsn)).conninfo, durable, user)
     if dsn is not None:
         raise InvalidArgument("dsn and pool must not be given both")
     if not isinstance(pool, kind_of_pool):
         raise InvalidArgument(f"pool must be a psycopg_pool.{kind_of_pool.__name__}, not {pool!r}")
     conninfo, options = connection_source(pool)
     engine = Engine(Database(conninfo, options, pool if isinstance(pool, ConnectionPool) else None), durable)
-    engine.users = 1
+    engine.users.add(user)
     return engine
+
+
+def leave(entered: dict[K, list[T]], who: K) -> T:
+    """What a thread or task that leaves a context had entered it with.
+
+    A context may be left by another than the one who entered it, a generator's that is finished elsewhere for
+    instance: then it is what was entered last.
+    """
+    if who not in entered:
+        who = next(reversed(entered))
+    last = entered[who].pop()
+    if not entered[who]:
+        del entered[who]
+    return last
 
 
 def decorate(

@@ -9,7 +9,9 @@ begin
   if to_regprocedure('pglimits.cron_disable()') is not null then
     perform pglimits.cron_disable();
   end if;
+  perform set_config('client_min_messages', 'warning', true);  -- not a line for each object that goes along
   drop schema if exists pglimits cascade;
+  perform set_config('client_min_messages', 'notice', true);
   foreach unwanted in array '{pglimits_user,pglimits_reader,pglimits_admin}'::text[] loop
     begin
       execute format('drop role if exists %I', unwanted);

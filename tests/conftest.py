@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 Connection: TypeAlias = psycopg.Connection[Any]
 Connect: TypeAlias = Callable[..., Connection]
 T = TypeVar("T")
+
+# Whoever starts the tests in the background of a script may have it ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _import_from_checkout() -> None:

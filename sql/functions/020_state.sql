@@ -50,6 +50,10 @@ as $$
 declare
   state pglimits.states;
 begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- Its snapshot may be older than the last change of the limit: then this is a serialization failure.
+    perform from pglimits.configs c where c.limit_id = _lock.limit_id for share;
+  end if;
   loop
     select s.* into state from pglimits.states s
     where s.limit_id = _lock.limit_id and s.key = _lock.key
@@ -273,7 +277,7 @@ comment on function pglimits._fits_at(pglimits.states, pglimits.configs, integer
   '-infinity if that many slots can be held now; else the earliest moment at which time alone may have made room.';
 
 -- Lets those who sleep behind given-up turns move up. Whoever cannot be told (plain SQL, or bound to another limit)
--- goes at the time it knows, so nothing that stands before such a turn is given back: that would be too fast.
+-- goes at the time it knows, which is now later than it needs to be: so its turn is pinned from here on.
 create or replace function pglimits._close_gaps(
   state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
 returns pglimits.states
@@ -282,37 +286,54 @@ volatile
 set search_path = ''
 as $$
 declare
-  floor numeric := pglimits._decayed(config, now);
+  decayed numeric := pglimits._decayed(config, now);
+  first numeric := (select min(u.turn) from unnest(turns) as u(turn));
+  fixed bigint;
+  fixed_slots bigint;
+  sleeper record;
   told text;
 begin
-  floor := greatest(floor, (
-    select max(q.turn) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor and not q.pinned
-      and (q.expires_at = 'infinity' or q.several)));
-  state.booked := state.booked - coalesce(
-    (select sum(g.slots) from unnest(turns, slots) as g(turn, slots) where g.turn > floor), 0);
-  for told in
-    with gaps as (
-      select g.turn, g.slots from unnest(turns, slots) as g(turn, slots) where g.turn > floor
-    ), behind as (
-      select b.lease_id, b.given_up
+  state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
+  with pins as (
+    update pglimits.queue q set pinned = true
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned
+      and (q.expires_at = 'infinity' or q.several)
+    returning q.slots
+  )
+  select count(*), coalesce(sum(p.slots), 0) into fixed, fixed_slots from pins p;
+  state.pinned := state.pinned + fixed;
+  state.booked := state.booked - fixed_slots;
+
+  if state.pinned = 0 then
+    update pglimits.queue q set turn = q.turn - b.given_up
+    from (
+      select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
       from (
-        select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
-        from (
-          select q.lease_id, q.turn, 0 as slots from pglimits.queue q
-          where q.limit_id = state.limit_id and q.key = state.key and q.turn > floor and not q.pinned
-          union all
-          select null, g.turn, g.slots from gaps g
-        ) x
-      ) b
-      where b.lease_id is not null and b.given_up > 0
-    ), moved as (
-      update pglimits.queue q set turn = q.turn - b.given_up
-      from behind b
-      where q.lease_id = b.lease_id and q.limit_id = state.limit_id and q.key = state.key
-      returning q.channel
-    )
-    select distinct m.channel from moved m where m.channel is not null
+        select q.lease_id, q.turn, 0 as slots from pglimits.queue q
+        where q.limit_id = state.limit_id and q.key = state.key and q.turn > first
+        union all
+        select null, u.turn, u.slots from unnest(turns, slots) as u(turn, slots)
+      ) x
+    ) b
+    where q.lease_id = b.lease_id and q.limit_id = state.limit_id and q.key = state.key;
+  else
+    -- One by one, as each has to find its way between the pinned turns.
+    state.booked := state.booked - coalesce((
+      select sum(q.slots) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned), 0);
+    for sleeper in
+      select q.lease_id, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned
+      order by q.turn
+    loop
+      state := pglimits._book(state, config, sleeper.slots, decayed);
+      update pglimits.queue q set turn = greatest(state.booked - config."limit", decayed)
+      where q.lease_id = sleeper.lease_id and q.limit_id = state.limit_id and q.key = state.key;
+    end loop;
+  end if;
+  for told in
+    select distinct q.channel from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
   loop
     perform pglimits._tell(told, null);
   end loop;
@@ -330,6 +351,7 @@ volatile
 set search_path = ''
 as $$
 declare
+  decayed numeric := pglimits._decayed(config, now);
   turns numeric[];
   slots numeric[];
   unpinned bigint;
@@ -339,7 +361,8 @@ begin
     where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.expires_at <= now
     returning q.turn, q.slots, q.pinned
   )
-  select array_agg(d.turn) filter (where not d.pinned), array_agg(d.slots) filter (where not d.pinned),
+  select array_agg(d.turn) filter (where d.turn > decayed and not d.pinned),
+         array_agg(d.slots) filter (where d.turn > decayed and not d.pinned),
          count(*) filter (where d.pinned)
   into turns, slots, unpinned from dead d;
   state.pinned := state.pinned - unpinned;
@@ -349,7 +372,7 @@ begin
   state.next_death := coalesce((
     select min(q.expires_at) from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
-      and q.turn > greatest(state.passed, pglimits._decayed(config, now))), 'infinity');
+      and q.turn > greatest(state.passed, decayed)), 'infinity');
   return state;
 end $$;
 

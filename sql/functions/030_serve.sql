@@ -95,6 +95,14 @@ begin
 
     select c.limit_id, c.active, c."limit", c.slot_decay_per_second, c.max_waiters into config
     from pglimits.configs c where c.name = names[i];
+    if not found and lease_id is not null then
+      -- Renamed since this was first asked.
+      select c.limit_id, c.active, c."limit", c.slot_decay_per_second, c.max_waiters into config
+      from pglimits.configs c
+      where c.former_name = names[i]
+        and (exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.limit_id = c.limit_id)
+             or exists (select from pglimits.leases l where l.lease_id = request.lease_id and l.limit_id = c.limit_id));
+    end if;
     if config.limit_id is null then
       request.missing := request.missing || names[i];
       place := null;
@@ -201,29 +209,61 @@ as $$
 declare
   answer pglimits._answer;
   lease record;
+  part integer;
 begin
   perform pglimits._claim(array[request.lease_id], now);
-  answer.status := 'error';
+  answer.status := 'granted';
   answer.lease_id := request.lease_id;
   answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
   for lease in select l.* from pglimits.leases l where l.lease_id = request.lease_id loop
+    part := (
+      select p.part
+      from unnest(request.limit_ids, request.keys, request.slots) with ordinality as p(limit_id, key, slots, part)
+      where p.limit_id = lease.limit_id and p.key = lease.key and p.slots = lease.slots);
     answer.expires_at := lease.expires_at;
-    for i in 1 .. cardinality(request.places) loop
-      if request.limit_ids[request.places[i]] = lease.limit_id and request.keys[request.places[i]] = lease.key then
-        answer.fences[i] := lease.fence;
-        answer.status := 'granted';
+    if part is null then
+      -- Unless its limit has been deactivated meanwhile, and so is no part of the request any longer.
+      if exists (select from pglimits.configs c where c.limit_id = lease.limit_id and c.active) then
+        return pglimits._in_use(request);
       end if;
-    end loop;
+      continue;
+    end if;
+    answer.fences := pglimits._note_fence(answer.fences, request.places, part, lease.fence);
   end loop;
-  if answer.status = 'error' then
-    answer.error := 'InvalidArgument';
-    answer.message := format('lease_id %s is in use for another request', request.lease_id);
+  -- A part without a lease is one whose limit was not enforced at the time, and so has changed since.
+  if exists (
+    select from unnest(request.limit_ids, request.keys) as p(limit_id, key)
+    join pglimits.configs c on c.limit_id = p.limit_id
+    where c.updated_at < lease.acquired_at and not exists (
+      select from pglimits.leases l
+      where l.lease_id = request.lease_id and l.limit_id = p.limit_id and l.key = p.key))
+  then
+    return pglimits._in_use(request);
   end if;
   return answer;
 end $$;
 
 comment on function pglimits._answer_again(pglimits._request, timestamptz) is
   'Answers a repeated request from the lease that it got the first time.';
+
+-- The answer to a request whose id belongs to another one.
+create or replace function pglimits._in_use(request pglimits._request)
+returns pglimits._answer
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+begin
+  answer.status := 'error';
+  answer.lease_id := request.lease_id;
+  answer.error := 'InvalidArgument';
+  answer.message := format('lease_id %s is in use for another request', request.lease_id);
+  return answer;
+end $$;
+
+comment on function pglimits._in_use(pglimits._request) is 'The answer to a request whose id belongs to another one.';
 
 -- Begins the full duration of leases that were handed over.
 create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
@@ -722,6 +762,8 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   answers pglimits._answer[];
+  at integer[];
+  at_mine integer;
 begin
   for i in 1 .. here loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
@@ -747,9 +789,15 @@ begin
     if request.lease_id = any (queued) then
       select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
     end if;
-    decision := pglimits._decide(
-      request, pglimits._locate(request, places), states, configs, mine,
-      array_position(places.labels, mine.limit_id || ' ' || mine.key), now);
+    at := pglimits._locate(request, places);
+    at_mine := array_position(places.labels, mine.limit_id || ' ' || mine.key);
+    if mine.lease_id is not null
+       and (mine.for_rate, mine.slots) is distinct from (request.for_rate, request.slots[array_position(at, at_mine)])
+    then
+      answers := answers || pglimits._in_use(request);
+      continue;
+    end if;
+    decision := pglimits._decide(request, at, states, configs, mine, at_mine, now);
     states := decision.states;
     answers := answers || decision.answer;
   end loop;

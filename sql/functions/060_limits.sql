@@ -102,6 +102,10 @@ begin
     perform pglimits._fail('InvalidArgument', problem);
   end if;
   perform pglimits._check_limit("limit", slot_decay_per_second, max_waiters, description);
+  if new_name is not null then
+    -- Names are given by one at a time: nobody creates or renames a limit meanwhile.
+    perform from pglimits.meta m for update;
+  end if;
   -- First the config, then every state: whoever decided by the old config has committed, whoever comes sees the new.
   select c.* into old from pglimits.configs c where c.limit_id = pglimits._limit_id(update_limit.name) for update;
   if not found then
@@ -127,7 +131,8 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, updated_at = now
+      decayed_at = new.decayed_at, former_name = case when new.name = old.name then c.former_name else old.name end,
+      updated_at = now
   where c.limit_id = old.limit_id;
 
   for waited_for in
@@ -180,7 +185,7 @@ begin
     where q.limit_id = state.limit_id and q.key = state.key
       and case when q.turn is null
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
-               else q.turn > pglimits._decayed(new, now)
+               else q.turn > pglimits._decayed(new, now) and q.expires_at < 'infinity'
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
     returning q.turn, q.slots, q.pinned, pglimits._tell(q.channel, q.lease_id)
   )
@@ -190,7 +195,7 @@ begin
   into turns, slots, left_line, unpinned from hopeless h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
-  if turns is not null and new.slot_decay_per_second > 0 then
+  if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
   for told in

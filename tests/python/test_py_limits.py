@@ -24,6 +24,7 @@ from pglimits import (
     Holder,
     InvalidArgument,
     Limit,
+    Limiter,
     LimiterUnavailable,
     LimitExists,
     LimitNotFound,
@@ -781,3 +782,21 @@ def test_a_limiter_checks_its_own_arguments(dsn: str) -> None:
             cls(pool="not a pool")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="pool"):
         AsyncLimiter(pool=pool)  # type: ignore[arg-type]
+
+
+def test_closing_one_of_several_limiters_on_a_database_releases_what_it_holds_and_no_more(
+    dsn: str, conn: Connection
+) -> None:
+    with Limiter(dsn) as stays:
+        stays.create("database", 3)
+        kept = stays.acquire("database")
+        with Limiter(dsn) as goes:
+            lease = goes.acquire("database")
+            assert held(conn) == 2
+        assert held(conn) == 1
+        assert not kept.lost
+        assert goes.release(lease) is False
+        for call in (goes.list, lambda: goes.acquire("database"), lambda: goes.rate_limit("database")):
+            with pytest.raises(LimiterUnavailable, match="closed"):
+                call()
+        assert stays.release(kept)

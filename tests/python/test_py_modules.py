@@ -568,3 +568,28 @@ def test_the_modules_can_be_imported_in_any_order() -> None:
         code = f"import {first}, {second}; import asyncio; asyncio.run(asyncio.sleep(0))"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert importlib.import_module("asyncio") is asyncio
+
+
+def test_a_context_may_be_left_by_another_thread_than_the_one_that_entered_it(
+    environment: str, conn: Connection
+) -> None:
+    Limiter().create("database", 2)
+    context = pglimits.sync.concurrency("database")
+    in_thread(context.__enter__).result(30)
+    with pglimits.sync.concurrency("database"):
+        assert held(conn) == 2
+        in_thread(context.__exit__, None, None, None).result(30)
+        assert held(conn) == 1
+
+
+def test_a_context_may_be_left_by_another_task_than_the_one_that_entered_it(environment: str, conn: Connection) -> None:
+    async def main() -> None:
+        async with AsyncLimiter() as limiter:
+            await limiter.create("database", 1)
+            context = limiter.concurrency("database")
+            await asyncio.create_task(context.__aenter__())
+            assert held(conn) == 1
+            await asyncio.create_task(context.__aexit__(None, None, None))
+            assert held(conn) == 0
+
+    run(main())

@@ -522,3 +522,41 @@ def test_held_is_right_however_many_keys_are_full(s: Session) -> None:
     for key in "ab":
         assert s.acquire("huge", slots=2_147_483_647, key=key).status == "granted"
     assert s.limit("huge").held == 2 * 2_147_483_647
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_an_id_that_is_in_use_for_another_request_is_an_error_and_changes_nothing(
+    db: Db, s: Session, queued: bool
+) -> None:
+    s.create("a", 2)
+    s.create("b", 2)
+    if queued:
+        s.acquire("a", slots=2)
+    lease_id = s.acquire("a", wait=None, lease_id=uuid4()).lease_id
+    for other in ({"names": "b"}, {"names": "a", "slots": 2}, {"names": "a", "key": "k"}, {"names": ["a", "b"]}):
+        if queued and isinstance(other["names"], list):
+            continue  # it waits on a, and may be asking for more than it did
+        with changes_nothing(db.session()), fails("PL001", "lease_id", str(lease_id)):
+            s.acquire(**other, lease_id=lease_id, wait=None)
+    assert s.acquire("a", lease_id=lease_id, wait=None).lease_id == lease_id
+
+
+def test_a_limit_that_was_not_enforced_the_first_time_does_not_spoil_a_repetition(s: Session) -> None:
+    s.create("a", 2)
+    s.create("b", 2, active=False)
+    lease_id = s.acquire(["a", "b"]).lease_id
+    s.update("b", active=True)
+    answer = s.acquire(["a", "b"], lease_id=lease_id)
+    assert (answer.status, answer.fences[1]) == ("granted", None)
+
+
+def test_a_repetition_finds_its_lease_though_the_limit_was_deactivated_or_renamed_meanwhile(s: Session) -> None:
+    s.create("a", 1)
+    granted = s.acquire("a", lease_id=uuid4())
+    s.update("a", active=False)
+    assert s.acquire("a", lease_id=granted.lease_id).expires_at == granted.expires_at
+    s.update("a", active=True)
+    s.update("a", new_name="b")
+    again = s.acquire("a", lease_id=granted.lease_id)
+    assert (again.status, again.fence) == ("granted", granted.fence)
+    assert s.acquire("a").status == "unlimited"

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -448,6 +449,37 @@ def test_an_old_snapshot_does_not_admit_one_too_many(db: Db, s: Session, level: 
         assert status == "refused", key
         assert s.value("select sum(slots) from pglimits.leases where key = %s", key) == 1
         check_consistent(s)
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_an_old_snapshot_does_not_admit_by_what_the_limit_was(db: Db, s: Session, level: str) -> None:
+    s.create("database", 2)
+    assert s.acquire("database").status == "granted"
+    changing = db.session()
+    changing.run("begin")
+    changing.update("database", limit=1)
+
+    def ask(session: Session) -> Any:
+        session.run(f"set default_transaction_isolation = '{level}'")
+        return session.acquire("database", wait=None)
+
+    asked, other = db.start_blocked(ask)
+    changing.run("commit")
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        asked.result(timeout=20)
+    assert other.acquire("database").status == "refused"
+
+
+def test_a_name_that_is_given_twice_at_once_is_taken_for_the_second(db: Db, s: Session) -> None:
+    s.create("a", 1)
+    creating = db.session()
+    creating.run("begin")
+    creating.create("b", 1)
+    renamed, _ = db.start_blocked(lambda session: session.update("a", new_name="b"))
+    creating.run("commit")
+    with pytest.raises(psycopg.Error) as caught:
+        renamed.result(timeout=20)
+    assert caught.value.sqlstate == "PL003"
 
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])

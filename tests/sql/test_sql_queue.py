@@ -515,3 +515,14 @@ def test_acquire_behind_waiters_of_a_rate_limit_and_the_other_way_round_keep_the
     assert s.watch_one(waiting).status == "granted"
     row = s.watch_one(rate.lease_id)
     assert (row.status, seconds(row.wait)) == ("granted", 1)
+
+
+def test_a_waiter_keeps_its_place_through_a_renaming_also_when_it_asks_by_the_old_name(s: Session) -> None:
+    s.create("a", 1)
+    holder = s.acquire("a")
+    waiter = s.acquire("a", lease_id=uuid4(), wait=None)
+    s.update("a", new_name="b")
+    again = s.acquire("a", lease_id=waiter.lease_id, wait=None, strict=True)
+    assert (again.status, again.position) == ("queued", 1)
+    s.release(holder.lease_id)
+    assert s.acquire("a", lease_id=waiter.lease_id, wait=None).status == "granted"

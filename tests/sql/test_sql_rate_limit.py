@@ -288,7 +288,9 @@ def test_a_turn_given_up_in_the_middle_moves_up_those_behind_it_and_tells_them(
     assert seconds(s.rate_limit("api", wait=None).wait) == 4
 
 
-def test_sleepers_in_plain_sql_are_not_overtaken_by_what_is_given_back_before_them(clock: Clock, s: Session) -> None:
+def test_what_is_given_back_before_a_sleeper_in_plain_sql_goes_to_those_who_can_be_told(
+    clock: Clock, s: Session
+) -> None:
     clock.freeze()
     s.create("api", 1, 1)
     s.rate_limit("api")
@@ -296,10 +298,35 @@ def test_sleepers_in_plain_sql_are_not_overtaken_by_what_is_given_back_before_th
     (plain,) = sleeping(s, 1, channel=None)
     (behind,) = sleeping(s, 1)
     s.release(gives_up)
-    assert turns(s, plain, behind) == [2, 3], "its time is fixed, so nobody behind it may move before it"
-    assert seconds(s.peek("api", for_rate=True, wait=None).wait) == 4
+    assert turns(s, plain, behind) == [2, 1], "its time is fixed, and it is not delayed by who goes before"
+    assert seconds(s.peek("api", for_rate=True, wait=None).wait) == 3
     s.release(behind)
-    assert seconds(s.peek("api", for_rate=True, wait=None).wait) == 3, "behind it everything is given back"
+    assert seconds(s.peek("api", for_rate=True, wait=None).wait) == 1
+
+
+def test_adjusting_down_helps_who_comes_later_also_past_sleepers_who_cannot_be_told(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 10, 1)
+    s.rate_limit("api", slots=10)
+    (plain,) = sleeping(s, 1, channel=None, slots=2)
+    (told,) = sleeping(s, 1, slots=3)
+    assert turns(s, plain, told) == [2, 5]
+    assert s.adjust("api", -4) == 9, "six of ten used, and three reserved; the other's turn counts when it comes"
+    assert turns(s, plain, told) == [2, 0]
+    assert s.adjust("api", -100) == 0
+    assert seconds(s.peek("api", slots=5, for_rate=True, wait=None).wait) == 0
+    clock.advance(2)
+    assert s.adjust("api", 0) == 2, "its turn has come"
+
+
+def test_turns_that_can_never_come_are_given_back(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 1)
+    s.rate_limit("api")
+    sleeping(s, 5)
+    s.update("api", slot_decay_per_second=0)
+    s.update("api", slot_decay_per_second=1)
+    assert seconds(s.rate_limit("api", wait=None).wait) == 1
 
 
 def test_a_turn_that_has_come_is_not_given_back(clock: Clock, s: Session) -> None:

@@ -517,12 +517,15 @@ def test_root_uses_a_copy_of_programs_that_the_server_user_cannot_reach(folder: 
     shutil.copytree(package.with_name(f"{package.name}.libs"), closed / f"{package.name}.libs")
     closed.chmod(0o700)
     hidden = Binaries(closed / package.name / found.bin.parent.name / "bin", found.version)
+    with embedded.throwaway(binaries=hidden) as server:
+        assert query(server, "select 1") == 1
+    assert not home.exists(), "a throwaway server takes its copy along when it goes"
+    assert throwaways(folder) == []
     for _ in range(2):
-        with embedded.throwaway(binaries=hidden) as server:
-            assert query(server, "select 1") == 1
+        assert query(embedded.start(binaries=hidden), "select 1") == 1
+        embedded.stop()
     assert len(list((home / "binaries").glob(f"{found.version}-*"))) == 1
     assert stat.S_IMODE(closed.stat().st_mode) == 0o700
-    assert query(embedded.start(binaries=hidden), "select 1") == 1
 
 
 @needs_root

@@ -562,11 +562,12 @@ def test_closing_a_limiter_releases_what_it_holds(dsn: str, conn: Connection) ->
 
 def test_limiters_on_one_database_share_an_engine_until_the_last_is_closed(dsn: str, conn: Connection) -> None:
     with open_api("sync", dsn=dsn) as first:
-        first.create("database", 1)
+        first.create("database", 2)
         with open_api("sync", dsn=dsn) as second:
             lease = second.acquire("database")
-        assert held(conn) == 1
-        assert first.release(lease)
+            kept = first.acquire("database")
+        assert first.release(kept)
+        assert first.release(lease) is False, "closing gave it back"
 
 
 def test_opening_and_closing_limiters_leaves_no_thread_descriptor_or_connection(

@@ -26,7 +26,7 @@ from ._batches import PATIENCE, Answer, Batches, Slot, Ticket
 from ._database import BATCHES_AT_ONCE, Busy, Database
 from ._keeper import Keeper, Waiter
 from ._renewal import Lease, Renewal
-from ._wake import Anchor, Orphan, Waker
+from ._wake import Anchor, Orphan, Waker, started
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits")
@@ -365,12 +365,16 @@ class Engine:
         if self._cleaner is None or not self._cleaner.is_alive():
             with self._lock:
                 if self._cleaner is None or not self._cleaner.is_alive():
-                    self._cleaner = threading.Thread(target=self._clean, name="pglimits-release", daemon=True)
-                    self._cleaner.start()
+                    self._cleaner = started(
+                        lambda: threading.Thread(target=self._clean, name="pglimits-release", daemon=True)
+                    )
 
     def _clean(self) -> None:
         later: list[tuple[float, UUID]] = []
         stopping = False
+        with self._lock:
+            if self._cleaner is not threading.current_thread():
+                return
         while not stopping or later or not self._given_up.empty():
             now = time.monotonic()
             timeout = None if not later else max(min(later)[0] - now, 0.0)

@@ -24,7 +24,7 @@ import psycopg
 
 from . import _sql
 from ._database import Database, Row, run, translate
-from ._wake import Waker, wake_all
+from ._wake import Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits.keeper")
@@ -88,10 +88,10 @@ class Keeper:
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._pipe = os.pipe()
                 os.set_blocking(self._pipe[1], False)
-                self._thread = threading.Thread(
-                    target=self._work, args=(self._pipe[0],), name="pglimits-keeper", daemon=True
+                poked = self._pipe[0]
+                self._thread = started(
+                    lambda: threading.Thread(target=self._work, args=(poked,), name="pglimits-keeper", daemon=True)
                 )
-                self._thread.start()
             self._poke()
 
     def remove(self, lease_id: UUID) -> None:
@@ -120,6 +120,9 @@ class Keeper:
         lost_at: float | None = None
         idle_since = time.monotonic()
         pause = 0.1
+        with self._lock:
+            if self._thread is not threading.current_thread():
+                return
         while True:
             now = time.monotonic()
             with self._lock:

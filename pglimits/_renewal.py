@@ -16,7 +16,7 @@ import psycopg
 from . import _sql
 from ._database import Database, Row
 from ._database import run as run_statement
-from ._wake import Orphan, ThreadWaker
+from ._wake import Orphan, ThreadWaker, started
 
 log = logging.getLogger("pglimits.lease")
 
@@ -132,8 +132,9 @@ class Renewal:
         with self._lock:
             self._by_duration.setdefault(lease._duration, {})[lease.id] = (due, reference)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
-                self._thread = threading.Thread(target=self._work, name="pglimits-renewal", daemon=True)
-                self._thread.start()
+                self._thread = started(
+                    lambda: threading.Thread(target=self._work, name="pglimits-renewal", daemon=True)
+                )
             elif due < self._wakes_at:
                 self._waker.wake()
 
@@ -167,6 +168,8 @@ class Renewal:
         connection: psycopg.Connection[Row] | None = None
         while True:
             with self._lock:
+                if self._thread is not threading.current_thread():
+                    break
                 now = time.monotonic()
                 due = self._take_due(now)
                 if not due:

@@ -35,6 +35,25 @@ class Orphan(weakref.ref[Any], Generic[T]):
         self.subject = subject
 
 
+class _Begun(threading.Event):
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(1.0 if timeout is None else timeout)
+
+
+def started(make: Callable[[], threading.Thread]) -> threading.Thread:
+    """A thread, started.
+
+    ``Thread.start`` waits for the new thread's first step. But an exception that is thrown at the thread that starts it
+    may strike the new one instead, which has the same number for a moment; it never takes that step.
+    """
+    while True:
+        thread = make()
+        begun = thread._started = _Begun()  # type: ignore[attr-defined]
+        thread.start()
+        if begun.is_set():
+            return thread
+
+
 class Waker:
     """Something that waits for a wake-up. A wake-up that comes before the wait is not lost."""
 

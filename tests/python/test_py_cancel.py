@@ -350,6 +350,29 @@ def test_an_interrupt_in_the_handler_of_another_leaks_nothing_either(
     settles(conn, wait_until)
 
 
+def test_threads_of_ours_that_are_struck_at_birth_are_started_again(
+    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    struck: set[str] = set()
+    begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
+
+    def strike(thread: threading.Thread) -> None:
+        if thread.name.startswith("pglimits-") and thread.name not in struck:
+            struck.add(thread.name)
+        else:
+            begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap_inner", strike)
+    with Limiter(dsn) as limiter:
+        limiter.create("database", 1)
+        lease = limiter.acquire("database")
+        waits = in_thread(limiter.acquire, "database")
+        wait_until(lambda: waiting(conn) == 1)
+        limiter.release(lease)
+        assert limiter.release(waits.result(30))
+    assert struck == {"pglimits-release", "pglimits-renewal", "pglimits-keeper"}
+
+
 def test_a_lease_that_nobody_refers_to_any_longer_is_given_back(
     limiter: Limiter, conn: Connection, wait_until: WaitUntil
 ) -> None:

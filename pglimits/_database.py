@@ -154,9 +154,8 @@ class Database:
         try:
             if not self.checked:
                 self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
-                if self.pooled:
-                    connection.prepare_threshold = None
-            rows = run(connection, sql, params, prepare=None)
+            # Another connection may have been opened before this one found out that there is a pooler.
+            rows = run(connection, sql, params, prepare=False if self.pooled else None)
         except (psycopg.Error, PglimitsError) as error:
             sender.connection = None
             if isinstance(translate(error), LimiterUnavailable) and not getattr(error, "sqlstate", None):

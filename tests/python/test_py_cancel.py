@@ -248,6 +248,16 @@ def throw_into(thread: threading.Thread) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Interrupt))
 
 
+def begin_all(limiter: Limiter, conn: Connection, wait_until: WaitUntil, name: str) -> None:
+    """Have the limiter start its own threads: an exception thrown at a thread that starts another may hit that one."""
+    leases = [limiter.acquire(name) for _ in range(limiter.get(name).limit)]
+    waits = in_thread(limiter.acquire, name)
+    wait_until(lambda: waiting(conn) == 1)
+    for lease in leases:
+        limiter.release(lease)
+    limiter.release(waits.result(30))
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_threads_interrupted_at_random_moments_leak_nothing(
     dsn: str, conn: Connection, wait_until: WaitUntil, seed: int
@@ -256,6 +266,7 @@ def test_threads_interrupted_at_random_moments_leak_nothing(
     limiter = Limiter(dsn)
     limiter.create("a", 2)
     limiter.create("b", 1)
+    begin_all(limiter, conn, wait_until, "a")
     done = interrupted = 0
     unexpected: list[BaseException] = []
 
@@ -304,6 +315,7 @@ def test_a_thread_interrupted_while_queued_leaves_the_queue(
     limiter: Limiter, conn: Connection, wait_until: WaitUntil
 ) -> None:
     limiter.create("database", 1)
+    begin_all(limiter, conn, wait_until, "database")
     lease = limiter.acquire("database")
     interrupted = threading.Event()
 
@@ -327,6 +339,7 @@ def test_an_interrupt_in_the_handler_of_another_leaks_nothing_either(
     limiter: Limiter, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limiter.create("database", 1)
+    begin_all(limiter, conn, wait_until, "database")
     lease = limiter.acquire("database")
 
     def strike(*_: Any) -> None:

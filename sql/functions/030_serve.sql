@@ -738,6 +738,121 @@ comment on function pglimits._decide(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, integer, timestamptz) is
   'Decides one request under the locks of its states. mine, at_mine: its place in a queue, and in which state that is.';
 
+-- Serves what a batch asks of single limits, as far as it comes in runs: on each (limit, key) the first requests that fit
+-- together are granted, and if all behind them have to wait, they are put in line; all that with one statement, instead
+-- of one for each. What it leaves, _decide decides: its answer is null. The rules are those of _survey.
+create or replace function pglimits._serve_runs(
+  requests pglimits._request[], states pglimits.states[], configs pglimits.configs[], repeated uuid[],
+  now timestamptz)
+returns pglimits._served
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  served pglimits._served;
+  run record;
+  state pglimits.states;
+  config pglimits.configs;
+  -- For each (limit, key): how many slots fit (null: no runs here), and the places in line behind which a run goes.
+  rooms bigint[];
+  versions bigint[];
+  arrivals timestamptz[];
+  ranks integer[];
+  most integer[];
+begin
+  served.states := states;
+  for i in 1 .. cardinality(states) loop
+    state := states[i];
+    config := configs[i];
+    versions[i] := state.version;
+    arrivals[i] := greatest(now, state.last_arrival + interval '1 microsecond');
+    ranks[i] := case when state.waiting > 0 then state.head_rank end;
+    most[i] := case when state.waiting > 0 or config.slot_decay_per_second = 0 then config."limit" else 0 end;
+    rooms[i] := case
+      when config.active is not true or state.pinned > 0 then null
+      when state.waiting > 0 then 0
+      when config.slot_decay_per_second = 0 then config."limit"::bigint - state.held
+      else least(config."limit"::bigint - state.held,
+                 floor(config."limit" - greatest(state.booked - pglimits._decayed(config, now), 0))) end;
+  end loop;
+
+  for run in
+    with asked as (
+      select u.ordinal, u.lease_id, u.limit_ids[1] as limit_id, u.keys[1] as key, u.slots[1] as slots, u.rank,
+             u.lease_duration, u.holder, u.channel,
+             dense_rank() over (order by u.limit_ids[1], u.keys[1] collate "C") as place,
+             not u.for_rate and cardinality(u.places) = 1 and u.lease_id <> all (repeated) as plain,
+             coalesce(u.wait > interval '0', true) and not u.bounded as may_wait
+      from unnest(requests) with ordinality as u(
+        lease_id, for_rate, limit_ids, keys, slots, places, rank, lease_duration, wait, holder, channel, chosen,
+        bounded, missing, error, message, ordinal)
+      where cardinality(u.slots) = 1
+    ), summed as (
+      select a.*, row_number() over run_of as nth,
+             coalesce(bool_and(a.plain) over run_of and sum(a.slots) over run_of <= rooms[a.place], false) as fits
+      from asked a
+      window run_of as (partition by a.place order by a.ordinal)
+    ), behind as (
+      select s.*, row_number() over here as nth_behind,
+             bool_and(s.plain and s.may_wait and s.slots <= most[s.place]) over all_here
+             and min(s.rank) over all_here >= coalesce(ranks[s.place], first_value(s.rank) over here) as all_wait
+      from summed s where not s.fits and rooms[s.place] is not null
+      window all_here as (partition by s.place), here as (partition by s.place order by s.ordinal)
+    ), leased as (
+      insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                                   parts, acquired_at, expires_at)
+      select s.lease_id, s.limit_id, s.key, s.slots, s.holder, versions[s.place] + s.nth, -s.rank, s.lease_duration,
+             true, 1, now, now + s.lease_duration
+      from summed s where s.fits
+    ), queued as (
+      insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
+                                  holder, channel, expires_at, looks_at)
+      select b.lease_id, b.limit_id, b.key, b.slots, b.rank,
+             arrivals[b.place] + (b.nth_behind - 1) * interval '1 microsecond', false, false, b.lease_duration,
+             b.holder, b.channel, now + pglimits._liveness(), now + pglimits._liveness() * 0.3
+      from behind b where b.all_wait
+    )
+    select s.place, true as granted, count(*) as requests, sum(s.slots) as slots, min(s.lease_duration) as shortest,
+           null::integer as first_rank, array_agg(s.ordinal) as ordinals,
+           array_agg(row('granted', s.lease_id, array[versions[s.place] + s.nth], now + s.lease_duration, null, null,
+                         null, null)::pglimits._answer) as answers
+    from summed s where s.fits group by s.place
+    union all
+    select b.place, false, count(*), null, null, min(b.rank), array_agg(b.ordinal),
+           array_agg(row('queued', b.lease_id, null, null, pglimits._liveness() * 0.3, null, null,
+                         null)::pglimits._answer)
+    from behind b where b.all_wait group by b.place
+  loop
+    state := served.states[run.place];
+    if run.granted then
+      config := configs[run.place];
+      state.version := state.version + run.requests;
+      state.held := state.held + run.slots;
+      state.next_expiry := least(state.next_expiry, now + run.shortest);
+      if config.slot_decay_per_second > 0 then
+        state.booked := greatest(state.booked, pglimits._decayed(config, now)) + run.slots;
+      end if;
+    else
+      if state.waiting = 0 then
+        state.head_rank := run.first_rank;
+        state.head_arrival := arrivals[run.place];
+      end if;
+      state.waiting := state.waiting + run.requests;
+      state.last_arrival := arrivals[run.place] + (run.requests - 1) * interval '1 microsecond';
+    end if;
+    served.states[run.place] := state;
+    for i in 1 .. cardinality(run.ordinals) loop
+      served.answers[run.ordinals[i]] := run.answers[i];
+    end loop;
+  end loop;
+  return served;
+end $$;
+
+comment on function pglimits._serve_runs(
+  pglimits._request[], pglimits.states[], pglimits.configs[], uuid[], timestamptz) is
+  'Grants, and puts in line, what a batch asks of single limits in runs. Null answers are left to be decided one by one.';
+
 -- Serves requests in their order, all in one transaction: locks every state that they touch, in the order of
 -- (limit id, key), reads the clock, decides one after the other, and writes every state once.
 create or replace function pglimits._serve(requests pglimits._request[])
@@ -761,6 +876,7 @@ declare
   request pglimits._request;
   mine pglimits.queue;
   decision pglimits._decision;
+  served pglimits._served;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -780,9 +896,18 @@ begin
     select array_agg(q.lease_id) into queued from pglimits.queue q where q.lease_id = any (chosen);
   end if;
 
-  foreach request in array requests loop
+  if cardinality(requests) > 1 and not exists (select from unnest(requests) r where cardinality(r.slots) > 1) then
+    served := pglimits._serve_runs(
+      requests, states, configs, coalesce(leased, '{}') || coalesce(queued, '{}'), now);
+    states := served.states;
+    answers := served.answers;
+  end if;
+
+  for i in 1 .. cardinality(requests) loop
+    continue when (answers[i]).status is not null;
+    request := requests[i];
     if request.lease_id = any (leased) then
-      answers := answers || pglimits._answer_again(request, now);
+      answers[i] := pglimits._answer_again(request, now);
       continue;
     end if;
     mine := null;
@@ -794,12 +919,12 @@ begin
     if mine.lease_id is not null
        and (mine.for_rate, mine.slots) is distinct from (request.for_rate, request.slots[array_position(at, at_mine)])
     then
-      answers := answers || pglimits._in_use(request);
+      answers[i] := pglimits._in_use(request);
       continue;
     end if;
     decision := pglimits._decide(request, at, states, configs, mine, at_mine, now);
     states := decision.states;
-    answers := answers || decision.answer;
+    answers[i] := decision.answer;
   end loop;
 
   for i in 1 .. here loop

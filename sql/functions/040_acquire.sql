@@ -119,6 +119,13 @@ declare
   answers pglimits._answer[];
   now timestamptz := pglimits._now();
 begin
+  if not exists (
+    select from unnest(requests) r
+    where r.error is not null or cardinality(r.slots) = 0 or r.wait = interval '0' or r.bounded
+       or r.for_rate and r.wait is not null)
+  then
+    return pglimits._serve(requests);
+  end if;
   for i in 1 .. cardinality(requests) loop
     request := requests[i];
     answer := null;
@@ -464,15 +471,36 @@ begin
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
   end if;
   lock_timeout := pglimits._for_this_call(durable, patience);
-  select array_agg(pglimits._check_request(
-           r.names, coalesce(r.slots, '{1}'), coalesce(r.keys, '{""}'), coalesce(r.lease_duration, '5 minutes'),
-           r.wait, coalesce(r.priority, 0), r.holder, r.lease_id, coalesce(r.strict, false), r.channel,
-           coalesce(r.for_rate, false)) order by r.ordinal)
+  -- Most of a batch ask alike: what is the same is checked once, and copied for each who asks.
+  with asked as materialized (
+    select e.ordinal, e.request - '{lease_id,wait,holder}'::text[] as kind, (e.request ->> 'lease_id')::uuid as lease_id,
+           (e.request ->> 'wait')::interval as wait, nullif(e.request -> 'holder', 'null') as holder
+    from jsonb_array_elements(requests) with ordinality as e(request, ordinal)
+  ), kinds as materialized (
+    select k.kind, r.names, coalesce(r.slots, '{1}') as slots, coalesce(r.keys, '{""}') as keys,
+           coalesce(r.lease_duration, '5 minutes') as lease_duration, coalesce(r.priority, 0) as priority,
+           coalesce(r.strict, false) as strict, r.channel, coalesce(r.for_rate, false) as for_rate
+    from (select distinct a.kind from asked a) k
+    cross join lateral jsonb_to_record(k.kind) as r(
+      names text[], slots integer[], keys text[], lease_duration interval, priority integer, strict boolean,
+      channel text, for_rate boolean)
+  ), models as materialized (
+    select k.*, pglimits._check_request(k.names, k.slots, k.keys, k.lease_duration, null, k.priority, null, null,
+                                        k.strict, k.channel, k.for_rate) as model
+    from kinds k
+  )
+  select array_agg(
+    case
+      when (m.model).error is null and (m.model).missing is null and coalesce(a.wait >= interval '0', true)
+           and coalesce(pg_column_size(a.holder) < 1000, true)
+      then row(coalesce(a.lease_id, gen_random_uuid()), (m.model).for_rate, (m.model).limit_ids, (m.model).keys,
+               (m.model).slots, (m.model).places, (m.model).rank, (m.model).lease_duration, a.wait, a.holder,
+               (m.model).channel, a.lease_id is not null, (m.model).bounded, null, null, null)::pglimits._request
+      else pglimits._check_request(m.names, m.slots, m.keys, m.lease_duration, a.wait, m.priority, a.holder,
+                                   a.lease_id, m.strict, m.channel, m.for_rate)
+    end order by a.ordinal)
   into checked
-  from rows from (jsonb_to_recordset(requests) as (
-    names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
-    holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean)) with ordinality as r(
-    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, for_rate, ordinal);
+  from asked a join models m on m.kind = a.kind;
   if checked is null then
     return;
   elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then

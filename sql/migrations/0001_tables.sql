@@ -226,6 +226,12 @@ create type pglimits._decision as (
 );
 comment on type pglimits._decision is 'What becomes of a request, and of the states that it touches.';
 
+create type pglimits._served as (
+  answers pglimits._answer[],
+  states pglimits.states[]
+);
+comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
+
 create type pglimits._turn as (
   turn numeric,
   booked numeric,

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .errors import InvalidArgument
 
@@ -128,8 +127,8 @@ def rate(value: object) -> float:
     return per_second
 
 
-def holder(value: object) -> Any:
-    """A holder as JSON can say it. Pydantic models, such as Prefect's lease holders, are taken as well."""
+def holder(value: object) -> str:
+    """A holder as JSON. Pydantic models, such as Prefect's lease holders, are taken as well."""
     dump = getattr(value, "model_dump", None)
     plain = dump(mode="json") if callable(dump) else value
     try:
@@ -139,4 +138,4 @@ def holder(value: object) -> Any:
         raise InvalidArgument(f"holder must be JSON: {error}") from None
     if re.search(r"(?<!\\)(?:\\\\)*\\u0000", encoded):
         raise InvalidArgument("holder must not contain the character U+0000")
-    return plain
+    return encoded

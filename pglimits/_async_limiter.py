@@ -408,6 +408,6 @@ def _waker() -> TaskWaker:
     return TaskWaker(asyncio.get_running_loop())
 
 
-def _who() -> dict[str, Any]:
+def _who() -> str:
     task = asyncio.current_task()
     return who(task=task.get_name() if task is not None else None)

@@ -9,7 +9,6 @@ This module does no I/O: it says what to send and takes in what came back.
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -35,9 +34,6 @@ PATIENCE = 1.0
 LOCK_WAIT = 0.3
 """Seconds that a batch waits for a lock: longer than contention takes; then somebody keeps it in a long transaction."""
 
-HEARTBEAT = 1.0
-"""Seconds after which a caller looks for itself whether its request is done: who was to wake it may be interrupted."""
-
 
 @dataclass(slots=True)
 class Answer:
@@ -54,7 +50,7 @@ class Answer:
 
 
 class Ticket:
-    """A request on its way: an acquire or rate_limit (``body``), or a release (``body`` None)."""
+    """A request on its way: an acquire or rate_limit (``body``, its JSON), or a release (``body`` None)."""
 
     __slots__ = (
         "abandoned",
@@ -75,7 +71,7 @@ class Ticket:
         self,
         lease_id: UUID,
         places: tuple[Place, ...],
-        body: dict[str, Any] | None,
+        body: str | None,
         waker: Waker,
         patience: float | None,
     ) -> None:
@@ -93,10 +89,12 @@ class Ticket:
         self.answer: Answer | bool | None = None
         self.error: PglimitsError | None = None
 
-    def patient_for(self, left: float | None) -> float:
-        """How long its caller waits before it looks again."""
-        seconds = HEARTBEAT if left is None else min(left, HEARTBEAT)
-        return min(seconds, max(self.not_before - time.monotonic(), 0.001)) if self.not_before else seconds
+    def patient_for(self, left: float | None) -> float | None:
+        """How long its caller waits before it looks again; None: until it is woken."""
+        if not self.not_before:
+            return left
+        seconds = max(self.not_before - time.monotonic(), 0.001)
+        return seconds if left is None else min(left, seconds)
 
 
 class Slot:
@@ -158,7 +156,8 @@ class Batches:
         patience = min(max(patience, 0.001), LOCK_WAIT)
         if batch[0].body is None:
             return _sql.RELEASE, [[ticket.lease_id for ticket in batch], self.durable, patience]
-        return _sql.ACQUIRE_MANY, [json.dumps([ticket.body for ticket in batch]), self.durable, patience]
+        requests = ",".join([ticket.body for ticket in batch if ticket.body is not None])
+        return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience]
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""
@@ -233,9 +232,8 @@ class Batches:
         self.nudge()
 
     def can_go(self, ticket: Ticket) -> bool:
-        """Whether a batch with this ticket could be taken now."""
-        with self._lock:
-            return ticket in self._pending and self._can_go(ticket)
+        """Whether a batch with this ticket could be taken now. Read without the lock: who is in its way wakes it."""
+        return ticket in self._pending and self._can_go(ticket)
 
     def _can_go(self, ticket: Ticket) -> bool:
         under_way = len(self._under_way)
@@ -243,7 +241,7 @@ class Batches:
             return False
         if ticket.alone and (under_way or ticket.not_before > time.monotonic()):
             return False  # what meets locks leaves a way to the others
-        return all(places.isdisjoint(ticket.places) for places in self._under_way.values())
+        return all(places.isdisjoint(ticket.places) for places in tuple(self._under_way.values()))
 
 
 def _blames_the_request(problem: PglimitsError) -> bool:

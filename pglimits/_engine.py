@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import json
 import logging
 import os
 import queue
@@ -16,9 +18,9 @@ import time
 import weakref
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal
-from uuid import UUID, uuid4
+from dataclasses import dataclass
+from typing import Literal
+from uuid import UUID
 
 from . import _sql
 from ._arguments import Part
@@ -39,41 +41,41 @@ _SHORTEST_WATCHED = 0.1
 
 @dataclass(slots=True)
 class Request:
-    """What a caller wants."""
+    """What a caller wants. ``kind``, of ``kind_of``, is the part of its JSON that calls of one kind share."""
 
-    parts: tuple[Part, ...]
+    kind: str
+    places: tuple[tuple[str, str], ...]
     timeout: float | None
+    lease_duration: float
     waker: Waker
-    for_rate: bool = False
-    lease_duration: float = 300.0
-    strict: bool = False
-    priority: int = 0
-    holder: Any = None
-    on_unavailable: OnUnavailable = "raise"
-    lease_id: UUID = field(default_factory=uuid4)
+    holder: str
+    on_unavailable: OnUnavailable
+    lease_id: UUID
 
-    @property
-    def places(self) -> tuple[tuple[str, str], ...]:
-        return tuple((part.name, part.key) for part in self.parts)
-
-    def body(self, wait: float | None, channel: str) -> dict[str, Any]:
+    def body(self, wait: float | None, channel: str) -> str:
         """As ``acquire_many`` takes it."""
-        return {
-            "names": [part.name for part in self.parts],
-            "keys": [part.key for part in self.parts],
-            "slots": [part.slots for part in self.parts],
-            "lease_duration": f"{self.lease_duration:.6f} s",
-            "wait": None if wait is None else f"{wait:.6f} s",
-            "priority": self.priority,
-            "holder": self.holder,
-            "lease_id": str(self.lease_id),
-            "strict": self.strict,
-            "channel": channel,
-            "for_rate": self.for_rate,
-        }
+        until = "null" if wait is None else f'"{wait:.6f} s"'
+        mine = f'"lease_id":"{self.lease_id}","wait":{until},"holder":{self.holder}'
+        return f'{self.kind},"channel":"{channel}",{mine}}}'
 
     def named(self) -> str:
-        return ", ".join(repr(part.name) for part in self.parts)
+        return ", ".join(repr(name) for name, _ in self.places)
+
+
+@functools.lru_cache(maxsize=1000)
+def kind_of(parts: tuple[Part, ...], lease_duration: float, priority: int, strict: bool, for_rate: bool) -> str:
+    """What calls of the same kind have in common, as JSON, open at its end."""
+    return json.dumps(
+        {
+            "names": [part.name for part in parts],
+            "keys": [part.key for part in parts],
+            "slots": [part.slots for part in parts],
+            "lease_duration": f"{lease_duration:.6f} s",
+            "priority": priority,
+            "strict": strict,
+            "for_rate": for_rate,
+        }
+    )[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +290,7 @@ class Engine:
         lease = Lease(
             request.lease_id,
             request.places,
-            answer.fences if answer is not None and answer.fences is not None else [None] * len(request.parts),
+            answer.fences if answer is not None and answer.fences is not None else [None] * len(request.places),
             answer.expires_at if answer is not None else None,
             request.lease_duration,
             asked + request.lease_duration,

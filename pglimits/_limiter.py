@@ -16,7 +16,7 @@ from psycopg_pool import ConnectionPool
 
 from . import _calls
 from ._arguments import Names
-from ._batches import HEARTBEAT, Ticket
+from ._batches import Ticket
 from ._engine import Course, Engine, OnUnavailable, Request, Send, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, who
@@ -317,8 +317,7 @@ class Limiter:
         if isinstance(step, Send):
             self._send(step.ticket, step.seconds)
         elif isinstance(step.waker, ThreadWaker):
-            # Not for ever in one go: a signal that comes just before the wait is only heard of at the next wake-up.
-            step.waker.wait(HEARTBEAT if step.seconds is None else min(step.seconds, HEARTBEAT))
+            step.waker.wait(_heard(step.seconds))
 
     def _send(self, ticket: Ticket, seconds: float | None) -> None:
         assert isinstance(ticket.waker, ThreadWaker)
@@ -329,7 +328,12 @@ class Limiter:
             left = None if until is None else until - time.monotonic()
             if ticket.done or (left is not None and left <= 0):
                 return
-            ticket.waker.wait(ticket.patient_for(left))
+            ticket.waker.wait(_heard(ticket.patient_for(left)))
+
+
+def _heard(seconds: float | None) -> float:
+    # Not for ever in one go: a signal that comes just before the wait is only heard of at the next wake-up.
+    return 1.0 if seconds is None else min(seconds, 1.0)
 
 
 class Concurrency(contextlib.AbstractContextManager[Lease]):

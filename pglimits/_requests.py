@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import socket
 import sys
@@ -11,14 +12,14 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, TypeVar, cast
-from uuid import uuid4
+from uuid import UUID
 
 from psycopg_pool import ConnectionPool
 
 from . import _arguments
 from ._database import Database, connection_source
 from ._dsn import resolve
-from ._engine import Engine, OnUnavailable, Request, User, engine_for
+from ._engine import Engine, OnUnavailable, Request, User, engine_for, kind_of
 from ._wake import Waker
 from .errors import InvalidArgument
 
@@ -27,18 +28,32 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-def who(*, task: str | None = None) -> dict[str, Any]:
-    """The default holder: host, pid, thread or task, program."""
-    return {
-        **_this_process(os.getpid()),
-        **({"task": task} if task is not None else {"thread": threading.current_thread().name}),
-    }
+def who(*, task: str | None = None) -> str:
+    """The default holder, as JSON: host, pid, program, and the thread or task."""
+    if task is not None:
+        return f'{_this_process(os.getpid())},"task":{json.dumps(task)}}}'
+    return f'{_this_process(os.getpid())},"thread":{json.dumps(threading.current_thread().name)}}}'
 
 
 @functools.lru_cache(maxsize=1)
-def _this_process(pid: int) -> dict[str, Any]:
+def _this_process(pid: int) -> str:
     program = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "python"  # noqa: PTH119
-    return {"host": socket.gethostname(), "pid": pid, "program": program}
+    return json.dumps({"host": socket.gethostname(), "pid": pid, "program": program})[:-1]
+
+
+_random: list[bytes] = []
+os.register_at_fork(after_in_child=_random.clear)
+
+
+def new_id() -> UUID:
+    """A random UUID, as ``uuid4`` makes it, but asking the system for randomness only now and then."""
+    try:
+        mine = _random.pop()
+    except IndexError:
+        block = os.urandom(16 * 256)
+        _random.extend(block[at : at + 16] for at in range(16, len(block), 16))
+        mine = block[:16]
+    return UUID(bytes=mine, version=4)
 
 
 def checked(
@@ -54,7 +69,7 @@ def checked(
     priority: int,
     *,
     for_rate: bool = False,
-) -> Callable[[Waker, OnUnavailable, Any], Request]:
+) -> Callable[[Waker, OnUnavailable, str], Request]:
     """Check the arguments once; returns what makes a request of them, each with an id of its own."""
     parts = _arguments.parts(names, occupy, key)
     timeout = _arguments.timeout(timeout_seconds, max_retries)
@@ -63,19 +78,19 @@ def checked(
     _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
     priority = _arguments.whole("priority", priority)
     given = None if holder is None else _arguments.holder(holder)
+    kind = kind_of(parts, duration, priority, strict, for_rate)
+    places = tuple((part.name, part.key) for part in parts)
 
-    def request(waker: Waker, on_unavailable: OnUnavailable, default_holder: Any) -> Request:
+    def request(waker: Waker, on_unavailable: OnUnavailable, default_holder: str) -> Request:
         return Request(
-            parts,
+            kind,
+            places,
             timeout,
-            waker,
-            for_rate,
             duration,
-            strict,
-            priority,
+            waker,
             default_holder if given is None else given,
             on_unavailable,
-            uuid4(),
+            new_id(),
         )
 
     return request

@@ -12,13 +12,13 @@ from sqltest import Db, Session, fails
 
 PUBLIC = {
     "pglimits_user": {
-        "acquire", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "watch", "may_sleep", "peek",
-        "version", "errors",
+        "acquire", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "flush", "watch", "may_sleep",
+        "peek", "version", "errors",
     },
     "pglimits_reader": {"version", "errors", "_now"},
     "pglimits_admin": {
-        "acquire", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "watch", "may_sleep", "peek",
-        "version", "errors", "_now", "create_limit", "update_limit", "delete_limit", "adjust", "reset", "sweep",
+        "acquire", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "flush", "watch", "may_sleep",
+        "peek", "version", "errors", "_now", "create_limit", "update_limit", "delete_limit", "adjust", "reset", "sweep",
         "cron_enable", "cron_disable",
     },
 }  # fmt: skip

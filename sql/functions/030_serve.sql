@@ -889,18 +889,24 @@ begin
     end if;
   end loop;
 
-  select array_agg(r.lease_id) into chosen from unnest(requests) r where r.chosen;
+  if cardinality(requests) > 1 then
+    select array_agg(r.lease_id) into chosen from unnest(requests) r where r.chosen;
+  elsif (requests[1]).chosen then
+    chosen := array[(requests[1]).lease_id];
+  end if;
   if chosen is not null then
     select array_agg(l.lease_id) into leased from pglimits.leases l
     where l.lease_id = any (chosen) and l.expires_at > now;
     select array_agg(q.lease_id) into queued from pglimits.queue q where q.lease_id = any (chosen);
   end if;
 
-  if cardinality(requests) > 1 and not exists (select from unnest(requests) r where cardinality(r.slots) > 1) then
-    served := pglimits._serve_runs(
-      requests, states, configs, coalesce(leased, '{}') || coalesce(queued, '{}'), now);
-    states := served.states;
-    answers := served.answers;
+  if cardinality(requests) > 1 then
+    if not exists (select from unnest(requests) r where cardinality(r.slots) > 1) then
+      served := pglimits._serve_runs(
+        requests, states, configs, coalesce(leased, '{}') || coalesce(queued, '{}'), now);
+      states := served.states;
+      answers := served.answers;
+    end if;
   end if;
 
   for i in 1 .. cardinality(requests) loop

@@ -100,9 +100,48 @@ end $$;
 comment on function pglimits._as_settled(pglimits.states, timestamptz) is
   'A state as it would be without ended leases and dead waiters. For looking only.';
 
--- Answers requests of one caller or, in a batch, of many. A request that cannot be granted and may not wait (at all, or
--- that long, or because the queue is full) is refused without a lock, a row or a transaction id; the rest goes on to
--- where the locks are.
+-- The answer to a request that is certain without a lock, a row or a transaction id: it is wrong, or it cannot be granted
+-- and may not wait (at all, or that long, or because the queue is full). Else its status is null: the locks will tell.
+create or replace function pglimits._answer_at_once(request pglimits._request)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+  findings pglimits._findings;
+  now timestamptz;
+begin
+  answer.lease_id := request.lease_id;
+  if request.error is not null then
+    answer.status := 'error';
+    answer.error := request.error;
+    answer.message := request.message;
+  elsif cardinality(request.keys) = 0 and not request.chosen then
+    answer.status := 'unlimited';
+  elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
+        and not (request.chosen and pglimits._is_known(request.lease_id)) then
+    now := pglimits._now();
+    findings := pglimits._glance(request, false, now);
+    if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
+      answer.status := 'refused';
+      if findings.fits_at < 'infinity' then
+        answer.retry_after := findings.fits_at - now;
+      end if;
+    elsif findings.queue_full is not null then
+      answer.status := 'error';
+      answer.error := 'QueueFull';
+      answer.message := findings.queue_full;
+    end if;
+  end if;
+  return answer;
+end $$;
+
+comment on function pglimits._answer_at_once(pglimits._request) is
+  'The answer to a request that is certain without a lock; its status is null if there is none.';
+
+-- Answers a batch of requests: refusals that are certain without a lock, the others under the locks.
 create or replace function pglimits._answer_all(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -110,14 +149,11 @@ volatile
 set search_path = ''
 as $$
 declare
-  request pglimits._request;
-  findings pglimits._findings;
   served pglimits._request[];
   at integer[];
   served_answers pglimits._answer[];
   answer pglimits._answer;
   answers pglimits._answer[];
-  now timestamptz := pglimits._now();
 begin
   if not exists (
     select from unnest(requests) r
@@ -127,31 +163,9 @@ begin
     return pglimits._serve(requests);
   end if;
   for i in 1 .. cardinality(requests) loop
-    request := requests[i];
-    answer := null;
-    answer.lease_id := request.lease_id;
-    if request.error is not null then
-      answer.status := 'error';
-      answer.error := request.error;
-      answer.message := request.message;
-    elsif cardinality(request.keys) = 0 and not request.chosen then
-      answer.status := 'unlimited';
-    elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
-          and not (request.chosen and pglimits._is_known(request.lease_id)) then
-      findings := pglimits._glance(request, false, now);
-      if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
-        answer.status := 'refused';
-        if findings.fits_at < 'infinity' then
-          answer.retry_after := findings.fits_at - now;
-        end if;
-      elsif findings.queue_full is not null then
-        answer.status := 'error';
-        answer.error := 'QueueFull';
-        answer.message := findings.queue_full;
-      end if;
-    end if;
+    answer := pglimits._answer_at_once(requests[i]);
     if answer.status is null then
-      served := served || request;
+      served := served || requests[i];
       at := at || i;
     end if;
     answers[i] := answer;
@@ -190,8 +204,11 @@ volatile
 set search_path = ''
 as $$
 declare
-  answer pglimits._answer := (pglimits._answer_all(array[request]))[1];
+  answer pglimits._answer := pglimits._answer_at_once(request);
 begin
+  if answer.status is null then
+    answer := (pglimits._serve(array[request]))[1];
+  end if;
   if answer.error is not null then
     perform pglimits._fail(answer.error, answer.message);
   end if;
@@ -245,6 +262,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -289,6 +307,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -318,6 +337,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -354,6 +374,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -382,6 +403,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -436,6 +458,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -457,6 +480,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -511,7 +535,9 @@ begin
          (checked[a.ordinal]).missing, a.error, a.message
   from unnest(pglimits._answer_all(checked)) with ordinality as a(
     status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
-  perform set_config('lock_timeout', lock_timeout, true);
+  if lock_timeout is not null then
+    perform set_config('lock_timeout', lock_timeout, true);
+  end if;
 end $$;
 
 comment on function pglimits.acquire_many(jsonb, boolean, interval) is
@@ -533,7 +559,7 @@ volatile
 set search_path = ''
 as $$
 declare
-  before text := current_setting('lock_timeout');
+  before text;
 begin
   if durable is null then
     perform pglimits._fail('InvalidArgument', 'durable must not be null');
@@ -543,12 +569,14 @@ begin
   if not durable then
     perform set_config('synchronous_commit', 'off', true);
   end if;
-  if patience is not null then
-    perform set_config('lock_timeout', ceil(extract(epoch from patience) * 1000)::bigint::text, true);
+  if patience is null then
+    return null;
   end if;
+  before := current_setting('lock_timeout');
+  perform set_config('lock_timeout', ceil(extract(epoch from patience) * 1000)::bigint::text, true);
   return before;
 end $$;
 
 comment on function pglimits._for_this_call(boolean, interval) is
   'durable false: this transaction commits with synchronous_commit = off. patience: the lock_timeout from now on; '
-  'returns what it was.';
+  'returns what it was, null if it stays.';

@@ -24,6 +24,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -68,6 +69,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -91,6 +93,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -98,25 +101,28 @@ as $$
 declare
   place record;
   ended uuid[] := array[]::uuid[];
+  waits boolean;
   lock_timeout text;
 begin
   perform pglimits._check_ids(lease_ids);
   lock_timeout := pglimits._for_this_call(durable, patience);
-  -- A waiter for several limits may move on while we wait for a lock; then it is found at its new place.
   for attempt in 1 .. 5 loop
+    waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
     for place in
       select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
       union
-      select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
       order by limit_id, key
     loop
       ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids);
     end loop;
-    exit when not found;
+    -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
+    exit when not waits;
   end loop;
-  perform set_config('lock_timeout', lock_timeout, true);
-  return query select asked.id, asked.id = any (ended)
-               from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+  if lock_timeout is not null then
+    perform set_config('lock_timeout', lock_timeout, true);
+  end if;
+  return query select u.id, u.id = any (ended) from unnest(lease_ids) as u(id);
 end $$;
 
 comment on function pglimits.release(uuid[], boolean, interval) is
@@ -131,6 +137,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -230,6 +237,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -314,6 +322,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -418,6 +427,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -434,6 +444,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$

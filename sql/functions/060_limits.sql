@@ -40,6 +40,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -88,6 +89,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -239,6 +241,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -284,6 +287,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -352,6 +356,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$

@@ -8,6 +8,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$

@@ -36,6 +36,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
@@ -71,6 +72,7 @@ volatile
 security definer
 set search_path = ''
 set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
 as $$

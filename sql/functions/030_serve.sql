@@ -31,6 +31,7 @@ begin
       then format('priority must be from -1000000 to 1000000, not %s', priority)
     when length(holder::text) > 8000
       then format('holder must be at most 8000 characters of JSON, not %s', length(holder::text))
+    when lease_duration between interval '1 second' and interval '366 days' then null
     else pglimits._duration_error(lease_duration)
   end;
 end $$;
@@ -50,102 +51,102 @@ volatile
 set search_path = ''
 as $$
 declare
-  request pglimits._request;
-  config record;
+  -- The parts.
+  limit_ids bigint[] := array[]::bigint[];
+  part_keys text[] := array[]::text[];
+  part_slots integer[] := array[]::integer[];
+  places integer[] := array[]::integer[];
+  config pglimits.configs;
   key text;
   amount integer;
-  problem text;
   place integer;
-begin
-  request.lease_id := coalesce(lease_id, gen_random_uuid());
-  request.chosen := lease_id is not null;
-  request.bounded := false;
-  request.for_rate := for_rate;
-  request.wait := wait;
-  request.holder := holder;
-  request.channel := channel;
-  request.limit_ids := '{}';
-  request.keys := '{}';
-  request.slots := '{}';
-  request.places := '{}';
-  request.error := 'InvalidArgument';
-
-  request.message := pglimits._argument_error(
+  bounded boolean := false;
+  missing text[];
+  impossible text;
+  error text := 'InvalidArgument';
+  message text := pglimits._argument_error(
     names, slots, keys, lease_duration, wait, priority, holder, strict, channel);
-  if request.message is not null then
-    return request;
-  end if;
+  request pglimits._request;
+begin
   -- Arrays may begin anywhere; slices begin at 1.
   names := names[:];
   slots := slots[:];
   keys := keys[:];
-  request.rank := -priority;
-  -- A day has 24 hours, whatever the session's time zone.
-  request.lease_duration := make_interval(secs => extract(epoch from lease_duration)::double precision);
-
-  for i in 1 .. cardinality(names) loop
+  for i in 1 .. coalesce(cardinality(names), 0) loop
+    exit when message is not null;
     key := keys[least(i, cardinality(keys))];
     amount := slots[least(i, cardinality(slots))];
-    request.message := coalesce(pglimits._name_error('name', names[i]), pglimits._name_error('key', key, true),
-      case when amount is null then 'slots must not be null'
-           when amount < 1 then format('slots must be at least 1, not %s', amount) end);
-    if request.message is not null then
-      return request;
+    select c.* into config from pglimits.configs c where c.name = names[i];
+    if not found then
+      message := pglimits._name_error('name', names[i]);
+      if lease_id is not null and message is null then
+        -- It may have been renamed since this was first asked.
+        select c.* into config from pglimits.configs c
+        where c.former_name = names[i]
+          and (exists (select from pglimits.queue q where q.lease_id = _check_request.lease_id and q.limit_id = c.limit_id)
+               or exists (
+                 select from pglimits.leases l where l.lease_id = _check_request.lease_id and l.limit_id = c.limit_id));
+      end if;
     end if;
+    if key <> '' is not false then
+      message := coalesce(message, pglimits._name_error('key', key, true));
+    end if;
+    if amount >= 1 is not true then
+      message := coalesce(message, case when amount is null then 'slots must not be null'
+                                        else format('slots must be at least 1, not %s', amount) end);
+    end if;
+    exit when message is not null;
 
-    select c.limit_id, c.active, c."limit", c.slot_decay_per_second, c.max_waiters into config
-    from pglimits.configs c where c.name = names[i];
-    if not found and lease_id is not null then
-      -- Renamed since this was first asked.
-      select c.limit_id, c.active, c."limit", c.slot_decay_per_second, c.max_waiters into config
-      from pglimits.configs c
-      where c.former_name = names[i]
-        and (exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.limit_id = c.limit_id)
-             or exists (select from pglimits.leases l where l.lease_id = request.lease_id and l.limit_id = c.limit_id));
-    end if;
+    place := null;
     if config.limit_id is null then
-      request.missing := request.missing || names[i];
-      place := null;
-    elsif not config.active then
-      place := null;
-    else
+      missing := missing || names[i];
+    elsif config.active then
       -- The same limit named twice: the slots add up.
-      place := null;
-      request.bounded := request.bounded or config.max_waiters is not null;
-      for p in 1 .. cardinality(request.keys) loop
-        if request.limit_ids[p] = config.limit_id and request.keys[p] = key then
+      for p in 1 .. cardinality(part_keys) loop
+        if limit_ids[p] = config.limit_id and part_keys[p] = key then
           place := p;
-          if request.slots[p]::bigint + amount > 2147483647 then
-            request.message := format('slots must add up to at most 2147483647 for %L', names[i]);
-            return request;
+          if part_slots[p]::bigint + amount > 2147483647 then
+            message := format('slots must add up to at most 2147483647 for %L', names[i]);
+            exit;
           end if;
-          request.slots[p] := request.slots[p] + amount;
+          part_slots[p] := part_slots[p] + amount;
         end if;
       end loop;
       if place is null then
-        request.limit_ids := request.limit_ids || config.limit_id;
-        request.keys := request.keys || key;
-        request.slots := request.slots || amount;
-        place := cardinality(request.slots);
+        limit_ids := limit_ids || config.limit_id;
+        part_keys := part_keys || key;
+        part_slots := part_slots || amount;
+        place := cardinality(part_keys);
       end if;
-      problem := coalesce(problem,
-        pglimits._impossible(names[i], request.slots[place], config."limit", config.slot_decay_per_second, for_rate));
+      bounded := bounded or config.max_waiters is not null;
+      if part_slots[place] > config."limit" or for_rate then
+        impossible := coalesce(impossible, pglimits._impossible(
+          names[i], part_slots[place], config."limit", config.slot_decay_per_second, for_rate));
+      end if;
     end if;
-    request.places := request.places || place;
+    places := places || place;
   end loop;
 
-  if strict and request.missing is not null then
-    request.error := 'LimitNotFound';
-    request.message := format('there is no limit named %s',
-      (select string_agg(format('%L', m.name), ', ') from (select distinct u.name from unnest(request.missing) as u(name)) m));
-  elsif problem is not null then
-    request.error := split_part(problem, ' ', 1);
-    request.message := substr(problem, strpos(problem, ' ') + 1);
+  if message is not null then
+    null;
+  elsif strict and missing is not null then
+    error := 'LimitNotFound';
+    message := format('there is no limit named %s',
+      (select string_agg(format('%L', m.name), ', ') from (select distinct u.name from unnest(missing) as u(name)) m));
+  elsif impossible is not null then
+    error := split_part(impossible, ' ', 1);
+    message := substr(impossible, strpos(impossible, ' ') + 1);
   else
-    request.error := null;
-    if cardinality(request.slots) > 1 then
-      request := pglimits._in_lock_order(request);
-    end if;
+    error := null;
+  end if;
+  request := row(
+    coalesce(lease_id, gen_random_uuid()), for_rate, limit_ids, part_keys, part_slots, places,
+    case when error is null then -priority end,
+    -- A day has 24 hours, whatever the session's time zone.
+    case when error is null then make_interval(secs => extract(epoch from lease_duration)::double precision) end,
+    wait, holder, channel, lease_id is not null, bounded, missing, error, message);
+  if error is null and cardinality(part_keys) > 1 then
+    request := pglimits._in_lock_order(request);
   end if;
   return request;
 end $$;
@@ -310,10 +311,12 @@ begin
     continue when config.active is not true;
     state := states[at[p]];
     findings.enforced := findings.enforced + 1;
-    findings.impossible := pglimits._impossible(
-      config.name, request.slots[p], config."limit", config.slot_decay_per_second, request.for_rate);
-    if findings.impossible is not null then
-      return findings;
+    if request.slots[p] > config."limit" or request.for_rate then
+      findings.impossible := pglimits._impossible(
+        config.name, request.slots[p], config."limit", config.slot_decay_per_second, request.for_rate);
+      if findings.impossible is not null then
+        return findings;
+      end if;
     end if;
 
     if state.waiting > 0 and (
@@ -321,6 +324,9 @@ begin
            else (state.head_rank, state.head_arrival) < (mine.rank, mine.arrival) end)
     then
       fits_at := 'infinity';
+    elsif not request.for_rate and config.slot_decay_per_second = 0
+          and state.held::bigint + request.slots[p] <= config."limit" then
+      fits_at := '-infinity';
     elsif not request.for_rate then
       fits_at := pglimits._fits_at(state, config, request.slots[p], now);
       if fits_at > '-infinity' and state.held::bigint + request.slots[p] > config."limit" then
@@ -569,9 +575,6 @@ as $$
 declare
   at integer[] := array[]::integer[];
 begin
-  if cardinality(places.keys) = 1 and cardinality(request.keys) = 1 then
-    return array[1];
-  end if;
   for p in 1 .. cardinality(request.keys) loop
     at[p] := array_position(places.labels, request.limit_ids[p] || ' ' || request.keys[p]);
   end loop;
@@ -671,7 +674,11 @@ begin
       states[at[p]] := pglimits._take_slots(
         states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank, request.lease_duration,
         request.holder, true, findings.enforced, answer.expires_at, now);
-      answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
+      if cardinality(request.places) = 1 then
+        answer.fences := array[(states[at[p]]).version];
+      else
+        answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
+      end if;
     end if;
   end loop;
   return row(answer, states)::pglimits._decision;
@@ -864,7 +871,8 @@ as $$
 declare
   places pglimits._places := pglimits._gather(requests);
   here integer := coalesce(cardinality(places.keys), 0);
-  states pglimits.states[] := pglimits._lock_all(places);
+  states pglimits.states[] := case when here = 1 then array[pglimits._lock(places.limit_ids[1], places.keys[1])]
+                                   else pglimits._lock_all(places) end;
   was pglimits.states[] := states;
   -- Under the locks: whoever changes a limit waits for us, or we see what it changed.
   now timestamptz := pglimits._now();
@@ -920,8 +928,10 @@ begin
     if request.lease_id = any (queued) then
       select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
     end if;
-    at := pglimits._locate(request, places);
-    at_mine := array_position(places.labels, mine.limit_id || ' ' || mine.key);
+    at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
+               else pglimits._locate(request, places) end;
+    at_mine := case when mine.lease_id is not null
+                    then array_position(places.labels, mine.limit_id || ' ' || mine.key) end;
     if mine.lease_id is not null
        and (mine.for_rate, mine.slots) is distinct from (request.for_rate, request.slots[array_position(at, at_mine)])
     then

@@ -312,9 +312,13 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._answer(pglimits._check_request(
-    array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+  answer pglimits._answer := pglimits._take_alone(
+    name, slots, key, lease_duration, wait, priority, holder, lease_id, strict, channel);
 begin
+  if answer.status is null then
+    answer := pglimits._answer(pglimits._check_request(
+      array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+  end if;
   return row(answer.status, answer.lease_id, answer.fences[1], answer.expires_at, answer.retry_after,
              case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired_one;
 end $$;
@@ -486,6 +490,8 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   checked pglimits._request[];
+  alone record;
+  answer pglimits._answer;
   lock_timeout text;
 begin
   if requests is null or jsonb_typeof(requests) <> 'array' then
@@ -495,6 +501,27 @@ begin
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
   end if;
   lock_timeout := pglimits._for_this_call(durable, patience);
+  if jsonb_array_length(requests) = 1 then
+    select r.names, r.slots, r.keys, r.lease_duration, r.wait, r.priority, r.holder, r.lease_id, r.strict as is_strict,
+           r.channel, r.for_rate
+    into alone from jsonb_to_record(requests -> 0) as r(
+      names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+      holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean);
+    if cardinality(alone.names) = 1 and alone.for_rate is not true then
+      answer := pglimits._take_alone(
+        alone.names[1], coalesce(alone.slots[1], 1), coalesce(alone.keys[1], ''),
+        coalesce(alone.lease_duration, '5 minutes'), alone.wait, coalesce(alone.priority, 0), alone.holder,
+        alone.lease_id, coalesce(alone.is_strict, false), alone.channel);
+    end if;
+    if answer.status is not null then
+      if lock_timeout is not null then
+        perform set_config('lock_timeout', lock_timeout, true);
+      end if;
+      return query select 1, answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
+                          answer.wait, null::text[], answer.error, answer.message;
+      return;
+    end if;
+  end if;
   -- Most of a batch ask alike: what is the same is checked once, and copied for each who asks.
   with asked as materialized (
     select e.ordinal, e.request - '{lease_id,wait,holder}'::text[] as kind, (e.request ->> 'lease_id')::uuid as lease_id,

@@ -83,7 +83,38 @@ end $$;
 comment on function pglimits.renew(uuid, interval) is
   'Moves the end of a live lease to lease_duration from now (null: as it was taken). False if it had ended.';
 
--- Ends leases, and lets waiters leave, and hands what comes free to the waiters at the head.
+-- Ends leases, and lets waiters leave, and hands what comes free to the waiters at the head. Returns the ids that were
+-- live, one that was on several limits several times.
+create or replace function pglimits._release(lease_ids uuid[])
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  place record;
+  ended uuid[] := array[]::uuid[];
+  waits boolean;
+begin
+  perform pglimits._check_ids(lease_ids);
+  for attempt in 1 .. 5 loop
+    waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+    for place in
+      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+      union
+      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
+      order by limit_id, key
+    loop
+      ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids);
+    end loop;
+    -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
+    exit when not waits;
+  end loop;
+  return ended;
+end $$;
+
+comment on function pglimits._release(uuid[]) is 'Ends leases, places in a queue and turns. Returns the ids that were live.';
+
 -- Safe to repeat: an unknown or ended lease is 'false', not an error.
 create or replace function pglimits.release(
   lease_ids uuid[], durable boolean default true, patience interval default null)
@@ -99,30 +130,15 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
-  place record;
-  ended uuid[] := array[]::uuid[];
-  waits boolean;
-  lock_timeout text;
+  lock_timeout text := pglimits._for_this_call(durable, patience);
+  alone boolean := case when cardinality(lease_ids) = 1 then pglimits._release_alone(lease_ids[1]) end;
+  ended uuid[] := case when alone is null then pglimits._release(lease_ids) end;
 begin
-  perform pglimits._check_ids(lease_ids);
-  lock_timeout := pglimits._for_this_call(durable, patience);
-  for attempt in 1 .. 5 loop
-    waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
-    for place in
-      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
-      union
-      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
-      order by limit_id, key
-    loop
-      ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids);
-    end loop;
-    -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
-    exit when not waits;
-  end loop;
   if lock_timeout is not null then
     perform set_config('lock_timeout', lock_timeout, true);
   end if;
-  return query select u.id, u.id = any (ended) from unnest(lease_ids) as u(id);
+  return query select asked.id, coalesce(alone, asked.id = any (ended))
+               from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
 end $$;
 
 comment on function pglimits.release(uuid[], boolean, interval) is
@@ -145,7 +161,7 @@ begin
   if lease_id is null then
     perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
   end if;
-  return (select r.released from pglimits.release(array[lease_id]) r);
+  return coalesce(pglimits._release_alone(lease_id), cardinality(pglimits._release(array[lease_id])) > 0);
 end $$;
 
 comment on function pglimits.release(uuid) is

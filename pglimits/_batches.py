@@ -204,10 +204,10 @@ class Batches:
                 else:
                     self._pending[ticket] = None
             self._under_way.pop(slot, None)
-        finished = [ticket for ticket in batch if ticket.done]
-        wake_all([ticket.waker for ticket in finished if not ticket.abandoned])
-        for ticket in finished:
-            if ticket.abandoned and ticket.body is not None:
+        # Those that were put back as well: they may have to wait until another moment now.
+        wake_all([ticket.waker for ticket in batch if not ticket.abandoned])
+        for ticket in batch:
+            if ticket.done and ticket.abandoned and ticket.body is not None:
                 self._abandon(ticket)
         slot.batch = None
         slot.orphan = None

@@ -1,8 +1,9 @@
 """Requests of one process travel together: whoever may send takes along what has queued up meanwhile.
 
 As a group commit does, and with no waiting to fill a batch: a lone caller sends its own request at once, from its own
-thread. A (limit, key) is in one batch at a time, so one hot limit makes large batches; and a limit that somebody keeps
-locked holds up only itself.
+thread. A (limit, key) is in one batch of requests and one of releases at a time, so one hot limit makes large batches,
+one of which is under way while the callers in the other go on; and a limit that somebody keeps locked holds up only
+itself.
 
 This module does no I/O: it says what to send and takes in what came back.
 """
@@ -59,6 +60,7 @@ class Ticket:
         "body",
         "done",
         "error",
+        "lanes",
         "lease_id",
         "not_before",
         "patience",
@@ -77,6 +79,8 @@ class Ticket:
     ) -> None:
         self.lease_id = lease_id
         self.places = places
+        # What one batch at a time may have.
+        self.lanes = places if body is not None else tuple(("release", *place) for place in places)
         self.body = body
         self.waker = waker
         self.patience = patience
@@ -120,7 +124,7 @@ class Batches:
         self._abandon = abandon
         self._lock = threading.Lock()
         self._pending: dict[Ticket, None] = {}
-        self._under_way: dict[Slot, set[Place]] = {}
+        self._under_way: dict[Slot, set[tuple[str, ...]]] = {}
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request."""
@@ -145,7 +149,7 @@ class Batches:
                 if first not in batch:
                     batch[-1] = first
             slot.batch = batch
-            self._under_way[slot] = {place for taken in batch for place in taken.places}
+            self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
             for taken in batch:
                 self._pending.pop(taken, None)
         return True
@@ -241,7 +245,7 @@ class Batches:
             return False
         if ticket.alone and (under_way or ticket.not_before > time.monotonic()):
             return False  # what meets locks leaves a way to the others
-        return all(places.isdisjoint(ticket.places) for places in tuple(self._under_way.values()))
+        return all(lanes.isdisjoint(ticket.lanes) for lanes in tuple(self._under_way.values()))
 
 
 def _blames_the_request(problem: PglimitsError) -> bool:

@@ -2,7 +2,8 @@
 -- _release_at do, takes a third of their time, and leaves everything that is not so simple to them, by returning null
 -- with nothing done but the lock taken.
 
--- One concurrency limit that has room, that nobody waits for, and where nothing is due.
+-- One concurrency limit where nothing is due: it has room and nobody waits for it, or it has none and the caller may not
+-- wait either.
 create or replace function pglimits._take_alone(
   name text, slots integer, key text, lease_duration interval, wait interval, priority integer, holder jsonb,
   lease_id uuid, strict boolean, channel text)
@@ -26,13 +27,19 @@ begin
     return null;
   end if;
   if wait = interval '0' then
-    -- It might be refused, and that takes no lock.
-    perform from pglimits.configs c
+    -- It may be refused, and that takes no lock.
+    select s.held::bigint + slots <= c."limit" and s.waiting = 0 as fits,
+           s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
+             and least(s.next_expiry, s.next_look) > pglimits._now()
+             and (lease_id is null or not pglimits._is_known(lease_id)) as is_refused
+    into state from pglimits.configs c
     cross join lateral (
-      select s.held from pglimits.states s where s.limit_id = c.limit_id and s.key = _take_alone.key
-      order by s.version desc limit 1) s
-    where c.name = _take_alone.name and s.held::bigint + slots <= c."limit";
-    if not found then
+      select x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
+      where x.limit_id = c.limit_id and x.key = _take_alone.key order by x.version desc limit 1) s
+    where c.name = _take_alone.name and c.active and c.slot_decay_per_second = 0;
+    if state.is_refused then
+      return row('refused', null, null, null, null, null, null, null)::pglimits._answer;
+    elsif state.fits is not true then
       return null;
     end if;
   end if;
@@ -67,7 +74,7 @@ begin
 end $$;
 
 comment on function pglimits._take_alone(text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text) is
-  'Grants slots of one concurrency limit if nothing is in the way; else null.';
+  'Grants slots of one concurrency limit if nothing is in the way, or refuses them; null if it is not so simple.';
 
 -- A lease on one limit that nobody waits for. True or false: whether it was live.
 create or replace function pglimits._release_alone(lease_id uuid)

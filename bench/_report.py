@@ -1,0 +1,129 @@
+"""A run as people and as programs read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ._measure import Spread
+from ._results import Curve, Line, Run, Target
+
+_WIDE = 200
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """Everything, with plain values only."""
+    return dataclasses.asdict(run)
+
+
+def as_text(run: Run) -> str:
+    """The tables without colours, as wide as they want to be."""
+    console = Console(file=io.StringIO(), width=_WIDE, highlight=False, emoji=False, markup=False)
+    with console.capture() as captured:
+        console.print(*tables(run), sep="\n")
+    return "\n".join(each.rstrip() for each in captured.get().splitlines()) + "\n"
+
+
+def tables(run: Run) -> list[RenderableType]:
+    """The tables, and what stands around them."""
+    parts: list[RenderableType] = [_setup(run)]
+    if run.lines:
+        parts += ["", _lines(run.lines)]
+    for curve in run.curves:
+        parts += ["", _curve(curve)]
+    parts += ["", *_closing(run)]
+    return parts
+
+
+def _setup(run: Run) -> Text:
+    lines = [f"pglimits bench, {run.mode} mode, {run.started_at}, {run.seconds:.0f} s"]
+    for subject, facts in run.setup.items():
+        if facts:
+            lines.append(f"{subject}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return Text("\n".join(lines))
+
+
+def _table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    right = set(numbers)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+    return made
+
+
+def _lines(lines: list[Line]) -> Table:
+    numbers = ("ours", "theirs", "ratio")
+    made = _table("what", "ours", "floor or peer", "theirs", "ratio", "target", "met", numbers=numbers)
+    for each in lines:
+        what = each.what + (f" ({each.note})" if each.note else "")
+        made.add_row(
+            Text(what),
+            figure(each.ours, each.unit),
+            Text(each.against),
+            "" if each.theirs is None else figure(each.theirs, each.unit),
+            "" if each.ratio is None else figure(each.ratio),
+            _target(each.target),
+            {True: Text("met", "green"), False: Text("not met", "red"), None: Text("")}[each.met],
+        )
+    return made
+
+
+def _curve(curve: Curve) -> Table:
+    made = _table(curve.x, "ms per call", "times the first", "on disk", "dead rows", numbers=(curve.x, *_POINT))
+    made.title = curve.what + (f" ({curve.note})" if curve.note else "")
+    made.title_justify = "left"
+    first = curve.points[0].ms.median
+    for point in curve.points:
+        made.add_row(
+            f"{point.x:,.0f}",
+            figure(point.ms),
+            f"{point.ms.median / first:.2f}" if first else "",
+            "" if point.disk_bytes is None else f"{point.disk_bytes / 1e6:,.1f} MB",
+            "" if point.dead_rows is None else f"{point.dead_rows:,}",
+        )
+    return made
+
+
+_POINT = ("ms per call", "times the first", "on disk", "dead rows")
+
+
+def _closing(run: Run) -> list[RenderableType]:
+    judged = [each for each in run.lines if each.met is not None]
+    missed = [each for each in judged if not each.met]
+    said: list[RenderableType] = [Text(f"{len(judged) - len(missed)} of {len(judged)} targets met.")]
+    said += [Text(f"Not met: {each.what}") for each in missed]
+    said += [Text(f"Skipped: {each.what}: {each.why}") for each in run.skipped]
+    said += [Text(f"Failed: {each.what}: {each.why}", "red") for each in run.failed]
+    return said
+
+
+def figure(measured: Spread, unit: str = "") -> str:
+    """The median, and in brackets the lowest and the highest."""
+    text = _number(measured.median)
+    if len(measured.values) > 1:
+        text += f" ({_number(measured.low)}-{_number(measured.high)})"
+    return f"{text} {unit}".rstrip()
+
+
+def _number(value: float) -> str:
+    """Three or four digits that count."""
+    size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1.005 else f"{value:.3f}"
+
+
+def _target(target: Target | None) -> str:
+    if target is None:
+        return ""
+    if target.relation == "within":
+        return f"{target.value:g}-{target.up_to:.3f}"
+    times = " x" if target.of == "ratio" else ""
+    return f"{target.relation} {target.value:g}{times}"

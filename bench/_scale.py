@@ -1,0 +1,93 @@
+"""How much is measured: about a minute of it, or all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Sizes of a mode.
+
+    Attributes:
+        name: of the mode.
+        repetitions: how often each figure is measured.
+        seconds: of one measurement of a rate.
+        pairs: acquire and release, in one measurement of their time.
+        handovers: of a slot, in one measurement.
+        stream_seconds: for which the delivered rate is watched.
+        calls, snapshot_calls: how many are made, to see whether that slows down later ones; the second is the row with an
+            old snapshot, and is reached on the way to the first.
+        patience: seconds after which such a run of many calls is cut short.
+        limits, keys, leases, waiters, processes: how far they grow.
+        waiting_tasks: in the process whose memory is measured.
+        callers: of a peer, on one hot limit.
+        peer_waiters: who wait for the slot that a peer hands over.
+    """
+
+    name: str
+    repetitions: int
+    seconds: float
+    pairs: int
+    handovers: int
+    stream_seconds: float
+    calls: int
+    snapshot_calls: int
+    patience: float
+    limits: int
+    keys: int
+    leases: int
+    waiters: int
+    processes: int
+    waiting_tasks: int
+    callers: tuple[int, ...]
+    peer_waiters: int
+
+
+SHORT = Scale(
+    name="short",
+    repetitions=3,
+    seconds=0.4,
+    pairs=100,
+    handovers=100,
+    stream_seconds=3.0,
+    calls=20_000,
+    snapshot_calls=10_000,
+    patience=4.0,
+    limits=1_000,
+    keys=1_000,
+    leases=1_000,
+    waiters=1_000,
+    processes=4,
+    waiting_tasks=10_000,
+    callers=(1, 8),
+    peer_waiters=1,
+)
+
+FULL = Scale(
+    name="full",
+    repetitions=7,
+    seconds=3.0,
+    pairs=500,
+    handovers=500,
+    stream_seconds=20.0,
+    calls=1_000_000,
+    snapshot_calls=500_000,
+    patience=900.0,
+    limits=100_000,
+    keys=1_000_000,
+    leases=100_000,
+    waiters=10_000,
+    processes=64,
+    waiting_tasks=10_000,
+    callers=(1, 8, 64),
+    peer_waiters=5,
+)
+
+
+def steps(most: int) -> list[int]:
+    """1, 10, 100 … up to ``most``, which is the last."""
+    found = [1]
+    while found[-1] * 10 <= most:
+        found.append(found[-1] * 10)
+    return found if found[-1] == most else [*found, most]

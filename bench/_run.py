@@ -17,7 +17,7 @@ from .peers import rows as peer_rows
 
 __all__ = ["chosen", "run"]
 
-_MODULES = (rows_calls, rows_waiting, memory, growth, history, peer_rows)  # in the order of the table
+_ORDER = [module.__name__ for module in (rows_calls, rows_waiting, history, growth, memory, peer_rows)]
 
 
 class UnknownRow(ValueError):
@@ -33,7 +33,8 @@ def chosen(only: Sequence[str], peers: bool) -> list[Row]:
     for name in only:
         if name not in ROWS:
             raise UnknownRow(f"there is no row {name!r}; rows: {', '.join(ROWS)}")
-    return [row for row in ROWS.values() if (row.name in only if only else peers or not row.peer)]
+    wanted = [row for row in ROWS.values() if (row.name in only if only else peers or not row.peer)]
+    return sorted(wanted, key=lambda row: _ORDER.index(row.measure.__module__))
 
 
 def run(

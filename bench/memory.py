@@ -31,7 +31,7 @@ def crowd(bench: Bench) -> Iterator[Result]:
     with bench.site() as site, Limiter(site.dsn) as limiter:
         limiter.create(site.name("slot"), 1)
         limiter.create(site.name("turn"), 1, slot_decay_per_second=0.01)
-        limiter.acquire(site.name("slot"))
+        held = limiter.acquire(site.name("slot"))
         limiter.rate_limit(site.name("turn"))
         for name, what in (("slot", "waiting for a slot"), ("turn", "asleep until their turn")):
             task = {"role": "crowd", "name": site.name(name), "waiters": waiters, "rate": name == "turn"}
@@ -41,9 +41,10 @@ def crowd(bench: Bench) -> Iterator[Result]:
             if seen.bytes:
                 megabytes = spread([seen.bytes / 1e6])
                 yield line("crowd", f"{tasks}: memory", "MB", megabytes, "", None, Target("<", 200, "ours"), note)
-            held, most = spread([float(seen.connections)]), spread([float(seen.most_connections)])
-            yield line("crowd", f"{tasks}: connections", "", held, "", None, at_most(3, "ours"))
+            now, most = spread([float(seen.connections)]), spread([float(seen.most_connections)])
+            yield line("crowd", f"{tasks}: connections", "", now, "", None, at_most(3, "ours"))
             yield line("crowd", f"{tasks}: connections at most, ever", "", most, "", None, at_most(3, "ours"))
+        limiter.release(held)
 
 
 class _Seen:

@@ -27,7 +27,7 @@ def serve(task: dict[str, Any], commands: Callable[[], dict[str, Any]]) -> None:
     tell(ready=True)
     while True:
         command = commands()
-        do = {"run": driver.run, "hand_over": driver.hand_over, "stream": driver.stream}[command.pop("do")]
+        do: Callable[..., dict[str, Any]] = getattr(driver, command.pop("do"))
         try:
             tell(**do(**command))
         except Exception as error:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure that was measured several times: its median, and the lowest and the highest."""
+    """A figure that was measured several times: its median, and between what it lies.
+
+    That is the lowest and the highest, or, of more than ``MANY``, the quartiles.
+    """
 
     median: float
     low: float
@@ -24,21 +27,32 @@ class Spread:
         )
 
 
+MANY = 10
+"""More measurements than this are summed up by their quartiles: one of them is bound to be far off."""
+
+
 def spread(values: Sequence[float]) -> Spread:
-    """Median, lowest and highest of at least one figure."""
-    return Spread(statistics.median(values), min(values), max(values), tuple(values))
+    """What several measurements of a figure say, at least one."""
+    return Spread(statistics.median(values), *_ends(values), tuple(values))
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) > MANY:
+        return percentile(values, 0.25), percentile(values, 0.75)
+    return min(values), max(values)
 
 
 def ratio(ours: Spread, theirs: Spread) -> Spread:
-    """How many times theirs ours is: the ratio of the medians, and of the repetitions that belong together the lowest
-    and the highest one. Repetitions belong together by their place; without as many of both, all with all."""
+    """How many times theirs ours is: the ratio of the medians, and between what the ratios of the repetitions lie.
+
+    Repetitions belong together by their place; without as many of both, all with all.
+    """
     if len(ours.values) == len(theirs.values):
         pairs = list(zip(ours.values, theirs.values, strict=True))
     else:
         pairs = [(mine, other) for mine in ours.values for other in theirs.values]
     each = tuple(_quotient(mine, other) for mine, other in pairs)
-    middle = _quotient(ours.median, theirs.median)
-    return Spread(middle, min(each, default=middle), max(each, default=middle), each)
+    return Spread(_quotient(ours.median, theirs.median), *_ends(each), each)
 
 
 def _quotient(one: float, other: float) -> float:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -56,7 +57,7 @@ class Pgbench:
         return self._run(dsn, script, clients, ["-t", str(max(transactions // clients, 1))], durable)
 
     def _run(self, dsn: str, script: str, clients: int, how_long: list[str], durable: bool) -> float:
-        target = conninfo_to_dict(dsn)
+        target: dict[str, Any] = dict(conninfo_to_dict(dsn))
         environment = {**os.environ, "LC_ALL": "C"}
         if (password := target.pop("password", None)) is not None:
             environment["PGPASSWORD"] = str(password)

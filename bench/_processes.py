@@ -99,9 +99,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(
-    tasks: Sequence[Mapping[str, Any]], environment: Mapping[str, str] | None = None
-) -> Iterator[list[Worker]]:
+def workers(tasks: Sequence[Mapping[str, Any]], environment: Mapping[str, str] | None = None) -> Iterator[list[Worker]]:
     """Workers that are ready, for the block."""
     with contextlib.ExitStack() as stack:
         started = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -12,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ._chart import svg
 from ._measure import Spread
 from ._results import Curve, Line, Run, Target
 
@@ -21,6 +24,15 @@ _WIDE = 200
 def as_dict(run: Run) -> dict[str, Any]:
     """Everything, with plain values only."""
     return dataclasses.asdict(run)
+
+
+def write(run: Run, folder: Path) -> None:
+    """Write bench.json, bench.txt and, if there are curves, growth.svg."""
+    text = json.dumps(as_dict(run), indent=1, ensure_ascii=False)
+    (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "bench.txt").write_text(as_text(run), encoding="utf-8")
+    if run.curves:
+        (folder / "growth.svg").write_text(svg(run.curves), encoding="utf-8")
 
 
 def as_text(run: Run) -> str:
@@ -105,7 +117,7 @@ def _closing(run: Run) -> list[RenderableType]:
 
 
 def figure(measured: Spread, unit: str = "") -> str:
-    """The median, and in brackets the lowest and the highest."""
+    """The median, and in brackets between what it lies."""
     text = _number(measured.median)
     if len(measured.values) > 1:
         text += f" ({_number(measured.low)}-{_number(measured.high)})"
@@ -115,7 +127,7 @@ def figure(measured: Spread, unit: str = "") -> str:
 def _number(value: float) -> str:
     """Three or four digits that count."""
     size = abs(value)
-    if size >= 100:
+    if size >= 100 or (value == round(value) and size > 1):
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1.005 else f"{value:.3f}"
 

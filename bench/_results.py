@@ -133,12 +133,19 @@ Result = Line | Curve | Skipped
 
 @dataclass(slots=True)
 class Run:
-    """Everything about one run. ``setup``: machine, versions, settings, by name."""
+    """Everything about one run.
+
+    Attributes:
+        setup: machine, versions, settings, peers, each by name.
+        seconds: how long it took; ``row_seconds``: each row.
+        skipped: what could not take part. ``failed``: what should have, and why it did not.
+    """
 
     mode: str
     started_at: str
     setup: dict[str, dict[str, str]]
     seconds: float = 0.0
+    row_seconds: dict[str, float] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)

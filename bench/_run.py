@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from . import growth, history, memory, rows_calls, rows_waiting
 from ._pgbench import Pgbench
@@ -42,12 +42,14 @@ def run(
     scale: Scale,
     dsn: str | None = None,
     say: Callable[[str], None] = lambda what: None,
+    at_end: Callable[[], None] = lambda: None,
 ) -> Run:
     """Measure rows. One that fails is noted, and the others go on.
 
     Args:
         dsn: of a database with pglimits; None starts a server for the run, which is gone after it.
         say: is told what is under way.
+        at_end: is called when all is measured, before the server goes.
 
     Raises:
         EmbeddedUnavailable, NotInstalled: there is nothing to measure on.
@@ -55,18 +57,21 @@ def run(
     began = time.monotonic()
     done = Run(scale.name, datetime.now(UTC).isoformat(timespec="seconds"), {"machine": machine(dsn is None)})
     say("starting PostgreSQL" if dsn is None else "connecting")
-    with server(dsn) as tested:
-        folder: Path | None = tested.bin
-        bench = Bench(tested, scale, Pgbench.find(folder), say)
+    with contextlib.ExitStack() as stack:
+        tested = stack.enter_context(server(dsn))
+        stack.callback(at_end)
+        bench = Bench(tested, scale, Pgbench.find(tested.bin), say)
         tools = {"pgbench": bench.pgbench.version} if bench.pgbench else {}
         done.setup |= {"versions": versions() | tools, "server": tested.setup(), "peers": bench.peers}
         for number, row in enumerate(rows, 1):
             say(f"{number}/{len(rows)} {row.name}: {row.what}")
+            row_began = time.monotonic()
             try:
                 for result in row.measure(bench):
                     done.add(result)
             except Exception as error:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 done.failed.append(Skipped(row.name, row.what, why))
+            done.row_seconds[row.name] = round(time.monotonic() - row_began, 1)
     done.seconds = time.monotonic() - began
     return done

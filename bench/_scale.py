@@ -13,11 +13,11 @@ class Scale:
         name: of the mode.
         repetitions: how often each figure is measured.
         seconds: of one measurement of a rate.
-        pairs: acquire and release, in one measurement of their time.
+        pairs: acquire and release by one client, for each repetition.
         handovers: of a slot, in one measurement.
         stream_seconds: for which the delivered rate is watched.
-        calls, snapshot_calls: how many are made, to see whether that slows down later ones; the second is the row with an
-            old snapshot, and is reached on the way to the first.
+        calls, snapshot_calls: how many are made, to see whether that slows down later ones; the second is the row with
+            an old snapshot, and is reached on the way to the first.
         patience: seconds after which such a run of many calls is cut short.
         limits, keys, leases, waiters, processes: how far they grow.
         waiting_tasks: in the process whose memory is measured.

@@ -1,4 +1,4 @@
-"""The server that everything is measured on: one of its own that is durable and on disk, or the one that a DSN names."""
+"""The server that everything is measured on: one of its own, durable and on disk, or the one that a DSN names."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ _SHOWN = (
     "commit_delay",
     "jit",
 )
+_FLOOR = (
+    "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, "
+    "autovacuum_vacuum_cost_delay = 0"
+)
+"""The settings of the floor's table: what our own hot table has, so that neither is better off."""
 _IN_MEMORY = {"tmpfs", "ramfs", "overlay-tmpfs"}
 
 
@@ -99,7 +104,8 @@ class Server:
             finally:
                 connection.execute(f"drop schema if exists {schema} cascade".encode())
                 connection.execute(
-                    "select pglimits.delete_limit(l.name) from pglimits.limits l where starts_with(l.name, %s)", [prefix]
+                    "select pglimits.delete_limit(l.name) from pglimits.limits l where starts_with(l.name, %s)",
+                    [prefix],
                 )
 
     def setup(self) -> dict[str, str]:
@@ -113,7 +119,9 @@ class Server:
         assert said is not None
         shown = {"version": str(said[0]), **{name: found[name] for name in _SHOWN if name in found}}
         if not self.own:
-            shown["not ours"] = "settings, load, vacuum and what else is in it are as they were; all rows share a database"
+            shown["not ours"] = (
+                "settings, load, vacuum and what else is in it are as they were; all rows share a database"
+            )
         return shown
 
 
@@ -145,8 +153,7 @@ def server(dsn: str | None) -> Iterator[Server]:
 def _make_floor(connection: psycopg.Connection[Any], schema: str) -> None:
     connection.execute(f"create schema {schema}".encode())
     connection.execute(
-        f"create table {schema}.counters (id integer primary key, n bigint not null) with (fillfactor = 50, "
-        "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0)".encode()
+        f"create table {schema}.counters (id integer primary key, n bigint not null) with ({_FLOOR})".encode()
     )
     connection.execute(f"insert into {schema}.counters select g, 0 from generate_series(1, {ROWS}) g".encode())
     connection.execute(f"vacuum analyze {schema}.counters".encode())

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
 
-_CHUNK = 1_000
+from ._server import Site
+
+_CHUNK = 500
 
 # Acquires on names (or keys) that end in a number, and gives back what it got if it is not to be kept.
 _FILL = """
@@ -21,24 +27,47 @@ where a.status = 'granted'
 """
 
 
-def fill(connection: psycopg.Connection[Any], name: str, many: str, size: int, *, keep: bool = False) -> None:
+def fill(site: Site, name: str, many: str, size: int, *, keep: bool = False) -> None:
     """Use ``size`` limits (named by ``name`` and a number from 1), keys of one limit (numbers from 1), or leases of
     one limit: once each. Leases stay if they are to be kept."""
+    chunks: queue.SimpleQueue[int] = queue.SimpleQueue()
     for first in range(1, size + 1, _CHUNK):
-        last = min(first + _CHUNK - 1, size)
-        row = connection.execute(_FILL, {"name": name, "many": many, "first": first, "last": last}).fetchone()
-        taken = row[0] if row is not None else None
-        if taken is None or len(taken) != last - first + 1:
-            raise RuntimeError(f"only {len(taken or ())} of {last - first + 1} leases were granted")
-        if not keep:
-            connection.execute("select count(*) from pglimits.release(%s::uuid[], false)", [taken])
-    vacuum(connection)
+        chunks.put(first)
+
+    def work() -> None:
+        with site.connect() as connection, contextlib.suppress(queue.Empty):
+            while True:
+                first = chunks.get_nowait()
+                _fill(connection, name, many, first, min(first + _CHUNK - 1, size), keep)
+
+    helpers = min(os.cpu_count() or 1, chunks.qsize(), 4) if many != "leases" else 1
+    with ThreadPoolExecutor(helpers) as threads:
+        try:
+            for done in [threads.submit(work) for _ in range(helpers)]:
+                done.result()
+        except BaseException:
+            with contextlib.suppress(queue.Empty):  # nobody begins another one
+                while True:
+                    chunks.get_nowait()
+            raise
+    with site.connect() as connection:
+        vacuum(connection)
+
+
+def _fill(connection: psycopg.Connection[Any], name: str, many: str, first: int, last: int, keep: bool) -> None:
+    row = connection.execute(_FILL, {"name": name, "many": many, "first": first, "last": last}).fetchone()
+    taken = row[0] if row is not None else None
+    if taken is None or len(taken) != last - first + 1:
+        raise RuntimeError(f"only {len(taken or ())} of {last - first + 1} leases were granted")
+    if not keep:
+        connection.execute("select count(*) from pglimits.release(%s::uuid[], false)", [taken])
 
 
 def vacuum(connection: psycopg.Connection[Any]) -> None:
     """What autovacuum does by itself once it comes round."""
     tables = connection.execute(
-        "select c.oid::regclass::text from pg_class c where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'"
+        "select c.oid::regclass::text from pg_class c "
+        "where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'"
     ).fetchall()
     for (table,) in tables:
         connection.execute(f"vacuum (analyze) {table}".encode())

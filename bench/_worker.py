@@ -1,7 +1,7 @@
 """A process that makes calls: ``python -m pglimits_bench._worker '{"role": …}'``.
 
-It says when it is ready, then answers commands, an object in JSON a line each way. It ends at once when stdin does: then
-the benchmark has no more use for it, or is gone.
+It says when it is ready, then answers commands, an object in JSON a line each way. It ends at once when stdin does:
+then the benchmark has no more use for it, or is gone.
 """
 
 from __future__ import annotations

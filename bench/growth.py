@@ -24,8 +24,14 @@ from ._server import Site
 from ._tables import fill, sizes
 from .rows_calls import ROOM, calls, together
 
-_CALLS = 40
-"""Calls in one measurement."""
+_CALLS = 10
+"""Calls in one measurement: few, so that all sizes have their turn before the machine is disturbed again."""
+
+_ROUNDS = 20
+"""Measurements of each size for one repetition."""
+
+_CALL_IN = 2.0
+"""Seconds after which waiters are kept alive."""
 
 _ACQUIRE = "select a.lease_id from pglimits.acquire(%s, key => %s) a"
 _RELEASE = "select pglimits.release(%s::uuid)"
@@ -56,7 +62,7 @@ class _Pairs:
             self._connection.execute(series, [self._name, ROOM, size])
         else:
             self._connection.execute(create, [self._name, ROOM])
-        fill(self._connection, self._name, many, size, keep=many == "leases")
+        fill(site, self._name, many, size, keep=many == "leases")
 
     def ms(self) -> float:
         began = time.perf_counter()
@@ -80,19 +86,20 @@ class _Line:
         self._name = site.name(f"waiters-{size}")
         self._connection.execute("select pglimits.create_limit(%s, 1)", [self._name])
         self._line: deque[UUID] = deque()
+        self._called_in = time.monotonic()
         for _ in range(size + 1):
             self._join()
-            self._keep_alive(1.0)
+            self._keep_alive()
 
     def _join(self) -> None:
         self._line.append(uuid4())
         self._connection.execute(_QUEUE, [self._name, self._line[-1]])
 
-    def _keep_alive(self, part: float = 0.0) -> None:
+    def _keep_alive(self) -> None:
         """Call in for all, as their processes would, if it is about time."""
         now = time.monotonic()
-        if now - getattr(self, "_called", 0.0) > 2.0 * part:
-            self._called = now
+        if now - self._called_in > _CALL_IN:
+            self._called_in = now
             self._connection.execute("select count(*) from pglimits.watch(%s::uuid[])", [list(self._line)])
 
     def ms(self) -> float:
@@ -100,7 +107,9 @@ class _Line:
         began = time.perf_counter()
         for _ in range(_CALLS // 2):
             self._join()
-            self._connection.execute(_RELEASE, [self._line.popleft()])
+            row = self._connection.execute(_RELEASE, [self._line.popleft()]).fetchone()
+            if row is None or not row[0]:
+                raise RuntimeError("the line fell apart: its waiters could not be kept alive in time")
         return (time.perf_counter() - began) * 1000 / _CALLS
 
     def sizes(self) -> tuple[int, int]:
@@ -133,15 +142,13 @@ def waiters(bench: Bench) -> Iterator[Result]:
 
 def _grow(bench: Bench, name: str, x: str, most: int, make: Callable[[Site, int], _Calls]) -> Iterator[Result]:
     with contextlib.ExitStack() as stack:
-        made = []
-        for size in steps(most):
+        made: list[_Calls] = []
+        for size in reversed(steps(most)):  # the largest takes longest to make, and no small line waits so long
             bench.say(f"{name}: {size:,}")
-            made.append(make(stack.enter_context(bench.site()), size))
-        rounds = bench.scale.repetitions * 3
-        measured = alternate([each.ms for each in made], rounds, warm_up=2)
-        points = []
-        for size, each, ms in zip(steps(most), made, measured, strict=True):
-            points.append(Point(size, ms, *each.sizes()))
+            made.insert(0, make(stack.enter_context(bench.site()), size))
+        bench.say(f"{name}: measuring")
+        measured = alternate([each.ms for each in made], bench.scale.repetitions * _ROUNDS, warm_up=5)
+        points = [Point(size, ms, *each.sizes()) for size, each, ms in zip(steps(most), made, measured, strict=True)]
     yield from _grown(name, x, points, "" if bench.server.own else "all sizes share their tables")
 
 
@@ -174,11 +181,8 @@ def processes(bench: Bench) -> Iterator[Result]:
             together(started, 1, scale.seconds / 4)
             for number in numbers:
                 bench.say(f"processes: {number}")
-                points.append(
-                    Point(number, _per_call([together(started[:number], 1, scale.seconds) for _ in range(3)]))
-                )
-                taken = sizes(connection)
-                points[-1] = Point(number, points[-1].ms, *taken)
+                rates = [together(started[:number], 1, scale.seconds) for _ in range(scale.repetitions)]
+                points.append(Point(number, _per_call(rates), *sizes(connection)))
     note = "time of all divided by all calls"
     yield from _grown("processes", "processes", points, note, target=None)
 

@@ -48,7 +48,7 @@ class _History:
 
 @row("calls", "time of a call against the calls already made, also with an old snapshot open")
 def calls(bench: Bench) -> Iterator[Result]:
-    """The same calls in two databases: one in which nothing is in the way of vacuum, one with a snapshot from before."""
+    """The same calls in two databases: in one nothing is in the way of vacuum, in one an old snapshot is."""
     pgbench, scale = bench.pgbench, bench.scale
     if pgbench is None:
         yield without_pgbench("calls")
@@ -60,7 +60,7 @@ def calls(bench: Bench) -> Iterator[Result]:
         note = _make(bench, [plain, held], scale)
         yield from _compare(plain, held, scale, note)
 
-        snapshot.close()
+        snapshot.rollback()
         vacuum(held.connection)
         grown = held.points[-1]
         for part in range(1, scale.repetitions + 1):

@@ -20,8 +20,8 @@ from ._rows import Bench, row
 from ._server import Site
 
 _PATIENCE = 120.0
-_WATCHED = 4.0
-"""Seconds that the crowd is watched once it is complete: it is kept alive, in the database, in the meantime."""
+_WATCHED = 5
+"""How long the crowd is watched once it is complete, in measurements of a rate. It is kept alive meanwhile."""
 
 
 @row("crowd", "memory and connections of a process with 10,000 waiting tasks")
@@ -35,7 +35,7 @@ def crowd(bench: Bench) -> Iterator[Result]:
         limiter.rate_limit(site.name("turn"))
         for name, what in (("slot", "waiting for a slot"), ("turn", "asleep until their turn")):
             task = {"role": "crowd", "name": site.name(name), "waiters": waiters, "rate": name == "turn"}
-            seen = _watch(site, limiter, task)
+            seen = _watch(site, limiter, task, _WATCHED * bench.scale.seconds)
             tasks = f"1 process, {waiters:,} tasks {what}"
             note = f"complete after {seen.seconds:.1f} s"
             if seen.bytes:
@@ -57,7 +57,7 @@ class _Seen:
         self.seconds = 0.0
 
 
-def _watch(site: Site, limiter: Limiter, task: dict[str, object]) -> _Seen:
+def _watch(site: Site, limiter: Limiter, task: dict[str, object], watched: float) -> _Seen:
     mark = f"pglimits-bench-{os.getpid()}"
     dsn = make_conninfo(site.dsn, application_name=mark)
     seen = _Seen()
@@ -79,7 +79,7 @@ def _watch(site: Site, limiter: Limiter, task: dict[str, object]) -> _Seen:
                 elif time.monotonic() - began > _PATIENCE:
                     waiting = limiter.get(str(task["name"])).waiting
                     raise TimeoutError(f"only {waiting:,} of {waiters:,} tasks wait after {_PATIENCE:g} s")
-            elif time.monotonic() - began > seen.seconds + _WATCHED:
+            elif time.monotonic() - began > seen.seconds + watched:
                 return seen
             time.sleep(0.05)
 

@@ -10,6 +10,7 @@ from ._results import Curve
 
 _WIDTH, _HEIGHT = 380, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 34, 40
+_HEAD = 24
 _COLUMNS = 2
 _STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #444 }
@@ -27,15 +28,16 @@ text { font: 11px system-ui, sans-serif; fill: #444 }
 def svg(curves: Sequence[Curve]) -> str:
     """Each curve in a field of its own, both axes logarithmic, all with the same height for a factor of ten."""
     rows = math.ceil(len(curves) / _COLUMNS) or 1
-    width, height = _COLUMNS * _WIDTH, rows * _HEIGHT
+    width, height = _COLUMNS * _WIDTH, rows * _HEIGHT + _HEAD
     top, bottom = _range([point.ms.median for curve in curves for point in curve.points])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         ' role="img" aria-label="Time of a call as things grow">',
         f"<style>{_STYLE}</style>",
+        f'<text class="title" x="{_LEFT}" y="18">Time of a call against …</text>',
     ]
     for number, curve in enumerate(curves):
-        x, y = number % _COLUMNS * _WIDTH, number // _COLUMNS * _HEIGHT
+        x, y = number % _COLUMNS * _WIDTH, _HEAD + number // _COLUMNS * _HEIGHT
         parts.append(f'<g transform="translate({x} {y})">{_field(curve, bottom, top)}</g>')
     return "\n".join([*parts, "</svg>", ""])
 
@@ -48,8 +50,8 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _field(curve: Curve, bottom: float, top: float) -> str:
-    right = max([point.x for point in curve.points] + [10])
-    left = min([point.x for point in curve.points] + [right / 10])
+    left = min(point.x for point in curve.points)
+    right = max(max(point.x for point in curve.points), left * 2)
 
     def across(x: float) -> float:
         part = math.log10(max(x, left) / left) / math.log10(right / left)
@@ -64,7 +66,7 @@ def _field(curve: Curve, bottom: float, top: float) -> str:
         y = down(ms)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{ms:g} ms</text>')
-    for x in _powers(left, right):
+    for x in _marks(left, right):
         parts.append(f'<text x="{across(x):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{_short(x)}</text>')
     axis = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}"'
     parts.append(f'<line class="axis" {axis}/>')
@@ -89,6 +91,15 @@ def _field(curve: Curve, bottom: float, top: float) -> str:
 def _powers(low: float, high: float) -> list[float]:
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**power for power in range(first, last + 1)]
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Powers of ten, or where there are not two of them, some more."""
+    powers = _powers(low, high)
+    if len(powers) > 1:
+        return powers
+    found = [digit * 10.0**power for power in range(-1, 8) for digit in (1, 2, 5)]
+    return [mark for mark in found if low <= mark <= high]
 
 
 def _short(number: float) -> str:

@@ -21,9 +21,9 @@ def tell(**facts: Any) -> None:
 
 def serve(task: dict[str, Any], commands: Callable[[], dict[str, Any]]) -> None:
     """The role ``calls``: do what is asked, until there is nothing more."""
-    made = subject(task)
-    driver: _InThreads | _InTasks
-    driver = _InTasks(cast(Tasks, made)) if task["flavour"] == "tasks" else _InThreads(cast(Threads, made))
+    driver = _InTasks() if task["flavour"] == "tasks" else _InThreads()
+    if "subject" in task:
+        driver.use(task)
     tell(ready=True)
     while True:
         command = commands()
@@ -68,11 +68,19 @@ class _Gaps:
 
 
 class _InThreads:
-    def __init__(self, measured: Threads) -> None:
-        self._measured = measured
+    _measured: Threads
 
-    def run(self, callers: int, seconds: float) -> dict[str, Any]:
-        """As many units of work as so many callers can do in so many seconds, and how long each took."""
+    def use(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Call this from now on."""
+        self._measured = cast(Threads, subject(task))
+        return {}
+
+    def take(self) -> dict[str, Any]:
+        """One unit of work."""
+        return {"granted": self._measured.take()}
+
+    def run(self, callers: int, seconds: float, pause: float = 0.0) -> dict[str, Any]:
+        """As many units of work as so many callers can do in so many seconds, with so many seconds between two."""
         count = _Count()
 
         def call() -> None:
@@ -80,6 +88,8 @@ class _InThreads:
             while (began := time.perf_counter()) < until:
                 granted += self._measured.take()
                 taken.append(time.perf_counter() - began)
+                if pause:
+                    time.sleep(pause)
             with lock:
                 count.granted += granted
                 count.refused += len(taken) - granted
@@ -90,6 +100,11 @@ class _InThreads:
         until = started + seconds
         _in_threads(call, callers)
         return count.facts(time.perf_counter() - started)
+
+    def hold(self) -> dict[str, Any]:
+        """Take a slot and keep it."""
+        self._held = self._measured.acquire()
+        return {}
 
     def hand_over(self, waiters: int, rounds: int, hold: float, settle: float) -> dict[str, Any]:
         """A slot goes through all who wait for it, one after the other, ``rounds`` times.
@@ -154,15 +169,25 @@ def _in_threads(work: Callable[[], None], callers: int) -> None:
 
 
 class _InTasks:
-    def __init__(self, measured: Tasks) -> None:
-        self._measured = measured
+    _measured: Tasks
+
+    def __init__(self) -> None:
         self._runner = asyncio.Runner()
 
-    def run(self, callers: int, seconds: float) -> dict[str, Any]:
-        """As ``_InThreads.run``."""
-        return self._runner.run(self._run(callers, seconds))
+    def use(self, task: dict[str, Any]) -> dict[str, Any]:
+        """As ``_InThreads.use``."""
+        self._measured = cast(Tasks, subject(task))
+        return {}
 
-    async def _run(self, callers: int, seconds: float) -> dict[str, Any]:
+    def take(self) -> dict[str, Any]:
+        """As ``_InThreads.take``."""
+        return {"granted": self._runner.run(self._measured.take())}
+
+    def run(self, callers: int, seconds: float, pause: float = 0.0) -> dict[str, Any]:
+        """As ``_InThreads.run``."""
+        return self._runner.run(self._run(callers, seconds, pause))
+
+    async def _run(self, callers: int, seconds: float, pause: float) -> dict[str, Any]:
         count = _Count()
         started = time.perf_counter()
         until = started + seconds
@@ -174,9 +199,16 @@ class _InTasks:
                 else:
                     count.refused += 1
                 count.seconds.append(time.perf_counter() - began)
+                if pause:
+                    await asyncio.sleep(pause)
 
         await _together(call, callers)
         return count.facts(time.perf_counter() - started)
+
+    def hold(self) -> dict[str, Any]:
+        """As ``_InThreads.hold``."""
+        self._held = self._runner.run(self._measured.acquire())
+        return {}
 
     def hand_over(self, waiters: int, rounds: int, hold: float, settle: float) -> dict[str, Any]:
         """As ``_InThreads.hand_over``."""

@@ -16,17 +16,18 @@ _PATIENCE = 10.0
 
 # Runs a program for as long as its own stdin is open: when the benchmark dies, the kernel closes that.
 _LEASH = """
-import subprocess, sys, threading
+import os, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 def end():
-    sys.stdin.buffer.read()
+    while os.read(0, 1):
+        pass
     child.terminate()
     try:
         child.wait(5)
     except subprocess.TimeoutExpired:
         child.kill()
 threading.Thread(target=end, daemon=True).start()
-sys.exit(child.wait())
+os._exit(1 if child.wait() else 0)
 """
 
 
@@ -135,6 +136,6 @@ def tail(said: IO[bytes]) -> str:
     """The end of what a process has said, as one line."""
     with contextlib.suppress(OSError, ValueError):
         said.seek(0, os.SEEK_END)
-        said.seek(max(said.tell() - 1500, 0))
+        said.seek(max(said.tell() - 800, 0))
         return " ".join(said.read().decode(errors="replace").split()) or "it said nothing"
     return "it said nothing"

@@ -49,7 +49,8 @@ def tables(run: Run) -> list[RenderableType]:
     if run.lines:
         parts += ["", _lines(run.lines)]
     for curve in run.curves:
-        parts += ["", _curve(curve)]
+        note = f" ({curve.note})" if curve.note else ""
+        parts += ["", Text(f"Time of a call against {curve.what}{note}", "bold"), _curve(curve)]
     parts += ["", *_closing(run)]
     return parts
 
@@ -89,8 +90,6 @@ def _lines(lines: list[Line]) -> Table:
 
 def _curve(curve: Curve) -> Table:
     made = _table(curve.x, "ms per call", "times the first", "on disk", "dead rows", numbers=(curve.x, *_POINT))
-    made.title = curve.what + (f" ({curve.note})" if curve.note else "")
-    made.title_justify = "left"
     first = curve.points[0].ms.median
     for point in curve.points:
         made.add_row(
@@ -110,7 +109,7 @@ def _closing(run: Run) -> list[RenderableType]:
     judged = [each for each in run.lines if each.met is not None]
     missed = [each for each in judged if not each.met]
     said: list[RenderableType] = [Text(f"{len(judged) - len(missed)} of {len(judged)} targets met.")]
-    said += [Text(f"Not met: {each.what}") for each in missed]
+    said += [Text(f"Not met: {each.what}" + (f" / {each.against}" if each.against else "")) for each in missed]
     said += [Text(f"Skipped: {each.what}: {each.why}") for each in run.skipped]
     said += [Text(f"Failed: {each.what}: {each.why}", "red") for each in run.failed]
     return said

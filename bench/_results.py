@@ -106,7 +106,7 @@ class Curve:
 
     Attributes:
         row: what ``--only`` calls it.
-        what: what grows.
+        what: what the time of a call is looked at against.
         x: what is counted on the x axis.
         points: by x.
         note: what one has to know to read it.

@@ -52,6 +52,7 @@ def row(name: str, what: str, *, peer: bool = False) -> Callable[[Measure], Meas
     """Make a function a row."""
 
     def register(measure: Measure) -> Measure:
+        assert name not in ROWS, name
         ROWS[name] = Row(name, what, measure, peer)
         return measure
 

@@ -22,7 +22,9 @@ class Scale:
         limits, keys, leases, waiters, processes: how far they grow.
         waiting_tasks: in the process whose memory is measured.
         callers: of a peer, on one hot limit.
-        peer_waiters: who wait for the slot that a peer hands over.
+        peer_seconds, peer_repetitions, peer_stream_seconds: as those above, for peers; 0 seconds: not at all.
+        peer_waiters, peer_rounds: who wait for the slot that a peer hands over, and how often.
+        peer_variants: whether a peer is measured with all its settings, or only with those that do what ours do.
     """
 
     name: str
@@ -41,7 +43,12 @@ class Scale:
     processes: int
     waiting_tasks: int
     callers: tuple[int, ...]
+    peer_seconds: float
+    peer_repetitions: int
+    peer_stream_seconds: float
     peer_waiters: int
+    peer_rounds: int
+    peer_variants: bool
 
 
 SHORT = Scale(
@@ -51,7 +58,7 @@ SHORT = Scale(
     pairs=100,
     handovers=100,
     stream_seconds=4.0,
-    calls=20_000,
+    calls=10_000,
     snapshot_calls=10_000,
     patience=4.0,
     limits=1_000,
@@ -61,7 +68,12 @@ SHORT = Scale(
     processes=4,
     waiting_tasks=10_000,
     callers=(1, 8),
+    peer_seconds=0.2,
+    peer_repetitions=2,
+    peer_stream_seconds=0.0,
     peer_waiters=1,
+    peer_rounds=1,
+    peer_variants=False,
 )
 
 FULL = Scale(
@@ -81,7 +93,12 @@ FULL = Scale(
     processes=64,
     waiting_tasks=10_000,
     callers=(1, 8, 64),
+    peer_seconds=3.0,
+    peer_repetitions=5,
+    peer_stream_seconds=20.0,
     peer_waiters=5,
+    peer_rounds=5,
+    peer_variants=True,
 )
 
 

@@ -17,8 +17,8 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from pglimits import _embedded, _install
-from pglimits._embedded_binaries import find_binaries
-from pglimits.errors import NotInstalled
+from pglimits._embedded_binaries import Binaries, candidates, find_binaries
+from pglimits.errors import EmbeddedUnavailable, NotInstalled
 
 from ._scripts import ROWS
 
@@ -108,6 +108,12 @@ class Server:
                     [prefix],
                 )
 
+    def has(self, extension: str) -> bool:
+        """Whether an extension could be created."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            found = connection.execute("select from pg_available_extensions where name = %s", [extension]).fetchone()
+        return found is not None
+
     def setup(self) -> dict[str, str]:
         """Version and settings, as the server says them."""
         with psycopg.connect(self.dsn, autocommit=True) as connection:
@@ -139,8 +145,28 @@ def server(dsn: str | None) -> Iterator[Server]:
                 raise NotInstalled("pglimits is not installed in this database: run pglimits install")
         yield Server(dsn, False, None)
         return
-    binaries = find_binaries()
-    with _on_disk(), _embedded.throwaway(binaries=binaries, fsync=True, settings=_settings()) as started:
+    with _started(find_binaries()) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def server_with(extension: str) -> Iterator[Server]:
+    """A server like the own one, of the first PostgreSQL on this machine that has an extension.
+
+    Raises:
+        EmbeddedUnavailable: none has it.
+    """
+    for binaries in candidates():
+        with _started(binaries) as started:
+            if started.has(extension):
+                yield started
+                return
+    raise EmbeddedUnavailable(f"no PostgreSQL with {extension}")
+
+
+@contextlib.contextmanager
+def _started(binaries: Binaries) -> Iterator[Server]:
+    with on_disk(), _embedded.throwaway(binaries=binaries, fsync=True, settings=_settings()) as started:
         with psycopg.connect(started.dsn, autocommit=True) as connection:
             connection.execute(f"create database {_TEMPLATE}".encode())
         template = make_conninfo(started.dsn, dbname=_TEMPLATE)
@@ -174,7 +200,7 @@ def _settings() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _on_disk() -> Iterator[None]:
+def on_disk() -> Iterator[None]:
     """Have temporary folders made on a disk where the usual ones are in memory."""
     usual = tempfile.gettempdir()
     if _filesystem(Path(usual)) in _IN_MEMORY and _filesystem(Path("/var/tmp")) not in {"", *_IN_MEMORY}:
@@ -215,7 +241,7 @@ def machine(own: bool) -> dict[str, str]:
         model = next(line for line in text.splitlines() if line.startswith("model name"))
         shown["processor"] = model.partition(":")[2].strip()
     if own:
-        with _on_disk():
+        with on_disk():
             shown["file system"] = _filesystem(Path(tempfile.gettempdir())) or "unknown"
     with contextlib.suppress(OSError):
         shown["load before"] = f"{os.getloadavg()[0]:.1f}"

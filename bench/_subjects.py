@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from pglimits import AcquireTimeout, AsyncLimiter, Limiter
@@ -32,18 +33,14 @@ class Threads(Protocol):
     def turn(self) -> None:
         """Wait for a turn on a rate limit."""
 
-    def close(self) -> None:
-        """Let go of everything."""
-
 
 class Tasks(Protocol):
     """The same, called from tasks of one event loop."""
 
-    async def take(self) -> bool: ...
-    async def acquire(self) -> Any: ...
+    def take(self) -> Coroutine[Any, Any, bool]: ...
+    def acquire(self) -> Coroutine[Any, Any, Any]: ...
     async def release(self, held: Any) -> None: ...
     async def turn(self) -> None: ...
-    async def close(self) -> None: ...
 
 
 class OursInThreads:
@@ -75,9 +72,6 @@ class OursInThreads:
     def turn(self) -> None:
         self._limiter.rate_limit(self._name, strict=True)
 
-    def close(self) -> None:
-        self._limiter.close()
-
 
 class OursInTasks:
     """pglimits, from tasks."""
@@ -107,9 +101,6 @@ class OursInTasks:
 
     async def turn(self) -> None:
         await self._limiter.rate_limit(self._name, strict=True)
-
-    async def close(self) -> None:
-        await self._limiter.close()
 
 
 def subject(task: dict[str, Any]) -> Threads | Tasks:

@@ -164,7 +164,8 @@ def _grown(name: str, x: str, points: list[Point], note: str, target: float | No
         None if target is None else at_most(target),
         note,
     )
-    yield Curve(name, ROWS[name].what, x, tuple(points), note)
+    what = ROWS[name].what.removeprefix("time of a call against the ")
+    yield Curve(name, what, x, tuple(points), note)
 
 
 @row("processes", "time of a call against the number of processes")

@@ -22,6 +22,13 @@ _CLIENTS = 4
 _NOTE = f"{_CLIENTS} clients of pgbench on one limit, synchronous_commit off, so that nothing hides behind the disk"
 
 
+_PART = 10_000
+"""Calls in a part of the last tenth: enough that the start of pgbench's sessions does not count."""
+
+_AFTER = 3
+"""Measurements after the snapshot has ended."""
+
+
 class _History:
     """A limit on which call follows call."""
 
@@ -46,7 +53,7 @@ class _History:
         return spread([self.rates[mark] for mark in marks])
 
 
-@row("calls", "time of a call against the calls already made, also with an old snapshot open")
+@row("calls", "time of a call against the calls already made, with and without an old snapshot open")
 def calls(bench: Bench) -> Iterator[Result]:
     """The same calls in two databases: in one nothing is in the way of vacuum, in one an old snapshot is."""
     pgbench, scale = bench.pgbench, bench.scale
@@ -56,41 +63,39 @@ def calls(bench: Bench) -> Iterator[Result]:
     with contextlib.ExitStack() as stack:
         plain = _History(stack.enter_context(bench.site()), pgbench)
         held = _History(stack.enter_context(bench.site()), pgbench)
+        note = "" if bench.server.own else _make(bench, [plain], scale)  # a snapshot would be in its way
         snapshot = stack.enter_context(_old_snapshot(held.connection))
-        note = _make(bench, [plain, held], scale)
+        note = _make(bench, [plain, held] if bench.server.own else [held], scale) or note
         yield from _compare(plain, held, scale, note)
 
         snapshot.rollback()
         vacuum(held.connection)
         grown = held.points[-1]
-        for part in range(1, scale.repetitions + 1):
-            held.go_to(held.made + scale.snapshot_calls // 50)
-            bench.say(f"calls: after the snapshot has ended, {part}/{scale.repetitions}")
-    after = held.points[-scale.repetitions :]
-    ended = spread([held.rates[int(point.x)] for point in after])
+        for part in range(1, _AFTER + 1):
+            bench.say(f"calls: after the snapshot has ended, {part}/{_AFTER}")
+            held.go_to(held.made + scale.snapshot_calls // 10)
+    after = held.points[-_AFTER:]
+    ended = held.last([int(point.x) for point in after])
+    shrunk = f"{(grown.disk_bytes or 0) / 1e6:.1f} MB on disk before, {(after[-1].disk_bytes or 0) / 1e6:.1f} MB now"
     yield line(
         "calls",
         "calls after the snapshot has ended and a vacuum has been round",
         "calls/s",
         ended,
         "before, without one",
-        plain.last([int(point.x) for point in plain.points[-scale.repetitions :]]),
+        plain.last([int(plain.points[-1].x)]),
         at_least(0.8),
+        shrunk,
     )
-    yield _curve("calls-plain", "calls already made", plain, len(plain.points))
-    yield _curve("calls-snapshot", "calls already made with an old snapshot open", held, held.points.index(grown) + 1)
-    yield Curve("calls-after", "after the snapshot has ended", "calls", tuple(after), _NOTE)
-
-
-def _curve(name: str, what: str, of: _History, points: int) -> Curve:
-    return Curve(name, f"time of a call against {what}", "calls", tuple(of.points[:points]), _NOTE)
+    yield Curve("calls", "calls already made", "calls", tuple(plain.points), _NOTE)
+    yield Curve("calls", "calls made with an old snapshot open", "calls", tuple(held.points[:-_AFTER]), _NOTE)
 
 
 def _compare(plain: _History, held: _History, scale: Scale, note: str) -> Iterator[Result]:
     """By the last tenth of the calls, as far as they came."""
-    marks = _last_tenth(scale.snapshot_calls, scale.repetitions)
-    reached = [mark for mark in marks if mark in plain.rates and mark in held.rates]
-    if len(reached) < len(marks):
+    marks = _last_tenth(scale.snapshot_calls)
+    reached = [mark for mark in marks[1:] if mark in plain.rates and mark in held.rates]
+    if not reached:
         reached = sorted(set(plain.rates) & set(held.rates))[-1:]
     yield line(
         "calls",
@@ -105,7 +110,7 @@ def _compare(plain: _History, held: _History, scale: Scale, note: str) -> Iterat
 
 
 def _make(bench: Bench, histories: list[_History], scale: Scale) -> str:
-    """Make all calls: in turns, or, where both share a database and the snapshot would be in the way of both, …"""
+    """Make all calls, in turns. Returns whether there was no time for all."""
     until = time.monotonic() + scale.patience
     for mark in _marks(scale):
         for history in histories:
@@ -121,14 +126,15 @@ def _make(bench: Bench, histories: list[_History], scale: Scale) -> str:
 def _marks(scale: Scale) -> list[int]:
     """1, 2, 5, 10 … thousand, and the last tenth of what matters in small steps."""
     found = {digit * 10**power for power in range(3, 7) for digit in (1, 2, 5)}
-    found |= set(_last_tenth(scale.snapshot_calls, scale.repetitions))
-    found |= set(_last_tenth(scale.calls, scale.repetitions))
+    found |= set(_last_tenth(scale.snapshot_calls)) | set(_last_tenth(scale.calls))
     return sorted(mark for mark in found if mark <= scale.calls)
 
 
-def _last_tenth(calls: int, parts: int) -> list[int]:
+def _last_tenth(calls: int) -> list[int]:
+    """The number before it, and how many calls there will have been after each part of it."""
     begin = calls - calls // 10
-    return [begin + (calls - begin) * part // parts for part in range(1, parts + 1)]
+    parts = max(calls // 10 // _PART, 1)
+    return [begin + (calls - begin) * part // parts for part in range(parts + 1)]
 
 
 @contextlib.contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from .._server import Server, Site
 
@@ -36,7 +39,8 @@ class Opened:
 
     Attributes:
         called: what it is called in the table, with its settings.
-        task: what its workers need to know; a name and a quota come on top.
+        task: what its workers need to know: its subject and its flavour, threads or tasks. A name and a quota come on
+            top.
         environment: variables that its workers need.
         target: whether ours is to be ahead; False where the other does less than we do, and ``note`` says what.
     """
@@ -64,7 +68,6 @@ class Peer:
         packages: of Python, by the name to import, with the name to install.
         program: that has to be on the PATH.
         install: the line that makes it available.
-        flavour: how it is called: from threads or from tasks.
         room: a quota that lets all in.
         holds: whether it hands slots out that are given back; else it only counts calls.
         rates: whether it knows rates.
@@ -78,7 +81,6 @@ class Peer:
     what: str
     packages: Mapping[str, str]
     install: str
-    flavour: Literal["threads", "tasks"]
     room: Quota
     holds: bool
     open: Open
@@ -95,12 +97,14 @@ class Peer:
             gone.append(self.program)
         return f"no {', '.join(gone)}: {self.install}" if gone else None
 
-    def versions(self) -> str:
-        """Of its packages."""
-        found = []
+    def versions(self) -> dict[str, str]:
+        """Of its packages and its program."""
+        found = {}
         for name in self.packages.values():
-            try:
-                found.append(f"{name} {version(name)}")
-            except PackageNotFoundError:
-                found.append(name)
-        return ", ".join(found)
+            with contextlib.suppress(PackageNotFoundError):
+                found[name] = version(name)
+        if self.program:
+            said = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=False).stdout
+            number = re.search(r"\d+(\.\d+)+", said)
+            found[self.program] = number[0] if number else "unknown"
+        return found

@@ -13,21 +13,35 @@ from pathlib import Path
 
 from .._processes import ProcessFailed, program
 from .._server import on_disk
+from ._peer import Opened
 
 PROGRAM = "redis-server"
 _PATIENCE = 10.0
 
 # What makes a call durable before it is answered, as every call of ours is. And what Redis does if nobody tells it
 # anything: a snapshot every few minutes.
-SETTINGS = {
-    "durable": ["--appendonly", "yes", "--appendfsync", "always"],
-    "defaults": [],
-}
-NOT_DURABLE = "not durable: a crash forgets minutes"
+_DURABLE = ["--appendonly", "yes", "--appendfsync", "always"]
+_DEFAULTS: list[str] = []
+_NOT_DURABLE = "not durable: a crash forgets minutes"
 
 
 @contextlib.contextmanager
-def redis(settings: list[str]) -> Iterator[str]:
+def on_redis(subject: str, name: str) -> Iterator[list[Opened]]:
+    """A library on a Redis that is durable and on one with its defaults, called from threads and from tasks."""
+    with _redis(_DURABLE) as durable, _redis(_DEFAULTS) as defaults:
+        found = []
+        for flavour in ("threads", "tasks"):
+            task = {"subject": subject, "flavour": flavour}
+            called = f"{name} on Redis, {flavour}"
+            found += [
+                Opened(f"{called}, appendfsync always", {**task, "socket": durable}),
+                Opened(f"{called}, its defaults", {**task, "socket": defaults}, target=False, note=_NOT_DURABLE),
+            ]
+        yield found
+
+
+@contextlib.contextmanager
+def _redis(settings: list[str]) -> Iterator[str]:
     """Run a server for the block, with its data on disk. Gives the path of its socket."""
     found = shutil.which(PROGRAM)
     assert found is not None
@@ -48,9 +62,3 @@ def _await(path: str, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None or time.monotonic() > until:
             raise ProcessFailed(f"{PROGRAM} did not start")
         time.sleep(0.02)
-
-
-def version() -> str:
-    """Of the server, in its own words."""
-    said = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=False).stdout.split()
-    return next((f"redis-server {word[2:]}" for word in said if word.startswith("v=")), PROGRAM)

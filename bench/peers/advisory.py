@@ -17,7 +17,11 @@ from ._peer import Opened, Peer, Quota
 @contextlib.contextmanager
 def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
     note = "one slot only, no lease, and a connection for each who holds or waits"
-    yield [Opened("pg_advisory_lock", {"subject": "advisory", "dsn": site.dsn}, target=False, note=note)]
+    yield [
+        Opened(
+            "pg_advisory_lock", {"subject": "advisory", "flavour": "threads", "dsn": site.dsn}, target=False, note=note
+        )
+    ]
 
 
 PEER = Peer(
@@ -25,7 +29,6 @@ PEER = Peer(
     what="a hand-written pg_advisory_lock",
     packages={},
     install="",
-    flavour="threads",
     room=Quota(1),
     holds=True,
     rates=False,

@@ -48,7 +48,7 @@ def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
             command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--no-access-log"]
             with program(command, environment) as process:
                 _await(port, process)
-                yield [Opened("Prefect's server", {"subject": "prefect"}, environment)]
+                yield [Opened("Prefect's server", {"subject": "prefect", "flavour": "tasks"}, environment)]
         finally:
             with contextlib.suppress(psycopg.Error):
                 connection.execute(f"drop database {database} with (force)".encode())
@@ -89,7 +89,6 @@ PEER = Peer(
     what="Prefect's global concurrency limits, its server on PostgreSQL",
     packages={"prefect": "prefect", "uvicorn": "uvicorn", "asyncpg": "asyncpg"},
     install="pip install prefect",
-    flavour="tasks",
     room=Quota(1_000_000),
     holds=True,
     open=_open,

@@ -16,7 +16,7 @@ _TABLES = "ratelimit\\_\\_\\_bench-pyrate-%"
 @contextlib.contextmanager
 def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
     try:
-        yield [Opened("PyrateLimiter on PostgreSQL", {"subject": "pyrate", "dsn": site.dsn})]
+        yield [Opened("PyrateLimiter on PostgreSQL", {"subject": "pyrate", "flavour": "threads", "dsn": site.dsn})]
     finally:
         with contextlib.suppress(Exception), site.connect() as connection:
             found = connection.execute(
@@ -31,7 +31,6 @@ PEER = Peer(
     what="PyrateLimiter's PostgresBucket",
     packages={"pyrate_limiter": "pyrate-limiter", "psycopg_pool": "psycopg-pool"},
     install="pip install pyrate-limiter",
-    flavour="threads",
     room=Quota(100_000, 1),
     holds=False,
     open=_open,

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._server import Server, Site
+from .._subjects import Tasks, Threads
 from ._peer import Opened, Peer, Quota
-from ._redis import NOT_DURABLE, PROGRAM, SETTINGS, redis
+from ._redis import PROGRAM, on_redis
 
 
 @contextlib.contextmanager
 def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-    with redis(SETTINGS["durable"]) as durable, redis(SETTINGS["defaults"]) as defaults:
-        task = {"subject": "limits"}
-        yield [
-            Opened("limits on Redis, appendfsync always", {**task, "socket": durable}),
-            Opened("limits on Redis, its defaults", {**task, "socket": defaults}, target=False, note=NOT_DURABLE),
-        ]
+    with on_redis("limits", "limits") as opened:
+        yield opened
 
 
 PEER = Peer(
@@ -28,16 +26,18 @@ PEER = Peer(
     packages={"limits": "limits", "redis": "redis"},
     program=PROGRAM,
     install="pip install 'limits[redis]', and apt install redis-server",
-    flavour="threads",
     room=Quota(100_000, 1),
     holds=False,
     open=_open,
 )
 
 
-class subject:
-    """A limit, called from threads."""
+def subject(task: dict[str, Any]) -> Threads | Tasks:
+    """A limit."""
+    return _InTasks(task) if task["flavour"] == "tasks" else _InThreads(task)
 
+
+class _InThreads:
     def __init__(self, task: dict[str, Any]) -> None:
         import limits
 
@@ -46,6 +46,12 @@ class subject:
         self._item = limits.RateLimitItemPerSecond(task["slots"], int(task["seconds"]))
         self._name: str = task["name"]
 
+    def acquire(self) -> Any:
+        raise NotImplementedError
+
+    def release(self, held: Any) -> None:
+        raise NotImplementedError
+
     def take(self) -> bool:
         return bool(self._limiter.hit(self._item, self._name))
 
@@ -53,3 +59,28 @@ class subject:
         while not self._limiter.hit(self._item, self._name):
             reset_at = self._limiter.get_window_stats(self._item, self._name).reset_time
             time.sleep(max(reset_at - time.time(), 0.001))
+
+
+class _InTasks:
+    def __init__(self, task: dict[str, Any]) -> None:
+        import limits
+
+        uri = f"async+redis+unix://{task['socket']}"
+        storage = limits.storage.storage_from_string(uri, implementation="redispy")
+        self._limiter = limits.aio.strategies.MovingWindowRateLimiter(storage)
+        self._item = limits.RateLimitItemPerSecond(task["slots"], int(task["seconds"]))
+        self._name: str = task["name"]
+
+    async def take(self) -> bool:
+        return bool(await self._limiter.hit(self._item, self._name))
+
+    async def acquire(self) -> Any:
+        raise NotImplementedError
+
+    async def release(self, held: Any) -> None:
+        raise NotImplementedError
+
+    async def turn(self) -> None:
+        while not await self._limiter.hit(self._item, self._name):
+            reset_at = (await self._limiter.get_window_stats(self._item, self._name)).reset_time
+            await asyncio.sleep(max(reset_at - time.time(), 0.001))

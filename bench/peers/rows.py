@@ -26,6 +26,8 @@ _CALLERS = 8
 """Who are refused, or ask for turns all the time."""
 _HOLD = 0.02
 """Seconds for which a slot is held that is then handed over."""
+_STARTING = 2.0
+"""Seconds of a stream that are not counted: what has gathered before it is used up first."""
 _PAUSE = 0.005
 """Seconds between two calls of those who do not wait."""
 
@@ -40,8 +42,7 @@ def _measure(peer: Peer, bench: Bench) -> Iterator[Result]:
     if reason is not None:
         yield Skipped(peer.name, peer.what, reason)
         return
-    if peer.packages:
-        bench.peers[peer.name] = peer.versions()
+    bench.peers |= peer.versions()
     with contextlib.ExitStack() as stack:
         server = bench.server
         if peer.extension and not server.has(peer.extension):
@@ -53,14 +54,10 @@ def _measure(peer: Peer, bench: Bench) -> Iterator[Result]:
             bench.peers["PostgreSQL for " + peer.name] = server.setup()["version"]
         site = stack.enter_context(server.site())
         variants = stack.enter_context(peer.open(server, site))
-        ours = stack.enter_context(worker(_role(peer)))
         for opened in variants if bench.scale.peer_variants else variants[:1]:
-            with worker(_role(peer), opened.environment) as theirs:
+            role = {"role": "calls", "flavour": opened.task["flavour"]}
+            with worker(role) as ours, worker(role, opened.environment) as theirs:
                 yield from _Contest(bench, site, peer, opened, ours, theirs).all()
-
-
-def _role(peer: Peer) -> dict[str, Any]:
-    return {"role": "calls", "flavour": peer.flavour}
 
 
 class _Contest:
@@ -88,7 +85,7 @@ class _Contest:
         name = self._name + short
         with Limiter(self._site.dsn) as limiter:
             limiter.upsert(name, quota.slots, slot_decay_per_second=quota.per_second)
-        common = {"name": name, "flavour": self._peer.flavour, **quota.task(), **more}
+        common = {"name": name, "flavour": self._opened.task["flavour"], **quota.task(), **more}
         ours, theirs = self._workers
         ours.ask("use", task={**common, "subject": "ours", "dsn": self._site.dsn})
         theirs.ask("use", task={**common, **self._opened.task})
@@ -150,8 +147,7 @@ class _Contest:
         delivered = []
         for each in self._workers:
             moments = sorted(each.ask("stream", callers=_CALLERS, seconds=seconds)["moments"])
-            # The quota of the first moment comes at once.
-            steady = [moment for moment in moments[_STREAM.slots :] if moment <= moments[0] + seconds]
+            steady = [moment for moment in moments if _STARTING <= moment - moments[0] <= seconds]
             delivered.append([slope(steady) / _STREAM.per_second])
         target = Target("within", 0.999, "ours", 1.0)
         return self._line(f"delivered / configured rate, {_CALLERS} callers", "", delivered[0], delivered[1], target)
@@ -161,7 +157,7 @@ class _Contest:
 
     def _line(self, what: str, unit: str, ours: Sequence[float], theirs: Sequence[float], target: Target) -> Line:
         opened = self._opened
-        judged = target if opened.target or target.of == "ours" else None
+        judged = target if opened.target else None
         return line(self._peer.name, what, unit, spread(ours), opened.called, spread(theirs), judged, opened.note)
 
 

@@ -8,18 +8,15 @@ from datetime import timedelta
 from typing import Any
 
 from .._server import Server, Site
+from .._subjects import Tasks, Threads
 from ._peer import Opened, Peer, Quota
-from ._redis import NOT_DURABLE, PROGRAM, SETTINGS, redis
+from ._redis import PROGRAM, on_redis
 
 
 @contextlib.contextmanager
 def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-    with redis(SETTINGS["durable"]) as durable, redis(SETTINGS["defaults"]) as defaults:
-        task = {"subject": "throttled"}
-        yield [
-            Opened("throttled-py on Redis, appendfsync always", {**task, "socket": durable}),
-            Opened("throttled-py on Redis, its defaults", {**task, "socket": defaults}, target=False, note=NOT_DURABLE),
-        ]
+    with on_redis("throttled", "throttled-py") as opened:
+        yield opened
 
 
 PEER = Peer(
@@ -28,26 +25,58 @@ PEER = Peer(
     packages={"throttled": "throttled-py", "redis": "redis"},
     program=PROGRAM,
     install="pip install 'throttled-py[redis]', and apt install redis-server",
-    flavour="threads",
     room=Quota(100_000, 1),
     holds=False,
     open=_open,
 )
 
 
-class subject:
-    """A limit, called from threads."""
+def subject(task: dict[str, Any]) -> Threads | Tasks:
+    """A limit."""
+    return _InTasks(task) if task["flavour"] == "tasks" else _InThreads(task)
 
+
+def _made(task: dict[str, Any], package: Any) -> Any:
+    quota = package.rate_limiter.per_duration(timedelta(seconds=task["seconds"]), task["slots"], task["slots"])
+    kept = package.RedisStore(server=f"unix://{task['socket']}")
+    return package.Throttled(key=task["name"], using=package.RateLimiterType.GCRA.value, quota=quota, store=kept)
+
+
+class _InThreads:
     def __init__(self, task: dict[str, Any]) -> None:
-        from throttled import RateLimiterType, Throttled, rate_limiter, store
+        import throttled
 
-        quota = rate_limiter.per_duration(timedelta(seconds=task["seconds"]), task["slots"], task["slots"])
-        kept = store.RedisStore(server=f"unix://{task['socket']}")
-        self._throttled = Throttled(key=task["name"], using=RateLimiterType.GCRA.value, quota=quota, store=kept)
+        self._throttled = _made(task, throttled)
 
     def take(self) -> bool:
         return not self._throttled.limit().limited
 
+    def acquire(self) -> Any:
+        raise NotImplementedError
+
+    def release(self, held: Any) -> None:
+        raise NotImplementedError
+
     def turn(self) -> None:
         while self._throttled.limit(timeout=3600.0).limited:
+            pass
+
+
+class _InTasks:
+    def __init__(self, task: dict[str, Any]) -> None:
+        import throttled.asyncio
+
+        self._throttled = _made(task, throttled.asyncio)
+
+    async def take(self) -> bool:
+        return not (await self._throttled.limit()).limited
+
+    async def acquire(self) -> Any:
+        raise NotImplementedError
+
+    async def release(self, held: Any) -> None:
+        raise NotImplementedError
+
+    async def turn(self) -> None:
+        while (await self._throttled.limit(timeout=3600.0)).limited:
             pass

@@ -25,7 +25,7 @@ class Pgbench:
 
     def __init__(self, program: Path) -> None:
         self._program = program
-        self._rates: dict[tuple[str, str, int], float] = {}
+        self._rates: dict[tuple[str, int], float] = {}
         said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
         self.version = said.strip()
 
@@ -45,7 +45,7 @@ class Pgbench:
         """
         if seconds >= 1:
             return self._run(dsn, script, clients, ["-T", str(round(seconds))], durable)
-        known = (dsn, script, clients)
+        known = (script, clients)
         if known not in self._rates:
             self._rates[known] = self._run(dsn, script, clients, ["-t", str(_TRIAL)], durable)
         each = max(round(self._rates[known] * seconds / clients), 10)

@@ -18,7 +18,7 @@ from ._chart import svg
 from ._measure import Spread
 from ._results import Curve, Line, Run, Target
 
-_WIDE = 200
+_WIDE = 120
 
 
 def as_dict(run: Run) -> dict[str, Any]:
@@ -67,25 +67,30 @@ def _table(*columns: str, numbers: Iterable[str] = ()) -> Table:
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     right = set(numbers)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column != "what")
     return made
 
 
 def _lines(lines: list[Line]) -> Table:
-    numbers = ("ours", "theirs", "ratio")
-    made = _table("what", "ours", "floor or peer", "theirs", "ratio", "target", "met", numbers=numbers)
+    """A figure and below it between what it lies; what was measured and below it what it is compared with."""
+    made = _table("what", "ours", "theirs", "ratio", "target", "met", numbers=("ours", "theirs", "ratio"))
     for each in lines:
-        what = each.what + (f" ({each.note})" if each.note else "")
-        made.add_row(
-            Text(what),
-            figure(each.ours, each.unit),
-            Text(each.against),
-            "" if each.theirs is None else figure(each.theirs, each.unit),
-            "" if each.ratio is None else figure(each.ratio),
-            _target(each.target),
-            {True: Text("met", "green"), False: Text("not met", "red"), None: Text("")}[each.met],
-        )
+        what = Text(each.what)
+        for more in (each.against and f"/ {each.against}", each.note and f"({each.note})"):
+            what.append(f"\n  {more}" if more else "", "dim")
+        met = {True: Text("met", "green"), False: Text("not met", "red"), None: Text("")}[each.met]
+        figures = (_cell(each.ours, each.unit), _cell(each.theirs, each.unit), _cell(each.ratio))
+        made.add_row(what, *figures, _target(each.target), met)
     return made
+
+
+def _cell(measured: Spread | None, unit: str = "") -> Text:
+    if measured is None:
+        return Text("")
+    cell = Text(f"{_number(measured.median)} {unit}".rstrip())
+    if len(measured.values) > 1:
+        cell.append(f"\n{_number(measured.low)}-{_number(measured.high)}", "dim")
+    return cell
 
 
 def _curve(curve: Curve) -> Table:

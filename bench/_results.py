@@ -52,7 +52,7 @@ class Line:
         ours: our figure.
         against: the floor or the peer: what it is.
         theirs: its figure; None where the target is an absolute one.
-        ratio: ours in theirs.
+        ratio: how many times theirs ours is; None where theirs is 0.
         target: what is to be reached; None: shown for information.
         met: whether it was reached; None without a target.
         note: what one has to know to read it.
@@ -81,7 +81,7 @@ def line(
     note: str = "",
 ) -> Line:
     """A line, with its ratio and whether the target was met."""
-    times = None if theirs is None else ratio(ours, theirs)
+    times = ratio(ours, theirs) if theirs is not None and all(theirs.values) else None
     met = None
     if target is not None:
         figure = ours if target.of == "ours" else times

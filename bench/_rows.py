@@ -24,6 +24,8 @@ class Bench:
     say: Callable[[str], None]
     peers: dict[str, str] = field(default_factory=dict)
     """Versions of the peers that took part."""
+    best_clients: int = 0
+    """With how many clients the floor on one row goes best; 0: not known yet."""
 
     @contextlib.contextmanager
     def site(self) -> Iterator[Site]:

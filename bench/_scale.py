@@ -13,6 +13,7 @@ class Scale:
         name: of the mode.
         repetitions: how often each figure is measured.
         seconds: of one measurement of a rate.
+        rounds: measurements of each size of what grows, for each repetition.
         pairs: acquire and release by one client, for each repetition.
         handovers: of a slot, in one measurement.
         stream_seconds: for which the delivered rate is watched.
@@ -30,6 +31,7 @@ class Scale:
     name: str
     repetitions: int
     seconds: float
+    rounds: int
     pairs: int
     handovers: int
     stream_seconds: float
@@ -54,9 +56,10 @@ class Scale:
 SHORT = Scale(
     name="short",
     repetitions=3,
-    seconds=0.4,
+    seconds=0.3,
+    rounds=10,
     pairs=100,
-    handovers=100,
+    handovers=60,
     stream_seconds=4.0,
     calls=10_000,
     snapshot_calls=10_000,
@@ -80,6 +83,7 @@ FULL = Scale(
     name="full",
     repetitions=7,
     seconds=3.0,
+    rounds=30,
     pairs=500,
     handovers=500,
     stream_seconds=20.0,

@@ -27,9 +27,6 @@ from .rows_calls import ROOM, calls, together
 _CALLS = 10
 """Calls in one measurement: few, so that all sizes have their turn before the machine is disturbed again."""
 
-_ROUNDS = 20
-"""Measurements of each size for one repetition."""
-
 _CALL_IN = 2.0
 """Seconds after which waiters are kept alive."""
 
@@ -147,7 +144,7 @@ def _grow(bench: Bench, name: str, x: str, most: int, make: Callable[[Site, int]
             bench.say(f"{name}: {size:,}")
             made.insert(0, make(stack.enter_context(bench.site()), size))
         bench.say(f"{name}: measuring")
-        measured = alternate([each.ms for each in made], bench.scale.repetitions * _ROUNDS, warm_up=5)
+        measured = alternate([each.ms for each in made], bench.scale.repetitions * bench.scale.rounds, warm_up=5)
         points = [Point(size, ms, *each.sizes()) for size, each, ms in zip(steps(most), made, measured, strict=True)]
     yield from _grown(name, x, points, "" if bench.server.own else "all sizes share their tables")
 

@@ -80,7 +80,7 @@ def _pairs(bench: Bench, name: str, *, processes: int, tasks: int, target: float
         task = calls(site, "hot", flavour="tasks")
         with Limiter(site.dsn) as limiter:
             limiter.create(task["name"], ROOM)
-        best = _best_clients(pgbench, site, scale.seconds)
+        best = _best_clients(bench, pgbench, site)
         with workers([task] * processes) as started:
             ours, floor = alternate(
                 [
@@ -121,10 +121,12 @@ def together(started: list[Worker], callers: int, seconds: float) -> float:
     return float(sum(answer["granted"] for answer in answers) / max(answer["elapsed"] for answer in answers))
 
 
-def _best_clients(pgbench: Pgbench, site: Site, seconds: float) -> int:
-    """With how many clients a bare UPDATE of one row goes best."""
-    script = _scripts.update_one(site.table)
-    return max((1, 8, 32), key=lambda clients: pgbench.rate(site.dsn, script, clients, seconds))
+def _best_clients(bench: Bench, pgbench: Pgbench, site: Site) -> int:
+    """With how many clients a bare UPDATE of one row goes best. Found out once for all rows."""
+    if not bench.best_clients:
+        script, seconds = _scripts.update_one(site.table), bench.scale.seconds
+        bench.best_clients = max((1, 8, 32), key=lambda clients: pgbench.rate(site.dsn, script, clients, seconds))
+    return bench.best_clients
 
 
 @row("sql-one-limit", "8 connections calling the SQL functions, one limit, calls")

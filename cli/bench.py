@@ -33,7 +33,14 @@ def bench(
         list[str] | None,
         typer.Option("--only", metavar="ROW", show_default=False, help="Only this row. Can be repeated."),
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure what others use as well.")] = True,
+    peers: Annotated[
+        bool | None,
+        typer.Option(
+            "--peers/--no-peers",
+            show_default=False,
+            help="Measure what others use as well, a minute more. Default: only with --full.",
+        ),
+    ] = None,
     rows: Annotated[bool, typer.Option("--rows", help="List the rows, and measure nothing.")] = False,
     out: Annotated[
         Path | None,
@@ -62,26 +69,26 @@ def bench(
     Starts a PostgreSQL of its own, durable and on disk, and leaves nothing
     behind. With --dsn it measures on that server, with limits of its own that
     it deletes at the end, and takes the settings as they are. What others use
-    (Redis, Prefect, …) takes part if it is installed: pip install
-    'pglimits\\[bench]', and a redis-server.
+    (Redis, Prefect, …) takes part with --peers or --full, each if it is
+    installed: pip install 'pglimits\\[bench]', and a redis-server.
 
     Each figure is a median of several measurements that alternate with those
-    of the floor; in brackets the lowest and the highest, or the quartiles of
-    more than ten. A target that is missed is shown and is no error: exits
-    with 1 only if something could not be measured.
+    of the floor; below it the lowest and the highest, or of more than ten the
+    quartiles. A target that is missed is shown and is no error: exits with 1
+    only if something could not be measured.
 
     Example: pglimits bench
 
     Example: pglimits bench --only uncontended --only hand-over
 
-    Example: pglimits bench --full --out bench/results
+    Example: pglimits bench --full --out results
     """
     runner, scales, report = _parts()
     if rows:
         _list(runner.chosen([], True), output)
         return
     try:
-        wanted = runner.chosen(only or [], peers)
+        wanted = runner.chosen(only or [], full if peers is None else peers)
     except ValueError as error:
         raise _errors.usage(str(error)) from error
     if out is not None:

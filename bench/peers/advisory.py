@@ -16,7 +16,7 @@ from ._peer import Opened, Peer, Quota
 
 @contextlib.contextmanager
 def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-    note = "one slot only, no lease, and a connection for each who holds or waits"
+    note = "one slot, no lease; a connection for each who holds or waits"
     yield [
         Opened(
             "pg_advisory_lock", {"subject": "advisory", "flavour": "threads", "dsn": site.dsn}, target=False, note=note

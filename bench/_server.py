@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -97,16 +97,21 @@ class Server:
     def _shared_site(self) -> Iterator[Site]:
         mark = uuid4().hex[:8]
         schema, prefix = f"pglimits_bench_{mark}", f"pglimits-bench-{mark}-"
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            try:
-                _make_floor(connection, schema)
-                yield Site(self.dsn, f"{schema}.counters", prefix)
-            finally:
+
+        def clean() -> None:
+            with psycopg.connect(self.dsn, autocommit=True) as connection:
                 connection.execute(f"drop schema if exists {schema} cascade".encode())
                 connection.execute(
                     "select pglimits.delete_limit(l.name) from pglimits.limits l where starts_with(l.name, %s)",
                     [prefix],
                 )
+
+        try:
+            with psycopg.connect(self.dsn, autocommit=True) as connection:
+                _make_floor(connection, schema)
+            yield Site(self.dsn, f"{schema}.counters", prefix)
+        finally:
+            certainly(clean)
 
     def has(self, extension: str) -> bool:
         """Whether an extension could be created."""
@@ -128,7 +133,18 @@ class Server:
             shown["not ours"] = (
                 "settings, load, vacuum and what else is in it are as they were; all rows share a database"
             )
+        if "off" in (shown["fsync"], shown["synchronous_commit"]):
+            shown["not durable"] = "what is called durable here is not, on this server"
         return shown
+
+
+def certainly(clean: Callable[[], None]) -> None:
+    """Tidy up, and once more from the start if ctrl-C strikes in the middle of it."""
+    try:
+        clean()
+    except BaseException:
+        clean()
+        raise
 
 
 @contextlib.contextmanager

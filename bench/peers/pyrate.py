@@ -7,23 +7,29 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .._server import Server, Site
+from .._server import Server, Site, certainly
 from ._peer import Opened, Peer, Quota
 
-_TABLES = "ratelimit\\_\\_\\_bench-pyrate-%"
+_TABLES = "ratelimit___"
+"""How the names of its tables begin."""
 
 
 @contextlib.contextmanager
 def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-    try:
-        yield [Opened("PyrateLimiter on PostgreSQL", {"subject": "pyrate", "flavour": "threads", "dsn": site.dsn})]
-    finally:
-        with contextlib.suppress(Exception), site.connect() as connection:
+    def clean() -> None:
+        with site.connect() as connection:
             found = connection.execute(
-                "select c.oid::regclass::text from pg_class c where c.relkind = 'r' and c.relname like %s", [_TABLES]
+                "select c.oid::regclass::text from pg_class c where c.relkind = 'r' and starts_with(c.relname, %s)",
+                [_TABLES + site.prefix],
             ).fetchall()
             for (table,) in found:
                 connection.execute(f"drop table {table}".encode())
+
+    try:
+        yield [Opened("PyrateLimiter on PostgreSQL", {"subject": "pyrate", "flavour": "threads", "dsn": site.dsn})]
+    finally:
+        if not server.own:  # else the whole database goes
+            certainly(clean)
 
 
 PEER = Peer(
@@ -53,7 +59,7 @@ class subject:
             from pyrate_limiter import Limiter, PostgresBucket, Rate
 
             rate = Rate(self._task["slots"], int(self._task["seconds"] * 1000))
-            self._mine.limiter = Limiter(PostgresBucket(self._pool, f"bench-pyrate-{self._task['name']}", [rate]))
+            self._mine.limiter = Limiter(PostgresBucket(self._pool, self._task["name"], [rate]))
         return self._mine.limiter
 
     def take(self) -> bool:

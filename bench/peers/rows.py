@@ -35,7 +35,8 @@ _FASTER = Target("<", 1)
 _MORE = Target(">", 1)
 
 
-def _measure(peer: Peer, bench: Bench) -> Iterator[Result]:
+def measure(peer: Peer, bench: Bench) -> Iterator[Result]:
+    """Ours and a peer's, or why it cannot take part."""
     reason = peer.missing()
     if reason is None and peer.database and not bench.server.own:
         reason = "it needs a database of its own: run without --dsn"
@@ -163,8 +164,8 @@ class _Contest:
 
 def _register(peer: Peer) -> None:
     @row(peer.name, f"{peer.what}, beside ours at the same work", peer=True)
-    def measure(bench: Bench) -> Iterator[Result]:
-        yield from _measure(peer, bench)
+    def beside_ours(bench: Bench) -> Iterator[Result]:
+        yield from measure(peer, bench)
 
 
 for _peer in PEERS:

@@ -17,6 +17,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from pglimits import _embedded, _install
+from pglimits._database import connect
 from pglimits._embedded_binaries import Binaries, candidates, find_binaries
 from pglimits.errors import EmbeddedUnavailable, NotInstalled
 
@@ -42,7 +43,7 @@ _FLOOR = (
     "autovacuum_vacuum_cost_delay = 0"
 )
 """The settings of the floor's table: what our own hot table has, so that neither is better off."""
-_IN_MEMORY = {"tmpfs", "ramfs", "overlay-tmpfs"}
+_IN_MEMORY = {"tmpfs", "ramfs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +153,11 @@ def server(dsn: str | None) -> Iterator[Server]:
     """The server of a DSN, which has pglimits installed already; without one, a server that lives for the block.
 
     Raises:
-        NotInstalled: the database of the DSN has no pglimits.
+        NotInstalled: the database of the DSN has no pglimits. LimiterUnavailable: it cannot be reached.
         EmbeddedUnavailable: there is no PostgreSQL to start.
     """
     if dsn is not None:
-        with psycopg.connect(dsn, autocommit=True) as connection:
+        with connect(dsn) as connection:
             if _install.version(connection) is None:
                 raise NotInstalled("pglimits is not installed in this database: run pglimits install")
         yield Server(dsn, False, None)
@@ -166,13 +167,15 @@ def server(dsn: str | None) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def server_with(extension: str) -> Iterator[Server]:
-    """A server like the own one, of the first PostgreSQL on this machine that has an extension.
+def server_with(extension: str, instead_of: Server) -> Iterator[Server]:
+    """A server like the own one, of the first PostgreSQL on this machine that has an extension, as that one has not.
 
     Raises:
         EmbeddedUnavailable: none has it.
     """
     for binaries in candidates():
+        if binaries.bin == instead_of.bin:
+            continue
         with _started(binaries) as started:
             if started.has(extension):
                 yield started

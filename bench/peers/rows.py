@@ -48,7 +48,7 @@ def measure(peer: Peer, bench: Bench) -> Iterator[Result]:
         server = bench.server
         if peer.extension and not server.has(peer.extension):
             try:
-                server = stack.enter_context(server_with(peer.extension))
+                server = stack.enter_context(server_with(peer.extension, server))
             except EmbeddedUnavailable as error:
                 yield Skipped(peer.name, peer.what, f"{error}: apt install postgresql")
                 return

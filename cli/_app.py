@@ -12,7 +12,7 @@ import typer
 import typer.core
 import typer.main
 
-from . import _errors, cron, embedded, leases, limits, run, setup, sweep
+from . import _errors, bench, cron, embedded, leases, limits, run, setup, sweep
 from ._options import DSN_HELP
 
 _DEMO = "demo"
@@ -64,7 +64,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for family in (limits, leases, run, sweep, setup):
+for family in (limits, leases, run, sweep, setup, bench):
     app.registered_commands += family.app.registered_commands
 for group in (cron, embedded):
     app.add_typer(group.app, rich_help_panel="Set up and look after")

@@ -1,0 +1,145 @@
+"""A run as people and as programs read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ._chart import svg
+from ._measure import Spread
+from ._results import Curve, Line, Run, Target
+
+_WIDE = 120
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """Everything, with plain values only."""
+    return dataclasses.asdict(run)
+
+
+def write(run: Run, folder: Path) -> None:
+    """Write bench.json, bench.txt and, if there are curves, growth.svg."""
+    text = json.dumps(as_dict(run), indent=1, ensure_ascii=False)
+    (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "bench.txt").write_text(as_text(run), encoding="utf-8")
+    if run.curves:
+        (folder / "growth.svg").write_text(svg(run.curves), encoding="utf-8")
+
+
+def as_text(run: Run) -> str:
+    """The tables without colours, as wide as they want to be."""
+    console = Console(file=io.StringIO(), width=_WIDE, highlight=False, emoji=False, markup=False)
+    with console.capture() as captured:
+        console.print(*tables(run), sep="\n")
+    return "\n".join(each.rstrip() for each in captured.get().splitlines()) + "\n"
+
+
+def tables(run: Run) -> list[RenderableType]:
+    """The tables, and what stands around them."""
+    parts: list[RenderableType] = [_setup(run)]
+    if run.lines:
+        parts += ["", _lines(run.lines)]
+    for curve in run.curves:
+        note = f" ({curve.note})" if curve.note else ""
+        parts += ["", Text(f"Time of a call against {curve.what}{note}", "bold"), _curve(curve)]
+    parts += ["", *_closing(run)]
+    return parts
+
+
+def _setup(run: Run) -> Text:
+    lines = [f"pglimits bench, {run.mode} mode, {run.started_at}, {run.seconds:.0f} s"]
+    for subject, facts in run.setup.items():
+        if facts:
+            lines.append(f"{subject}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return Text("\n".join(lines))
+
+
+def _table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    right = set(numbers)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column != "what")
+    return made
+
+
+def _lines(lines: list[Line]) -> Table:
+    """A figure and below it between what it lies; what was measured and below it what it is compared with."""
+    made = _table("what", "ours", "theirs", "ratio", "target", "met", numbers=("ours", "theirs", "ratio"))
+    for each in lines:
+        what = Text(each.what)
+        for more in (each.against and f"/ {each.against}", each.note and f"({each.note})"):
+            what.append(f"\n  {more}" if more else "", "dim")
+        met = {True: Text("met", "green"), False: Text("not met", "red"), None: Text("")}[each.met]
+        figures = (_cell(each.ours, each.unit), _cell(each.theirs, each.unit), _cell(each.ratio))
+        made.add_row(what, *figures, _target(each.target), met)
+    return made
+
+
+def _cell(measured: Spread | None, unit: str = "") -> Text:
+    if measured is None:
+        return Text("")
+    cell = Text(f"{_number(measured.median)} {unit}".rstrip())
+    if len(measured.values) > 1:
+        cell.append(f"\n{_number(measured.low)}-{_number(measured.high)}", "dim")
+    return cell
+
+
+def _curve(curve: Curve) -> Table:
+    made = _table(curve.x, "ms per call", "times the first", "on disk", "dead rows", numbers=(curve.x, *_POINT))
+    first = curve.points[0].ms.median
+    for point in curve.points:
+        made.add_row(
+            f"{point.x:,.0f}",
+            figure(point.ms),
+            f"{point.ms.median / first:.2f}" if first else "",
+            "" if point.disk_bytes is None else f"{point.disk_bytes / 1e6:,.1f} MB",
+            "" if point.dead_rows is None else f"{point.dead_rows:,}",
+        )
+    return made
+
+
+_POINT = ("ms per call", "times the first", "on disk", "dead rows")
+
+
+def _closing(run: Run) -> list[RenderableType]:
+    judged = [each for each in run.lines if each.met is not None]
+    missed = [each for each in judged if not each.met]
+    said: list[RenderableType] = [Text(f"{len(judged) - len(missed)} of {len(judged)} targets met.")]
+    said += [Text(f"Not met: {each.what}" + (f" / {each.against}" if each.against else "")) for each in missed]
+    said += [Text(f"Skipped: {each.what}: {each.why}") for each in run.skipped]
+    said += [Text(f"Failed: {each.what}: {each.why}", "red") for each in run.failed]
+    return said
+
+
+def figure(measured: Spread, unit: str = "") -> str:
+    """The median, and in brackets between what it lies."""
+    text = _number(measured.median)
+    if len(measured.values) > 1:
+        text += f" ({_number(measured.low)}-{_number(measured.high)})"
+    return f"{text} {unit}".rstrip()
+
+
+def _number(value: float) -> str:
+    """Three or four digits that count."""
+    size = abs(value)
+    if size >= 100 or (value == round(value) and size > 1):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1.005 else f"{value:.3f}"
+
+
+def _target(target: Target | None) -> str:
+    if target is None:
+        return ""
+    if target.relation == "within":
+        return f"{target.value:g}-{target.up_to:.3f}"
+    times = " x" if target.of == "ratio" else ""
+    return f"{target.relation} {target.value:g}{times}"

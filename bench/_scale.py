@@ -1,0 +1,114 @@
+"""How much is measured: about a minute of it, or all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Sizes of a mode.
+
+    Attributes:
+        name: of the mode.
+        repetitions: how often each figure is measured.
+        seconds: of one measurement of a rate.
+        rounds: measurements of each size of what grows, for each repetition.
+        pairs: acquire and release by one client, for each repetition.
+        handovers: of a slot, in one measurement.
+        stream_seconds: for which the delivered rate is watched.
+        calls, snapshot_calls: how many are made, to see whether that slows down later ones; the second is the row with
+            an old snapshot, and is reached on the way to the first.
+        patience: seconds after which such a run of many calls is cut short.
+        limits, keys, leases, waiters, processes: how far they grow.
+        waiting_tasks: in the process whose memory is measured.
+        callers: of a peer, on one hot limit.
+        peer_seconds, peer_repetitions, peer_stream_seconds: as those above, for peers; 0 seconds: not at all.
+        peer_waiters, peer_rounds: who wait for the slot that a peer hands over, and how often.
+        peer_variants: whether a peer is measured with all its settings, or only with those that do what ours do.
+    """
+
+    name: str
+    repetitions: int
+    seconds: float
+    rounds: int
+    pairs: int
+    handovers: int
+    stream_seconds: float
+    calls: int
+    snapshot_calls: int
+    patience: float
+    limits: int
+    keys: int
+    leases: int
+    waiters: int
+    processes: int
+    waiting_tasks: int
+    callers: tuple[int, ...]
+    peer_seconds: float
+    peer_repetitions: int
+    peer_stream_seconds: float
+    peer_waiters: int
+    peer_rounds: int
+    peer_variants: bool
+
+
+SHORT = Scale(
+    name="short",
+    repetitions=3,
+    seconds=0.3,
+    rounds=10,
+    pairs=100,
+    handovers=60,
+    stream_seconds=4.0,
+    calls=10_000,
+    snapshot_calls=10_000,
+    patience=4.0,
+    limits=1_000,
+    keys=1_000,
+    leases=1_000,
+    waiters=1_000,
+    processes=4,
+    waiting_tasks=10_000,
+    callers=(1, 8),
+    peer_seconds=0.2,
+    peer_repetitions=2,
+    peer_stream_seconds=0.0,
+    peer_waiters=1,
+    peer_rounds=1,
+    peer_variants=False,
+)
+
+FULL = Scale(
+    name="full",
+    repetitions=7,
+    seconds=3.0,
+    rounds=30,
+    pairs=500,
+    handovers=500,
+    stream_seconds=20.0,
+    calls=1_000_000,
+    snapshot_calls=500_000,
+    patience=900.0,
+    limits=100_000,
+    keys=1_000_000,
+    leases=100_000,
+    waiters=10_000,
+    processes=64,
+    waiting_tasks=10_000,
+    callers=(1, 8, 64),
+    peer_seconds=1.0,
+    peer_repetitions=3,
+    peer_stream_seconds=20.0,
+    peer_waiters=5,
+    peer_rounds=5,
+    peer_variants=True,
+)
+
+
+def steps(most: int) -> list[int]:
+    """1, 10, 100 … up to ``most``, which is the last."""
+    found = [1]
+    while found[-1] * 10 <= most:
+        found.append(found[-1] * 10)
+    return found if found[-1] == most else [*found, most]

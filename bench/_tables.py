@@ -1,0 +1,86 @@
+"""What the tables of pglimits take up, and filling them through its functions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+
+from ._server import Site
+
+_CHUNK = 500
+
+# Acquires on names (or keys) that end in a number, and gives back what it got if it is not to be kept.
+_FILL = """
+with requests as (
+  select jsonb_agg(jsonb_build_object(
+    'names', jsonb_build_array(%(name)s || case when %(many)s = 'limits' then g::text else '' end),
+    'keys', jsonb_build_array(case when %(many)s = 'keys' then g::text else '' end),
+    'lease_id', gen_random_uuid(), 'lease_duration', '1 day', 'wait', '0')) as list
+  from generate_series(%(first)s::int, %(last)s::int) g)
+select array_agg(a.lease_id) from requests r, pglimits.acquire_many(r.list, false) a
+where a.status = 'granted'
+"""
+
+
+def fill(site: Site, name: str, many: str, size: int, *, keep: bool = False) -> None:
+    """Use ``size`` limits (named by ``name`` and a number from 1), keys of one limit (numbers from 1), or leases of
+    one limit: once each. Leases stay if they are to be kept."""
+    chunks: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for first in range(1, size + 1, _CHUNK):
+        chunks.put(first)
+
+    def work() -> None:
+        with site.connect() as connection, contextlib.suppress(queue.Empty):
+            while True:
+                first = chunks.get_nowait()
+                _fill(connection, name, many, first, min(first + _CHUNK - 1, size), keep)
+
+    helpers = min(os.cpu_count() or 1, chunks.qsize(), 4) if many != "leases" else 1
+    with ThreadPoolExecutor(helpers) as threads:
+        try:
+            for done in [threads.submit(work) for _ in range(helpers)]:
+                done.result()
+        except BaseException:
+            with contextlib.suppress(queue.Empty):  # nobody begins another one
+                while True:
+                    chunks.get_nowait()
+            raise
+    with site.connect() as connection:
+        vacuum(connection)
+
+
+def _fill(connection: psycopg.Connection[Any], name: str, many: str, first: int, last: int, keep: bool) -> None:
+    row = connection.execute(_FILL, {"name": name, "many": many, "first": first, "last": last}).fetchone()
+    taken = row[0] if row is not None else None
+    if taken is None or len(taken) != last - first + 1:
+        raise RuntimeError(f"only {len(taken or ())} of {last - first + 1} leases were granted")
+    if not keep:
+        connection.execute("select count(*) from pglimits.release(%s::uuid[], false)", [taken])
+
+
+def vacuum(connection: psycopg.Connection[Any]) -> None:
+    """What autovacuum does by itself once it comes round."""
+    tables = connection.execute(
+        "select c.oid::regclass::text from pg_class c "
+        "where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'"
+    ).fetchall()
+    for (table,) in tables:
+        connection.execute(f"vacuum (analyze) {table}".encode())
+
+
+def sizes(connection: psycopg.Connection[Any]) -> tuple[int, int]:
+    """Bytes on disk of all tables and indexes of pglimits, and the dead rows that the statistics know of."""
+    if connection.info.server_version >= 150000:
+        connection.execute("select pg_stat_force_next_flush()")
+    connection.execute("select pg_stat_clear_snapshot()")
+    row = connection.execute(
+        "select coalesce(sum(pg_total_relation_size(s.relid)), 0), coalesce(sum(s.n_dead_tup), 0) "
+        "from pg_stat_user_tables s where s.schemaname = 'pglimits'"
+    ).fetchone()
+    assert row is not None
+    return int(row[0]), int(row[1])

@@ -1,0 +1,64 @@
+"""A Redis server for the libraries that need one."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .._processes import ProcessFailed, program
+from .._server import on_disk
+from ._peer import Opened
+
+PROGRAM = "redis-server"
+_PATIENCE = 10.0
+
+# What makes a call durable before it is answered, as every call of ours is. And what Redis does if nobody tells it
+# anything: a snapshot every few minutes.
+_DURABLE = ["--appendonly", "yes", "--appendfsync", "always"]
+_DEFAULTS: list[str] = []
+_NOT_DURABLE = "not durable: a crash forgets minutes"
+
+
+@contextlib.contextmanager
+def on_redis(subject: str, name: str) -> Iterator[list[Opened]]:
+    """A library on a Redis that is durable and on one with its defaults, called from threads and from tasks."""
+    with _redis(_DURABLE) as durable, _redis(_DEFAULTS) as defaults:
+        found = []
+        for flavour in ("threads", "tasks"):
+            task = {"subject": subject, "flavour": flavour}
+            called = f"{name} on Redis, {flavour}"
+            found += [
+                Opened(f"{called}, appendfsync always", {**task, "socket": durable}),
+                Opened(f"{called}, its defaults", {**task, "socket": defaults}, target=False, note=_NOT_DURABLE),
+            ]
+        yield found
+
+
+@contextlib.contextmanager
+def _redis(settings: list[str]) -> Iterator[str]:
+    """Run a server for the block, with its data on disk. Gives the path of its socket."""
+    found = shutil.which(PROGRAM)
+    assert found is not None
+    with on_disk(), tempfile.TemporaryDirectory(prefix="pglimits-bench-") as folder:
+        path = str(Path(folder) / "redis.sock")
+        command = [found, "--port", "0", "--unixsocket", path, "--dir", folder, *settings]
+        with program(command) as process:
+            _await(path, process)
+            yield path
+
+
+def _await(path: str, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + _PATIENCE
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                return
+        if process.poll() is not None or time.monotonic() > until:
+            raise ProcessFailed(f"{PROGRAM} did not start")
+        time.sleep(0.02)

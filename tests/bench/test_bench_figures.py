@@ -1,0 +1,131 @@
+"""What is made of the figures: medians, spreads, ratios, targets, tables and charts. No server needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+
+def test_a_spread_is_the_median_with_the_lowest_and_the_highest() -> None:
+    from pglimits_bench._measure import spread
+
+    found = spread([3.0, 1.0, 8.0])
+    assert (found.median, found.low, found.high, found.values) == (3.0, 1.0, 8.0, (3.0, 1.0, 8.0))
+    assert spread([2.0, 4.0]).median == 3.0
+
+
+def test_many_measurements_are_summed_up_by_their_quartiles() -> None:
+    from pglimits_bench._measure import spread
+
+    found = spread([float(value) for value in range(1, 101)])
+    assert (found.median, found.low, found.high) == (50.5, 25.75, 75.25)
+
+
+def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_the_pairs() -> None:
+    from pglimits_bench._measure import ratio, spread
+
+    found = ratio(spread([10.0, 20.0, 60.0]), spread([5.0, 4.0, 20.0]))
+    assert (found.median, found.low, found.high) == (4.0, 2.0, 5.0)
+    unequal = ratio(spread([10.0]), spread([5.0, 2.0]))
+    assert (unequal.low, unequal.high) == (2.0, 5.0)
+
+
+def test_contenders_take_turns_and_a_warm_up_does_not_count() -> None:
+    from pglimits_bench._measure import alternate
+
+    turns: list[str] = []
+
+    def contender(name: str, first: float) -> float:
+        turns.append(name)
+        return first + len(turns)
+
+    ours, theirs = alternate([lambda: contender("a", 0), lambda: contender("b", 100)], 2, warm_up=1)
+    assert turns == ["a", "b", "a", "b", "a", "b"]
+    assert (ours.values, theirs.values) == ((3, 5), (104, 106))
+
+
+def test_percentiles_lie_between_values() -> None:
+    from pglimits_bench._measure import percentile
+
+    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert percentile([1.0, 2.0], 0.99) == pytest.approx(1.99)
+    assert percentile([7.0], 0.99) == 7.0
+
+
+def test_the_slope_of_a_steady_stream_is_its_rate_whatever_comes_late_at_one_end() -> None:
+    from pglimits_bench._measure import slope
+
+    steady = [moment / 100 for moment in range(1000)]
+    assert slope(steady) == pytest.approx(100)
+    assert slope([*steady[:-1], steady[-1] + 0.005]) == pytest.approx(100, rel=1e-4)
+    assert slope([1.0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("relation", "value", "figure", "met"),
+    [
+        ("<=", 1.4, 1.4, True),
+        ("<=", 1.4, 1.41, False),
+        (">=", 5.0, 4.9, False),
+        ("<", 1.0, 1.0, False),
+        (">", 1.0, 1.1, True),
+        ("within", 0.999, 1.0004, True),
+        ("within", 0.999, 1.002, False),
+        ("within", 0.999, 0.998, False),
+    ],
+)
+def test_a_target_is_met_or_not(relation: str, value: float, figure: float, met: bool) -> None:
+    from pglimits_bench._results import Target
+
+    assert Target(relation, value, up_to=1.0).met_by(figure) is met  # type: ignore[arg-type]
+
+
+def test_nothing_is_compared_with_zero() -> None:
+    from pglimits_bench._measure import spread
+    from pglimits_bench._results import at_most, line
+
+    found = line("row", "refused", "%", spread([0.0]), "another", spread([0.0]), at_most(0, "ours"))
+    assert found.ratio is None
+    assert found.met is True
+
+
+def test_sizes_grow_tenfold_up_to_the_last() -> None:
+    from pglimits_bench._scale import steps
+
+    assert steps(1000) == [1, 10, 100, 1000]
+    assert steps(50) == [1, 10, 50]
+
+
+def test_a_chart_is_valid_xml_with_a_line_for_each_curve() -> None:
+    from pglimits_bench._chart import svg
+    from pglimits_bench._measure import spread
+    from pglimits_bench._results import Curve, Point
+
+    points = tuple(Point(10.0**power, spread([0.4, 0.5 + power / 10]), 1000, 5) for power in range(7))
+    curves = [Curve("keys", "keys of a limit <&>", "keys", points), Curve("calls", "calls", "calls", points[:1])]
+    drawn = ElementTree.fromstring(svg(curves))
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}polyline"))) == 2
+    for circle in drawn.iter("{http://www.w3.org/2000/svg}circle"):
+        assert all(math.isfinite(float(circle.attrib[name])) for name in ("cx", "cy"))
+    assert ElementTree.fromstring(svg([])).tag.endswith("svg")
+
+
+def test_a_report_names_what_was_missed_skipped_and_failed() -> None:
+    from pglimits_bench import _report
+    from pglimits_bench._measure import spread
+    from pglimits_bench._results import Run, Skipped, at_least, line
+
+    run = Run("short", "2026-01-01T00:00:00+00:00", {"versions": {"python": "3.11"}})
+    run.add(line("one", "first thing", "calls/s", spread([10.0]), "floor", spread([5.0]), at_least(1.5)))
+    run.add(line("two", "second [thing]", "calls/s", spread([1.0]), "floor", spread([5.0]), at_least(1.5)))
+    run.add(Skipped("three", "third thing", "no tool: pip install tool"))
+    run.failed.append(Skipped("four", "fourth thing", "it broke"))
+    said = _report.as_text(run)
+    assert "1 of 2 targets met." in said
+    assert "Not met: second [thing] / floor" in said
+    assert "Skipped: third thing: no tool: pip install tool" in said
+    assert "Failed: fourth thing: it broke" in said
+    json.dumps(_report.as_dict(run), allow_nan=False)

@@ -32,6 +32,16 @@ def pair(name: str) -> str:
     return f"select lease_id as id from pglimits.acquire('{name}') \\gset\nselect pglimits.release(:id::uuid);\n"
 
 
+def pair_that_flushes(name: str) -> str:
+    """The same for sessions with synchronous_commit = off: as durable, and the limit is unlocked at once."""
+    return (
+        f"select lease_id as id from pglimits.acquire('{name}') \\gset\n"
+        "select pglimits.flush();\n"
+        "select pglimits.release(:id::uuid);\n"
+        "select pglimits.flush();\n"
+    )
+
+
 def pair_any(prefix: str, limits: int = ROWS) -> str:
     """The same over many limits, named by a prefix and a number from 1."""
     return (

@@ -560,3 +560,16 @@ def test_a_repetition_finds_its_lease_though_the_limit_was_deactivated_or_rename
     again = s.acquire("a", lease_id=granted.lease_id)
     assert (again.status, again.fence) == ("granted", granted.fence)
     assert s.acquire("a").status == "unlimited"
+
+
+# Early lock release.
+
+
+def test_flush_puts_on_disk_what_was_committed_without_waiting_for_it(s: Session) -> None:
+    s.create("database", 1)
+    s.run("set synchronous_commit = off")
+    s.acquire("database")
+    written = s.value("select pg_current_wal_insert_lsn()")
+    s.run("select pglimits.flush()")
+    assert s.value("select pg_current_wal_flush_lsn() >= %s::pg_lsn", written)
+    assert s.value("show synchronous_commit") == "off"

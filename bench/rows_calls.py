@@ -131,7 +131,7 @@ def _best_clients(bench: Bench, pgbench: Pgbench, site: Site) -> int:
 
 @row("sql-one-limit", "8 connections calling the SQL functions, one limit, calls")
 def sql_one_limit(bench: Bench) -> Iterator[Result]:
-    """The functions as any language calls them, with flush() after each, against a bare UPDATE of one row by as many."""
+    """The functions as any language calls them, with flush() after each, against as many bare UPDATEs of one row."""
     yield from _from_sql(
         bench,
         "sql-one-limit",

@@ -342,8 +342,13 @@ def test_an_interrupt_in_the_handler_of_another_leaks_nothing_either(
     begin_all(limiter, conn, wait_until, "database")
     lease = limiter.acquire("database")
 
-    def strike(*_: Any) -> None:
-        raise Interrupt
+    real = limiter._engine.give_back
+
+    def strike(*arguments: Any) -> None:
+        if threading.current_thread().name.startswith("pglimits-"):
+            real(*arguments)  # nobody throws at those
+        else:
+            raise Interrupt
 
     def work() -> None:
         with contextlib.suppress(Interrupt):

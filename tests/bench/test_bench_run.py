@@ -123,7 +123,7 @@ def test_a_missing_peer_is_skipped_and_says_how_to_install_it(blank: Any) -> Non
         peer = dataclasses.replace(redis_limits.PEER, **gone)
         (found,) = measure(peer, blank)
         assert isinstance(found, Skipped)
-        assert "no no-such-p" in found.why
+        assert "no-such-p" in found.why
         assert "pip install 'limits[redis]'" in found.why
     assert all(peer.install or not peer.packages for peer in PEERS)
 

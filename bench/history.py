@@ -109,11 +109,12 @@ def _compare(plain: _History, held: _History, scale: Scale, note: str) -> Iterat
     """By the last tenth of the calls, as far as they came."""
     marks = _last_tenth(scale.snapshot_calls)
     reached = [mark for mark in marks[1:] if mark in plain.rates and mark in held.rates]
+    part = "the last tenth"
     if not reached:
-        reached = sorted(set(plain.rates) & set(held.rates))[-1:]
+        reached, part = sorted(set(plain.rates) & set(held.rates))[-1:], "the last of them"
     yield line(
         "calls",
-        f"{reached[-1]:,} calls with an old snapshot open, the last tenth",
+        f"{reached[-1]:,} calls with an old snapshot open, {part}",
         "calls/s",
         held.last(reached),
         "the same without one",

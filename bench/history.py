@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psycopg
 
@@ -22,7 +23,7 @@ _CLIENTS = 4
 _NOTE = f"{_CLIENTS} clients of pgbench on one limit, synchronous_commit off, so that nothing hides behind the disk"
 
 
-_PART = 10_000
+_PART = 25_000
 """Calls in a part of the last tenth: enough that the start of pgbench's sessions does not count."""
 
 _AFTER = 3
@@ -87,19 +88,33 @@ def calls(bench: Bench) -> Iterator[Result]:
         at_least(0.8),
         shrunk,
     )
-    yield Curve("calls", "calls already made", "calls", tuple(plain.points), _NOTE)
-    yield Curve("calls", "calls made with an old snapshot open", "calls", tuple(held.points[:-_AFTER]), _NOTE)
+    yield Curve("calls", "calls already made", "calls", _drawn(plain.points, scale), _NOTE)
+    yield Curve("calls", "calls made with an old snapshot open", "calls", _drawn(held.points[:-_AFTER], scale), _NOTE)
+
+
+def _drawn(points: list[Point], scale: Scale) -> tuple[Point, ...]:
+    """With one point for the parts of a last tenth."""
+    found: list[Point] = []
+    tenths = [set(_last_tenth(calls)[1:]) for calls in {scale.snapshot_calls, scale.calls}]
+    for point in points:
+        parts = next((tenth for tenth in tenths if point.x in tenth), {point.x})
+        values = found[-1].ms.values if found and found[-1].x in parts else ()
+        if values:
+            found.pop()
+        found.append(replace(point, ms=spread([*values, *point.ms.values])))
+    return tuple(found)
 
 
 def _compare(plain: _History, held: _History, scale: Scale, note: str) -> Iterator[Result]:
     """By the last tenth of the calls, as far as they came."""
     marks = _last_tenth(scale.snapshot_calls)
     reached = [mark for mark in marks[1:] if mark in plain.rates and mark in held.rates]
+    part = "the last tenth"
     if not reached:
-        reached = sorted(set(plain.rates) & set(held.rates))[-1:]
+        reached, part = sorted(set(plain.rates) & set(held.rates))[-1:], "the last of them"
     yield line(
         "calls",
-        f"{reached[-1]:,} calls with an old snapshot open, the last tenth",
+        f"{reached[-1]:,} calls with an old snapshot open, {part}",
         "calls/s",
         held.last(reached),
         "the same without one",

@@ -96,7 +96,7 @@ begin
   if state.waiting = 0 and state.pinned = 0 and state.next_look = 'infinity' then
     now := pglimits._now();
     delete from pglimits.leases l
-    where l.lease_id = _release_alone.lease_id and l.limit_id = state.limit_id and l.key = state.key
+    where l.lease_id = _release_alone.lease_id and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
     returning l.slots, l.expires_at > now as live into gone;
     if found then
       update pglimits.states s set version = s.version + 1, held = s.held - gone.slots, changed_at = now

@@ -1,5 +1,7 @@
 -- acquire, rate_limit, peek: what callers call.
 --
+-- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a plan made
+-- while the tables were empty may take the index on (limit_id, key, …) instead, and walk all that was ever there.
 -- Every public function plans with enable_seqscan = off: a plan made while a table had one page would walk all the dead
 -- versions of the next hour. And with jit = off, since such plans look expensive enough to be compiled.
 

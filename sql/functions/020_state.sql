@@ -237,7 +237,8 @@ begin
     state.booked := greatest(state.booked, pin.turn) + pin.slots;
     state.pinned := state.pinned - 1;
     update pglimits.queue q set pinned = false
-    where q.lease_id = pin.lease_id and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    where q.lease_id = pin.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
   end loop;
   return state;
 end $$;
@@ -315,7 +316,8 @@ begin
         select null, u.turn, u.slots from unnest(turns, slots) as u(turn, slots)
       ) x
     ) b
-    where q.lease_id = b.lease_id and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
   else
     -- One by one, as each has to find its way between the pinned turns.
     state.booked := state.booked - coalesce((
@@ -328,7 +330,8 @@ begin
     loop
       state := pglimits._book(state, config, sleeper.slots, decayed);
       update pglimits.queue q set turn = greatest(state.booked - config."limit", decayed)
-      where q.lease_id = sleeper.lease_id and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+      where q.lease_id = sleeper.lease_id
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     end loop;
   end if;
   for told in
@@ -396,7 +399,8 @@ begin
     for update skip locked
   ), gone as (
     delete from pglimits.leases l using ended e
-    where l.lease_id = e.lease_id and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    where l.lease_id = e.lease_id
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
     returning l.slots
   )
   select coalesce(sum(g.slots), 0) into freed from gone g;
@@ -441,7 +445,8 @@ begin
     if head.expires_at <= now then
       -- It may have called in since it was read; then it is looked at again.
       delete from pglimits.queue q
-      where q.lease_id = head.lease_id and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key and q.expires_at <= now;
+      where q.lease_id = head.lease_id
+        and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key and q.expires_at <= now;
       if found then
         state.waiting := state.waiting - 1;
       end if;
@@ -452,7 +457,8 @@ begin
        or (head.for_rate and config.slot_decay_per_second = 0) then
       -- It can never be granted now. It is told, asks again, and gets the error.
       delete from pglimits.queue q
-      where q.lease_id = head.lease_id and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+      where q.lease_id = head.lease_id
+        and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
       state.waiting := state.waiting - 1;
       perform pglimits._tell(head.channel, head.lease_id);
       continue;
@@ -468,7 +474,8 @@ begin
       -- Granting it here would take locks out of order. It keeps its place until it has tried for itself.
       if not head.called then
         update pglimits.queue q set called = true
-        where q.lease_id = head.lease_id and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+        where q.lease_id = head.lease_id
+          and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
         perform pglimits._tell(head.channel, head.lease_id);
       end if;
       fits_at := timestamptz 'infinity';
@@ -478,7 +485,8 @@ begin
       state.next_look := least(state.next_death, fits_at, head.expires_at);
       if head.looks_at > state.next_look then
         update pglimits.queue q set looks_at = state.next_look
-        where q.lease_id = head.lease_id and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+        where q.lease_id = head.lease_id
+          and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
         perform pglimits._tell(head.channel, head.lease_id);
       end if;
       exit;
@@ -534,10 +542,12 @@ begin
     state := pglimits._book(state, config, head.slots, pglimits._decayed(config, now));
     state.next_death := least(state.next_death, head.expires_at);
     update pglimits.queue q set turn = state.booked - config."limit"
-    where q.lease_id = head.lease_id and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+    where q.lease_id = head.lease_id
+      and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
   else
     delete from pglimits.queue q
-    where q.lease_id = head.lease_id and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+    where q.lease_id = head.lease_id
+      and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
     state := pglimits._take_slots(state, config, head.lease_id, head.slots, head.rank, head.lease_duration,
                                   head.holder, false, 1, least(head.expires_at, now + head.lease_duration), now);
   end if;

@@ -31,7 +31,6 @@ begin
       then format('priority must be from -1000000 to 1000000, not %s', priority)
     when length(holder::text) > 8000
       then format('holder must be at most 8000 characters of JSON, not %s', length(holder::text))
-    when lease_duration between interval '1 second' and interval '366 days' then null
     else pglimits._duration_error(lease_duration)
   end;
 end $$;
@@ -237,7 +236,8 @@ begin
     join pglimits.configs c on c.limit_id = p.limit_id
     where c.updated_at < lease.acquired_at and not exists (
       select from pglimits.leases l
-      where l.lease_id = request.lease_id and l.limit_id is not distinct from p.limit_id and l.key is not distinct from p.key))
+      where l.lease_id = request.lease_id
+        and l.limit_id is not distinct from p.limit_id and l.key is not distinct from p.key))
   then
     return pglimits._in_use(request);
   end if;
@@ -281,7 +281,8 @@ begin
     select u.lease_id, u.limit_id, u.key from pglimits.leases u
     where u.lease_id = any (lease_ids) and not u.claimed and u.expires_at > now for update skip locked
   ) mine
-  where l.lease_id = mine.lease_id and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key;
+  where l.lease_id = mine.lease_id
+    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key;
 end $$;
 
 comment on function pglimits._claim(uuid[], timestamptz) is
@@ -477,7 +478,8 @@ set search_path = ''
 as $$
 begin
   delete from pglimits.queue q
-  where q.lease_id = mine.lease_id and q.limit_id is not distinct from mine.limit_id and q.key is not distinct from mine.key;
+  where q.lease_id = mine.lease_id
+    and q.limit_id is not distinct from mine.limit_id and q.key is not distinct from mine.key;
   if found then
     state.waiting := state.waiting - 1;
   end if;

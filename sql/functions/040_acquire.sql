@@ -1,9 +1,10 @@
 -- acquire, rate_limit, peek: what callers call.
 --
--- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a plan made
--- while the tables were empty may take the index on (limit_id, key, …) instead, and walk all that was ever there.
--- Every public function plans with enable_seqscan = off: a plan made while a table had one page would walk all the dead
--- versions of the next hour. And with jit = off, since such plans look expensive enough to be compiled.
+-- Every public function plans once (plan_cache_mode: a custom plan for every array takes longer than its work), and by plain
+-- index scans only: a sequential or bitmap scan, chosen while a table had one page, would walk all the dead versions of the
+-- next hour. And with jit = off, since such plans look expensive enough to be compiled.
+-- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a
+-- plan made on empty tables may take the index on (limit_id, key, …) instead, and walk all that was ever there.
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
 -- settled: instead of null, reckon with what is due as if it had been applied.
@@ -475,56 +476,17 @@ end $$;
 comment on function pglimits.peek(text, integer, text, interval, integer, boolean, boolean) is
   'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
 
--- Many requests in one call, each answered by itself: what the clients use to send what queued up meanwhile.
-create or replace function pglimits.acquire_many(
-  requests jsonb, durable boolean default true, patience interval default null)
-returns table (
-  ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
-  wait interval, missing text[], error text, message text)
+-- Checks the requests of a batch. Most of them ask alike: what is the same is checked once, and copied for each who asks; where
+-- that has found something, or what is each one's own may be wrong, each is checked by itself.
+create or replace function pglimits._check_requests(requests jsonb)
+returns pglimits._request[]
 language plpgsql
 volatile
-security definer
 set search_path = ''
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-set plan_cache_mode = force_generic_plan
 as $$
 declare
   checked pglimits._request[];
-  alone record;
-  answer pglimits._answer;
-  lock_timeout text;
 begin
-  if requests is null or jsonb_typeof(requests) <> 'array' then
-    perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
-  elsif jsonb_array_length(requests) > 10000 then
-    perform pglimits._fail('InvalidArgument',
-      format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
-  end if;
-  lock_timeout := pglimits._for_this_call(durable, patience);
-  if jsonb_array_length(requests) = 1 then
-    select r.names, r.slots, r.keys, r.lease_duration, r.wait, r.priority, r.holder, r.lease_id, r.strict as is_strict,
-           r.channel, r.for_rate
-    into alone from jsonb_to_record(requests -> 0) as r(
-      names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
-      holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean);
-    if cardinality(alone.names) = 1 and alone.for_rate is not true then
-      answer := pglimits._take_alone(
-        alone.names[1], coalesce(alone.slots[1], 1), coalesce(alone.keys[1], ''),
-        coalesce(alone.lease_duration, '5 minutes'), alone.wait, coalesce(alone.priority, 0), alone.holder,
-        alone.lease_id, coalesce(alone.is_strict, false), alone.channel);
-    end if;
-    if answer.status is not null then
-      if lock_timeout is not null then
-        perform set_config('lock_timeout', lock_timeout, true);
-      end if;
-      return query select 1, answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
-                          answer.wait, null::text[], answer.error, answer.message;
-      return;
-    end if;
-  end if;
-  -- Most of a batch ask alike: what is the same is checked once, and copied for each who asks.
   with asked as materialized (
     select e.ordinal, e.request - '{lease_id,wait,holder}'::text[] as kind, (e.request ->> 'lease_id')::uuid as lease_id,
            (e.request ->> 'wait')::interval as wait, nullif(e.request -> 'holder', 'null') as holder
@@ -554,6 +516,61 @@ begin
     end order by a.ordinal)
   into checked
   from asked a join models m on m.kind = a.kind;
+  return checked;
+end $$;
+
+comment on function pglimits._check_requests(jsonb) is 'Checks the requests of a batch, in their order; null if there are none.';
+
+-- Many requests in one call, each answered by itself: what the clients use to send what queued up meanwhile.
+create or replace function pglimits.acquire_many(
+  requests jsonb, durable boolean default true, patience interval default null)
+returns table (
+  ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
+  wait interval, missing text[], error text, message text)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  checked pglimits._request[];
+  alone record;
+  answer pglimits._answer;
+  lock_timeout text;
+begin
+  if requests is null or jsonb_typeof(requests) <> 'array' then
+    perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
+  elsif jsonb_array_length(requests) > 10000 then
+    perform pglimits._fail('InvalidArgument',
+      format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
+  end if;
+  lock_timeout := pglimits._for_this_call(durable, patience);
+  if jsonb_array_length(requests) = 1 then
+    select r.names, coalesce(r.slots, '{1}') as slots, coalesce(r.keys, '{""}') as keys, r.lease_duration, r.wait,
+           r.priority, r.holder, r.lease_id, r.strict as is_strict, r.channel, r.for_rate
+    into alone from jsonb_to_record(requests -> 0) as r(
+      names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+      holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean);
+    if cardinality(alone.names) = 1 and cardinality(alone.slots) = 1 and cardinality(alone.keys) = 1
+       and alone.for_rate is not true then
+      answer := pglimits._take_alone(
+        alone.names[1], alone.slots[1], alone.keys[1], coalesce(alone.lease_duration, '5 minutes'), alone.wait,
+        coalesce(alone.priority, 0), alone.holder, alone.lease_id, coalesce(alone.is_strict, false), alone.channel);
+    end if;
+    if answer.status is not null then
+      if lock_timeout is not null then
+        perform set_config('lock_timeout', lock_timeout, true);
+      end if;
+      return query select 1, answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
+                          answer.wait, null::text[], answer.error, answer.message;
+      return;
+    end if;
+  end if;
+  checked := pglimits._check_requests(requests);
   if checked is null then
     return;
   elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then

@@ -199,12 +199,14 @@ begin
   if cardinality(lease_ids) > 1 then
     -- In the order in which renew locks them.
     perform from pglimits.leases l
-    where l.lease_id = any (lease_ids) and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
     order by l.lease_id for update;
   end if;
   with gone as (
     delete from pglimits.leases l
-    where l.lease_id = any (lease_ids) and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
     returning l.lease_id, l.slots, l.expires_at
   )
   select coalesce(sum(g.slots), 0), coalesce(array_agg(g.lease_id) filter (where g.expires_at > now), '{}')
@@ -214,7 +216,8 @@ begin
   if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
     with gone as (
       delete from pglimits.queue q
-      where q.lease_id = any (lease_ids) and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+      where q.lease_id = any (lease_ids)
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
       returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
     )
     select count(*) filter (where g.turn is null),
@@ -304,7 +307,8 @@ begin
       and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
     for update of w skip locked
   ) due
-  where q.lease_id = due.lease_id and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
+  where q.lease_id = due.lease_id
+    and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
 
   return query
   select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval

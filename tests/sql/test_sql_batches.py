@@ -207,6 +207,21 @@ def test_a_malformed_batch_is_an_error_and_changes_nothing(db: Db, s: Session, r
             assert [(row.status, row.error) for row in rows] == [("error", "InvalidArgument")]
 
 
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("argument", ["slots", "keys"])
+@pytest.mark.parametrize("value", [[], [None], ["1", "2"]])
+def test_a_list_that_does_not_go_with_the_names_is_an_error_also_for_a_lone_request(
+    db: Db, s: Session, argument: str, value: list[Any], others: int
+) -> None:
+    s.create("database", 5)
+    s.release(s.acquire("database").lease_id)
+    with changes_nothing(db.session()):
+        answers = many(s, *(ask("database", **{argument: value}) for _ in range(1 + others)))
+    for answer in answers:
+        assert (answer.status, answer.error) == ("error", "InvalidArgument")
+        assert argument.removesuffix("s") in answer.message
+
+
 def test_a_batch_has_at_most_10000_requests(s: Session) -> None:
     with fails("PL001", "requests", "10000"):
         s.run("select * from pglimits.acquire_many(%s::jsonb)", json.dumps([{}] * 10001))

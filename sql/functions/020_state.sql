@@ -5,14 +5,9 @@
 -- Virtual time: the slots that have decayed since the limit was created. A rate change bends it and never makes it jump.
 create or replace function pglimits._decayed(config pglimits.configs, at timestamptz)
 returns numeric
-language plpgsql
+language sql
 immutable
-set search_path = ''
-as $$
-begin
-  return config.decayed
-    + config.slot_decay_per_second::numeric * extract(epoch from at - config.decayed_at);
-end $$;
+return config.decayed + config.slot_decay_per_second::numeric * extract(epoch from at - config.decayed_at);
 
 comment on function pglimits._decayed(pglimits.configs, timestamptz) is
   'Virtual time of a limit at a moment: the slots that had decayed since it was created. A turn, a place in virtual '

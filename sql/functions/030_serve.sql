@@ -1,38 +1,52 @@
 -- The heart: checks a request, and serves a batch of them under the locks of all their states.
 
+-- What is wrong with what a request says of itself, or null: a template for _argument_error.
+create or replace function pglimits._argument_fault(
+  lease_duration interval, wait interval, priority integer, holder jsonb, strict boolean, channel text)
+returns text
+language sql
+stable
+return case
+  when strict is null then 'strict must not be null'
+  when wait < interval '0' then 'wait must not be negative: %4$s'
+  when channel !~ '^pglimits_[0-9a-z_]{1,40}$' then 'channel must be pglimits_ and up to 40 of a-z, 0-9, _: %5$L'
+  when priority is null then 'priority must not be null'
+  when priority not between -1000000 and 1000000 then 'priority must be from -1000000 to 1000000, not %6$s'
+  when length(holder::text) > 8000 then 'holder must be at most 8000 characters of JSON, not %7$s'
+  else pglimits._duration_error(lease_duration)
+end;
+
+comment on function pglimits._argument_fault(interval, interval, integer, jsonb, boolean, text) is
+  'What is wrong with what a request says of itself, as a template for _argument_error; or null.';
+
 -- What is wrong with the arguments of a request as such, or null. The names and keys themselves are looked at one by one.
 create or replace function pglimits._argument_error(
   names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
   holder jsonb, strict boolean, channel text)
 returns text
 language plpgsql
-immutable
+stable
 set search_path = ''
 as $$
-begin
-  return case
+declare
+  fault constant text := case
     when names is null then 'names must not be null'
     when cardinality(names) = 0 then 'names must not be empty'
     when array_ndims(names) <> 1 then 'names must be a flat array'
-    when cardinality(names) > 100 then format('names must be at most 100, not %s', cardinality(names))
+    when cardinality(names) > 100 then 'names must be at most 100, not %1$s'
     when slots is null then 'slots must not be null'
     when array_ndims(slots) <> 1 or cardinality(slots) not in (1, cardinality(names))
-      then format('slots must be one number for all names or one for each of the %s names, not %s',
-                  cardinality(names), slots)
+      then 'slots must be one number for all names or one for each of the %1$s names, not %2$s'
     when keys is null then 'keys must not be null'
     when array_ndims(keys) <> 1 or cardinality(keys) not in (1, cardinality(names))
-      then format('keys must be one for all names or one for each of the %s names, not %s', cardinality(names), keys)
-    when strict is null then 'strict must not be null'
-    when wait < interval '0' then format('wait must not be negative: %s', wait)
-    when channel !~ '^pglimits_[0-9a-z_]{1,40}$'
-      then format('channel must be pglimits_ and up to 40 of a-z, 0-9, _: %L', left(channel, 60))
-    when priority is null then 'priority must not be null'
-    when priority not between -1000000 and 1000000
-      then format('priority must be from -1000000 to 1000000, not %s', priority)
-    when length(holder::text) > 8000
-      then format('holder must be at most 8000 characters of JSON, not %s', length(holder::text))
-    else pglimits._duration_error(lease_duration)
+      then 'keys must be one for all names or one for each of the %1$s names, not %3$s'
+    else pglimits._argument_fault(lease_duration, wait, priority, holder, strict, channel)
   end;
+begin
+  if fault is null then
+    return null;
+  end if;
+  return format(fault, cardinality(names), slots, keys, wait, left(channel, 60), priority, length(holder::text));
 end $$;
 
 comment on function pglimits._argument_error(

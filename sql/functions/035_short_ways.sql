@@ -1,43 +1,50 @@
 -- The short ways: what most calls ask for, decided and written in one go. Each is a special case of what _serve and
 -- _release_at do, takes half of their time or less, and leaves everything that is not so simple to them, by returning null
 -- with nothing done but the lock taken.
+--
+-- Two statements each: the first locks the state; the second sees what was committed until then, decides and writes.
 
--- One concurrency limit where nothing is due: it has room and nobody waits for it, or it has none and the caller may not
--- wait either.
-create or replace function pglimits._take_alone(
-  name text, slots integer, key text, lease_duration interval, wait interval, priority integer, holder jsonb,
-  lease_id uuid, strict boolean, channel text)
+-- Requests that are all alike, on one concurrency limit where nothing is due: there is room for all and nobody waits, or
+-- there is room for none and they may not wait either. The answer is that to the first; each of the others has the next fence.
+-- chosen: the callers gave the ids, so this may be a repetition. holders: an array of one for each, or null.
+create or replace function pglimits._take_alike(
+  name text, slots integer, key text, lease_duration interval, wait interval, priority integer, holders jsonb,
+  lease_ids uuid[], chosen boolean, strict boolean, channel text)
 returns pglimits._answer
 language plpgsql
 volatile
 set search_path = ''
 as $$
 declare
-  id constant uuid := coalesce(lease_id, gen_random_uuid());
+  wanted constant bigint := slots::bigint * cardinality(lease_ids);
   state record;
   now timestamptz;
   ends timestamptz;
 begin
   if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
-     or pglimits._argument_error(array[name], array[slots], array[key], lease_duration, wait, priority, holder, strict,
-                                 channel) is not null
+     or pglimits._argument_fault(lease_duration, wait, priority, holders -> 0, strict, channel) is not null
   then
     return null;
   end if;
+  if cardinality(lease_ids) > 1 then
+    if exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000) then
+      return null;
+    end if;
+  end if;
   if wait = interval '0' then
-    -- It may be refused, and that takes no lock.
-    select s.held::bigint + slots <= c."limit" and s.waiting = 0 as fits,
+    -- They may be refused, and that takes no lock.
+    select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
            s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
              and least(s.next_expiry, s.next_look) > pglimits._now()
-             and (lease_id is null or not pglimits._is_known(lease_id)) as is_refused
+             and not (chosen and pglimits._are_known(lease_ids)) as are_refused
     into state from pglimits.configs c
     cross join lateral (
       select x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
-      where x.limit_id = c.limit_id and x.key = _take_alone.key order by x.version desc limit 1) s
-    where c.name = _take_alone.name and c.active and c.slot_decay_per_second = 0;
-    if state.is_refused then
+      where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1) s
+    where c.name = _take_alike.name and c.active and c.slot_decay_per_second = 0;
+    if state.are_refused then
       return row('refused', null, null, null, null, null, null, null)::pglimits._answer;
-    elsif state.fits is not true then
+    elsif state.fit is not true then
       return null;
     end if;
   end if;
@@ -45,66 +52,96 @@ begin
   select s.* into state from pglimits.configs c
   cross join lateral (
     select x.limit_id, x.version, x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
-    where x.limit_id = c.limit_id and x.key = _take_alone.key order by x.version desc limit 1 for update) s
-  where c.name = _take_alone.name and c.active and c.slot_decay_per_second = 0 and c.max_waiters is null;
-  if state.waiting = 0 then
-    now := pglimits._now();
-    -- Under the lock: whoever changes a limit waits for us, or we see what it changed.
-    perform from pglimits.configs c
-    where c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
-      and state.held::bigint + slots <= c."limit" and now < least(state.next_expiry, state.next_look)
-      and (lease_id is null
-           or not exists (select from pglimits.leases l where l.lease_id = id)
-              and not exists (select from pglimits.queue q where q.lease_id = id));
-    if found then
-      ends := now + make_interval(secs => extract(epoch from lease_duration)::double precision);
-      insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
-                                   parts, acquired_at, expires_at)
-      values (id, state.limit_id, key, slots, holder, state.version + 1, priority, ends - now, true, 1, now, ends);
-      update pglimits.states s
-      set version = s.version + 1, held = s.held + slots, next_expiry = least(s.next_expiry, ends),
-          changed_at = now
-      where s.limit_id = state.limit_id and s.key = _take_alone.key and s.version = state.version;
-      return row('granted', id, array[state.version + 1], ends, null, null, null, null)::pglimits._answer;
-    end if;
+    where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1 for update) s
+  where c.name = _take_alike.name and c.active and c.slot_decay_per_second = 0 and c.max_waiters is null;
+  now := pglimits._now();
+  if (state.waiting = 0 and now < state.next_expiry and now < state.next_look) is not true then
+    return null;
   end if;
-  return null;
+  ends := now + make_interval(secs => extract(epoch from lease_duration)::double precision);
+  with taken as (
+    update pglimits.states s
+    set version = s.version + cardinality(lease_ids), held = s.held + wanted,
+        next_expiry = least(s.next_expiry, ends), changed_at = now
+    from pglimits.configs c
+    where s.limit_id = state.limit_id and s.key = _take_alike.key and s.version = state.version
+      and c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
+      and state.held + wanted <= c."limit" and not (chosen and pglimits._are_known(lease_ids))
+    returning s.limit_id
+  )
+  insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                               parts, acquired_at, expires_at)
+  select asked.lease_id, t.limit_id, _take_alike.key, _take_alike.slots,
+         nullif(holders -> (asked.nth - 1)::integer, 'null'), state.version + asked.nth, _take_alike.priority,
+         ends - now, true, 1, now, ends
+  from taken t cross join unnest(lease_ids) with ordinality as asked(lease_id, nth);
+  if not found then
+    return null;
+  end if;
+  return row('granted', lease_ids[1], array[state.version + 1], ends, null, null, null, null)::pglimits._answer;
 end $$;
 
-comment on function pglimits._take_alone(text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text) is
-  'Grants slots of one concurrency limit if nothing is in the way, or refuses them; null if it is not so simple.';
+comment on function pglimits._take_alike(
+  text, integer, text, interval, interval, integer, jsonb, uuid[], boolean, boolean, text) is
+  'Grants requests that are alike if nothing is in the way, or refuses them; null if it is not so simple.';
 
--- A lease on one limit that nobody waits for. True or false: whether it was live.
-create or replace function pglimits._release_alone(lease_id uuid)
+-- Whether a lease or a waiter has one of these ids.
+create or replace function pglimits._are_known(lease_ids uuid[])
 returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+      or exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+end $$;
+
+comment on function pglimits._are_known(uuid[]) is 'Whether a lease or a waiter has one of these ids.';
+
+-- Leases that are all on one (limit, key) where nobody waits, and on no other. Returns the ids that were live.
+create or replace function pglimits._release_alike(lease_ids uuid[])
+returns uuid[]
 language plpgsql
 volatile
 set search_path = ''
 as $$
 declare
   state record;
-  gone record;
   now timestamptz;
+  live uuid[];
 begin
+  if cardinality(lease_ids) > 1 then
+    if (select count(*) = cardinality(lease_ids) and min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key)
+        from pglimits.leases l where l.lease_id = any (lease_ids)) is not true
+    then
+      return null;
+    end if;
+  end if;
   select s.* into state from pglimits.leases l
   cross join lateral (
     select x.limit_id, x.key, x.version, x.waiting, x.pinned, x.next_look from pglimits.states x
     where x.limit_id = l.limit_id and x.key = l.key order by x.version desc limit 1 for update) s
-  where l.lease_id = _release_alone.lease_id and l.parts = 1;
-  if state.waiting = 0 and state.pinned = 0 and state.next_look = 'infinity' then
-    now := pglimits._now();
-    delete from pglimits.leases l
-    where l.lease_id = _release_alone.lease_id
-      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
-    returning l.slots, l.expires_at > now as live into gone;
-    if found then
-      update pglimits.states s set version = s.version + 1, held = s.held - gone.slots, changed_at = now
-      where s.limit_id = state.limit_id and s.key = state.key and s.version = state.version;
-      return gone.live;
-    end if;
+  where l.lease_id = lease_ids[1] and l.parts = 1;
+  if (state.waiting = 0 and state.pinned = 0 and state.next_look = 'infinity') is not true then
+    return null;
   end if;
-  return null;
+  now := pglimits._now();
+  -- Read through the index on lease_id, and so in the order in which renew locks them.
+  with gone as (
+    delete from pglimits.leases l
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    returning l.lease_id, l.slots, l.expires_at > now as live
+  ), freed as (
+    select sum(g.slots) as slots, coalesce(array_agg(g.lease_id) filter (where g.live), '{}') as live from gone g
+  )
+  update pglimits.states s set version = s.version + 1, held = s.held - f.slots, changed_at = now
+  from freed f
+  where s.limit_id = state.limit_id and s.key = state.key and s.version = state.version and f.slots is not null
+  returning f.live into live;
+  return live;
 end $$;
 
-comment on function pglimits._release_alone(uuid) is
-  'Ends a lease on one limit if nobody waits there: whether it was live; null if it is not so simple.';
+comment on function pglimits._release_alike(uuid[]) is
+  'Ends leases on one (limit, key) if nobody waits there: the ids that were live; null if it is not so simple.';

@@ -124,7 +124,7 @@ begin
   elsif cardinality(request.keys) = 0 and not request.chosen then
     answer.status := 'unlimited';
   elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
-        and not (request.chosen and pglimits._is_known(request.lease_id)) then
+        and not (request.chosen and pglimits._are_known(array[request.lease_id])) then
     now := pglimits._now();
     findings := pglimits._glance(request, false, now);
     if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
@@ -184,20 +184,6 @@ end $$;
 
 comment on function pglimits._answer_all(pglimits._request[]) is
   'Answers requests in their order: refusals that are certain without a lock, the others under the locks.';
-
--- Whether a lease or a waiter has this id.
-create or replace function pglimits._is_known(lease_id uuid)
-returns boolean
-language plpgsql
-volatile
-set search_path = ''
-as $$
-begin
-  return exists (select from pglimits.leases l where l.lease_id = _is_known.lease_id)
-      or exists (select from pglimits.queue q where q.lease_id = _is_known.lease_id);
-end $$;
-
-comment on function pglimits._is_known(uuid) is 'Whether a lease or a waiter has this id.';
 
 -- One request, with its errors raised and its missing limits named.
 create or replace function pglimits._answer(request pglimits._request)
@@ -315,8 +301,9 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._take_alone(
-    name, slots, key, lease_duration, wait, priority, holder, lease_id, strict, channel);
+  answer pglimits._answer := pglimits._take_alike(
+    name, slots, key, lease_duration, wait, priority, case when holder is not null then jsonb_build_array(holder) end,
+    array[coalesce(lease_id, gen_random_uuid())], lease_id is not null, strict, channel);
 begin
   if answer.status is null then
     answer := pglimits._answer(pglimits._check_request(
@@ -521,6 +508,32 @@ end $$;
 
 comment on function pglimits._check_requests(jsonb) is 'Checks the requests of a batch, in their order; null if there are none.';
 
+-- The answers to the requests of a batch, in their order.
+create or replace function pglimits._answer_many(requests jsonb)
+returns table (
+  ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
+  wait interval, missing text[], error text, message text)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  checked pglimits._request[] := pglimits._check_requests(requests);
+begin
+  if checked is null then
+    return;
+  elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
+    perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
+  end if;
+  return query
+  select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,
+         (checked[a.ordinal]).missing, a.error, a.message
+  from unnest(pglimits._answer_all(checked)) with ordinality as a(
+    status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
+end $$;
+
+comment on function pglimits._answer_many(jsonb) is 'Checks and serves the requests of a batch.';
+
 -- Many requests in one call, each answered by itself: what the clients use to send what queued up meanwhile.
 create or replace function pglimits.acquire_many(
   requests jsonb, durable boolean default true, patience interval default null)
@@ -537,9 +550,6 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  checked pglimits._request[];
-  alone record;
-  answer pglimits._answer;
   lock_timeout text;
 begin
   if requests is null or jsonb_typeof(requests) <> 'array' then
@@ -549,38 +559,7 @@ begin
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
   end if;
   lock_timeout := pglimits._for_this_call(durable, patience);
-  if jsonb_array_length(requests) = 1 then
-    select r.names, coalesce(r.slots, '{1}') as slots, coalesce(r.keys, '{""}') as keys, r.lease_duration, r.wait,
-           r.priority, r.holder, r.lease_id, r.strict as is_strict, r.channel, r.for_rate
-    into alone from jsonb_to_record(requests -> 0) as r(
-      names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
-      holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean);
-    if cardinality(alone.names) = 1 and cardinality(alone.slots) = 1 and cardinality(alone.keys) = 1
-       and alone.for_rate is not true then
-      answer := pglimits._take_alone(
-        alone.names[1], alone.slots[1], alone.keys[1], coalesce(alone.lease_duration, '5 minutes'), alone.wait,
-        coalesce(alone.priority, 0), alone.holder, alone.lease_id, coalesce(alone.is_strict, false), alone.channel);
-    end if;
-    if answer.status is not null then
-      if lock_timeout is not null then
-        perform set_config('lock_timeout', lock_timeout, true);
-      end if;
-      return query select 1, answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
-                          answer.wait, null::text[], answer.error, answer.message;
-      return;
-    end if;
-  end if;
-  checked := pglimits._check_requests(requests);
-  if checked is null then
-    return;
-  elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
-    perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
-  end if;
-  return query
-  select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,
-         (checked[a.ordinal]).missing, a.error, a.message
-  from unnest(pglimits._answer_all(checked)) with ordinality as a(
-    status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
+  return query select a.* from pglimits._answer_many(requests) a;
   if lock_timeout is not null then
     perform set_config('lock_timeout', lock_timeout, true);
   end if;
@@ -596,6 +575,71 @@ keeps in a long transaction (null: as lock_timeout says); past it error 55P03, a
 
 A row for each: its ordinal, what acquire or rate_limit would have answered, the limits that are missing, and, with
 status error, the kind of error (as errors() lists them) and its message.$$;
+
+-- The same for requests that differ in nothing but their ids and holders. Most batches are such.
+create or replace function pglimits.acquire_alike(
+  name text,
+  slots integer,
+  key text,
+  lease_duration interval,
+  wait interval,
+  priority integer,
+  strict boolean,
+  channel text,
+  lease_ids uuid[],
+  holders jsonb default null,
+  durable boolean default true,
+  patience interval default null)
+returns table (
+  requests integer, status text, fences bigint[], expires_at timestamptz, retry_after interval, missing text[],
+  error text, message text)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  lock_timeout text;
+  answer pglimits._answer;
+begin
+  if not durable or patience is not null then
+    lock_timeout := pglimits._for_this_call(durable, patience);
+  end if;
+  answer := pglimits._take_alike(name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);
+  if answer.status is not null then
+    requests := cardinality(lease_ids);
+    status := answer.status;
+    fences := answer.fences;
+    expires_at := answer.expires_at;
+    return next;
+  else
+    return query
+    select 1, a.status, a.fences, a.expires_at, a.retry_after, a.missing, a.error, a.message
+    from pglimits._answer_many((
+      select jsonb_agg(jsonb_build_object(
+        'names', array[name], 'slots', array[slots], 'keys', array[key], 'lease_duration', lease_duration, 'wait', wait,
+        'priority', priority, 'strict', strict, 'channel', channel, 'lease_id', asked.lease_id,
+        'holder', holders -> (asked.nth - 1)::integer) order by asked.nth)
+      from unnest(lease_ids) with ordinality as asked(lease_id, nth))) a
+    order by a.ordinal;
+  end if;
+  if lock_timeout is not null then
+    perform set_config('lock_timeout', lock_timeout, true);
+  end if;
+end $$;
+
+comment on function pglimits.acquire_alike(
+  text, integer, text, interval, interval, integer, boolean, text, uuid[], jsonb, boolean, interval) is
+$$Serves requests on one limit that differ in nothing but lease_ids and holders (an array, one for each id), in one call and
+one transaction, in their order. The other arguments are those of acquire; durable and patience those of acquire_many.
+
+A row for each, with the missing limit if it is missing, and, with status error, the kind of error (as errors() lists
+them) and its message. Where several in a row are answered alike, one row for all of them: requests says how many, and
+each has a fence one above that of the one before.$$;
 
 -- Settings of one call: how durable it is, and how long it waits for a lock. Returns the lock_timeout to go back to.
 create or replace function pglimits._for_this_call(durable boolean, patience interval)

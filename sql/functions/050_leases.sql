@@ -131,14 +131,18 @@ as $$
 #variable_conflict use_column
 declare
   lock_timeout text := pglimits._for_this_call(durable, patience);
-  alone boolean := case when cardinality(lease_ids) = 1 then pglimits._release_alone(lease_ids[1]) end;
-  ended uuid[] := case when alone is null then pglimits._release(lease_ids) end;
+  ended uuid[] := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
 begin
   if lock_timeout is not null then
     perform set_config('lock_timeout', lock_timeout, true);
   end if;
-  return query select asked.id, coalesce(alone, asked.id = any (ended))
-               from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+  if cardinality(lease_ids) = 1 then
+    lease_id := lease_ids[1];
+    released := cardinality(ended) > 0;
+    return next;
+  else
+    return query select asked.id, asked.id = any (ended) from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+  end if;
 end $$;
 
 comment on function pglimits.release(uuid[], boolean, interval) is
@@ -161,7 +165,7 @@ begin
   if lease_id is null then
     perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
   end if;
-  return coalesce(pglimits._release_alone(lease_id), cardinality(pglimits._release(array[lease_id])) > 0);
+  return cardinality(coalesce(pglimits._release_alike(array[lease_id]), pglimits._release(array[lease_id]))) > 0;
 end $$;
 
 comment on function pglimits.release(uuid) is

@@ -16,11 +16,10 @@ from psycopg_pool import AsyncConnectionPool
 
 from . import _calls
 from ._arguments import Names
-from ._batches import Slot, Ticket
-from ._database import run_async
-from ._engine import Course, Engine, OnUnavailable, Request, Send, Step, User
+from ._batches import Batches, Kind, Ticket
+from ._engine import Engine, OnUnavailable, Request, Send, Step, User
 from ._renewal import Lease
-from ._requests import F, checked, decorate, engine_of, leave, who
+from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import TaskWaker
 from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
@@ -111,10 +110,10 @@ class AsyncLimiter:
         renew: bool = True,
     ) -> Lease:
         """Take slots until ``release``. As ``Limiter.acquire``."""
-        request = checked(
+        kind, given = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
-        )(_waker(), self._on_unavailable, _who())
-        lease = await self._drive(self._acquiring(request))
+        )
+        lease = await self._acquire(kind, given)
         if not renew:
             self._engine.renewal.remove(lease)
         return lease
@@ -134,10 +133,8 @@ class AsyncLimiter:
         key: str = "",
     ) -> None:
         """Take slots that come back by decay only, and sleep until their turn. As ``Limiter.rate_limit``."""
-        request = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)(
-            _waker(), self._on_unavailable, _who()
-        )
-        await self._drive(self._acquiring(request))
+        kind, given = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)
+        await self._acquire(kind, given)
 
     # Limits.
 
@@ -263,15 +260,14 @@ class AsyncLimiter:
 
     # Doing what the engine says.
 
-    def _acquiring(self, request: Request) -> Course:
-        return self._engine.acquiring(request, self._user)
+    async def _acquire(self, kind: Kind, holder: str | None) -> Lease:
+        request = Request(kind, _waker(), self._on_unavailable, _who() if holder is None else holder, new_id())
+        return await self._drive(self._engine.acquiring(request, self._user))
 
     async def _call(self, call: _calls.Call[T]) -> T:
         if self._user.closed:
             raise LimiterUnavailable("the limiter has been closed")
-        if self._pool is not None:
-            return call.read(await run_async(self._pool, self._engine.database, call.sql, call.params))
-        return call.read(await asyncio.to_thread(self._engine.database.execute, call.sql, call.params))
+        return call.read(await self._engine.database.execute_in_loop(call.sql, call.params, self._pool))
 
     async def _drive(self, course: Generator[Step, None, T]) -> T:
         try:
@@ -293,41 +289,25 @@ class AsyncLimiter:
             await step.waker.wait(step.seconds)
 
     async def _send(self, ticket: Ticket, seconds: float | None) -> None:
-        assert isinstance(ticket.waker, TaskWaker)
-        self._engine.batches.submit(ticket)
+        waker = ticket.waker
+        assert isinstance(waker, TaskWaker)
+        batches = self._engine.batches_of(waker.loop)
+        batches.submit(ticket)
         until = None if seconds is None else time.monotonic() + seconds
         while True:
-            self._have_sent(ticket)
+            self._have_sent(batches, ticket)
             left = None if until is None else until - time.monotonic()
             if ticket.done or (left is not None and left <= 0):
                 return
-            await ticket.waker.wait(ticket.patient_for(left))
+            await waker.wait(ticket.patient_for(left))
 
-    def _have_sent(self, ticket: Ticket) -> None:
-        if self._pool is None:
-            self._engine.send_for_tasks(ticket)
-        elif self._engine.batches.can_go(ticket):
+    def _have_sent(self, batches: Batches, ticket: Ticket) -> None:
+        if not batches.summoned and batches.can_go(ticket):
+            batches.summoned = True
             # In a task of its own: whoever asked may be cancelled, and the batch carries others' requests too.
-            lead = asyncio.create_task(self._lead(), name="pglimits-send")
+            lead = asyncio.create_task(self._engine.lead_in_loop(batches, self._pool), name="pglimits-send")
             self._leads.add(lead)
             lead.add_done_callback(self._leads.discard)
-
-    async def _lead(self) -> None:
-        assert self._pool is not None
-        batches = self._engine.batches
-        while True:
-            slot = Slot()
-            try:
-                if not batches.take(slot):
-                    return
-                batches.nudge()
-                sql, params = batches.statement(slot.batch or ())
-                batches.finish(slot, await run_async(self._pool, self._engine.database, sql, params))
-            except Exception as error:
-                batches.fail(slot, error)
-            except BaseException:
-                batches.put_back(slot)
-                raise
 
 
 class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
@@ -336,15 +316,14 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
     def __init__(self, limiter: Callable[[], AsyncLimiter], arguments: tuple[Any, ...]) -> None:
         self._limiter = limiter
         self._arguments = arguments
-        self._request = checked(*arguments)
+        self._kind, self._holder = checked(*arguments)
         self._raises = bool(arguments[5] if arguments[7] is None else arguments[7])
         # One object may be entered by several tasks at once, and by one several times.
         self._holds: dict[asyncio.Task[Any] | None, list[_Hold]] = {}
 
     async def __aenter__(self) -> Lease:
         limiter = self._limiter()
-        request = self._request(_waker(), limiter._on_unavailable, _who())
-        lease = await limiter._drive(limiter._acquiring(request))
+        lease = await limiter._acquire(self._kind, self._holder)
         hold = _Hold(lease)
         if self._raises:
             lease.on_lost(hold.lost_elsewhere)

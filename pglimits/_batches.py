@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from psycopg import Connection
+from psycopg import BaseConnection
 
 from . import _sql
 from ._database import BATCHES_AT_ONCE, Busy, Row, translate
@@ -28,7 +28,8 @@ from .errors import LimiterUnavailable, NotInstalled, PermissionDenied, Pglimits
 
 Place = tuple[str, str]
 
-LARGEST_BATCH = 1000
+LARGEST_BATCH = 128
+"""Requests in a batch at most: while the server is at work on one, the answers to another are handed out."""
 PATIENCE = 1.0
 """Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
 
@@ -50,40 +51,70 @@ class Answer:
     message: str | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """What requests have in common that differ in nothing but who asks.
+
+    Attributes:
+        places: each limit and key.
+        lanes, release_lanes: what one batch of requests, or one of releases, at a time may have.
+        timeout: seconds, None for ever.
+        lease_duration: seconds.
+        for_rate: whether it is a rate_limit.
+        body: the arguments of ``acquire_many`` as JSON, open at its end.
+        alike: those of ``acquire_alike``, as text; None if it cannot be asked so.
+    """
+
+    places: tuple[Place, ...]
+    lanes: tuple[tuple[str, ...], ...]
+    release_lanes: tuple[tuple[str, ...], ...]
+    timeout: float | None
+    lease_duration: float
+    for_rate: bool
+    body: str
+    alike: tuple[str, ...] | None
+
+
 class Ticket:
-    """A request on its way: an acquire or rate_limit (``body``, its JSON), or a release (``body`` None)."""
+    """A request on its way: an acquire or rate_limit of some kind, or a release (``kind`` None)."""
 
     __slots__ = (
         "abandoned",
         "alone",
         "answer",
-        "body",
+        "batches",
         "done",
         "error",
+        "holder",
+        "kind",
         "lanes",
         "lease_id",
         "not_before",
         "patience",
-        "places",
         "tries",
+        "wait",
         "waker",
     )
 
     def __init__(
         self,
         lease_id: UUID,
-        places: tuple[Place, ...],
-        body: str | None,
+        kind: Kind | None,
+        lanes: tuple[tuple[str, ...], ...],
+        wait: str | None,
+        holder: str,
         waker: Waker,
         patience: float | None,
     ) -> None:
         self.lease_id = lease_id
-        self.places = places
-        # What one batch at a time may have.
-        self.lanes = places if body is not None else tuple(("release", *place) for place in places)
-        self.body = body
+        self.kind = kind
+        self.lanes = lanes
+        # How long it is ready to wait in the queue, or until its turn: '1.5 s'.
+        self.wait = wait
+        self.holder = holder
         self.waker = waker
         self.patience = patience
+        self.batches: Batches | None = None
         # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
         self.alone = False
         self.not_before = 0.0
@@ -92,6 +123,13 @@ class Ticket:
         self.done = False
         self.answer: Answer | bool | None = None
         self.error: PglimitsError | None = None
+
+    @property
+    def body(self) -> str:
+        """As ``acquire_many`` takes it, but for the channel."""
+        until = "null" if self.wait is None else f'"{self.wait}"'
+        assert self.kind is not None
+        return f'{self.kind.body},"lease_id":"{self.lease_id}","wait":{until},"holder":{self.holder}'
 
     def patient_for(self, left: float | None) -> float | None:
         """How long its caller waits before it looks again; None: until it is woken."""
@@ -104,12 +142,14 @@ class Ticket:
 class Slot:
     """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("batch", "connection", "orphan")
+    __slots__ = ("alike", "batch", "batches", "connection", "orphan")
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
         self.batch: list[Ticket] | None = None
+        self.alike = False
         self.orphan: Orphan[Slot] | None = None
-        self.connection: Connection[Any] | None = None
+        self.connection: BaseConnection[Any] | None = None
 
 
 class Batches:
@@ -119,15 +159,19 @@ class Batches:
     are under way, not a counter, and a batch whose sender was struck is put back as a whole and sent again.
     """
 
-    def __init__(self, durable: bool, abandon: Callable[[Ticket], None]) -> None:
+    def __init__(self, durable: bool, channel: str, abandon: Callable[[UUID], None]) -> None:
         self.durable = durable
+        self.channel = channel
         self._abandon = abandon
+        # Whether a task that sends is on its way: whoever queues up meanwhile need not make another.
+        self.summoned = False
         self._lock = threading.Lock()
         self._pending: dict[Ticket, None] = {}
         self._under_way: dict[Slot, set[tuple[str, ...]]] = {}
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request."""
+        ticket.batches = self
         with self._lock:
             self._pending[ticket] = None
 
@@ -140,11 +184,12 @@ class Batches:
             if first.alone:
                 batch = [first]
             else:
-                is_release = first.body is None
+                is_release = first.kind is None
+                busy = set().union(*self._under_way.values())
                 batch = [
                     other
                     for other in self._pending
-                    if (other.body is None) == is_release and not other.alone and self._can_go(other)
+                    if (other.kind is None) == is_release and not other.alone and busy.isdisjoint(other.lanes)
                 ][:LARGEST_BATCH]
                 if first not in batch:
                     batch[-1] = first
@@ -154,22 +199,40 @@ class Batches:
                 self._pending.pop(taken, None)
         return True
 
-    def statement(self, batch: Sequence[Ticket]) -> tuple[str, list[object]]:
+    def statement(self, slot: Slot) -> tuple[str, list[object]]:
         """The one statement that serves the batch."""
+        batch = slot.batch or []
+        first = batch[0]
         patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=LOCK_WAIT)
         patience = min(max(patience, 0.001), LOCK_WAIT)
-        if batch[0].body is None:
-            return _sql.RELEASE, [[ticket.lease_id for ticket in batch], self.durable, patience]
-        requests = ",".join([ticket.body for ticket in batch if ticket.body is not None])
-        return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience]
+        slot.alike = False
+        if first.kind is None:
+            return _sql.RELEASE, [_ids(batch), self.durable, patience]
+        kind, wait = first.kind, first.wait
+        if kind.alike is None or any(ticket.kind is not kind or ticket.wait != wait for ticket in batch):
+            requests = ",".join([f'{ticket.body},"channel":"{self.channel}"}}' for ticket in batch])
+            return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience]
+        slot.alike = True
+        holders = ",".join([ticket.holder for ticket in batch])
+        name, slots, key, lease_duration, priority, strict = kind.alike
+        return _sql.ACQUIRE_ALIKE, [
+            name, slots, key, lease_duration, wait, priority, strict, self.channel, _ids(batch), f"[{holders}]",
+            self.durable, patience,
+        ]  # fmt: skip
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""
         batch = slot.batch or []
-        if batch and batch[0].body is None:
-            released: dict[UUID, bool] = dict(rows)
+        if batch and batch[0].kind is None:
+            ended = {lease_id for (lease_id,) in rows}
             for ticket in batch:
-                ticket.answer = released.get(ticket.lease_id, False)
+                ticket.answer = ticket.lease_id not in ended
+        elif slot.alike:
+            tickets = iter(batch)
+            for requests, status, fences, expires_at, retry_after, missing, error, message in rows:
+                for nth in range(requests):
+                    mine = fences if not nth or fences is None else [fences[0] + nth]
+                    next(tickets).answer = Answer(status, mine, expires_at, retry_after, None, missing, error, message)
         else:
             for ticket, row in zip(batch, rows, strict=True):
                 ticket.answer = Answer(*row)
@@ -211,8 +274,8 @@ class Batches:
         # Those that were put back as well: they may have to wait until another moment now.
         wake_all([ticket.waker for ticket in batch if not ticket.abandoned])
         for ticket in batch:
-            if ticket.done and ticket.abandoned and ticket.body is not None:
-                self._abandon(ticket)
+            if ticket.done and ticket.abandoned and ticket.kind is not None:
+                self._abandon(ticket.lease_id)
         slot.batch = None
         slot.orphan = None
         self.nudge()
@@ -231,8 +294,8 @@ class Batches:
             never_sent = ticket in self._pending and not ticket.tries
             self._pending.pop(ticket, None)
             under_way = any(ticket in (slot.batch or ()) for slot in self._under_way)
-        if not never_sent and not under_way and ticket.body is not None:
-            self._abandon(ticket)
+        if not never_sent and not under_way and ticket.kind is not None:
+            self._abandon(ticket.lease_id)
         self.nudge()
 
     def can_go(self, ticket: Ticket) -> bool:
@@ -246,6 +309,10 @@ class Batches:
         if ticket.alone and (under_way or ticket.not_before > time.monotonic()):
             return False  # what meets locks leaves a way to the others
         return all(lanes.isdisjoint(ticket.lanes) for lanes in tuple(self._under_way.values()))
+
+
+def _ids(batch: Sequence[Ticket]) -> str:
+    return "{" + ",".join([str(ticket.lease_id) for ticket in batch]) + "}"
 
 
 def _blames_the_request(problem: PglimitsError) -> bool:

@@ -83,11 +83,11 @@ def translate(error: BaseException) -> PglimitsError:
 class Sender(Protocol):
     """Who waits for a statement. ``connection`` is where, as long as the server may be at work on it."""
 
-    connection: psycopg.Connection[Any] | None
+    connection: psycopg.BaseConnection[Any] | None
 
 
 class _Nobody:
-    connection: psycopg.Connection[Any] | None = None
+    connection: psycopg.BaseConnection[Any] | None = None
 
 
 class Database:
@@ -104,14 +104,16 @@ class Database:
         self.checked = False
         self._pool = pool
         self._idle: list[psycopg.Connection[Row]] = []
+        self._idle_in_loops: list[psycopg.AsyncConnection[Row]] = []
         self._closed = False
         self._left_to_parent: list[object] = []
 
     def forked(self) -> None:
         """Called in the child of a fork: forget the parent's sockets without closing them."""
-        self._left_to_parent += [self._pool, *self._idle]
+        self._left_to_parent += [self._pool, *self._idle, *self._idle_in_loops]
         self._pool = None
         self._idle = []
+        self._idle_in_loops = []
 
     def execute(self, sql: str, params: Sequence[object], sender: Sender | None = None) -> list[Row]:
         """Run one statement in a transaction of its own, again if the connection had gone stale.
@@ -195,7 +197,83 @@ class Database:
         pool.putconn(connection)
         return rows
 
-    def let_end(self, connection: psycopg.Connection[Any]) -> None:
+    async def execute_in_loop(
+        self,
+        sql: str,
+        params: Sequence[object],
+        pool: AsyncConnectionPool[Any] | None = None,
+        sender: Sender | None = None,
+    ) -> list[Row]:
+        """As ``execute``, in an event loop: on a connection of a pool of the caller's, or on one of our own."""
+        sender = sender or _Nobody()
+        try:
+            for last in (False, False, True):
+                try:
+                    if pool is not None:
+                        return await self._execute_in_async_pool(pool, sql, params, sender)
+                    return await self._execute_in_loop(sql, params, sender)
+                except psycopg.Error as error:
+                    problem = translate(error)
+                    if last or not worth_another_try(problem, error):
+                        raise problem from error
+                    if pool is not None and not isinstance(problem, Busy):
+                        await pool.check()
+        finally:
+            if sender.connection is not None and isinstance(sender, _Nobody):
+                self._drop(sender.connection)
+        raise AssertionError("unreachable")
+
+    async def _execute_in_loop(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
+        if self._closed:
+            raise LimiterUnavailable("the limiter has been closed")
+        try:
+            connection = self._idle_in_loops.pop()
+        except IndexError:
+            connection = await self._connect_in_loop()
+        sender.connection = connection
+        try:
+            rows = await self._run_in_loop(connection, sql, params)
+        except (psycopg.Error, PglimitsError) as error:
+            sender.connection = None
+            if isinstance(translate(error), LimiterUnavailable) and not getattr(error, "sqlstate", None):
+                # If one connection has gone stale, so have the others.
+                self._drop_idle()
+            if not connection.closed:
+                self._idle_in_loops.append(connection)
+            raise
+        sender.connection = None
+        self._idle_in_loops.append(connection)
+        if len(self._idle_in_loops) > BATCHES_AT_ONCE:
+            self._drop(self._idle_in_loops.pop(0))
+        return rows
+
+    async def _execute_in_async_pool(
+        self, pool: AsyncConnectionPool[Any], sql: str, params: Sequence[object], sender: Sender
+    ) -> list[Row]:
+        try:
+            async with pool.connection() as connection:
+                return await self._run_in_loop(connection, sql, params)
+        except PoolTimeout as error:
+            raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
+
+    async def _run_in_loop(
+        self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[object]
+    ) -> list[Row]:
+        async with connection.cursor(row_factory=tuple_row, binary=True) as cursor:
+            if not self.checked:
+                await cursor.execute(_sql.VERSION.encode(), prepare=False)
+                self.check_on((await cursor.fetchall())[0], connection.info.backend_pid)
+            await cursor.execute(sql.encode(), params, prepare=False if self.pooled else None)
+            rows: list[Row] = await cursor.fetchall()
+            return rows
+
+    async def _connect_in_loop(self) -> psycopg.AsyncConnection[Row]:
+        try:
+            return await psycopg.AsyncConnection.connect(self.conninfo, **self._connection_options())
+        except psycopg.Error as error:
+            raise translate(error) from error
+
+    def let_end(self, connection: psycopg.BaseConnection[Any]) -> None:
         """Wait for the end of a statement that its sender has left, and close its connection.
 
         To close it at once would not do: the server notices that only when it answers, and what has been given back
@@ -214,22 +292,29 @@ class Database:
                     break
         self._drop(connection)
 
-    def _drop(self, connection: psycopg.Connection[Any]) -> None:
-        connection.close()
-        if self._pool is not None:
-            self._pool.putconn(connection)
+    def _drop(self, connection: psycopg.BaseConnection[Any]) -> None:
+        if isinstance(connection, psycopg.Connection):
+            connection.close()
+            if self._pool is not None:
+                self._pool.putconn(connection)
+        else:
+            connection.pgconn.finish()  # its loop may have ended
 
     def _drop_idle(self) -> None:
-        while self._idle:
+        for idle in (self._idle, self._idle_in_loops):
             with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+                while True:
+                    self._drop(idle.pop())
 
     def connect(self) -> psycopg.Connection[Row]:
         """Open a connection."""
-        options = dict(self.options)
+        return connect(self.conninfo, **self._connection_options())
+
+    def _connection_options(self) -> dict[str, Any]:
+        options = {**self.options, "autocommit": True}
         if self.pooled:
             options["prepare_threshold"] = None
-        return connect(self.conninfo, **options)
+        return options
 
     def check_on(self, row: Row, backend_pid: int) -> None:
         """Note what a first connection has found out: whether the versions match, and whether there is a pooler."""
@@ -261,33 +346,6 @@ def run(connection: psycopg.Connection[Any], sql: str, params: Sequence[object],
     with connection.cursor(row_factory=tuple_row, binary=True) as cursor:
         cursor.execute(sql.encode(), params, prepare=prepare)
         return cursor.fetchall()
-
-
-async def run_async(
-    pool: AsyncConnectionPool[Any], database: Database, sql: str, params: Sequence[object]
-) -> list[Row]:
-    """As ``Database.execute``, through a caller's pool for asyncio."""
-    for last in (False, False, True):
-        try:
-            async with (
-                pool.connection() as connection,
-                connection.cursor(row_factory=tuple_row, binary=True) as cursor,
-            ):
-                if not database.checked:
-                    await cursor.execute(_sql.VERSION.encode(), prepare=False)
-                    database.check_on((await cursor.fetchall())[0], connection.info.backend_pid)
-                await cursor.execute(sql.encode(), params, prepare=False if database.pooled else None)
-                rows: list[Row] = await cursor.fetchall()
-                return rows
-        except PoolTimeout as error:
-            raise LimiterUnavailable(f"no connection came free: {error}") from error
-        except psycopg.Error as error:
-            problem = translate(error)
-            if last or not worth_another_try(problem, error):
-                raise problem from error
-            if not isinstance(problem, Busy):
-                await pool.check()
-    raise AssertionError("unreachable")
 
 
 def connection_source(pool: Any) -> tuple[str, dict[str, Any]]:

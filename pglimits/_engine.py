@@ -6,9 +6,9 @@ is told what came of it. The two shells, for threads and for tasks, do just that
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -17,15 +17,16 @@ import threading
 import time
 import weakref
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
+
+from psycopg_pool import AsyncConnectionPool
 
 from . import _sql
 from ._arguments import Part
-from ._batches import PATIENCE, Answer, Batches, Slot, Ticket
-from ._database import BATCHES_AT_ONCE, Busy, Database
+from ._batches import PATIENCE, Answer, Batches, Kind, Slot, Ticket
+from ._database import Busy, Database
 from ._keeper import Keeper, Waiter
 from ._renewal import Lease, Renewal
 from ._wake import Anchor, Orphan, Waker, started
@@ -39,33 +40,48 @@ _SHORTEST_WATCHED = 0.1
 """Turns nearer than this many seconds are not worth telling anybody that they have moved."""
 
 
-@dataclass(slots=True)
 class Request:
-    """What a caller wants. ``kind``, of ``kind_of``, is the part of its JSON that calls of one kind share."""
+    """What a caller wants."""
 
-    kind: str
-    places: tuple[tuple[str, str], ...]
-    timeout: float | None
-    lease_duration: float
-    waker: Waker
-    holder: str
-    on_unavailable: OnUnavailable
-    lease_id: UUID
+    __slots__ = ("holder", "kind", "lease_id", "on_unavailable", "waker")
 
-    def body(self, wait: float | None, channel: str) -> str:
-        """As ``acquire_many`` takes it."""
-        until = "null" if wait is None else f'"{wait:.6f} s"'
-        mine = f'"lease_id":"{self.lease_id}","wait":{until},"holder":{self.holder}'
-        return f'{self.kind},"channel":"{channel}",{mine}}}'
+    def __init__(self, kind: Kind, waker: Waker, on_unavailable: OnUnavailable, holder: str, lease_id: UUID) -> None:
+        self.kind = kind
+        self.waker = waker
+        self.on_unavailable: OnUnavailable = on_unavailable
+        self.holder = holder
+        self.lease_id = lease_id
+
+    def ticket(self, left: float | None) -> Ticket:
+        """To ask, with so many seconds left."""
+        kind = self.kind
+        if left is None:
+            wait = None
+        elif not left:
+            wait = "0"
+        else:
+            # Only for a turn it matters how long it is exactly; if all say the same, they are asked alike.
+            wait = f"{left if kind.for_rate else kind.timeout:.6f} s"
+        return Ticket(
+            self.lease_id,
+            kind,
+            kind.lanes,
+            wait,
+            self.holder,
+            self.waker,
+            None if left is None else left or PATIENCE,
+        )
 
     def named(self) -> str:
-        return ", ".join(repr(name) for name, _ in self.places)
+        return ", ".join(repr(name) for name, _ in self.kind.places)
 
 
-@functools.lru_cache(maxsize=1000)
-def kind_of(parts: tuple[Part, ...], lease_duration: float, priority: int, strict: bool, for_rate: bool) -> str:
-    """What calls of the same kind have in common, as JSON, open at its end."""
-    return json.dumps(
+def kind_of(
+    parts: tuple[Part, ...], timeout: float | None, lease_duration: float, priority: int, strict: bool, for_rate: bool
+) -> Kind:
+    """What requests with these arguments have in common."""
+    places = tuple((part.name, part.key) for part in parts)
+    body = json.dumps(
         {
             "names": [part.name for part in parts],
             "keys": [part.key for part in parts],
@@ -76,6 +92,12 @@ def kind_of(parts: tuple[Part, ...], lease_duration: float, priority: int, stric
             "for_rate": for_rate,
         }
     )[:-1]
+    alike = None
+    if len(parts) == 1 and not for_rate:
+        first = parts[0]
+        alike = (first.name, str(first.slots), first.key, f"{lease_duration:.6f} s", str(priority), str(strict))
+    release_lanes = tuple(("release", *place) for place in places)
+    return Kind(places, places, release_lanes, timeout, lease_duration, for_rate, body, alike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +144,18 @@ class Engine:
         self.pid = os.getpid()
         self.closed = False
         self._asking: dict[UUID, Orphan[UUID]] = {}
-        self.batches = Batches(self.durable, lambda ticket: self.give_back(ticket.lease_id))
         self.keeper = Keeper(self.database)
+        self.batches = self._new_batches()
+        self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Batches] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | Orphan[Slot] | Orphan[UUID] | None]
         self._given_up = queue.SimpleQueue()
         self.renewal = Renewal(self.database, self._given_up.put)
         self._cleaner: threading.Thread | None = None
-        self._senders: ThreadPoolExecutor | None = None
-        self._sending = 0
 
     def forked(self) -> None:
         """Called in the child of a fork."""
-        self._parents = getattr(self, "_parents", []), self.batches, self.keeper, self.renewal, self._senders
+        self._parents = getattr(self, "_parents", []), self.batches, self.keeper, self.renewal, self._of_loops
         self.database.forked()
         self._begin()
 
@@ -146,7 +167,8 @@ class Engine:
         Raises:
             AcquireTimeout, and what the database says.
         """
-        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        timeout = request.kind.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
         waiter: Waiter | None = None
         pause = 0.05
         # Whether the database may have something of ours if this ends without a lease.
@@ -162,13 +184,7 @@ class Engine:
                 taken = True
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 asked = time.monotonic()
-                ticket = Ticket(
-                    request.lease_id,
-                    request.places,
-                    request.body(left, self.keeper.channel),
-                    request.waker,
-                    None if left is None else left or PATIENCE,
-                )
+                ticket = request.ticket(left)
                 yield from self._send(ticket, ticket.patience)
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
@@ -228,10 +244,10 @@ class Engine:
                 ):
                     return self._lease(request, user, answer, asked)
                 if waiter.news is None and waiter.turn_at is None and waiter.error is None:
-                    released = Ticket(request.lease_id, request.places, None, request.waker, PATIENCE)
+                    released = _releasing(request.lease_id, request.kind.release_lanes, request.waker, PATIENCE)
                     yield from self._send(released, PATIENCE)
                     taken = released.error is not None or not released.done
-                    raise AcquireTimeout(f"no slot of {request.named()} within {request.timeout:g} s")
+                    raise AcquireTimeout(f"no slot of {request.named()} within {timeout:g} s")
                 # Else ask again, with the same id: it acts once.
         except BaseException:
             if taken:
@@ -247,8 +263,8 @@ class Engine:
         try:
             yield Send(ticket, seconds)
         finally:
-            if not ticket.done:
-                self.batches.withdraw(ticket)
+            if not ticket.done and ticket.batches is not None:
+                ticket.batches.withdraw(ticket)
 
     def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
         while waiter.news is None and waiter.error is None:
@@ -264,7 +280,7 @@ class Engine:
         """End a lease. Whether it was still live; None if the database could not be asked."""
         if not lease.enforced or lease.released or lease.pid != os.getpid():
             return False
-        ticket = Ticket(lease.id, lease.places, None, waker, None)
+        ticket = _releasing(lease.id, lease._lanes, waker, None)
         anchor = Anchor()
         self._asking[lease.id] = Orphan(anchor, self._given_up.put, lease.id)
         lease.released = True
@@ -272,7 +288,8 @@ class Engine:
             self.renewal.remove(lease)
             yield Send(ticket, None)
         except BaseException:
-            self.batches.withdraw(ticket)
+            if ticket.batches is not None:
+                ticket.batches.withdraw(ticket)
             self.give_back(lease.id)
             self._asking.pop(lease.id, None)
             raise
@@ -287,13 +304,15 @@ class Engine:
 
     def _lease(self, request: Request, user: User, answer: Answer | None, asked: float) -> Lease:
         enforced = answer is not None and answer.expires_at is not None
+        kind = request.kind
         lease = Lease(
             request.lease_id,
-            request.places,
-            answer.fences if answer is not None and answer.fences is not None else [None] * len(request.places),
+            kind.places,
+            kind.release_lanes,
+            answer.fences if answer is not None and answer.fences is not None else [None] * len(kind.places),
             answer.expires_at if answer is not None else None,
-            request.lease_duration,
-            asked + request.lease_duration,
+            kind.lease_duration,
+            asked + kind.lease_duration,
             self.pid,
         )
         if enforced:
@@ -310,49 +329,59 @@ class Engine:
                 self._warned.add(name)
                 log.warning("there is no limit named %r: it is not enforced", name)
 
-    # Sending, from a caller's thread or from one of a few of our own on behalf of tasks.
+    # Sending.
 
-    def lead(self, ticket: Ticket | None) -> None:
-        """Send batches: those with this ticket in it, or, without one, as long as there are any."""
+    def _new_batches(self) -> Batches:
+        return Batches(self.durable, self.keeper.channel, self.give_back)
+
+    def batches_of(self, loop: asyncio.AbstractEventLoop) -> Batches:
+        """The batches of an event loop: sent in the loop, they hold up, and are held up by, nobody else."""
+        batches = self._of_loops.get(loop)
+        if batches is None:
+            batches = self._of_loops[loop] = self._new_batches()
+        return batches
+
+    def lead(self, ticket: Ticket) -> None:
+        """Send batches from the caller's thread, as long as there are any with this ticket in them."""
+        batches = self.batches
         while True:
-            slot = Slot()
+            slot = Slot(batches)
             anchor = Anchor()
             try:
                 slot.orphan = Orphan(anchor, self._given_up.put, slot)
-                if not self.batches.take(slot, ticket):
+                if not batches.take(slot, ticket):
                     slot.orphan = None
                     return
-                self.batches.nudge()
-                sql, params = self.batches.statement(slot.batch or ())
-                self.batches.finish(slot, self.database.execute(sql, params, slot))
+                batches.nudge()
+                sql, params = batches.statement(slot)
+                batches.finish(slot, self.database.execute(sql, params, slot))
             except BaseException as error:
-                if isinstance(error, PglimitsError) or (ticket is None and isinstance(error, Exception)):
-                    self.batches.fail(slot, error)
+                if isinstance(error, PglimitsError):
+                    batches.fail(slot, error)
                     continue
                 # Not the database's: a signal's, for instance, raised wherever the caller's thread happened to be.
                 self._given_up.put(slot)
                 raise
 
-    def send_for_tasks(self, ticket: Ticket) -> None:
-        """Have a thread of ours send what is pending, if the ticket can go and not enough of them are at it."""
-        if not self.batches.can_go(ticket):
-            return
-        with self._lock:
-            if self._sending >= BATCHES_AT_ONCE:
-                return
-            self._sending += 1
-            if self._senders is None:
-                self._senders = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="pglimits-send")
-        self._senders.submit(self._send_all)
-
-    def _send_all(self) -> None:
-        try:
-            self.lead(None)
-        finally:
-            with self._lock:
-                self._sending -= 1
-        # Something may have come in between the last look and the line above.
-        self.batches.nudge()
+    async def lead_in_loop(self, batches: Batches, pool: AsyncConnectionPool[Any] | None) -> None:
+        """Send batches from an event loop, as long as there are any."""
+        batches.summoned = False
+        while True:
+            slot = Slot(batches)
+            anchor = Anchor()
+            try:
+                slot.orphan = Orphan(anchor, self._given_up.put, slot)
+                if not batches.take(slot):
+                    slot.orphan = None
+                    return
+                sql, params = batches.statement(slot)
+                batches.finish(slot, await self.database.execute_in_loop(sql, params, pool, slot))
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    batches.fail(slot, error)
+                    continue
+                self._given_up.put(slot)
+                raise
 
     # Giving back what nobody waits for any longer.
 
@@ -390,7 +419,7 @@ class Engine:
                     if item.connection is not None:
                         self.database.let_end(item.connection)
                         item.connection = None
-                    self.batches.put_back(item)
+                    item.batches.put_back(item)
                     continue
                 else:
                     lease_id, again_after = item
@@ -445,17 +474,19 @@ class Engine:
         if self._cleaner is not None:
             self._given_up.put(None)
             self._cleaner.join(timeout=5)
-        if self._senders is not None:
-            self._senders.shutdown(wait=False)
         self.database.close()
         _engines.discard(self)
 
 
+def _releasing(lease_id: UUID, lanes: tuple[tuple[str, ...], ...], waker: Waker, patience: float | None) -> Ticket:
+    return Ticket(lease_id, None, lanes, None, "", waker, patience)
+
+
 def _refusal(request: Request, answer: Answer) -> str:
-    if request.timeout == 0 or request.timeout is None:
+    if not request.kind.timeout:
         said = f"no slot of {request.named()} is free"
     else:
-        said = f"no slot of {request.named()} within {request.timeout:g} s"
+        said = f"no slot of {request.named()} within {request.kind.timeout:g} s"
     return said if answer.retry_after is None else f"{said}; it could be had in {answer.retry_after:.3f} s"
 
 

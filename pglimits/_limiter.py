@@ -16,10 +16,10 @@ from psycopg_pool import ConnectionPool
 
 from . import _calls
 from ._arguments import Names
-from ._batches import Ticket
-from ._engine import Course, Engine, OnUnavailable, Request, Send, Step, User
+from ._batches import Kind, Ticket
+from ._engine import Engine, OnUnavailable, Request, Send, Step, User
 from ._renewal import Lease
-from ._requests import F, checked, decorate, engine_of, leave, who
+from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import ThreadWaker
 from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
@@ -133,10 +133,10 @@ class Limiter:
         renew: False leaves the lease alone: it lives on after this process, for ``lease_duration`` or until somebody
         releases it by its id.
         """
-        request = checked(
+        kind, given = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
-        )(ThreadWaker(), self._on_unavailable, who())
-        lease = self._drive(self._acquiring(request))
+        )
+        lease = self._acquire(kind, given)
         if not renew:
             self._engine.renewal.remove(lease)
         return lease
@@ -163,10 +163,8 @@ class Limiter:
         A turn that lies beyond ``timeout_seconds`` is refused at once and takes nothing. Raises as ``concurrency``, and
         NoSlotDecay for a limit without ``slot_decay_per_second``.
         """
-        request = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)(
-            ThreadWaker(), self._on_unavailable, who()
-        )
-        self._drive(self._acquiring(request))
+        kind, given = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)
+        self._acquire(kind, given)
 
     # Limits.
 
@@ -292,8 +290,9 @@ class Limiter:
 
     # Doing what the engine says.
 
-    def _acquiring(self, request: Request) -> Course:
-        return self._engine.acquiring(request, self._user)
+    def _acquire(self, kind: Kind, holder: str | None) -> Lease:
+        request = Request(kind, ThreadWaker(), self._on_unavailable, who() if holder is None else holder, new_id())
+        return self._drive(self._engine.acquiring(request, self._user))
 
     def _call(self, call: _calls.Call[T]) -> T:
         if self._user.closed:
@@ -342,15 +341,14 @@ class Concurrency(contextlib.AbstractContextManager[Lease]):
     def __init__(self, limiter: Callable[[], Limiter], arguments: tuple[Any, ...]) -> None:
         self._limiter = limiter
         self._arguments = arguments
-        self._request = checked(*arguments)
+        self._kind, self._holder = checked(*arguments)
         self._raises = bool(arguments[5] if arguments[7] is None else arguments[7])
         # One object may be entered by several threads at once, and by one several times.
         self._leases: dict[int, list[Lease]] = {}
 
     def __enter__(self) -> Lease:
         limiter = self._limiter()
-        request = self._request(ThreadWaker(), limiter._on_unavailable, who())
-        lease = limiter._drive(limiter._acquiring(request))
+        lease = limiter._acquire(self._kind, self._holder)
         self._leases.setdefault(threading.get_ident(), []).append(lease)
         return lease
 

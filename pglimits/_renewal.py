@@ -39,6 +39,7 @@ class Lease:
         "_duration",
         "_ends",
         "_expires_at",
+        "_lanes",
         "_lost",
         "_on_lost",
         "_user",
@@ -55,6 +56,7 @@ class Lease:
         self,
         lease_id: UUID,
         places: tuple[tuple[str, str], ...],
+        lanes: tuple[tuple[str, ...], ...],
         fences: Sequence[int | None],
         expires_at: datetime | None,
         duration: float,
@@ -63,6 +65,7 @@ class Lease:
     ) -> None:
         self.id = lease_id
         self.places = places
+        self._lanes = lanes
         self.names = tuple(name for name, _ in places)
         self.fences = tuple(fences)
         self.enforced = expires_at is not None
@@ -78,7 +81,7 @@ class Lease:
     @classmethod
     def foreign(cls, lease_id: UUID) -> Lease:
         """A lease that somebody else holds, or held, to be released."""
-        lease = cls(lease_id, (), (), None, 0.0, math.inf, os.getpid())
+        lease = cls(lease_id, (), (), (), None, 0.0, math.inf, os.getpid())
         lease.enforced = True
         return lease
 

@@ -17,10 +17,10 @@ from uuid import UUID
 from psycopg_pool import ConnectionPool
 
 from . import _arguments
+from ._batches import Kind
 from ._database import Database, connection_source
 from ._dsn import resolve
-from ._engine import Engine, OnUnavailable, Request, User, engine_for, kind_of
-from ._wake import Waker
+from ._engine import Engine, OnUnavailable, User, engine_for, kind_of
 from .errors import InvalidArgument
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,31 +69,51 @@ def checked(
     priority: int,
     *,
     for_rate: bool = False,
-) -> Callable[[Waker, OnUnavailable, str], Request]:
-    """Check the arguments once; returns what makes a request of them, each with an id of its own."""
-    parts = _arguments.parts(names, occupy, key)
-    timeout = _arguments.timeout(timeout_seconds, max_retries)
-    duration = _arguments.lease_duration(lease_duration)
-    strict = _arguments.flag("strict", strict)
+) -> tuple[Kind, str | None]:
+    """Check the arguments. Returns the kind of request that they make, and the holder, as JSON, if there is one."""
+    rest = (
+        occupy,
+        timeout_seconds,
+        max_retries,
+        lease_duration,
+        strict,
+        raise_on_lease_renewal_failure,
+        key,
+        priority,
+        for_rate,
+    )
+    try:
+        kind = _kind_again(names, *rest) if isinstance(names, str) else _kind(names, *rest)
+    except TypeError:  # something that cannot be hashed, and so is of a wrong type
+        kind = _kind(names, *rest)
+    return kind, None if holder is None else _arguments.holder(holder)
+
+
+def _kind(
+    names: _arguments.Names,
+    occupy: int,
+    timeout_seconds: float | None,
+    max_retries: int | None,
+    lease_duration: float,
+    strict: bool,
+    raise_on_lease_renewal_failure: bool | None,
+    key: str,
+    priority: int,
+    for_rate: bool,
+) -> Kind:
     _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
-    priority = _arguments.whole("priority", priority)
-    given = None if holder is None else _arguments.holder(holder)
-    kind = kind_of(parts, duration, priority, strict, for_rate)
-    places = tuple((part.name, part.key) for part in parts)
+    return kind_of(
+        _arguments.parts(names, occupy, key),
+        _arguments.timeout(timeout_seconds, max_retries),
+        _arguments.lease_duration(lease_duration),
+        _arguments.whole("priority", priority),
+        _arguments.flag("strict", strict),
+        for_rate,
+    )
 
-    def request(waker: Waker, on_unavailable: OnUnavailable, default_holder: str) -> Request:
-        return Request(
-            kind,
-            places,
-            timeout,
-            duration,
-            waker,
-            default_holder if given is None else given,
-            on_unavailable,
-            new_id(),
-        )
 
-    return request
+# By type too: True is no number of slots.
+_kind_again = functools.lru_cache(maxsize=1000, typed=True)(_kind)
 
 
 def engine_of(

@@ -13,7 +13,14 @@ ACQUIRE_MANY = """
            extract(epoch from a.wait)::float8, a.missing, a.error, a.message
     from pglimits.acquire_many(%s::jsonb, %s, make_interval(secs => %s)) a order by a.ordinal"""
 
-RELEASE = "select r.lease_id, r.released from pglimits.release(%s::uuid[], %s, make_interval(secs => %s)) r"
+ACQUIRE_ALIKE = """
+    select a.requests, a.status, a.fences, a.expires_at, extract(epoch from a.retry_after)::float8, a.missing, a.error,
+           a.message
+    from pglimits.acquire_alike(%s, %s::int, %s, %s::interval, %s::interval, %s::int, %s::bool, %s, %s::uuid[],
+                                %s::jsonb, %s, make_interval(secs => %s)) a"""
+
+RELEASE = """
+    select r.lease_id from pglimits.release(%s::uuid[], %s, make_interval(secs => %s)) r where not r.released"""
 
 RENEW = "select r.lease_id, r.renewed, r.expires_at from pglimits.renew(%s::uuid[], make_interval(secs => %s)) r"
 

@@ -131,10 +131,11 @@ def wake_all(wakers: Iterable[Waker]) -> None:
         else:
             waker.wake()
     for loop, tasks in loops.items():
-        try:
-            loop.call_soon_threadsafe(_wake_in_loop, tasks)
-        except RuntimeError:  # the loop was closed, and its tasks with it
+        if loop is asyncio._get_running_loop():
+            _wake_in_loop(tasks)
             continue
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and its tasks with it
+            loop.call_soon_threadsafe(_wake_in_loop, tasks)
 
 
 def _wake_in_loop(tasks: list[TaskWaker]) -> None:

@@ -31,7 +31,7 @@ class Statement:
 
     @property
     def acquires(self) -> bool:
-        return "acquire_many" in self.sql
+        return "pglimits.acquire_" in self.sql
 
     @property
     def releases(self) -> bool:
@@ -48,7 +48,14 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Statement]]:
         statements.append(Statement(threading.current_thread().name, sql, params))
         return real(self, sql, params, *sender)
 
+    real_in_loop = Database.execute_in_loop
+
+    async def noting_in_loop(self: Database, sql: str, params: Any, *more: Any) -> Any:
+        statements.append(Statement(threading.current_thread().name, sql, params))
+        return await real_in_loop(self, sql, params, *more)
+
     monkeypatch.setattr(Database, "execute", noting)
+    monkeypatch.setattr(Database, "execute_in_loop", noting_in_loop)
     yield statements
 
 

@@ -17,7 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Batches, Kind, Ticket
-from ._engine import Engine, OnUnavailable, Request, Send, Step, User
+from ._engine import Engine, OnUnavailable, Request, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import TaskWaker
@@ -274,19 +274,16 @@ class AsyncLimiter:
             step = next(course)
             while True:
                 try:
-                    await self._do(step)
+                    if isinstance(step, Ticket):
+                        await self._send(step, step.patience)
+                    elif isinstance(step.waker, TaskWaker):
+                        await step.waker.wait(step.seconds)
                 except BaseException as error:
                     step = course.throw(error)
                 else:
                     step = course.send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
-
-    async def _do(self, step: Step) -> None:
-        if isinstance(step, Send):
-            await self._send(step.ticket, step.seconds)
-        elif isinstance(step.waker, TaskWaker):
-            await step.waker.wait(step.seconds)
 
     async def _send(self, ticket: Ticket, seconds: float | None) -> None:
         waker = ticket.waker
@@ -307,7 +304,13 @@ class AsyncLimiter:
             # In a task of its own: whoever asked may be cancelled, and the batch carries others' requests too.
             lead = asyncio.create_task(self._engine.lead_in_loop(batches, self._pool), name="pglimits-send")
             self._leads.add(lead)
-            lead.add_done_callback(self._leads.discard)
+            lead.add_done_callback(lambda done: self._led(batches, done))
+
+    def _led(self, batches: Batches, lead: asyncio.Task[None]) -> None:
+        self._leads.discard(lead)
+        if lead.cancelled():  # perhaps before its first step
+            batches.summoned = False
+            batches.nudge()
 
 
 class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):

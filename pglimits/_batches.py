@@ -216,7 +216,7 @@ class Batches:
         holders = ",".join([ticket.holder for ticket in batch])
         name, slots, key, lease_duration, priority, strict = kind.alike
         return _sql.ACQUIRE_ALIKE, [
-            name, slots, key, lease_duration, wait, priority, strict, self.channel, _ids(batch), f"[{holders}]",
+            name, _ids(batch), slots, key, lease_duration, wait, priority, f"[{holders}]", strict, self.channel,
             self.durable, patience,
         ]  # fmt: skip
 
@@ -226,7 +226,7 @@ class Batches:
         if batch and batch[0].kind is None:
             ended = {lease_id for (lease_id,) in rows}
             for ticket in batch:
-                ticket.answer = ticket.lease_id not in ended
+                ticket.answer = not ended or ticket.lease_id not in ended
         elif slot.alike:
             tickets = iter(batch)
             for requests, status, fences, expires_at, retry_after, missing, error, message in rows:
@@ -312,7 +312,7 @@ class Batches:
 
 
 def _ids(batch: Sequence[Ticket]) -> str:
-    return "{" + ",".join([str(ticket.lease_id) for ticket in batch]) + "}"
+    return "{" + ",".join([ticket.lease_id.hex for ticket in batch]) + "}"
 
 
 def _blames_the_request(problem: PglimitsError) -> bool:

@@ -1,7 +1,7 @@
 """One engine for each database that a process uses: what sync and async callers share, and how a request goes.
 
-``acquiring`` is the course of a request, without I/O: it yields what has to be done (``Send``, ``Wait``, ``Pause``) and
-is told what came of it. The two shells, for threads and for tasks, do just that.
+``acquiring`` is the course of a request, without I/O: it yields what has to be done (a ticket to be sent, or ``Wait``)
+and is told what came of it. The two shells, for threads and for tasks, do just that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from uuid import UUID
 
 from psycopg_pool import AsyncConnectionPool
@@ -29,7 +29,7 @@ from ._batches import PATIENCE, Answer, Batches, Kind, Slot, Ticket
 from ._database import Busy, Database
 from ._keeper import Keeper, Waiter
 from ._renewal import Lease, Renewal
-from ._wake import Anchor, Orphan, Waker, started
+from ._wake import Anchor, Orphan, Waker, orphan, started
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits")
@@ -101,14 +101,6 @@ def kind_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """Have the ticket served; give up after so many seconds."""
-
-    ticket: Ticket
-    seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Wait:
     """Wait until woken, at most so many seconds."""
 
@@ -116,8 +108,8 @@ class Wait:
     seconds: float | None
 
 
-Step = Send | Wait
-Course = Generator[Step, None, Lease]
+Step: TypeAlias = Ticket | Wait
+Course: TypeAlias = Generator[Step, None, Lease]
 
 
 class User:
@@ -175,7 +167,7 @@ class Engine:
         taken = False
         out_of_touch = False
         anchor = Anchor()
-        self._asking[request.lease_id] = Orphan(anchor, self._given_up.put, request.lease_id)
+        self._asking[request.lease_id] = orphan(anchor, self._given_up.put, request.lease_id)
         try:
             while True:
                 if self.closed or user.closed:
@@ -185,7 +177,11 @@ class Engine:
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 asked = time.monotonic()
                 ticket = request.ticket(left)
-                yield from self._send(ticket, ticket.patience)
+                try:
+                    yield ticket
+                finally:
+                    if not ticket.done and ticket.batches is not None:
+                        ticket.batches.withdraw(ticket)
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
                     out_of_touch = not isinstance(problem, Busy)
@@ -245,7 +241,11 @@ class Engine:
                     return self._lease(request, user, answer, asked)
                 if waiter.news is None and waiter.turn_at is None and waiter.error is None:
                     released = _releasing(request.lease_id, request.kind.release_lanes, request.waker, PATIENCE)
-                    yield from self._send(released, PATIENCE)
+                    try:
+                        yield released
+                    finally:
+                        if not released.done and released.batches is not None:
+                            released.batches.withdraw(released)
                     taken = released.error is not None or not released.done
                     raise AcquireTimeout(f"no slot of {request.named()} within {timeout:g} s")
                 # Else ask again, with the same id: it acts once.
@@ -258,13 +258,6 @@ class Engine:
         finally:
             if waiter is not None:
                 self.keeper.remove(waiter.lease_id)
-
-    def _send(self, ticket: Ticket, seconds: float | None) -> Generator[Step, None, None]:
-        try:
-            yield Send(ticket, seconds)
-        finally:
-            if not ticket.done and ticket.batches is not None:
-                ticket.batches.withdraw(ticket)
 
     def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
         while waiter.news is None and waiter.error is None:
@@ -282,11 +275,11 @@ class Engine:
             return False
         ticket = _releasing(lease.id, lease._lanes, waker, None)
         anchor = Anchor()
-        self._asking[lease.id] = Orphan(anchor, self._given_up.put, lease.id)
+        self._asking[lease.id] = orphan(anchor, self._given_up.put, lease.id)
         lease.released = True
         try:
             self.renewal.remove(lease)
-            yield Send(ticket, None)
+            yield ticket
         except BaseException:
             if ticket.batches is not None:
                 ticket.batches.withdraw(ticket)
@@ -348,7 +341,7 @@ class Engine:
             slot = Slot(batches)
             anchor = Anchor()
             try:
-                slot.orphan = Orphan(anchor, self._given_up.put, slot)
+                slot.orphan = orphan(anchor, self._given_up.put, slot)
                 if not batches.take(slot, ticket):
                     slot.orphan = None
                     return
@@ -370,7 +363,7 @@ class Engine:
             slot = Slot(batches)
             anchor = Anchor()
             try:
-                slot.orphan = Orphan(anchor, self._given_up.put, slot)
+                slot.orphan = orphan(anchor, self._given_up.put, slot)
                 if not batches.take(slot):
                     slot.orphan = None
                     return

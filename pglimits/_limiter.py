@@ -17,7 +17,7 @@ from psycopg_pool import ConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Kind, Ticket
-from ._engine import Engine, OnUnavailable, Request, Send, Step, User
+from ._engine import Engine, OnUnavailable, Request, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import ThreadWaker
@@ -313,8 +313,8 @@ class Limiter:
             return end.value  # type: ignore[no-any-return]
 
     def _do(self, step: Step) -> None:
-        if isinstance(step, Send):
-            self._send(step.ticket, step.seconds)
+        if isinstance(step, Ticket):
+            self._send(step, step.patience)
         elif isinstance(step.waker, ThreadWaker):
             step.waker.wait(_heard(step.seconds))
 

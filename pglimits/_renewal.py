@@ -16,7 +16,7 @@ import psycopg
 from . import _sql
 from ._database import Database, Row
 from ._database import run as run_statement
-from ._wake import Orphan, ThreadWaker, started
+from ._wake import Orphan, ThreadWaker, orphan, started
 
 log = logging.getLogger("pglimits.lease")
 
@@ -28,7 +28,6 @@ class Lease:
 
     Attributes:
         id: the lease's id.
-        names: the limits it was asked of.
         fences: for each name a number that grows with every grant; None where the limit is not enforced.
         enforced: False if every limit is missing or inactive: nothing is held then.
         released: whether it was given back with ``release``, or by leaving its block.
@@ -46,7 +45,6 @@ class Lease:
         "enforced",
         "fences",
         "id",
-        "names",
         "pid",
         "places",
         "released",
@@ -66,7 +64,6 @@ class Lease:
         self.id = lease_id
         self.places = places
         self._lanes = lanes
-        self.names = tuple(name for name, _ in places)
         self.fences = tuple(fences)
         self.enforced = expires_at is not None
         self.pid = pid
@@ -88,6 +85,11 @@ class Lease:
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Have something called, by the thread that renews, when the lease is lost."""
         self._on_lost = callback
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The limits that it was asked of."""
+        return tuple(name for name, _ in self.places)
 
     @property
     def fence(self) -> int | None:
@@ -131,7 +133,7 @@ class Renewal:
     def add(self, lease: Lease) -> None:
         """Renew a lease from now on, a third of its duration after it was taken."""
         due = lease._ends - lease._duration * 2 / 3
-        reference = Orphan(lease, self._give_back, lease.id)
+        reference = orphan(lease, self._give_back, lease.id)
         with self._lock:
             self._by_duration.setdefault(lease._duration, {})[lease.id] = (due, reference)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from json.encoder import encode_basestring_ascii
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
@@ -31,8 +32,8 @@ T = TypeVar("T")
 def who(*, task: str | None = None) -> str:
     """The default holder, as JSON: host, pid, program, and the thread or task."""
     if task is not None:
-        return f'{_this_process(os.getpid())},"task":{json.dumps(task)}}}'
-    return f'{_this_process(os.getpid())},"thread":{json.dumps(threading.current_thread().name)}}}'
+        return f'{_this_process(os.getpid())},"task":{encode_basestring_ascii(task)}}}'
+    return f'{_this_process(os.getpid())},"thread":{encode_basestring_ascii(threading.current_thread().name)}}}'
 
 
 @functools.lru_cache(maxsize=1)

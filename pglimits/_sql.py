@@ -16,8 +16,8 @@ ACQUIRE_MANY = """
 ACQUIRE_ALIKE = """
     select a.requests, a.status, a.fences, a.expires_at, extract(epoch from a.retry_after)::float8, a.missing, a.error,
            a.message
-    from pglimits.acquire_alike(%s, %s::int, %s, %s::interval, %s::interval, %s::int, %s::bool, %s, %s::uuid[],
-                                %s::jsonb, %s, make_interval(secs => %s)) a"""
+    from pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
+                                %s, %s, make_interval(secs => %s)) a"""
 
 RELEASE = """
     select r.lease_id from pglimits.release(%s::uuid[], %s, make_interval(secs => %s)) r where not r.released"""

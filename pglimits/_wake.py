@@ -26,13 +26,14 @@ class Orphan(weakref.ref[Any], Generic[T]):
     """
 
     __slots__ = ("subject",)
+    subject: T
 
-    def __new__(cls, anchor: object, take: Callable[[Orphan[T]], None], subject: T) -> Orphan[T]:
-        return super().__new__(cls, anchor, take)
 
-    def __init__(self, anchor: object, take: Callable[[Orphan[T]], None], subject: T) -> None:
-        super().__init__(anchor, take)  # type: ignore[call-arg]
-        self.subject = subject
+def orphan(anchor: object, take: Callable[[Orphan[T]], None], subject: T) -> Orphan[T]:
+    """Have the subject handed to ``take`` when the anchor dies, unless what this returns is dropped before."""
+    made: Orphan[T] = Orphan(anchor, take)
+    made.subject = subject
+    return made
 
 
 class _Begun(threading.Event):

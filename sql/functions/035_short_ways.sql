@@ -27,7 +27,9 @@ begin
     return null;
   end if;
   if cardinality(lease_ids) > 1 then
-    if exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000) then
+    if exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000)
+       or (select count(distinct u.id) < count(*) from unnest(lease_ids) as u(id))
+    then
       return null;
     end if;
   end if;

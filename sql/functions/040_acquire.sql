@@ -579,15 +579,15 @@ status error, the kind of error (as errors() lists them) and its message.$$;
 -- The same for requests that differ in nothing but their ids and holders. Most batches are such.
 create or replace function pglimits.acquire_alike(
   name text,
-  slots integer,
-  key text,
-  lease_duration interval,
-  wait interval,
-  priority integer,
-  strict boolean,
-  channel text,
   lease_ids uuid[],
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
   holders jsonb default null,
+  strict boolean default false,
+  channel text default null,
   durable boolean default true,
   patience interval default null)
 returns table (
@@ -606,7 +606,13 @@ declare
   lock_timeout text;
   answer pglimits._answer;
 begin
-  if not durable or patience is not null then
+  if (array_ndims(lease_ids) = 1 and cardinality(lease_ids) <= 10000 and array_position(lease_ids, null) is null) is not true
+  then
+    perform pglimits._fail('InvalidArgument', 'lease_ids must be a flat array of 1 to 10000 ids, without null');
+  elsif jsonb_typeof(holders) <> 'array' or jsonb_array_length(holders) <> cardinality(lease_ids) then
+    perform pglimits._fail('InvalidArgument', 'holders must be an array with one for each of lease_ids');
+  end if;
+  if (durable and patience is null) is not true then then
     lock_timeout := pglimits._for_this_call(durable, patience);
   end if;
   answer := pglimits._take_alike(name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);
@@ -633,7 +639,7 @@ begin
 end $$;
 
 comment on function pglimits.acquire_alike(
-  text, integer, text, interval, interval, integer, boolean, text, uuid[], jsonb, boolean, interval) is
+  text, uuid[], integer, text, interval, interval, integer, jsonb, boolean, text, boolean, interval) is
 $$Serves requests on one limit that differ in nothing but lease_ids and holders (an array, one for each id), in one call and
 one transaction, in their order. The other arguments are those of acquire; durable and patience those of acquire_many.
 

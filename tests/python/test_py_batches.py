@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from wrappertest import Api, Connection, Future, WaitUntil, held, nothing_left, 
 
 from pglimits import (
     AcquireTimeout,
+    AsyncLimiter,
     InvalidArgument,
     Limiter,
     LimitNotFound,
@@ -77,7 +79,8 @@ def blocked(conn: Connection) -> int:
 
 
 def pending(api: Api) -> int:
-    return len(api.limiter._engine.batches._pending)
+    engine = api.limiter._engine
+    return sum(len(batches._pending) for batches in (engine.batches, *engine._of_loops.values()))
 
 
 def submit(
@@ -150,23 +153,39 @@ def test_requests_that_queue_up_meanwhile_travel_as_one_batch(
     assert nothing_left(conn)
 
 
-def test_threads_and_tasks_of_a_process_travel_in_the_same_batch(
-    dsn: str, sent: list[Statement], conn: Connection, connect: Any, wait_until: WaitUntil
+def test_an_event_loop_that_is_blocked_holds_up_no_thread(
+    dsn: str, conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
     with open_api("sync", dsn=dsn) as threads, open_api("async", dsn=dsn) as tasks:
         threads.create("database", 100)
-        sent.clear()
+        assert threads.limiter._engine is tasks.limiter._engine
         locked = Locked(connect, "database")
-        first = threads.start("acquire", "database")
+        asked = tasks.start("acquire", "database")
         wait_until(lambda: blocked(conn) == 1)
-        others = []
-        for api in (threads, tasks) * 5:
-            others += submit(api, wait_until, ("database", {}))
+        go_on = threading.Event()
+        tasks.loop.call_soon_threadsafe(go_on.wait)
         locked.unlock()
-        for future in [first, *others]:
-            threads.release(future.result(30))
-        assert len([statement for statement in sent if statement.acquires]) == 2
+        # Its answer is there, and nobody takes it in.
+        wait_until(lambda: held(conn) == 1)
+        threads.release(threads.acquire("database", timeout_seconds=20))
+        assert not asked.done()
+        go_on.set()
+        threads.release(asked.result(30))
         assert nothing_left(conn)
+
+
+def test_a_sender_that_is_cancelled_before_its_first_step_leaves_nobody_waiting(dsn: str, conn: Connection) -> None:
+    async def scenario() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 10)
+            asked = asyncio.create_task(limiter.acquire("database"))
+            await asyncio.sleep(0)
+            for task in asyncio.all_tasks() - {asked, asyncio.current_task()}:
+                task.cancel()
+            await limiter.release(await asyncio.wait_for(asked, 20))
+
+    asyncio.run(scenario())
+    assert nothing_left(conn)
 
 
 def test_requests_of_a_batch_are_served_in_their_order(

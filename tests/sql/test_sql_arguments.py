@@ -127,6 +127,16 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str]]]] = {
     ),
     "watch": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS}),
     "acquire_many": ("requests", "'[]'::jsonb", {"durable": BOOLEANS, "patience": PATIENCES}),
+    "acquire_alike": (
+        "lease_ids", "array[gen_random_uuid()]",
+        {
+            "lease_ids": {"null": "null::uuid[]", "empty": "'{}'::uuid[]", "a null in it": "'{null}'::uuid[]",
+                          "nested": "array[array[gen_random_uuid()]]",
+                          "too many": "(select array_agg(gen_random_uuid()) from generate_series(1, 10001))"},
+            "holders": {"no array": "'{}'::jsonb", "too few": "'[]'::jsonb", "too many": "'[1, 2]'::jsonb"},
+            "durable": BOOLEANS, "patience": PATIENCES,
+        },
+    ),
     "create_limit": (
         "name", "'new'",
         {
@@ -170,6 +180,8 @@ def cases(function: str) -> Iterator[tuple[str, str, str]]:
             given = {needed: good} if needed else {}
             if function == "create_limit":
                 given["limit"] = "1"
+            if function == "acquire_alike":
+                given["name"] = "'database'"
             if function == "adjust":
                 given["slots"] = "1"
             given[argument] = value
@@ -208,6 +220,8 @@ def test_every_argument_of_every_public_function_is_in_the_table(s: Session) -> 
     optional = {  # any value of its type is good
         "acquire": {"lease_id"}, "rate_limit": {"lease_id"}, "acquire_wait": set(), "update_limit": {"active"},
         "errors": set(), "version": set(), "cron_disable": set(), "acquire_many": {"requests"},
+        # What is wrong with these is in the rows.
+        "acquire_alike": {"name", "slots", "key", "lease_duration", "wait", "priority", "strict", "channel"},
         "may_sleep": {"lease_id"},
     }  # fmt: skip
     known: dict[str, set[str]] = {}

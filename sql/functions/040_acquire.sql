@@ -612,7 +612,7 @@ begin
   elsif jsonb_typeof(holders) <> 'array' or jsonb_array_length(holders) <> cardinality(lease_ids) then
     perform pglimits._fail('InvalidArgument', 'holders must be an array with one for each of lease_ids');
   end if;
-  if (durable and patience is null) is not true then then
+  if (durable and patience is null) is not true then
     lock_timeout := pglimits._for_this_call(durable, patience);
   end if;
   answer := pglimits._take_alike(name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);

@@ -227,6 +227,115 @@ def test_a_batch_has_at_most_10000_requests(s: Session) -> None:
         s.run("select * from pglimits.acquire_many(%s::jsonb)", json.dumps([{}] * 10001))
 
 
+# acquire_alike
+
+
+def alike(s: Session, name: str, ids: list[UUID], **more: Any) -> list[tuple[Any, ...]]:
+    """What each of the requests is answered: status, fence, missing, error."""
+    arguments = ", ".join(f'"{argument}" => %s::{TYPES[argument]}' for argument in more)
+    rows = s.all(
+        f"select * from pglimits.acquire_alike(%s, %s::uuid[]{', ' if more else ''}{arguments})",
+        name,
+        [str(lease_id) for lease_id in ids],
+        *more.values(),
+    )
+    answers = [
+        (row.status, row.fences[0] + nth if row.fences else None, row.missing, row.error)
+        for row in rows
+        for nth in range(row.requests)
+    ]
+    assert len(answers) == len(ids)
+    return answers
+
+
+TYPES = {
+    "slots": "int", "key": "text", "lease_duration": "interval", "wait": "interval", "priority": "int",
+    "holders": "jsonb", "strict": "boolean",
+}  # fmt: skip
+
+
+def ids(number: int) -> list[UUID]:
+    return [uuid4() for _ in range(number)]
+
+
+def test_requests_that_are_alike_are_granted_in_their_order_with_rising_fences(clock: Clock, s: Session) -> None:
+    now = clock.freeze()
+    s.create("database", 20)
+    s.release(s.acquire("database", key="k").lease_id)
+    asked = ids(5)
+    answers = alike(
+        s,
+        "database",
+        asked,
+        slots=2,
+        key="k",
+        lease_duration="1 minute",
+        priority=7,
+        holders=json.dumps([*range(4), None]),
+    )
+    assert [status for status, *_ in answers] == ["granted"] * 5
+    fences = [fence for _, fence, *_ in answers]
+    assert fences == sorted(set(fences))
+    holders = {row.lease_id: row for row in s.all("select * from pglimits.holders")}
+    assert [holders[lease_id].fence for lease_id in asked] == fences
+    assert [holders[lease_id].holder for lease_id in asked] == [*range(4), None]
+    assert {(h.slots, h.key, h.priority, seconds(h.expires_at - now)) for h in holders.values()} == {(2, "k", 7, 60)}
+    assert s.limit("database").held == 10
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("held", range(4))
+@pytest.mark.parametrize("wait", ["0", "1 hour", None])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_requests_that_are_alike_are_answered_as_if_each_were_alone(
+    clock: Clock, s: Session, used: bool, held: int, wait: str | None, slots: int
+) -> None:
+    clock.freeze()
+    for name in ("alike", "alone"):
+        s.create(name, 3)
+        if used:
+            s.release(s.acquire(name).lease_id)
+        for _ in range(held):
+            s.acquire(name)
+    together = alike(s, "alike", ids(4), slots=slots, wait=wait)
+    for status, fence, _, error in together:
+        (one,) = many(s, {"names": ["alone"], "slots": [slots], "wait": wait, "lease_id": str(uuid4())})
+        assert (status, fence, error) == (one.status, one.fences[0] if one.fences else None, one.error)
+    assert s.limit("alike").held == s.limit("alone").held
+    assert s.limit("alike").waiting == s.limit("alone").waiting
+
+
+def test_requests_that_are_alike_act_once_also_when_some_of_them_are_repeated(s: Session) -> None:
+    s.create("database", 10)
+    first = ids(3)
+    granted = alike(s, "database", first)
+    assert alike(s, "database", first) == granted
+    assert alike(s, "database", [*ids(1), first[1]])[1] == granted[1]
+    assert s.limit("database").held == 4
+    with fails("PL001", "lease_id"):
+        alike(s, "database", [first[0], first[0]])
+    with fails("PL001", "lease_id"):
+        alike(s, "database", ids(1) * 2)
+    assert s.limit("database").held == 4
+
+
+def test_what_is_wrong_with_requests_that_are_alike_is_in_their_rows(db: Db, s: Session) -> None:
+    s.create("database", 5)
+    s.create("off", 5, active=False)
+    s.release(s.acquire("database").lease_id)
+    with changes_nothing(db.session()):
+        for bad in (
+            {"slots": 0}, {"slots": None}, {"key": None}, {"key": "\n"}, {"lease_duration": "0.5 seconds"},
+            {"wait": "-1 second"}, {"priority": None}, {"strict": None}, {"holders": json.dumps(["x" * 9000, 1])},
+        ):  # fmt: skip
+            answers = alike(s, "database", ids(2), **bad)
+            assert ("error", "InvalidArgument") == (answers[0][0], answers[0][3]), bad
+        assert alike(s, "nowhere", ids(2)) == [("unlimited", None, ["nowhere"], None)] * 2
+        assert {answer[3] for answer in alike(s, "nowhere", ids(2), strict=True)} == {"LimitNotFound"}
+        assert {answer[0] for answer in alike(s, "off", ids(2))} == {"unlimited"}
+        assert {answer[3] for answer in alike(s, "database", ids(2), slots=6)} == {"SlotsExceedLimit"}
+
+
 # acquire_wait
 
 WAIT = "call pglimits.acquire_wait(%s, wait => %s::interval, lease_id => %s::uuid)"

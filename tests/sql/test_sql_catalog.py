@@ -12,14 +12,14 @@ from sqltest import Db, Session, fails
 
 PUBLIC = {
     "pglimits_user": {
-        "acquire", "acquire_alike", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "flush", "watch", "may_sleep",
-        "peek", "version", "errors",
+        "acquire", "acquire_alike", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "flush", "watch",
+        "may_sleep", "peek", "version", "errors",
     },
     "pglimits_reader": {"version", "errors", "_now"},
     "pglimits_admin": {
-        "acquire", "acquire_alike", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "flush", "watch", "may_sleep",
-        "peek", "version", "errors", "_now", "create_limit", "update_limit", "delete_limit", "adjust", "reset", "sweep",
-        "cron_enable", "cron_disable",
+        "acquire", "acquire_alike", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "flush", "watch",
+        "may_sleep", "peek", "version", "errors", "_now", "create_limit", "update_limit", "delete_limit", "adjust",
+        "reset", "sweep", "cron_enable", "cron_disable",
     },
 }  # fmt: skip
 VIEWS = {"limits", "holders", "waiters"}

@@ -329,7 +329,7 @@ def test_what_is_wrong_with_requests_that_are_alike_is_in_their_rows(db: Db, s: 
             {"wait": "-1 second"}, {"priority": None}, {"strict": None}, {"holders": json.dumps(["x" * 9000, 1])},
         ):  # fmt: skip
             answers = alike(s, "database", ids(2), **bad)
-            assert ("error", "InvalidArgument") == (answers[0][0], answers[0][3]), bad
+            assert (answers[0][0], answers[0][3]) == ("error", "InvalidArgument"), bad
         assert alike(s, "nowhere", ids(2)) == [("unlimited", None, ["nowhere"], None)] * 2
         assert {answer[3] for answer in alike(s, "nowhere", ids(2), strict=True)} == {"LimitNotFound"}
         assert {answer[0] for answer in alike(s, "off", ids(2))} == {"unlimited"}

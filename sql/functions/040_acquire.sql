@@ -611,6 +611,9 @@ begin
     perform pglimits._fail('InvalidArgument', 'lease_ids must be a flat array of 1 to 10000 ids, without null');
   elsif jsonb_typeof(holders) <> 'array' or jsonb_array_length(holders) <> cardinality(lease_ids) then
     perform pglimits._fail('InvalidArgument', 'holders must be an array with one for each of lease_ids');
+  elsif num_nulls(lease_duration, priority, strict) > 0 then
+    perform pglimits._fail('InvalidArgument', pglimits._argument_error(
+      array[name], array[slots], array[key], lease_duration, wait, priority, null, strict, channel));
   end if;
   if (durable and patience is null) is not true then
     lock_timeout := pglimits._for_this_call(durable, patience);

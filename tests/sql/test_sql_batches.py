@@ -326,10 +326,13 @@ def test_what_is_wrong_with_requests_that_are_alike_is_in_their_rows(db: Db, s: 
     with changes_nothing(db.session()):
         for bad in (
             {"slots": 0}, {"slots": None}, {"key": None}, {"key": "\n"}, {"lease_duration": "0.5 seconds"},
-            {"wait": "-1 second"}, {"priority": None}, {"strict": None}, {"holders": json.dumps(["x" * 9000, 1])},
+            {"wait": "-1 second"}, {"holders": json.dumps(["x" * 9000, 1])},
         ):  # fmt: skip
             answers = alike(s, "database", ids(2), **bad)
             assert (answers[0][0], answers[0][3]) == ("error", "InvalidArgument"), bad
+        for argument in ("lease_duration", "priority", "strict"):
+            with fails("PL001", argument, "null"):
+                alike(s, "database", ids(2), **{argument: None})
         assert alike(s, "nowhere", ids(2)) == [("unlimited", None, ["nowhere"], None)] * 2
         assert {answer[3] for answer in alike(s, "nowhere", ids(2), strict=True)} == {"LimitNotFound"}
         assert {answer[0] for answer in alike(s, "off", ids(2))} == {"unlimited"}

@@ -785,7 +785,7 @@ declare
   most integer[];
 begin
   served.states := states;
-  for i in 1 .. cardinality(states) loop
+  for i in 1 .. coalesce(cardinality(states), 0) loop
     state := states[i];
     config := configs[i];
     versions[i] := state.version;

@@ -326,7 +326,7 @@ def test_what_is_wrong_with_requests_that_are_alike_is_in_their_rows(db: Db, s: 
     with changes_nothing(db.session()):
         for bad in (
             {"slots": 0}, {"slots": None}, {"key": None}, {"key": "\n"}, {"lease_duration": "0.5 seconds"},
-            {"wait": "-1 second"}, {"holders": json.dumps(["x" * 9000, 1])},
+            {"wait": "-1 second"}, {"holders": json.dumps(["x" * 9000] * 2)},
         ):  # fmt: skip
             answers = alike(s, "database", ids(2), **bad)
             assert (answers[0][0], answers[0][3]) == ("error", "InvalidArgument"), bad

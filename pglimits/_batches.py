@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -203,15 +203,16 @@ class Batches:
         """The one statement that serves the batch."""
         batch = slot.batch or []
         first = batch[0]
-        patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=LOCK_WAIT)
-        patience = min(max(patience, 0.001), LOCK_WAIT)
+        patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=None)
+        if patience is not None:
+            patience = min(max(patience, 0.001), LOCK_WAIT)
         slot.alike = False
         if first.kind is None:
             return _sql.RELEASE, [_ids(batch), self.durable, patience]
         kind, wait = first.kind, first.wait
         if kind.alike is None or any(ticket.kind is not kind or ticket.wait != wait for ticket in batch):
             requests = ",".join([f'{ticket.body},"channel":"{self.channel}"}}' for ticket in batch])
-            return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience]
+            return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience or LOCK_WAIT]
         slot.alike = True
         holders = ",".join([ticket.holder for ticket in batch])
         name, slots, key, lease_duration, priority, strict = kind.alike
@@ -224,15 +225,19 @@ class Batches:
         """Hand out what came back."""
         batch = slot.batch or []
         if batch and batch[0].kind is None:
-            ended = {lease_id for (lease_id,) in rows}
+            ended = set(rows[0][0])
             for ticket in batch:
                 ticket.answer = not ended or ticket.lease_id not in ended
         elif slot.alike:
             tickets = iter(batch)
-            for requests, status, fences, expires_at, retry_after, missing, error, message in rows:
+            for requests, status, fence, ends, *rest in rows[0][0]:
+                expires_at = None if ends is None else datetime.fromtimestamp(ends, UTC)
+                retry_after, is_missing, error, message = rest or (None, False, None, None)
                 for nth in range(requests):
-                    mine = fences if not nth or fences is None else [fences[0] + nth]
-                    next(tickets).answer = Answer(status, mine, expires_at, retry_after, None, missing, error, message)
+                    ticket = next(tickets)
+                    missing = [ticket.kind.places[0][0]] if is_missing else None
+                    fences = None if fence is None else [fence + nth]
+                    ticket.answer = Answer(status, fences, expires_at, retry_after, None, missing, error, message)
         else:
             for ticket, row in zip(batch, rows, strict=True):
                 ticket.answer = Answer(*row)

@@ -430,7 +430,7 @@ class Engine:
                 continue
             later = [entry for entry in later if entry not in due]
             try:
-                self.database.execute(_sql.RELEASE, [list({lease_id for _, lease_id in due}), self.durable, None])
+                self.database.execute(_sql.RELEASE, [list({lease_id for _, lease_id in due}), self.durable, 60.0])
             except Exception as error:
                 log.debug("giving back %d requests failed: %s", len(due), error)
                 if not stopping:

@@ -14,13 +14,10 @@ ACQUIRE_MANY = """
     from pglimits.acquire_many(%s::jsonb, %s, make_interval(secs => %s)) a order by a.ordinal"""
 
 ACQUIRE_ALIKE = """
-    select a.requests, a.status, a.fences, a.expires_at, extract(epoch from a.retry_after)::float8, a.missing, a.error,
-           a.message
-    from pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
-                                %s, %s, make_interval(secs => %s)) a"""
+    select pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
+                                  %s, %s, make_interval(secs => %s))"""
 
-RELEASE = """
-    select r.lease_id from pglimits.release(%s::uuid[], %s, make_interval(secs => %s)) r where not r.released"""
+RELEASE = "select pglimits.release_many(%s::uuid[], %s, make_interval(secs => %s))"
 
 RENEW = "select r.lease_id, r.renewed, r.expires_at from pglimits.renew(%s::uuid[], make_interval(secs => %s)) r"
 

@@ -68,7 +68,10 @@ begin
     from pglimits.configs c
     where s.limit_id = state.limit_id and s.key = _take_alike.key and s.version = state.version
       and c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
-      and state.held + wanted <= c."limit" and not (chosen and pglimits._are_known(lease_ids))
+      and state.held + wanted <= c."limit"
+      and (not chosen
+           or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+              and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)))
     returning s.limit_id
   )
   insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,

@@ -590,9 +590,7 @@ create or replace function pglimits.acquire_alike(
   channel text default null,
   durable boolean default true,
   patience interval default null)
-returns table (
-  requests integer, status text, fences bigint[], expires_at timestamptz, retry_after interval, missing text[],
-  error text, message text)
+returns jsonb
 language plpgsql
 volatile
 security definer
@@ -601,9 +599,9 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
 set plan_cache_mode = force_generic_plan
+set lock_timeout = '300ms'
 as $$
 declare
-  lock_timeout text;
   answer pglimits._answer;
 begin
   if (array_ndims(lease_ids) = 1 and cardinality(lease_ids) <= 10000 and array_position(lease_ids, null) is null) is not true
@@ -614,41 +612,35 @@ begin
   elsif num_nulls(lease_duration, priority, strict) > 0 then
     perform pglimits._fail('InvalidArgument', pglimits._argument_error(
       array[name], array[slots], array[key], lease_duration, wait, priority, null, strict, channel));
-  end if;
-  if (durable and patience is null) is not true then
-    lock_timeout := pglimits._for_this_call(durable, patience);
+  elsif (durable and patience is null) is not true then
+    perform pglimits._for_this_call(durable, patience);
   end if;
   answer := pglimits._take_alike(name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);
   if answer.status is not null then
-    requests := cardinality(lease_ids);
-    status := answer.status;
-    fences := answer.fences;
-    expires_at := answer.expires_at;
-    return next;
-  else
-    return query
-    select 1, a.status, a.fences, a.expires_at, a.retry_after, a.missing, a.error, a.message
+    return jsonb_build_array(jsonb_build_array(
+      cardinality(lease_ids), answer.status, answer.fences[1], extract(epoch from answer.expires_at)));
+  end if;
+  return (
+    select jsonb_agg(jsonb_build_array(
+      1, a.status, a.fences[1], extract(epoch from a.expires_at), extract(epoch from a.retry_after), a.missing is not null,
+      a.error, a.message) order by a.ordinal)
     from pglimits._answer_many((
       select jsonb_agg(jsonb_build_object(
         'names', array[name], 'slots', array[slots], 'keys', array[key], 'lease_duration', lease_duration, 'wait', wait,
         'priority', priority, 'strict', strict, 'channel', channel, 'lease_id', asked.lease_id,
         'holder', holders -> (asked.nth - 1)::integer) order by asked.nth)
-      from unnest(lease_ids) with ordinality as asked(lease_id, nth))) a
-    order by a.ordinal;
-  end if;
-  if lock_timeout is not null then
-    perform set_config('lock_timeout', lock_timeout, true);
-  end if;
+      from unnest(lease_ids) with ordinality as asked(lease_id, nth))) a);
 end $$;
 
 comment on function pglimits.acquire_alike(
   text, uuid[], integer, text, interval, interval, integer, jsonb, boolean, text, boolean, interval) is
 $$Serves requests on one limit that differ in nothing but lease_ids and holders (an array, one for each id), in one call and
-one transaction, in their order. The other arguments are those of acquire; durable and patience those of acquire_many.
+one transaction, in their order. The other arguments are those of acquire; durable that of acquire_many; patience: how
+long to wait for the lock of the limit, 0.3 seconds if null; past it error 55P03, and nothing was done.
 
-A row for each, with the missing limit if it is missing, and, with status error, the kind of error (as errors() lists
-them) and its message. Where several in a row are answered alike, one row for all of them: requests says how many, and
-each has a fence one above that of the one before.$$;
+Answers an array of arrays: how many requests in a row it answers, their status, the fence of the first (each of the others
+has one above that of the one before), when their leases end (epoch), retry_after (seconds), whether the limit is missing,
+and, with status error, the kind of error (as errors() lists them) and its message.$$;
 
 -- Settings of one call: how durable it is, and how long it waits for a lock. Returns the lock_timeout to go back to.
 create or replace function pglimits._for_this_call(durable boolean, patience interval)

@@ -115,9 +115,39 @@ end $$;
 
 comment on function pglimits._release(uuid[]) is 'Ends leases, places in a queue and turns. Returns the ids that were live.';
 
--- Safe to repeat: an unknown or ended lease is 'false', not an error.
-create or replace function pglimits.release(
+-- What the clients call. Safe to repeat, as release is.
+create or replace function pglimits.release_many(
   lease_ids uuid[], durable boolean default true, patience interval default null)
+returns uuid[]
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+set lock_timeout = '300ms'
+as $$
+declare
+  ended uuid[];
+begin
+  if (durable and patience is null) is not true then
+    perform pglimits._for_this_call(durable, patience);
+  end if;
+  ended := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
+  if cardinality(ended) = cardinality(lease_ids) then
+    return '{}';
+  end if;
+  return array(select distinct u.id from unnest(lease_ids) as u(id) where u.id <> all (ended));
+end $$;
+
+comment on function pglimits.release_many(uuid[], boolean, interval) is
+  'As release. Returns the ids of those that had ended already. durable: false commits with synchronous_commit = off. '
+  'patience: how long to wait for a lock, as in acquire_alike.';
+
+-- Safe to repeat: an unknown or ended lease is 'false', not an error.
+create or replace function pglimits.release(lease_ids uuid[])
 returns table (lease_id uuid, released boolean)
 language plpgsql
 volatile
@@ -130,25 +160,14 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
-  lock_timeout text := pglimits._for_this_call(durable, patience);
   ended uuid[] := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
 begin
-  if lock_timeout is not null then
-    perform set_config('lock_timeout', lock_timeout, true);
-  end if;
-  if cardinality(lease_ids) = 1 then
-    lease_id := lease_ids[1];
-    released := cardinality(ended) > 0;
-    return next;
-  else
-    return query select asked.id, asked.id = any (ended) from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
-  end if;
+  return query select asked.id, asked.id = any (ended) from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
 end $$;
 
-comment on function pglimits.release(uuid[], boolean, interval) is
+comment on function pglimits.release(uuid[]) is
   'Ends leases, takes waiting requests out of their queue, and gives reserved turns back. A row for each id: true if it '
-  'was live, false if it had ended already. Wakes waiters. durable: false commits with synchronous_commit = off. '
-  'patience: how long to wait for a lock, as in acquire_many.';
+  'was live, false if it had ended already. Wakes waiters.';
 
 create or replace function pglimits.release(lease_id uuid)
 returns boolean

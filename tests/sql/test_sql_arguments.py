@@ -123,6 +123,10 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str]]]] = {
     "release(text)": ("lease_id", "gen_random_uuid()::text", {"lease_id": TEXT_IDS}),
     "release(uuid[])": (
         "lease_ids", "array[gen_random_uuid()]",
+        {"lease_ids": ID_ARRAYS},
+    ),
+    "release_many": (
+        "lease_ids", "array[gen_random_uuid()]",
         {"lease_ids": ID_ARRAYS, "durable": BOOLEANS, "patience": PATIENCES},
     ),
     "watch": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS}),

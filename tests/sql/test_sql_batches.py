@@ -156,7 +156,7 @@ def test_durable_false_commits_without_waiting_for_the_disk_and_only_that_transa
     s.create("database", 5)
     for call in (
         'select * from pglimits.acquire_many(\'[{"names": ["database"]}]\', durable => false)',
-        "select * from pglimits.release(array[]::uuid[], durable => false)",
+        "select pglimits.release_many(array[]::uuid[], durable => false)",
     ):
         s.run("begin")
         s.run(call)
@@ -177,7 +177,7 @@ def test_patience_bounds_how_long_a_call_waits_for_a_lock_and_nothing_after_it(d
     other.run("select from pglimits.states for update")
     for call in (
         "select * from pglimits.acquire_many('[{\"names\": [\"database\"]}]', patience => '20 milliseconds')",
-        f"select * from pglimits.release(array['{lease_id}'::uuid], patience => '20 milliseconds')",
+        f"select pglimits.release_many(array['{lease_id}'::uuid], patience => '20 milliseconds')",
     ):
         with changes_nothing(db.session()), fails("55P03"):
             s.run(call)
@@ -233,17 +233,16 @@ def test_a_batch_has_at_most_10000_requests(s: Session) -> None:
 def alike(s: Session, name: str, ids: list[UUID], **more: Any) -> list[tuple[Any, ...]]:
     """What each of the requests is answered: status, fence, missing, error."""
     arguments = ", ".join(f'"{argument}" => %s::{TYPES[argument]}' for argument in more)
-    rows = s.all(
-        f"select * from pglimits.acquire_alike(%s, %s::uuid[]{', ' if more else ''}{arguments})",
+    rows = s.value(
+        f"select pglimits.acquire_alike(%s, %s::uuid[]{', ' if more else ''}{arguments})",
         name,
         [str(lease_id) for lease_id in ids],
         *more.values(),
     )
-    answers = [
-        (row.status, row.fences[0] + nth if row.fences else None, row.missing, row.error)
-        for row in rows
-        for nth in range(row.requests)
-    ]
+    answers = []
+    for requests, status, fence, _, *rest in rows:
+        _, missing, error, _ = rest or (None, False, None, None)
+        answers += [(status, fence and fence + nth, missing, error) for nth in range(requests)]
     assert len(answers) == len(ids)
     return answers
 
@@ -333,7 +332,7 @@ def test_what_is_wrong_with_requests_that_are_alike_is_in_their_rows(db: Db, s: 
         for argument in ("lease_duration", "priority", "strict"):
             with fails("PL001", argument, "null"):
                 alike(s, "database", ids(2), **{argument: None})
-        assert alike(s, "nowhere", ids(2)) == [("unlimited", None, ["nowhere"], None)] * 2
+        assert alike(s, "nowhere", ids(2)) == [("unlimited", None, True, None)] * 2
         assert {answer[3] for answer in alike(s, "nowhere", ids(2), strict=True)} == {"LimitNotFound"}
         assert {answer[0] for answer in alike(s, "off", ids(2))} == {"unlimited"}
         assert {answer[3] for answer in alike(s, "database", ids(2), slots=6)} == {"SlotsExceedLimit"}

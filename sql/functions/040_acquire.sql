@@ -227,7 +227,8 @@ end $$;
 
 comment on function pglimits._answer(pglimits._request) is 'Serves one request; raises what is wrong with it.';
 
--- The place of a waiter in its queue.
+-- The place of a waiter in its queue, whose state is locked. The last of a line without dead stands where the line is long;
+-- only who has others behind it is counted, and all are looked at only as often as one may have died.
 create or replace function pglimits._position(lease_id uuid)
 returns integer
 language plpgsql
@@ -236,14 +237,32 @@ set search_path = ''
 as $$
 declare
   mine pglimits.queue;
+  was pglimits.states;
+  state pglimits.states;
+  now timestamptz := pglimits._now();
 begin
   select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id and q.turn is null;
   if mine.lease_id is null then
     return null;
   end if;
+  select s.* into was from pglimits.states s
+  where s.limit_id = mine.limit_id and s.key = mine.key order by s.version desc limit 1;
+  state := was;
+  if now >= state.next_waiter_death then
+    state := pglimits._bury_waiters(state, now);
+    perform pglimits._save(state, was, now);
+  end if;
+  if now < state.next_waiter_death and not exists (
+    select from pglimits.queue q
+    where q.limit_id = mine.limit_id and q.key = mine.key and q.turn is null
+      and (q.rank, q.arrival) > (mine.rank, mine.arrival))
+  then
+    return state.waiting;
+  end if;
   return (select count(*) from pglimits.queue q
           where q.limit_id = mine.limit_id and q.key = mine.key and q.turn is null
-            and (q.rank, q.arrival) <= (mine.rank, mine.arrival) and q.expires_at > pglimits._now());
+            and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+            and (q.rank, q.arrival) <= (mine.rank, mine.arrival) and q.expires_at > now);
 end $$;
 
 comment on function pglimits._position(uuid) is 'The place of a waiter in its queue, 1 being the head; null if it waits in none.';

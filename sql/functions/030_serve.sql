@@ -689,9 +689,9 @@ volatile
 set search_path = ''
 as $$
 begin
-  return (select max(pglimits._until(c, q.turn, now))
+  return (select max(case when q.turn is not null then pglimits._until(c, q.turn, now) end)
           from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
-          where q.lease_id = _turn_in.lease_id and q.turn is not null);
+          where q.lease_id = _turn_in.lease_id);
 end $$;
 
 comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';

@@ -4,7 +4,8 @@
 -- index scans only: a sequential or bitmap scan, chosen while a table had one page, would walk all the dead versions of the
 -- next hour. And with jit = off, since such plans look expensive enough to be compiled.
 -- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a
--- plan made on empty tables may take the index on (limit_id, key, …) instead, and walk all that was ever there.
+-- plan made on empty tables may take the index on (limit_id, key, …) instead, and walk all that was ever there. For the same
+-- reason whether its turn is null is asked of the row that was found, never in the where clause: two indexes have just such rows.
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
 -- settled: instead of null, reckon with what is due as if it had been applied.
@@ -241,8 +242,8 @@ declare
   state pglimits.states;
   now timestamptz := pglimits._now();
 begin
-  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id and q.turn is null;
-  if mine.lease_id is null then
+  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id order by q.turn nulls first limit 1;
+  if mine.lease_id is null or mine.turn is not null then
     return null;
   end if;
   select s.* into was from pglimits.states s

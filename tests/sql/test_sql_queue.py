@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -494,6 +495,28 @@ def test_the_position_of_a_request_over_several_limits_is_that_on_the_one_that_b
     s.release(holder)  # the head is called, and keeps its place until it has tried
     assert s.acquire(["database", "free"], wait=None).position == 5
     db.consistent()
+
+
+def test_a_call_reads_no_more_of_a_long_line_than_of_a_short_one(s: Session) -> None:
+    (holder,) = full(s)  # from here on all plans are made, and kept, while the queue is empty
+    last = s.queue("database")
+    s.value("select pglimits.may_sleep(%s)", last)
+    for _ in range(200):
+        last = s.queue("database")
+    read = "select idx_tup_fetch + seq_tup_read from pg_stat_xact_user_tables where relid = 'pglimits.queue'::regclass"
+
+    def reads(call: Callable[[], Any]) -> int:
+        with s.transaction():
+            before = int(s.value(read))
+            call()
+            return int(s.value(read)) - before
+
+    assert reads(lambda: s.acquire("database", wait=None, lease_id=last)) < 20
+    assert reads(lambda: s.acquire("database", wait=None)) < 20
+    assert reads(lambda: s.value("select pglimits.may_sleep(%s)", last)) < 20
+    assert reads(lambda: s.watch(last)) < 20
+    assert reads(lambda: s.release(holder)) < 20
+    assert reads(lambda: s.release(last)) < 20
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -48,7 +48,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     """Round numbers around all values: the upper, the lower."""
     positive = [value for value in values if value > 0] or [1.0]
     lower = max(step for step in _STEPS if step <= max(min(positive), _STEPS[0]))
-    return min(step for step in _STEPS if step >= min(max(*positive, lower * 2), _STEPS[-1])), lower
+    return min(step for step in _STEPS if step >= min(max(*positive, lower * 10), _STEPS[-1])), lower
 
 
 _STEPS = [digit * 10.0**power for power in range(-5, 6) for digit in (1, 2, 5)]
@@ -67,23 +67,24 @@ def _field(curve: Curve, bottom: float, top: float) -> str:
         return _HEIGHT - _BOTTOM - part * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<text class="title" x="{_LEFT}" y="18">{escape(curve.what)}</text>']
-    first, last = curve.points[0].ms.median, curve.points[-1].ms.median
-    if first > 0:
-        parts.append(f'<text x="{_WIDTH - _RIGHT}" y="18" text-anchor="end">last / first: {last / first:.2f}</text>')
     for ms in (step for step in _STEPS if bottom <= step <= top):
         y = down(ms)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{ms:g} ms</text>')
-    marked = math.inf
-    for x in sorted({point.x for point in curve.points}, reverse=True):
-        if marked - across(x) < _APART:
+    marked: list[float] = []
+    for x in sorted({point.x for point in curve.points}, key=lambda x: (left < x < right, math.log10(x) % 1, -x)):
+        if any(abs(across(x) - place) < _APART for place in marked):
             continue
-        marked = across(x)
+        marked.append(across(x))
         parts.append(f'<text x="{across(x):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{_short(x)}</text>')
     axis = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}"'
     parts.append(f'<line class="axis" {axis}/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(curve.x)}</text>')
+    first, last = curve.points[0].ms.median, curve.points[-1].ms.median
+    if first > 0:
+        at = f'x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end"'
+        parts.append(f"<text {at}>last / first: {last / first:.2f}</text>")
     for point in curve.points:
         x = across(point.x)
         parts.append(

@@ -9,9 +9,11 @@ from xml.sax.saxutils import escape
 from ._results import Curve
 
 _WIDTH, _HEIGHT = 380, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 34, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 34, 40
 _HEAD = 24
 _COLUMNS = 2
+_APART = 32
+"""Between two numbers on the x axis."""
 _STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #444 }
 .title { font-weight: 600; font-size: 12px; fill: #111 }
@@ -43,10 +45,13 @@ def svg(curves: Sequence[Curve]) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Powers of ten around all values: the upper, the lower."""
+    """Round numbers around all values: the upper, the lower."""
     positive = [value for value in values if value > 0] or [1.0]
-    lower = 10.0 ** math.floor(math.log10(min(positive)))
-    return max(10.0 ** math.ceil(math.log10(max(positive))), lower * 10), lower
+    lower = max(step for step in _STEPS if step <= max(min(positive), _STEPS[0]))
+    return min(step for step in _STEPS if step >= min(max(*positive, lower * 10), _STEPS[-1])), lower
+
+
+_STEPS = [digit * 10.0**power for power in range(-5, 6) for digit in (1, 2, 5)]
 
 
 def _field(curve: Curve, bottom: float, top: float) -> str:
@@ -62,16 +67,24 @@ def _field(curve: Curve, bottom: float, top: float) -> str:
         return _HEIGHT - _BOTTOM - part * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<text class="title" x="{_LEFT}" y="18">{escape(curve.what)}</text>']
-    for ms in _powers(bottom, top):
+    for ms in (step for step in _STEPS if bottom <= step <= top):
         y = down(ms)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{ms:g} ms</text>')
-    for x in _marks(left, right):
+    marked: list[float] = []
+    for x in sorted({point.x for point in curve.points}, key=lambda x: (left < x < right, math.log10(x) % 1, -x)):
+        if any(abs(across(x) - place) < _APART for place in marked):
+            continue
+        marked.append(across(x))
         parts.append(f'<text x="{across(x):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{_short(x)}</text>')
     axis = f'x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}"'
     parts.append(f'<line class="axis" {axis}/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(curve.x)}</text>')
+    first, last = curve.points[0].ms.median, curve.points[-1].ms.median
+    if first > 0:
+        at = f'x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end"'
+        parts.append(f"<text {at}>last / first: {last / first:.2f}</text>")
     for point in curve.points:
         x = across(point.x)
         parts.append(
@@ -86,20 +99,6 @@ def _field(curve: Curve, bottom: float, top: float) -> str:
             f"<title>{point.x:,.0f}: {point.ms.median:.3f} ms</title></circle>"
         )
     return "".join(parts)
-
-
-def _powers(low: float, high: float) -> list[float]:
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    return [10.0**power for power in range(first, last + 1)]
-
-
-def _marks(low: float, high: float) -> list[float]:
-    """Powers of ten, or where there are not two of them, some more."""
-    powers = _powers(low, high)
-    if len(powers) > 1:
-        return powers
-    found = [digit * 10.0**power for power in range(-1, 8) for digit in (1, 2, 5)]
-    return [mark for mark in found if low <= mark <= high]
 
 
 def _short(number: float) -> str:

@@ -27,10 +27,11 @@ def as_dict(run: Run) -> dict[str, Any]:
 
 
 def write(run: Run, folder: Path) -> None:
-    """Write bench.json, bench.txt and, if there are curves, growth.svg."""
+    """Write bench.json, bench.txt, bench.md and, if there are curves, growth.svg."""
     text = json.dumps(as_dict(run), indent=1, ensure_ascii=False)
     (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
     (folder / "bench.txt").write_text(as_text(run), encoding="utf-8")
+    (folder / "bench.md").write_text(as_markdown(run), encoding="utf-8")
     if run.curves:
         (folder / "growth.svg").write_text(svg(run.curves), encoding="utf-8")
 
@@ -41,6 +42,32 @@ def as_text(run: Run) -> str:
     with console.capture() as captured:
         console.print(*tables(run), sep="\n")
     return "\n".join(each.rstrip() for each in captured.get().splitlines()) + "\n"
+
+
+def as_markdown(run: Run) -> str:
+    """The figures as tables for a document: docs/performance.md has the first."""
+    parts = [_markdown(("what", "ours", "theirs", "ratio", "target", "met"), map(_told, run.lines))]
+    if run.curves:
+        columns = ("time of a call against", "", "ms per call", "times the first", "on disk", "dead rows")
+        points = [(curve.what, *cells) for curve in run.curves for cells in _points(curve)]
+        parts.append(_markdown(columns, points))
+    parts += [str(said) for said in _closing(run)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    cells = [list(columns), *map(list, rows)]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells)
+
+
+def _told(each: Line) -> Iterable[str]:
+    what = f"{each.what} ({each.note})" if each.note else each.what
+    theirs = figure(each.theirs, each.unit) if each.theirs else ""
+    against = f"({each.against})" if theirs and each.against else each.against
+    met = {True: "yes", False: "**no**", None: ""}[each.met]
+    ratio = figure(each.ratio) if each.ratio else ""
+    return what, figure(each.ours, each.unit), f"{theirs} {against}".strip(), ratio, _target(each.target), met
 
 
 def tables(run: Run) -> list[RenderableType]:
@@ -95,28 +122,36 @@ def _cell(measured: Spread | None, unit: str = "") -> Text:
 
 def _curve(curve: Curve) -> Table:
     made = _table(curve.x, "ms per call", "times the first", "on disk", "dead rows", numbers=(curve.x, *_POINT))
+    for cells in _points(curve):
+        made.add_row(*cells)
+    return made
+
+
+def _points(curve: Curve) -> Iterable[tuple[str, ...]]:
     first = curve.points[0].ms.median
     for point in curve.points:
-        made.add_row(
+        yield (
             f"{point.x:,.0f}",
             figure(point.ms),
             f"{point.ms.median / first:.2f}" if first else "",
             "" if point.disk_bytes is None else f"{point.disk_bytes / 1e6:,.1f} MB",
             "" if point.dead_rows is None else f"{point.dead_rows:,}",
         )
-    return made
 
 
 _POINT = ("ms per call", "times the first", "on disk", "dead rows")
 
 
-def _closing(run: Run) -> list[RenderableType]:
+def _closing(run: Run) -> list[Text]:
     judged = [each for each in run.lines if each.met is not None]
     missed = [each for each in judged if not each.met]
-    said: list[RenderableType] = [Text(f"{len(judged) - len(missed)} of {len(judged)} targets met.")]
+    said = [Text(f"{len(judged) - len(missed)} of {len(judged)} targets met.")]
     said += [Text(f"Not met: {each.what}" + (f" / {each.against}" if each.against else "")) for each in missed]
     said += [Text(f"Skipped: {each.what}: {each.why}") for each in run.skipped]
     said += [Text(f"Failed: {each.what}: {each.why}", "red") for each in run.failed]
+    said += [
+        Text("Seconds that each row took: " + ", ".join(f"{name} {took:.0f}" for name, took in run.row_seconds.items()))
+    ]
     return said
 
 

@@ -79,17 +79,18 @@ SHORT = Scale(
     peer_variants=False,
 )
 
+# All in one run of about 20 minutes on two processors.
 FULL = Scale(
     name="full",
-    repetitions=7,
-    seconds=3.0,
+    repetitions=5,
+    seconds=2.0,
     rounds=30,
     pairs=500,
-    handovers=500,
-    stream_seconds=20.0,
+    handovers=300,
+    stream_seconds=15.0,
     calls=1_000_000,
     snapshot_calls=500_000,
-    patience=900.0,
+    patience=400.0,
     limits=100_000,
     keys=1_000_000,
     leases=100_000,
@@ -97,11 +98,11 @@ FULL = Scale(
     processes=64,
     waiting_tasks=10_000,
     callers=(1, 8, 64),
-    peer_seconds=1.0,
+    peer_seconds=0.7,
     peer_repetitions=3,
-    peer_stream_seconds=20.0,
+    peer_stream_seconds=10.0,
     peer_waiters=5,
-    peer_rounds=5,
+    peer_rounds=3,
     peer_variants=True,
 )
 

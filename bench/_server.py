@@ -212,6 +212,8 @@ def _settings() -> dict[str, str]:
         "max_connections": "300",
         "max_wal_size": "4GB",
         "checkpoint_timeout": "15min",
+        # A database of a row is gone before autovacuum would come round for the first time, as it does where one stays.
+        "autovacuum_naptime": "10s",
         "synchronous_commit": "on",
         "fsync": "on",
         "full_page_writes": "on",
@@ -241,6 +243,19 @@ def _filesystem(folder: Path) -> str:
     return max(found, key=lambda mount: len(mount[1]))[2] if found else ""
 
 
+def _disk(folder: Path) -> str:
+    """The kind of disk that a folder is on; empty where that cannot be told."""
+    with contextlib.suppress(OSError):
+        number = folder.stat().st_dev
+        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
+        if device.name.startswith(("vd", "xvd")):
+            return "virtual"
+        for each in (device, device.parent):
+            if (each / "queue" / "rotational").exists():
+                return "rotating" if (each / "queue" / "rotational").read_text().strip() == "1" else "solid state"
+    return ""
+
+
 def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -261,7 +276,9 @@ def machine(own: bool) -> dict[str, str]:
         shown["processor"] = model.partition(":")[2].strip()
     if own:
         with on_disk():
-            shown["file system"] = _filesystem(Path(tempfile.gettempdir())) or "unknown"
+            folder = Path(tempfile.gettempdir())
+            shown["file system"] = _filesystem(folder) or "unknown"
+            shown["disk"] = _disk(folder) or "unknown"
     with contextlib.suppress(OSError):
         shown["load before"] = f"{os.getloadavg()[0]:.1f}"
     return shown

@@ -49,7 +49,7 @@ def bench(
             metavar="FOLDER",
             file_okay=False,
             show_default=False,
-            help="Also write bench.json, bench.txt and growth.svg there.",
+            help="Also write bench.json, bench.txt, bench.md and growth.svg there.",
         ),
     ] = None,
     dsn: Annotated[

@@ -78,7 +78,7 @@ class _Contest:
         yield self._refusals()
         if self._peer.holds:
             yield self._hand_over()
-        if self._peer.rates and self._bench.scale.peer_stream_seconds:
+        if self._peer.rates and self._opened.target and self._bench.scale.peer_stream_seconds:
             yield self._stream()
 
     def _use(self, short: str, quota: Quota, **more: Any) -> None:

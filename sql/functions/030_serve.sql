@@ -475,13 +475,62 @@ begin
     state.head_rank := request.rank;
     state.head_arrival := arrival;
   end if;
-  state.waiting := state.waiting + 1;
+  state := pglimits._lengthen(state, 1, now);
   return state;
 end $$;
 
 comment on function pglimits._enqueue(
   pglimits.states, pglimits._request, integer, timestamptz, timestamptz, timestamptz) is
   'Puts a request in line: at its arrival, or, if that is null, behind everybody of its priority.';
+
+-- Notes that so many more stand in line, none of whom dies before the liveness of a waiter is over.
+create or replace function pglimits._lengthen(state pglimits.states, waiters bigint, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end,
+                                   now + pglimits._liveness());
+  state.waiting := state.waiting + waiters;
+  return state;
+end $$;
+
+comment on function pglimits._lengthen(pglimits.states, bigint, timestamptz) is
+  'Returns a state with so many more in line, who called in at that moment.';
+
+-- Takes those out of the line who have died, wherever they stand in it. One whose row is locked is calling in, or being
+-- removed right now.
+create or replace function pglimits._bury_waiters(state pglimits.states, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  buried integer;
+begin
+  with dead as (
+    select q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival) and q.expires_at <= now
+    for update skip locked
+  )
+  delete from pglimits.queue q using dead d
+  where q.lease_id = d.lease_id
+    and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+  get diagnostics buried = row_count;
+  state.waiting := state.waiting - buried;
+  state.next_waiter_death := coalesce((
+    select min(q.expires_at) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._bury_waiters(pglimits.states, timestamptz) is
+  'Takes dead waiters out of the line, and notes when the next of them can die.';
 
 -- Takes a request out of the line.
 create or replace function pglimits._leave(state pglimits.states, mine pglimits.queue)
@@ -654,9 +703,9 @@ volatile
 set search_path = ''
 as $$
 begin
-  return (select max(pglimits._until(c, q.turn, now))
+  return (select max(case when q.turn is not null then pglimits._until(c, q.turn, now) end)
           from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
-          where q.lease_id = _turn_in.lease_id and q.turn is not null);
+          where q.lease_id = _turn_in.lease_id);
 end $$;
 
 comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';
@@ -861,7 +910,7 @@ begin
         state.head_rank := run.first_rank;
         state.head_arrival := arrivals[run.place];
       end if;
-      state.waiting := state.waiting + run.requests;
+      state := pglimits._lengthen(state, run.requests, now);
       state.last_arrival := arrivals[run.place] + (run.requests - 1) * interval '1 microsecond';
     end if;
     served.states[run.place] := state;

@@ -372,7 +372,8 @@ as $$
 begin
   return exists (
     select from pglimits.queue q
-    where q.lease_id = may_sleep.lease_id and q.turn is null and not q.called and q.looks_at > pglimits._now());
+    where q.lease_id = may_sleep.lease_id
+      and case when q.turn is null then not q.called and q.looks_at > pglimits._now() end);
 end $$;
 
 comment on function pglimits.may_sleep(uuid) is

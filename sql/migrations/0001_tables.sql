@@ -62,6 +62,7 @@ create table pglimits.states (
   last_arrival timestamptz not null default '-infinity',
   passed numeric not null default 0,
   next_death timestamptz not null default 'infinity',
+  next_waiter_death timestamptz not null default 'infinity',
   next_look timestamptz not null default 'infinity',
   changed_at timestamptz not null,
   primary key (limit_id, key, version)
@@ -89,6 +90,9 @@ comment on column pglimits.states.head_rank is
   'With head_arrival: no waiter stands before this place. The queue is read from here.';
 comment on column pglimits.states.passed is 'Turns up to this virtual time were removed from the queue.';
 comment on column pglimits.states.next_death is 'No sleeper of the rate limit can be found dead before this.';
+comment on column pglimits.states.next_waiter_death is
+  'No waiter in line can be found dead before this, so that until then waiting counts the live ones. A lower bound: calling '
+  'in and leaving leave it alone.';
 comment on column pglimits.states.next_look is
   'The moment at which time alone (a lease ends, a level decays, a waiter dies) may let somebody in the queue go on.';
 

@@ -113,6 +113,39 @@ def test_a_chart_is_valid_xml_with_a_line_for_each_curve() -> None:
     assert ElementTree.fromstring(svg([])).tag.endswith("svg")
 
 
+def test_a_chart_tells_how_much_slower_the_last_size_is_and_numbers_no_two_places_on_top_of_each_other() -> None:
+    from pglimits_bench._chart import svg
+    from pglimits_bench._measure import spread
+    from pglimits_bench._results import Curve, Point
+
+    sizes = [2**power for power in range(7)] + [63]
+    points = tuple(Point(size, spread([0.1 + size / 640])) for size in sorted(sizes))
+    drawn = svg([Curve("processes", "processes", "processes", points)])
+    texts = [
+        (float(text.attrib["x"]), text.text) for text in ElementTree.fromstring(drawn).iter() if "x" in text.attrib
+    ]
+    assert "last / first: 1.97" in {text for _, text in texts}
+    numbered = {text: x for x, text in texts if text in {str(size) for size in sizes}}
+    assert {"1", "64"} <= set(numbered)
+    assert "63" not in numbered
+    places = sorted(numbered.values())
+    assert all(after - before > 25 for before, after in zip(places, places[1:], strict=False))
+
+
+def test_a_report_is_a_table_for_a_document_too() -> None:
+    from pglimits_bench import _report
+    from pglimits_bench._measure import spread
+    from pglimits_bench._results import Curve, Point, Run, at_least, line
+
+    run = Run("full", "2026-01-01T00:00:00+00:00", {}, row_seconds={"one": 12.3})
+    run.add(line("one", "first | thing", "calls/s", spread([9.0, 11.0]), "floor", spread([5.0, 5.0]), at_least(2.5)))
+    run.add(Curve("keys", "keys", "keys", (Point(1, spread([0.2]), 10**6, 3), Point(10**6, spread([0.3]), 10**8, 4))))
+    said = _report.as_markdown(run).splitlines()
+    assert "| first / thing | 10 (9-11) calls/s | 5 (5-5) calls/s (floor) | 2 (1.80-2.20) | >= 2.5 x | **no** |" in said
+    assert "| keys | 1,000,000 | 0.300 | 1.50 | 100.0 MB | 4 |" in said
+    assert "Seconds that each row took: one 12" in said
+
+
 def test_a_report_names_what_was_missed_skipped_and_failed() -> None:
     from pglimits_bench import _report
     from pglimits_bench._measure import spread

@@ -240,11 +240,13 @@ def check_consistent(session: Session) -> None:
           from pglimits.leases l where l.limit_id = s.limit_id and l.key = s.key) l
         cross join lateral (
           select count(*) filter (where q.turn is null) as waiting,
+                 min(q.expires_at) filter (where q.turn is null) as first_death,
                  min((lpad((q.rank + 10000000)::text, 9, '0')
                       || to_char(q.arrival at time zone 'UTC', 'YYYYMMDDHH24MISSUS')))
                    filter (where q.turn is null) as head
           from pglimits.queue q where q.limit_id = s.limit_id and q.key = s.key) q
         where s.held <> l.slots or s.waiting <> q.waiting or s.next_expiry > l.first
+           or s.next_waiter_death > q.first_death
            or (s.waiting > 0 and lpad((s.head_rank + 10000000)::text, 9, '0')
                || to_char(s.head_arrival at time zone 'UTC', 'YYYYMMDDHH24MISSUS') > q.head)
         """

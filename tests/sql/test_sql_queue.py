@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -430,6 +433,126 @@ def test_dead_waiters_do_not_fill_the_queue(clock: Clock, s: Session, head_lives
         if head_lives:
             s.watch(waiters[0])
     assert s.acquire("database", wait=None).position == (2 if head_lives else 1)
+
+
+# The position: how many live waiters stand before, and oneself.
+
+
+def position(s: Session, lease_id: UUID) -> int:
+    (found,) = [waiter.position for waiter in s.waiters() if waiter.lease_id == lease_id]
+    return int(found)
+
+
+def test_the_position_does_not_count_the_dead_wherever_they_stand(clock: Clock, db: Db, s: Session) -> None:
+    full(s)
+    line = [s.queue("database") for _ in range(6)]
+    clock.advance(4)
+    s.watch(line[0], line[2], line[5])
+    assert s.acquire("database", wait=None).position == 7  # nobody is dead yet
+    clock.advance(6.1)
+    assert s.acquire("database", wait=None).position == 5  # the three who called in, and the one of 6 s ago
+    clock.advance(3.9)
+    assert s.acquire("database", wait=None).position == 2  # only the last is left
+    db.consistent()
+
+
+def test_the_position_is_counted_where_others_stand_behind(clock: Clock, db: Db, s: Session) -> None:
+    full(s)
+    low = [s.queue("database", priority=0) for _ in range(3)]
+    assert s.acquire("database", wait=None, priority=5).position == 1
+    middle = s.acquire("database", wait=None, priority=3)
+    assert middle.position == 2
+    assert s.acquire("database", wait=None, priority=0).position == 6
+    clock.advance(6)
+    s.watch(low[0], low[2], middle.lease_id)
+    clock.advance(6)
+    # Dead are the highest, one in the middle, and the last.
+    assert s.acquire("database", wait=None, priority=1).position == 2
+    assert s.acquire("database", wait=None, priority=-1).position == 5
+    assert s.acquire("database", wait=None, priority=0, lease_id=low[2]).position == 4
+    db.consistent()
+
+
+def test_each_key_counts_its_own_line(clock: Clock, s: Session) -> None:
+    s.create("database", 1)
+    for key in "abc":
+        s.acquire("database", key=key)
+    a = s.queue("database", key="a")
+    assert [s.acquire("database", key=key, wait=None).position for key in "aabc"] == [2, 3, 1, 1]
+    clock.advance(9)
+    s.watch(a)
+    assert s.acquire("database", key="b", wait=None).position == 2
+    clock.advance(2)
+    assert [s.acquire("database", key=key, wait=None).position for key in "abc"] == [2, 2, 1]
+
+
+def test_the_position_of_a_request_over_several_limits_is_that_on_the_one_that_blocks(db: Db, s: Session) -> None:
+    s.create("free", 5)
+    (holder,) = full(s)
+    for expected in (1, 2, 3):
+        assert s.acquire(["free", "database"], wait=None).position == expected
+    assert s.acquire("database", wait=None).position == 4
+    s.release(holder)  # the head is called, and keeps its place until it has tried
+    assert s.acquire(["database", "free"], wait=None).position == 5
+    db.consistent()
+
+
+def test_a_call_reads_no_more_of_a_long_line_than_of_a_short_one(s: Session) -> None:
+    (holder,) = full(s)  # from here on all plans are made, and kept, while the queue is empty
+    last = s.queue("database")
+    s.value("select pglimits.may_sleep(%s)", last)
+    for _ in range(200):
+        last = s.queue("database")
+    read = "select idx_tup_fetch + seq_tup_read from pg_stat_xact_user_tables where relid = 'pglimits.queue'::regclass"
+
+    def reads(call: Callable[[], Any]) -> int:
+        with s.transaction():
+            before = int(s.value(read))
+            call()
+            return int(s.value(read)) - before
+
+    assert reads(lambda: s.acquire("database", wait=None, lease_id=last)) < 20
+    assert reads(lambda: s.acquire("database", wait=None)) < 20
+    assert reads(lambda: s.value("select pglimits.may_sleep(%s)", last)) < 20
+    assert reads(lambda: s.watch(last)) < 20
+    assert reads(lambda: s.release(holder)) < 20
+    assert reads(lambda: s.release(last)) < 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_position_is_the_one_that_a_count_gives_whatever_happened(
+    clock: Clock, db: Db, s: Session, seed: int
+) -> None:
+    chance = random.Random(seed)
+    s.create("database", 2)
+    known: list[UUID] = []
+    for _ in range(120):
+        match chance.choice(["join", "join", "join", "many", "again", "watch", "leave", "time"]):
+            case "join":
+                arguments = {"key": chance.choice("ab"), "priority": chance.choice([0, 0, 0, 1, -1])}
+                answer = s.acquire("database", wait=None, **arguments)
+                known.append(answer.lease_id)
+                if answer.status == "queued":
+                    assert answer.position == position(s, answer.lease_id)
+            case "many":
+                requests = [
+                    {"names": ["database"], "keys": [chance.choice("ab")], "lease_id": str(uuid4())} for _ in range(3)
+                ]
+                known += [UUID(request["lease_id"]) for request in requests]
+                s.all("select * from pglimits.acquire_many(%s::jsonb)", json.dumps(requests))
+            case "again" if waiting := s.waiters():
+                waiter = chance.choice(waiting)
+                arguments = {"key": waiter.key, "priority": waiter.priority, "lease_id": waiter.lease_id}
+                answer = s.acquire("database", wait=None, **arguments)
+                if answer.status == "queued":
+                    assert answer.position == position(s, answer.lease_id)
+            case "watch" if known:
+                s.watch(*chance.sample(known, len(known) // 2))
+            case "leave" if known:
+                s.release(known.pop(chance.randrange(len(known))))
+            case "time":
+                clock.advance(chance.choice([0.5, 2, 4, 7]))
+    db.consistent()
 
 
 # Several limits.

@@ -10,6 +10,7 @@ This module does no I/O: it says what to send and takes in what came back.
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -261,7 +262,9 @@ class Batches:
                 # Nothing was done, and only one of them need be to blame.
                 ticket.alone = True
             else:
-                ticket.error = problem
+                # Each its own: an exception that many raise gathers the tracebacks of all.
+                ticket.error = copy.copy(problem)
+                ticket.error.__cause__ = problem.__cause__
         self._close(slot)
 
     def _close(self, slot: Slot) -> None:

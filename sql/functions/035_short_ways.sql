@@ -2,7 +2,7 @@
 -- _release_at do, takes half of their time or less, and leaves everything that is not so simple to them, by returning null
 -- with nothing done but the lock taken.
 --
--- Two statements each: the first locks the state; the second sees what was committed until then, decides and writes.
+-- First the state is locked; what is read afterwards is what was committed until then.
 
 -- Requests that are all alike, on one concurrency limit where nothing is due: there is room for all and nobody waits, or
 -- there is room for none and they may not wait either. The answer is that to the first; each of the others has the next fence.
@@ -61,28 +61,25 @@ begin
     return null;
   end if;
   ends := now + make_interval(secs => extract(epoch from lease_duration)::double precision);
-  with taken as (
-    update pglimits.states s
-    set version = s.version + cardinality(lease_ids), held = s.held + wanted,
-        next_expiry = least(s.next_expiry, ends), changed_at = now
-    from pglimits.configs c
-    where s.limit_id = state.limit_id and s.key = _take_alike.key and s.version = state.version
-      and c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
-      and state.held + wanted <= c."limit"
-      and (not chosen
-           or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
-              and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)))
-    returning s.limit_id
-  )
-  insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
-                               parts, acquired_at, expires_at)
-  select asked.lease_id, t.limit_id, _take_alike.key, _take_alike.slots,
-         nullif(holders -> (asked.nth - 1)::integer, 'null'), state.version + asked.nth, _take_alike.priority,
-         ends - now, true, 1, now, ends
-  from taken t cross join unnest(lease_ids) with ordinality as asked(lease_id, nth);
+  update pglimits.states s
+  set version = s.version + cardinality(lease_ids), held = s.held + wanted, next_expiry = least(s.next_expiry, ends),
+      changed_at = now
+  from pglimits.configs c
+  where s.limit_id = state.limit_id and s.key = _take_alike.key and s.version = state.version
+    and c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
+    and state.held + wanted <= c."limit"
+    and (not chosen
+         or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+            and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)));
   if not found then
     return null;
   end if;
+  insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                               parts, acquired_at, expires_at)
+  select asked.lease_id, state.limit_id, _take_alike.key, _take_alike.slots,
+         nullif(holders -> (asked.nth - 1)::integer, 'null'), state.version + asked.nth, _take_alike.priority,
+         ends - now, true, 1, now, ends
+  from unnest(lease_ids) with ordinality as asked(lease_id, nth);
   return row('granted', lease_ids[1], array[state.version + 1], ends, null, null, null, null)::pglimits._answer;
 end $$;
 
@@ -114,6 +111,7 @@ as $$
 declare
   state record;
   now timestamptz;
+  freed bigint;
   live uuid[];
 begin
   if cardinality(lease_ids) > 1 then
@@ -133,19 +131,25 @@ begin
   end if;
   now := pglimits._now();
   -- Read through the index on lease_id, and so in the order in which renew locks them.
-  with gone as (
+  if cardinality(lease_ids) = 1 then
     delete from pglimits.leases l
-    where l.lease_id = any (lease_ids)
+    where l.lease_id = lease_ids[1]
       and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
-    returning l.lease_id, l.slots, l.expires_at > now as live
-  ), freed as (
-    select sum(g.slots) as slots, coalesce(array_agg(g.lease_id) filter (where g.live), '{}') as live from gone g
-  )
-  update pglimits.states s set version = s.version + 1, held = s.held - f.slots, changed_at = now
-  from freed f
-  where s.limit_id = state.limit_id and s.key = state.key and s.version = state.version and f.slots is not null
-  returning f.live into live;
-  return live;
+    returning l.slots, case when l.expires_at > now then lease_ids else '{}' end into freed, live;
+  else
+    with gone as (
+      delete from pglimits.leases l
+      where l.lease_id = any (lease_ids)
+        and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+      returning l.lease_id, l.slots, l.expires_at > now as live
+    )
+    select sum(g.slots), coalesce(array_agg(g.lease_id) filter (where g.live), '{}') into freed, live from gone g;
+  end if;
+  if freed > 0 then
+    update pglimits.states s set version = s.version + 1, held = s.held - freed, changed_at = now
+    where s.limit_id = state.limit_id and s.key = state.key and s.version = state.version;
+  end if;
+  return coalesce(live, '{}');
 end $$;
 
 comment on function pglimits._release_alike(uuid[]) is

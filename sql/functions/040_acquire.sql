@@ -623,15 +623,19 @@ set lock_timeout = '300ms'
 as $$
 declare
   answer pglimits._answer;
+  problem constant text := case
+    when lease_ids is null or cardinality(lease_ids) not between 1 and 10000 then 'lease_ids must be 1 to 10000'
+    when array_ndims(lease_ids) <> 1 then 'lease_ids must be a flat array'
+    when array_position(lease_ids, null) is not null then 'lease_ids must not contain null'
+    when holders is not null and (jsonb_typeof(holders) <> 'array' or jsonb_array_length(holders) <> cardinality(lease_ids))
+      then 'holders must be an array with one for each of lease_ids'
+    when lease_duration is null then 'lease_duration must not be null'
+    when priority is null then 'priority must not be null'
+    when strict is null then 'strict must not be null'
+  end;
 begin
-  if (array_ndims(lease_ids) = 1 and cardinality(lease_ids) <= 10000 and array_position(lease_ids, null) is null) is not true
-  then
-    perform pglimits._fail('InvalidArgument', 'lease_ids must be a flat array of 1 to 10000 ids, without null');
-  elsif jsonb_typeof(holders) <> 'array' or jsonb_array_length(holders) <> cardinality(lease_ids) then
-    perform pglimits._fail('InvalidArgument', 'holders must be an array with one for each of lease_ids');
-  elsif num_nulls(lease_duration, priority, strict) > 0 then
-    perform pglimits._fail('InvalidArgument', pglimits._argument_error(
-      array[name], array[slots], array[key], lease_duration, wait, priority, null, strict, channel));
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
   elsif (durable and patience is null) is not true then
     perform pglimits._for_this_call(durable, patience);
   end if;

@@ -31,6 +31,9 @@ Place = tuple[str, str]
 
 LARGEST_BATCH = 128
 """Requests in a batch at most: while the server is at work on one, the answers to another are handed out."""
+SMALL_BATCH = 48
+"""Releases and requests on one (limit, key) that are no more than this travel together: the way is longer than the work."""
+
 PATIENCE = 1.0
 """Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
 
@@ -143,12 +146,14 @@ class Ticket:
 class Slot:
     """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("alike", "batch", "batches", "connection", "orphan")
+    __slots__ = ("batch", "batches", "connection", "orphan", "releases", "requests", "sql")
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
         self.batch: list[Ticket] | None = None
-        self.alike = False
+        self.sql = ""
+        self.releases: list[Ticket] = []
+        self.requests: list[Ticket] = []
         self.orphan: Orphan[Slot] | None = None
         self.connection: BaseConnection[Any] | None = None
 
@@ -194,54 +199,70 @@ class Batches:
                 ][:LARGEST_BATCH]
                 if first not in batch:
                     batch[-1] = first
+                if len(batch) <= SMALL_BATCH:
+                    batch += self._companions(batch, busy)
             slot.batch = batch
             self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
             for taken in batch:
                 self._pending.pop(taken, None)
         return True
 
+    def _companions(self, batch: list[Ticket], busy: set[tuple[str, ...]]) -> list[Ticket]:
+        """Releases that can go with few requests, or requests with few releases: all on one (limit, key)."""
+        first = batch[0]
+        if any(ticket.lanes != first.lanes for ticket in batch):
+            return []
+        lane = first.lanes[0]
+        other_lanes = (("release", *lane) if first.kind is not None else lane[1:],)
+        if not busy.isdisjoint(other_lanes):
+            return []
+        others = [ticket for ticket in self._pending if ticket.lanes == other_lanes and not ticket.alone]
+        requests = others if first.kind is None else batch
+        return others if len(others) <= SMALL_BATCH and _are_alike(requests) else []
+
     def statement(self, slot: Slot) -> tuple[str, list[object]]:
         """The one statement that serves the batch."""
         batch = slot.batch or []
-        first = batch[0]
         patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=None)
         if patience is not None:
             patience = min(max(patience, 0.001), LOCK_WAIT)
-        slot.alike = False
-        if first.kind is None:
-            return _sql.RELEASE, [_ids(batch), self.durable, patience]
-        kind, wait = first.kind, first.wait
-        if kind.alike is None or any(ticket.kind is not kind or ticket.wait != wait for ticket in batch):
+        slot.releases = [ticket for ticket in batch if ticket.kind is None]
+        slot.requests = [ticket for ticket in batch if ticket.kind is not None]
+        release: list[object] = [_ids(slot.releases), self.durable, patience]
+        if not slot.requests:
+            slot.sql = _sql.RELEASE
+            return _sql.RELEASE, release
+        if not _are_alike(slot.requests):
+            slot.sql = _sql.ACQUIRE_MANY
             requests = ",".join([f'{ticket.body},"channel":"{self.channel}"}}' for ticket in batch])
             return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience or LOCK_WAIT]
-        slot.alike = True
-        holders = ",".join([ticket.holder for ticket in batch])
-        name, slots, key, lease_duration, priority, strict = kind.alike
-        return _sql.ACQUIRE_ALIKE, [
-            name, _ids(batch), slots, key, lease_duration, wait, priority, f"[{holders}]", strict, self.channel,
-            self.durable, patience,
+        first = slot.requests[0]
+        assert first.kind is not None
+        assert first.kind.alike is not None
+        name, slots, key, lease_duration, priority, strict = first.kind.alike
+        holders = ",".join([ticket.holder for ticket in slot.requests])
+        acquire: list[object] = [
+            name, _ids(slot.requests), slots, key, lease_duration, first.wait, priority, f"[{holders}]", strict,
+            self.channel, self.durable, patience,
         ]  # fmt: skip
+        if not slot.releases:
+            slot.sql = _sql.ACQUIRE_ALIKE
+            return _sql.ACQUIRE_ALIKE, acquire
+        slot.sql = _sql.RELEASE_AND_ACQUIRE
+        return _sql.RELEASE_AND_ACQUIRE, [*release, *acquire]
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""
-        batch = slot.batch or []
-        if batch and batch[0].kind is None:
-            ended = set(rows[0][0])
-            for ticket in batch:
-                ticket.answer = not ended or ticket.lease_id not in ended
-        elif slot.alike:
-            tickets = iter(batch)
-            for requests, status, fence, ends, *rest in rows[0][0]:
-                expires_at = None if ends is None else datetime.fromtimestamp(ends, UTC)
-                retry_after, is_missing, error, message = rest or (None, False, None, None)
-                for nth in range(requests):
-                    ticket = next(tickets)
-                    missing = [ticket.kind.places[0][0]] if is_missing else None
-                    fences = None if fence is None else [fence + nth]
-                    ticket.answer = Answer(status, fences, expires_at, retry_after, None, missing, error, message)
-        else:
-            for ticket, row in zip(batch, rows, strict=True):
+        if slot.sql == _sql.ACQUIRE_MANY:
+            for ticket, row in zip(slot.requests, rows, strict=True):
                 ticket.answer = Answer(*row)
+        else:
+            if slot.releases:
+                ended = set(rows[0][0])
+                for ticket in slot.releases:
+                    ticket.answer = not ended or ticket.lease_id not in ended
+            if slot.requests:
+                _hand_out(slot.requests, rows[0][-1])
         self._close(slot)
 
     def put_back(self, slot: Slot) -> None:
@@ -317,6 +338,30 @@ class Batches:
         if ticket.alone and (under_way or ticket.not_before > time.monotonic()):
             return False  # what meets locks leaves a way to the others
         return all(lanes.isdisjoint(ticket.lanes) for lanes in tuple(self._under_way.values()))
+
+
+def _are_alike(requests: Sequence[Ticket]) -> bool:
+    if not requests:
+        return False
+    kind, wait = requests[0].kind, requests[0].wait
+    return (
+        kind is not None
+        and kind.alike is not None
+        and all(ticket.kind is kind and ticket.wait == wait for ticket in requests)
+    )
+
+
+def _hand_out(requests: Sequence[Ticket], answers: list[list[Any]]) -> None:
+    """What ``acquire_alike`` answered."""
+    tickets = iter(requests)
+    for number, status, fence, ends, *rest in answers:
+        expires_at = None if ends is None else datetime.fromtimestamp(ends, UTC)
+        retry_after, is_missing, error, message = rest or (None, False, None, None)
+        for nth in range(number):
+            ticket = next(tickets)
+            missing = [ticket.kind.places[0][0]] if is_missing and ticket.kind is not None else None
+            fences = None if fence is None else [fence + nth]
+            ticket.answer = Answer(status, fences, expires_at, retry_after, None, missing, error, message)
 
 
 def _ids(batch: Sequence[Ticket]) -> str:

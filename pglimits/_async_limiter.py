@@ -114,10 +114,8 @@ class AsyncLimiter:
         request = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
         )(_waker(), self._on_unavailable, _who())
-        lease = await self._drive(self._acquiring(request))
-        if not renew:
-            self._engine.renewal.remove(lease)
-        return lease
+        request.renew = renew
+        return await self._drive(self._acquiring(request))
 
     async def release(self, lease: Lease | UUID | str) -> bool:
         """End a lease now instead of at its expiry. As ``Limiter.release``."""

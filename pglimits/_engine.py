@@ -26,7 +26,7 @@ from . import _sql
 from ._arguments import Part
 from ._batches import PATIENCE, Answer, Batches, Slot, Ticket
 from ._database import BATCHES_AT_ONCE, Busy, Database
-from ._keeper import Keeper, Waiter
+from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
 from ._wake import Anchor, Orphan, Waker, started
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
@@ -51,6 +51,7 @@ class Request:
     holder: str
     on_unavailable: OnUnavailable
     lease_id: UUID
+    renew: bool = True
 
     def body(self, wait: float | None, channel: str) -> str:
         """As ``acquire_many`` takes it."""
@@ -123,7 +124,7 @@ class Engine:
         self.closed = False
         self._asking: dict[UUID, Orphan[UUID]] = {}
         self.batches = Batches(self.durable, lambda ticket: self.give_back(ticket.lease_id))
-        self.keeper = Keeper(self.database)
+        self.keeper = Keeper(self.database, lambda claims: self.renewal.claimed(claims))
         self._lock = threading.Lock()
         self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | Orphan[Slot] | Orphan[UUID] | None]
         self._given_up = queue.SimpleQueue()
@@ -210,6 +211,10 @@ class Engine:
                     request.waker,
                     now + (answer.retry_after if answer.wait is None else min(answer.wait, 3.0)),  # type: ignore[operator]
                     None if answer.wait is None else now + answer.wait,
+                    called_in=asked,
+                    lease_duration=request.lease_duration,
+                    # A lease that is left alone is claimed before it is left.
+                    trusting=request.renew and len(request.places) == 1,
                 )
                 if answer.wait is None or answer.wait > _SHORTEST_WATCHED:
                     self.keeper.add(waiter)
@@ -217,10 +222,9 @@ class Engine:
                 self.keeper.remove(waiter.lease_id)
                 if waiter.error is not None and request.on_unavailable == "raise":
                     raise waiter.error
-                if waiter.news is not None and waiter.news.status == "granted":
-                    news = waiter.news
-                    asked = time.monotonic() - 0.001
-                    return self._lease(request, user, Answer("granted", [news.fence], news.expires_at), asked)
+                news = waiter.news
+                if news is not None and news.status == "granted" and len(request.places) == 1:
+                    return self._lease(request, user, Answer("granted", [news.fence], news.expires_at), asked, news)
                 if (
                     waiter.turn_at is not None
                     and waiter.news is None
@@ -285,7 +289,9 @@ class Engine:
             return None
         return bool(ticket.answer)
 
-    def _lease(self, request: Request, user: User, answer: Answer | None, asked: float) -> Lease:
+    def _lease(
+        self, request: Request, user: User, answer: Answer | None, asked: float, news: News | None = None
+    ) -> Lease:
         enforced = answer is not None and answer.expires_at is not None
         lease = Lease(
             request.lease_id,
@@ -293,14 +299,15 @@ class Engine:
             answer.fences if answer is not None and answer.fences is not None else [None] * len(request.places),
             answer.expires_at if answer is not None else None,
             request.lease_duration,
-            asked + request.lease_duration,
+            asked + request.lease_duration if news is None else news.ends,
             self.pid,
         )
         if enforced:
             if self.closed or user.closed:
                 raise LimiterUnavailable("the limiter has been closed")
             lease._user = user
-            self.renewal.add(lease)
+            if request.renew:
+                self.renewal.add(lease, claimed=news is None or news.claimed)
         self._asking.pop(request.lease_id, None)
         return lease
 

@@ -136,10 +136,8 @@ class Limiter:
         request = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
         )(ThreadWaker(), self._on_unavailable, who())
-        lease = self._drive(self._acquiring(request))
-        if not renew:
-            self._engine.renewal.remove(lease)
-        return lease
+        request.renew = renew
+        return self._drive(self._acquiring(request))
 
     def release(self, lease: Lease | UUID | str) -> bool:
         """End a lease now instead of at its expiry. Whether it was still live; doing it twice is harmless.

@@ -83,6 +83,89 @@ end $$;
 comment on function pglimits.renew(uuid, interval) is
   'Moves the end of a live lease to lease_duration from now (null: as it was taken). False if it had ended.';
 
+-- The short way of a release that others wait for: all that it frees goes to the waiter at the head, and nothing else is due.
+-- What _release_at does for that, in three statements; null, with nothing done but the lock taken, if it is not so simple.
+create or replace function pglimits._pass_on(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  state record;
+  line record;
+  now timestamptz;
+  look_at timestamptz;
+  passed record;
+begin
+  select s.*, l.slots as freed into state from pglimits.leases l
+  cross join lateral (
+    select x.limit_id, x.key, x.version, x.held, x.pinned, x.next_expiry, x.waiting, x.head_rank, x.head_arrival,
+           x.next_death, x.next_look
+    from pglimits.states x where x.limit_id = l.limit_id and x.key = l.key order by x.version desc limit 1 for update) s
+  where l.lease_id = _pass_on.lease_id and l.parts = 1;
+  now := pglimits._now();
+  if (state.waiting > 0 and state.pinned = 0 and state.next_death = 'infinity'
+      and now < least(state.next_expiry, state.next_look)) is not true
+  then
+    return null;
+  end if;
+
+  -- Who stands at the head and fits exactly, and who is at the head then.
+  select h.lease_id as head, least(state.next_expiry, h.expires_at, now + h.lease_duration) as next_expiry,
+         n.lease_id as next, n.rank, n.arrival, n.expires_at, n.looks_at
+  into line from pglimits.configs c
+  cross join lateral (
+    select q.* from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+    order by q.rank, q.arrival limit 1) h
+  left join lateral (
+    select q.lease_id, q.rank, q.arrival, q.expires_at, q.looks_at from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+      and (q.rank, q.arrival) > (h.rank, h.arrival)
+    order by q.rank, q.arrival limit 1) n on true
+  where c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
+    and state.held - state.freed + h.slots = c."limit" and h.expires_at > now and not h.several and not h.for_rate
+    and (n.lease_id is not null) = (state.waiting > 1);
+  look_at := case when line.next is null then timestamptz 'infinity' else least(line.next_expiry, line.expires_at) end;
+  if (line.head is not null and look_at > now and (line.next is null or line.looks_at <= look_at)) is not true then
+    return null;
+  end if;
+
+  with ended as (
+    delete from pglimits.leases l
+    where l.lease_id = _pass_on.lease_id
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    returning l.expires_at > now as live
+  ), waited as (
+    delete from pglimits.queue q using ended
+    where q.lease_id = line.head
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.*, least(q.expires_at, now + q.lease_duration) as ends
+  ), handed as (
+    insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                                 parts, acquired_at, expires_at)
+    select w.lease_id, w.limit_id, w.key, w.slots, w.holder, state.version + 1, -w.rank, w.lease_duration, false, 1,
+           now, w.ends
+    from waited w
+  ), saved as (
+    update pglimits.states s
+    set version = s.version + 1, held = s.held - state.freed + w.slots, waiting = s.waiting - 1,
+        next_expiry = line.next_expiry, next_look = look_at,
+        head_rank = coalesce(line.rank, s.head_rank), head_arrival = coalesce(line.arrival, s.head_arrival),
+        changed_at = now
+    from waited w
+    where s.limit_id = state.limit_id and s.key = state.key and s.version = state.version
+  )
+  select e.live, pglimits._tell(w.channel, w.lease_id, state.version + 1, w.ends) into passed from ended e, waited w;
+  return passed.live;
+end $$;
+
+comment on function pglimits._pass_on(uuid) is
+  'Ends a lease on one concurrency limit and hands its slots to the waiter at the head: whether it was live; null if it is '
+  'not so simple.';
+
 -- Ends leases, and lets waiters leave, and hands what comes free to the waiters at the head. Returns the ids that were
 -- live, one that was on several limits several times.
 create or replace function pglimits._release(lease_ids uuid[])
@@ -131,14 +214,19 @@ as $$
 #variable_conflict use_column
 declare
   lock_timeout text := pglimits._for_this_call(durable, patience);
-  alone boolean := case when cardinality(lease_ids) = 1 then pglimits._release_alone(lease_ids[1]) end;
+  alone boolean := case when cardinality(lease_ids) = 1
+                        then coalesce(pglimits._release_alone(lease_ids[1]), pglimits._pass_on(lease_ids[1])) end;
   ended uuid[] := case when alone is null then pglimits._release(lease_ids) end;
 begin
   if lock_timeout is not null then
     perform set_config('lock_timeout', lock_timeout, true);
   end if;
-  return query select asked.id, coalesce(alone, asked.id = any (ended))
-               from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+  if alone is not null then
+    return query select lease_ids[1], alone;
+  else
+    return query select asked.id, asked.id = any (ended)
+                 from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+  end if;
 end $$;
 
 comment on function pglimits.release(uuid[], boolean, interval) is
@@ -161,7 +249,8 @@ begin
   if lease_id is null then
     perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
   end if;
-  return coalesce(pglimits._release_alone(lease_id), cardinality(pglimits._release(array[lease_id])) > 0);
+  return coalesce(pglimits._release_alone(lease_id), pglimits._pass_on(lease_id),
+                  cardinality(pglimits._release(array[lease_id])) > 0);
 end $$;
 
 comment on function pglimits.release(uuid) is

@@ -99,7 +99,10 @@ class Lease:
 
     @property
     def expires_at(self) -> datetime | None:
-        """When it ends unless it is renewed, by the database's clock; None if nothing is held."""
+        """When it ends unless it is renewed, by the database's clock; None if nothing is held.
+
+        For a moment after a hand-over that is at most 10 seconds ahead, until its full duration has begun.
+        """
         return self._expires_at
 
     @property

@@ -111,7 +111,8 @@ begin
     return null;
   end if;
 
-  -- Who stands at the head and fits exactly, and who is at the head then.
+  -- Who stands at the head and fits exactly, and who is at the head then: maybe one who came from another limit, where it
+  -- had arrived at the very same moment.
   select h.lease_id as head, least(state.next_expiry, h.expires_at, now + h.lease_duration) as next_expiry,
          n.lease_id as next, n.rank, n.arrival, n.expires_at, n.looks_at
   into line from pglimits.configs c
@@ -123,7 +124,7 @@ begin
   left join lateral (
     select q.lease_id, q.rank, q.arrival, q.expires_at, q.looks_at from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
-      and (q.rank, q.arrival) > (h.rank, h.arrival)
+      and (q.rank, q.arrival) >= (h.rank, h.arrival) and q.lease_id <> h.lease_id
     order by q.rank, q.arrival limit 1) n on true
   where c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
     and state.held - state.freed + h.slots = c."limit" and h.expires_at > now and not h.several and not h.for_rate

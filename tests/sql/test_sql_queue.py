@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqltest import Clock, Db, Session, fails, seconds
+from sqltest import FOREVER, Clock, Db, Session, fails, seconds
 
 
 def statuses(s: Session, *lease_ids: UUID) -> list[str]:
@@ -206,6 +206,25 @@ def test_a_lease_handed_over_lasts_as_long_as_its_waiter_was_told_that_it_lives(
     assert release.result(20)
     (held,) = s.holders()
     assert held.expires_at - now == timedelta(seconds=15)
+
+
+def test_of_two_waiters_that_arrived_at_the_same_moment_none_is_passed_over(clock: Clock, db: Db, s: Session) -> None:
+    (first,), (second,) = full(s, "a"), full(s, "b")
+    clock.freeze()
+    several = s.queue(["a", "b"])
+    plain = s.queue("b")
+    behind = s.queue("b")
+    s.release(first)
+    # It moves on to the limit that blocks it now, and keeps its arrival.
+    assert s.acquire(["a", "b"], wait=FOREVER, lease_id=several).status == "queued"
+    s.release(second)
+    assert s.limit("b").waiting == 2
+    db.consistent()
+    for lease_id in (plain, several, behind):
+        if s.acquire(["a", "b"] if lease_id == several else "b", wait=FOREVER, lease_id=lease_id).status == "granted":
+            s.release(lease_id)
+    assert s.waiters() == []
+    db.consistent()
 
 
 def test_nothing_is_notified_where_nobody_is_granted(db: Db, s: Session) -> None:

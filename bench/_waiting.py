@@ -15,9 +15,12 @@ from typing import Any
 
 import psycopg
 
-from pglimits import AsyncLimiter, Limiter
+from pglimits import AsyncLimiter, Lease, Limiter
 
 from ._drive import tell
+
+_KEPT = 24 * 3600.0
+"""Seconds: longer than any run, so that nobody renews what another process has released."""
 
 Commands = Callable[[], dict[str, Any]]
 
@@ -25,7 +28,7 @@ Commands = Callable[[], dict[str, Any]]
 def queue_up(task: dict[str, Any], commands: Commands) -> None:
     """The role ``queue``: ``waiters`` tasks or threads wait for a slot, tell when they run, and stand in line again.
 
-    What they get is released by whoever reads that.
+    What they get is released by whoever reads that; until then they keep it, so it is not given back twice.
     """
     if task["flavour"] == "tasks":
         asyncio.run(_tasks_in_line(task))
@@ -35,11 +38,13 @@ def queue_up(task: dict[str, Any], commands: Commands) -> None:
 
 async def _tasks_in_line(task: dict[str, Any]) -> None:
     async with AsyncLimiter(task["dsn"]) as limiter:
+        kept: list[Lease] = []
 
         async def stand_in_line() -> None:
             while True:
-                lease = await limiter.acquire(task["name"], strict=True, renew=False)
+                lease = await limiter.acquire(task["name"], strict=True, lease_duration=_KEPT)
                 tell(at=time.monotonic_ns(), lease=str(lease.id))
+                kept.append(lease)
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(task["waiters"]):
@@ -49,11 +54,13 @@ async def _tasks_in_line(task: dict[str, Any]) -> None:
 
 def _threads_in_line(task: dict[str, Any]) -> None:
     limiter = Limiter(task["dsn"])
+    kept: list[Lease] = []
 
     def stand_in_line() -> None:
         while True:
-            lease = limiter.acquire(task["name"], strict=True, renew=False)
+            lease = limiter.acquire(task["name"], strict=True, lease_duration=_KEPT)
             tell(at=time.monotonic_ns(), lease=str(lease.id))
+            kept.append(lease)
 
     tell(ready=True)
     threads = [threading.Thread(target=stand_in_line) for _ in range(task["waiters"])]

@@ -113,10 +113,7 @@ class AsyncLimiter:
         kind, given = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
         )
-        lease = await self._acquire(kind, given)
-        if not renew:
-            self._engine.renewal.remove(lease)
-        return lease
+        return await self._acquire(kind, given, renew)
 
     async def release(self, lease: Lease | UUID | str) -> bool:
         """End a lease now instead of at its expiry. As ``Limiter.release``."""
@@ -260,8 +257,8 @@ class AsyncLimiter:
 
     # Doing what the engine says.
 
-    async def _acquire(self, kind: Kind, holder: str | None) -> Lease:
-        request = Request(kind, _waker(), self._on_unavailable, _who() if holder is None else holder, new_id())
+    async def _acquire(self, kind: Kind, holder: str | None, renew: bool = True) -> Lease:
+        request = Request(kind, _waker(), self._on_unavailable, _who() if holder is None else holder, new_id(), renew)
         return await self._drive(self._engine.acquiring(request, self._user))
 
     async def _call(self, call: _calls.Call[T]) -> T:

@@ -32,7 +32,7 @@ Place = tuple[str, str]
 LARGEST_BATCH = 128
 """Requests in a batch at most: while the server is at work on one, the answers to another are handed out."""
 SMALL_BATCH = 48
-"""Releases and requests on one (limit, key) that are no more than this travel together: the way is longer than the work."""
+"""Releases and requests on one (limit, key) that are no more than this travel together."""
 
 PATIENCE = 1.0
 """Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""

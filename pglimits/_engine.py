@@ -27,7 +27,7 @@ from . import _sql
 from ._arguments import Part
 from ._batches import PATIENCE, Answer, Batches, Kind, Slot, Ticket
 from ._database import Busy, Database
-from ._keeper import Keeper, Waiter
+from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
 from ._wake import Anchor, Orphan, Waker, orphan, started
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
@@ -43,14 +43,24 @@ _SHORTEST_WATCHED = 0.1
 class Request:
     """What a caller wants."""
 
-    __slots__ = ("holder", "kind", "lease_id", "on_unavailable", "waker")
+    __slots__ = ("holder", "kind", "lease_id", "on_unavailable", "renew", "waker")
 
-    def __init__(self, kind: Kind, waker: Waker, on_unavailable: OnUnavailable, holder: str, lease_id: UUID) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        waker: Waker,
+        on_unavailable: OnUnavailable,
+        holder: str,
+        lease_id: UUID,
+        renew: bool = True,
+    ) -> None:
+
         self.kind = kind
         self.waker = waker
         self.on_unavailable: OnUnavailable = on_unavailable
         self.holder = holder
         self.lease_id = lease_id
+        self.renew = renew
 
     def ticket(self, left: float | None) -> Ticket:
         """To ask, with so many seconds left."""
@@ -136,7 +146,7 @@ class Engine:
         self.pid = os.getpid()
         self.closed = False
         self._asking: dict[UUID, Orphan[UUID]] = {}
-        self.keeper = Keeper(self.database)
+        self.keeper = Keeper(self.database, lambda claims: self.renewal.claimed(claims))
         self.batches = self._new_batches()
         self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Batches] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -222,6 +232,10 @@ class Engine:
                     request.waker,
                     now + (answer.retry_after if answer.wait is None else min(answer.wait, 3.0)),  # type: ignore[operator]
                     None if answer.wait is None else now + answer.wait,
+                    called_in=asked,
+                    lease_duration=request.kind.lease_duration,
+                    # A lease that is left alone is claimed before it is left.
+                    trusting=request.renew and len(request.kind.places) == 1,
                 )
                 if answer.wait is None or answer.wait > _SHORTEST_WATCHED:
                     self.keeper.add(waiter)
@@ -229,10 +243,9 @@ class Engine:
                 self.keeper.remove(waiter.lease_id)
                 if waiter.error is not None and request.on_unavailable == "raise":
                     raise waiter.error
-                if waiter.news is not None and waiter.news.status == "granted":
-                    news = waiter.news
-                    asked = time.monotonic() - 0.001
-                    return self._lease(request, user, Answer("granted", [news.fence], news.expires_at), asked)
+                news = waiter.news
+                if news is not None and news.status == "granted" and len(request.kind.places) == 1:
+                    return self._lease(request, user, Answer("granted", [news.fence], news.expires_at), asked, news)
                 if (
                     waiter.turn_at is not None
                     and waiter.news is None
@@ -295,7 +308,9 @@ class Engine:
             return None
         return bool(ticket.answer)
 
-    def _lease(self, request: Request, user: User, answer: Answer | None, asked: float) -> Lease:
+    def _lease(
+        self, request: Request, user: User, answer: Answer | None, asked: float, news: News | None = None
+    ) -> Lease:
         enforced = answer is not None and answer.expires_at is not None
         kind = request.kind
         lease = Lease(
@@ -305,14 +320,15 @@ class Engine:
             answer.fences if answer is not None and answer.fences is not None else [None] * len(kind.places),
             answer.expires_at if answer is not None else None,
             kind.lease_duration,
-            asked + kind.lease_duration,
+            asked + kind.lease_duration if news is None else news.ends,
             self.pid,
         )
         if enforced:
             if self.closed or user.closed:
                 raise LimiterUnavailable("the limiter has been closed")
             lease._user = user
-            self.renewal.add(lease)
+            if request.renew:
+                self.renewal.add(lease, claimed=news is None or news.claimed)
         self._asking.pop(request.lease_id, None)
         return lease
 

@@ -1,7 +1,9 @@
 """Looks after what waits in this process: one thread, one connection, one channel, and only while something waits.
 
-A notification is a hint to look. So is the moment that the database named when it queued a request. What is true is
-read with ``watch``. Where LISTEN cannot work, behind a pooler, it polls with jitter instead, and says so once.
+A notification that tells of a lease is taken at its word: its waiter goes on while the lease is being claimed, and
+counts on no more than what it has without that. Any other is a hint to look. So is the moment that the database named
+when it queued a request. What is true is read with ``watch``. Where LISTEN cannot work, behind a pooler, it polls with
+jitter instead, and says so once.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import random
 import selectors
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import psycopg
+from psycopg.adapt import Transformer
+from psycopg.pq import ConnStatus, ExecStatus, Format
 
 from . import _sql
-from ._database import Database, Row, run, translate
+from ._database import Database, Row, translate
 from ._wake import Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
 
@@ -33,27 +37,73 @@ LIVENESS = 10.0
 """Seconds after which a waiter that has not called in is dead. The database says so in ``pglimits._liveness()``."""
 _LINGER = 30.0
 _POLL = 0.05
+_TRUSTED = 3.0
+"""Seconds that a lease must still have, come what may, for its waiter to go on before it has been claimed."""
+_WATCH = b"pglimits_watch"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What watching has found out about a waiter: ``granted`` or ``retry``."""
+    """What is known about a waiter: ``granted`` or ``retry``.
+
+    ``ends``: until when the lease lasts at least, by the monotonic clock. ``claimed``: it has been claimed by then.
+    """
 
     status: str
     fence: int | None = None
     expires_at: datetime | None = None
+    ends: float = 0.0
+    claimed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What has become of a lease whose waiter went on at once. ``expires_at`` None: it is not there."""
+
+    lease_id: UUID
+    expires_at: datetime | None
+    ends: float
 
 
 class Waiter:
-    """A request that waits in this process: queued, or asleep until ``turn_at`` (monotonic)."""
+    """A request that waits in this process: queued, or asleep until ``turn_at`` (monotonic).
 
-    __slots__ = ("error", "lease_id", "looks_at", "news", "put_off", "turn_at", "waker")
+    ``ends``: when a lease that it is handed ends at the earliest (monotonic), counted from when it last called in.
+    ``trusting``: whether it goes on with a lease that has not been claimed yet.
+    """
 
-    def __init__(self, lease_id: UUID, waker: Waker, looks_at: float, turn_at: float | None) -> None:
+    __slots__ = (
+        "ends",
+        "error",
+        "lease_duration",
+        "lease_id",
+        "looks_at",
+        "news",
+        "put_off",
+        "trusting",
+        "turn_at",
+        "waker",
+    )
+
+    def __init__(
+        self,
+        lease_id: UUID,
+        waker: Waker,
+        looks_at: float,
+        turn_at: float | None,
+        *,
+        called_in: float = 0.0,
+        lease_duration: float = 0.0,
+        trusting: bool = False,
+    ) -> None:
         self.lease_id = lease_id
         self.waker = waker
         self.looks_at = looks_at
         self.turn_at = turn_at
+        self.lease_duration = lease_duration
+        self.ends = called_in + min(LIVENESS, lease_duration)
+        self.trusting = trusting and turn_at is None
         self.put_off = False
         self.news: News | None = None
         self.error: PglimitsError | None = None
@@ -62,10 +112,11 @@ class Waiter:
 class Keeper:
     """The waiters of this process, and the thread that watches them."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, claimed: Callable[[list[Claim]], None]) -> None:
         self.channel = f"pglimits_{uuid4().hex}"
         self.listening = False
         self._database = database
+        self._claimed = claimed
         self._lock = threading.Lock()
         self._waiters: dict[UUID, Waiter] = {}
         # By the moment to look, with entries that are no longer true among them.
@@ -73,6 +124,8 @@ class Keeper:
         self._count = itertools.count()
         self._told: set[UUID] = set()
         self._told_all = False
+        # Told of their lease, and not woken yet.
+        self._granted: list[Waiter] = []
         self._thread: threading.Thread | None = None
         self._pipe: tuple[int, int] | None = None
         self._said = False
@@ -117,6 +170,7 @@ class Keeper:
 
     def _work(self, poked: int) -> None:
         connection: psycopg.Connection[Row] | None = None
+        selector: selectors.BaseSelector | None = None
         lost_at: float | None = None
         idle_since = time.monotonic()
         pause = 0.1
@@ -136,31 +190,43 @@ class Keeper:
                     self._pipe = None
                     break
             try:
-                if connection is None:
+                if connection is None or selector is None:
                     connection = self._open()
+                    selector = selectors.DefaultSelector()
+                    for descriptor in (connection.fileno(), poked):
+                        selector.register(descriptor, selectors.EVENT_READ)
                     self._look_again()
-                due = self._due()
-                if due:
-                    self._take_in(run(connection, _sql.WATCH, (due,), prepare=False))
+                if due := self._due():
+                    self._look(connection, due)
                 else:
-                    self._sleep(connection, poked)
+                    self._sleep(selector, connection, poked)
                 lost_at, pause = None, 0.1
             except Exception as error:
                 self.listening = False
-                if connection is not None:
-                    connection.close()
-                    connection = None
+                _close(connection, selector)
+                connection = selector = None
+                self._wake_granted()
                 lost_at = lost_at or now
                 log.debug("the connection that waits was lost: %s", error)
                 if now - lost_at > LIVENESS:
                     self._give_up(translate(error))
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, 2.0)
-        if connection is not None:
-            connection.close()
+        _close(connection, selector)
 
     def _open(self) -> psycopg.Connection[Row]:
         connection = self._database.connect()
+        try:
+            self._listen(connection)
+        except BaseException:
+            connection.close()
+            raise
+        connection.pgconn.nonblocking = 0
+        if self.listening:
+            connection.pgconn.prepare(_WATCH, _sql.WATCH.encode())
+        return connection
+
+    def _listen(self, connection: psycopg.Connection[Row]) -> None:
         connection.add_notify_handler(self._notified)
         self.listening = False
         if not self._said:
@@ -170,9 +236,13 @@ class Keeper:
             # From another connection: on one and the same, a pooler in transaction mode may seem to let it through.
             with self._database.connect() as other:
                 other.execute("select pg_notify(%s, 'self')", [self.channel])
-            until = time.monotonic() + 1.0
-            while not self.listening and (left := until - time.monotonic()) > 0:
-                self._sleep_until_ready(connection, (), left)
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection.fileno(), selectors.EVENT_READ)
+                until = time.monotonic() + 1.0
+                while not self.listening and (left := until - time.monotonic()) > 0:
+                    if selector.select(left):
+                        connection.pgconn.consume_input()
+                        self._hear(connection)
         if not self.listening and not self._said:
             self._said = True
             log.warning(
@@ -180,19 +250,34 @@ class Keeper:
                 "Waiting works, but wake-ups take up to %d ms",
                 _POLL * 2000,
             )
-        return connection
 
     def _notified(self, notification: psycopg.Notify) -> None:
         if notification.channel != self.channel:
             return
+        payload = notification.payload
         with self._lock:
-            if notification.payload == "self":
+            if payload == "self":
                 # Only this proves it: now and then a pooler lets one through by accident.
                 self.listening = True
-            elif notification.payload == "":
+            elif payload == "":
                 self._told_all = True
             else:
-                self._told.add(UUID(notification.payload))
+                try:
+                    self._told_of(*payload.split(" "))
+                except (TypeError, ValueError, OverflowError):
+                    log.debug("a notification that says nothing: %.100r", payload)
+
+    def _told_of(self, about: str, fence: str | None = None, ends: str | None = None) -> None:
+        lease_id = UUID(about)
+        self._told.add(lease_id)
+        waiter = self._waiters.get(lease_id)
+        if fence is None or ends is None or waiter is None or waiter.news is not None or waiter.error is not None:
+            return
+        if waiter.trusting and waiter.ends - time.monotonic() > _TRUSTED:
+            expires_at = _EPOCH + timedelta(microseconds=int(ends))
+            waiter.news = News("granted", int(fence), expires_at, waiter.ends, claimed=False)
+            waiter.looks_at = float("inf")
+            self._granted.append(waiter)
 
     def _look_again(self) -> None:
         with self._lock:
@@ -211,54 +296,75 @@ class Keeper:
             heapq.heappop(self._agenda)
         return None
 
+    def _wake_granted(self) -> None:
+        granted, self._granted = self._granted, []
+        wake_all([waiter.waker for waiter in granted])
+
     def _due(self) -> list[UUID]:
+        """Which waiters to look at, and whose leases to claim."""
         now = time.monotonic()
+        due = {waiter.lease_id: None for waiter in self._granted}
         with self._lock:
             if self._told_all:
                 self._told_all = False
-                return list(self._waiters)
-            due = [lease_id for lease_id in self._told if lease_id in self._waiters]
+                due.update(dict.fromkeys(self._waiters))
+            due.update((lease_id, None) for lease_id in self._told if lease_id in self._waiters)
             self._told.difference_update(due)
             if len(self._told) > 1000:  # about requests that were given up
                 self._told.clear()
             while (moment := self._next_moment()) is not None and moment <= now:
-                due.append(heapq.heappop(self._agenda)[2].lease_id)
-            return due
+                due[heapq.heappop(self._agenda)[2].lease_id] = None
+        return list(due)
 
-    def _sleep(self, connection: psycopg.Connection[Row], poked: int) -> None:
+    def _look(self, connection: psycopg.Connection[Row], due: list[UUID]) -> None:
+        asked = time.monotonic()
+        # They cannot run before this thread lets go of the interpreter, which it does to send the look: their leases
+        # are claimed even if they keep it to themselves from then on.
+        self._wake_granted()
+        ids = [f"{{{','.join(map(str, due))}}}".encode()]
+        if self.listening:
+            result = connection.pgconn.exec_prepared(_WATCH, ids, result_format=Format.BINARY)
+        else:
+            result = connection.pgconn.exec_params(_sql.WATCH.encode(), ids, result_format=Format.BINARY)
+        if result.status != ExecStatus.TUPLES_OK:
+            raise psycopg.errors.error_from_result(result)
+        rows = Transformer(connection)
+        rows.set_pgresult(result)
+        self._take_in(rows.load_rows(0, result.ntuples, tuple), asked)
+        self._hear(connection)
+
+    def _sleep(self, selector: selectors.BaseSelector, connection: psycopg.Connection[Row], poked: int) -> None:
         """Wait for a notification, a new waiter, or the next moment to look."""
         with self._lock:
             until = self._next_moment()
-        seconds = _LINGER if until is None else max(until - time.monotonic(), 0.0)
-        if poked in self._sleep_until_ready(connection, (poked,), seconds):
-            os.read(poked, 65536)
+        for key, _ in selector.select(_LINGER if until is None else max(until - time.monotonic(), 0.0)):
+            if key.fd == poked:
+                os.read(poked, 65536)
+            else:
+                connection.pgconn.consume_input()
+                self._hear(connection)
 
-    def _sleep_until_ready(
-        self, connection: psycopg.Connection[Row], others: Sequence[int], seconds: float
-    ) -> set[int]:
-        """Take in notifications, if any come in that time. Returns which descriptors were ready."""
-        with selectors.DefaultSelector() as selector:
-            for descriptor in (connection.fileno(), *others):
-                selector.register(descriptor, selectors.EVENT_READ)
-            ready = {key.fd for key, _ in selector.select(seconds)}
-        if connection.fileno() in ready:
-            connection.pgconn.consume_input()
-            while (message := connection.pgconn.notifies()) is not None:
+    def _hear(self, connection: psycopg.Connection[Row]) -> None:
+        """Take in the notifications that have come."""
+        while (message := connection.pgconn.notifies()) is not None:
+            with contextlib.suppress(UnicodeDecodeError):  # not one of ours
                 self._notified(psycopg.Notify(message.relname.decode(), message.extra.decode(), message.be_pid))
-            if connection.pgconn.status != psycopg.pq.ConnStatus.OK:
-                raise LimiterUnavailable("the connection was closed")
-        return ready
+        if connection.pgconn.status != ConnStatus.OK:
+            raise LimiterUnavailable("the connection was closed")
 
-    def _take_in(self, rows: list[Row]) -> None:
+    def _take_in(self, rows: list[Row], asked: float) -> None:
         now = time.monotonic()
         woken: list[Waker] = []
         turns: dict[UUID, float] = {}
+        claims: list[Claim] = []
         with self._lock:
-            for lease_id, status, fence, expires_at, retry_after, wait in rows:
+            for lease_id, status, fence, expires_at, retry_after, wait, ends_in in rows:
                 waiter = self._waiters.get(lease_id)
-                if waiter is None:
-                    continue
-                if wait is not None:
+                ends = asked + (ends_in or 0.0)
+                if waiter is None or (waiter.news is not None and not waiter.news.claimed):
+                    # It goes on already, or has given up.
+                    claims.append(Claim(lease_id, expires_at if status == "granted" else None, ends))
+                elif wait is not None:
                     turns[lease_id] = max(turns.get(lease_id, 0.0), wait)
                     turn_at = now + turns[lease_id]
                     if waiter.turn_at is None or abs(turn_at - waiter.turn_at) > 0.005:
@@ -267,12 +373,15 @@ class Keeper:
                         waiter.turn_at = turn_at
                     self._schedule(waiter, self._next_look(now, LIVENESS * 0.3))
                 elif status == "queued":
+                    waiter.ends = min(ends, asked + waiter.lease_duration)
                     self._schedule(waiter, self._next_look(now, retry_after))
                 else:
-                    waiter.news = News(status, fence, expires_at)
+                    waiter.news = News(status, fence, expires_at, ends)
                     waiter.looks_at = float("inf")
                     woken.append(waiter.waker)
         wake_all(woken)
+        if claims:
+            self._claimed(claims)
 
     def _next_look(self, now: float, seconds: float) -> float:
         if not self.listening:
@@ -289,4 +398,11 @@ class Keeper:
 
     def forked(self) -> None:
         """Called in the child of a fork: the parent's thread, sockets and waiters are not ours."""
-        self.__init__(self._database)  # type: ignore[misc]
+        self.__init__(self._database, self._claimed)  # type: ignore[misc]
+
+
+def _close(connection: psycopg.Connection[Row] | None, selector: selectors.BaseSelector | None) -> None:
+    if selector is not None:
+        selector.close()
+    if connection is not None:
+        connection.close()

@@ -136,10 +136,7 @@ class Limiter:
         kind, given = checked(
             names, occupy, timeout_seconds, max_retries, lease_duration, strict, holder, None, key, priority
         )
-        lease = self._acquire(kind, given)
-        if not renew:
-            self._engine.renewal.remove(lease)
-        return lease
+        return self._acquire(kind, given, renew)
 
     def release(self, lease: Lease | UUID | str) -> bool:
         """End a lease now instead of at its expiry. Whether it was still live; doing it twice is harmless.
@@ -290,8 +287,10 @@ class Limiter:
 
     # Doing what the engine says.
 
-    def _acquire(self, kind: Kind, holder: str | None) -> Lease:
-        request = Request(kind, ThreadWaker(), self._on_unavailable, who() if holder is None else holder, new_id())
+    def _acquire(self, kind: Kind, holder: str | None, renew: bool = True) -> Lease:
+        request = Request(
+            kind, ThreadWaker(), self._on_unavailable, who() if holder is None else holder, new_id(), renew
+        )
         return self._drive(self._engine.acquiring(request, self._user))
 
     def _call(self, call: _calls.Call[T]) -> T:

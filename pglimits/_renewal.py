@@ -16,11 +16,14 @@ import psycopg
 from . import _sql
 from ._database import Database, Row
 from ._database import run as run_statement
+from ._keeper import Claim
 from ._wake import Orphan, ThreadWaker, orphan, started
 
 log = logging.getLogger("pglimits.lease")
 
 _RETRY = 0.5
+_CLAIMED_WITHIN = 1.0
+"""Seconds after which a lease whose claim has not been answered is renewed: that claims it as well."""
 
 
 class Lease:
@@ -41,6 +44,7 @@ class Lease:
         "_lanes",
         "_lost",
         "_on_lost",
+        "_pause",
         "_user",
         "enforced",
         "fences",
@@ -71,6 +75,8 @@ class Lease:
         self._expires_at = expires_at
         self._duration = duration
         self._ends = ends
+        # Seconds from one renewal to the next.
+        self._pause = duration / 3
         self._lost = False
         self._on_lost: Callable[[], None] | None = None
         self._user: object = None
@@ -98,7 +104,10 @@ class Lease:
 
     @property
     def expires_at(self) -> datetime | None:
-        """When it ends unless it is renewed, by the database's clock; None if nothing is held."""
+        """When it ends unless it is renewed, by the database's clock; None if nothing is held.
+
+        For a moment after a hand-over that is at most 10 seconds ahead, until its full duration has begun.
+        """
         return self._expires_at
 
     @property
@@ -122,20 +131,23 @@ class Renewal:
         self._give_back = give_back
         self._lock = threading.Lock()
         self._waker = ThreadWaker()
-        # Leases of one duration come due in the order in which they were taken or renewed.
-        self._by_duration: dict[float, dict[UUID, tuple[float, Orphan[UUID]]]] = {}
+        # Leases of one pause come due in the order in which they were taken or renewed.
+        self._by_pause: dict[float, dict[UUID, tuple[float, Orphan[UUID]]]] = {}
         self._due: dict[UUID, Orphan[UUID]] = {}
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
         self._wakes_at = math.inf
         self._stopped = False
 
-    def add(self, lease: Lease) -> None:
-        """Renew a lease from now on, a third of its duration after it was taken."""
-        due = lease._ends - lease._duration * 2 / 3
+    def add(self, lease: Lease, claimed: bool = True) -> None:
+        """Renew a lease from now on, a third of its duration after it was taken; one that is being claimed, soon."""
+        due = lease._ends - lease._duration + lease._pause
+        if not claimed or due <= time.monotonic():
+            lease._pause = _CLAIMED_WITHIN
+            due = time.monotonic() + lease._pause
         reference = orphan(lease, self._give_back, lease.id)
         with self._lock:
-            self._by_duration.setdefault(lease._duration, {})[lease.id] = (due, reference)
+            self._by_pause.setdefault(lease._pause, {})[lease.id] = (due, reference)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._thread = started(
                     lambda: threading.Thread(target=self._work, name="pglimits-renewal", daemon=True)
@@ -143,23 +155,44 @@ class Renewal:
             elif due < self._wakes_at:
                 self._waker.wake()
 
+    def claimed(self, claims: list[Claim]) -> None:
+        """What has become of leases that were added before they had been claimed, if they are still held."""
+        gone: list[Lease] = []
+        now = time.monotonic()
+        with self._lock:
+            unclaimed = self._by_pause.get(_CLAIMED_WITHIN, {})
+            for claim in claims:
+                _, reference = unclaimed.get(claim.lease_id, (0.0, None))
+                lease = None if reference is None else reference()
+                if reference is None or lease is None:
+                    continue
+                asked = claim.ends - lease._duration
+                if claim.expires_at is None:
+                    gone.append(lease)
+                elif asked + lease._duration / 3 > now:
+                    # Else somebody had it locked: it is renewed soon.
+                    del unclaimed[claim.lease_id]
+                    self._extend(lease, reference, asked, claim.expires_at)
+        for lease in gone:
+            self._lose(lease, "it had ended before it was claimed, or somebody ended it")
+
     def remove(self, lease: Lease) -> bool:
         """Renew it no longer. Whether it was being renewed."""
         with self._lock:
-            entry = self._by_duration.get(lease._duration, {}).pop(lease.id, None)
+            entry = self._by_pause.get(lease._pause, {}).pop(lease.id, None)
             return self._due.pop(lease.id, None) is not None or entry is not None
 
     def forget(self, lease_id: UUID) -> None:
         """Its lease is given back."""
         with self._lock:
             self._due.pop(lease_id, None)
-            for leases in self._by_duration.values():
+            for leases in self._by_pause.values():
                 leases.pop(lease_id, None)
 
     def all(self) -> list[Lease]:
         """The leases that are held now."""
         with self._lock:
-            references = [reference for leases in self._by_duration.values() for _, reference in leases.values()]
+            references = [reference for leases in self._by_pause.values() for _, reference in leases.values()]
             references += self._due.values()
         return [lease for reference in references if (lease := reference()) is not None]
 
@@ -201,11 +234,11 @@ class Renewal:
         _close(connection)
 
     def _take_due(self, now: float) -> list[Lease]:
-        for duration, leases in self._by_duration.items():
+        for pause, leases in self._by_pause.items():
             if not leases or next(iter(leases.values()))[0] > now:
                 continue
             # Those due soon come along, so that all of them settle into one statement.
-            soon = now + duration / 30
+            soon = now + pause / 10
             for lease_id, (at, reference) in list(leases.items()):
                 if at > soon:
                     break
@@ -216,7 +249,7 @@ class Renewal:
         return [lease for reference in self._due.values() if (lease := reference()) is not None]
 
     def _next_due(self) -> float:
-        first = [next(iter(leases.values()))[0] for leases in self._by_duration.values() if leases]
+        first = [next(iter(leases.values()))[0] for leases in self._by_pause.values() if leases]
         return min([*first, *([self._not_before] if self._due else [])], default=math.inf)
 
     def _renewed(self, due: list[Lease], asked: float, rows: list[Row]) -> None:
@@ -229,9 +262,13 @@ class Renewal:
             with self._lock:
                 reference = self._due.pop(lease.id, None)
                 if reference is not None:
-                    lease._expires_at = expires_at
-                    lease._ends = asked + lease._duration
-                    self._by_duration[lease._duration][lease.id] = (asked + lease._duration / 3, reference)
+                    self._extend(lease, reference, asked, expires_at)
+
+    def _extend(self, lease: Lease, reference: Orphan[UUID], asked: float, expires_at: datetime | None) -> None:
+        lease._expires_at = expires_at
+        lease._ends = asked + lease._duration
+        lease._pause = lease._duration / 3
+        self._by_pause.setdefault(lease._pause, {})[lease.id] = (asked + lease._pause, reference)
 
     def _failed(self, due: list[Lease], error: Exception) -> None:
         log.debug("renewing %d leases failed, trying again: %s", len(due), error)

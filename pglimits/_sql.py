@@ -28,8 +28,8 @@ RENEW = "select r.lease_id, r.renewed, r.expires_at from pglimits.renew(%s::uuid
 
 WATCH = """
     select w.lease_id, w.status, w.fence, w.expires_at, extract(epoch from w.retry_after)::float8,
-           extract(epoch from w.wait)::float8
-    from pglimits.watch(%s::uuid[]) w"""
+           extract(epoch from w.wait)::float8, extract(epoch from w.ends_in)::float8
+    from pglimits.watch($1::uuid[]) w"""
 
 LIMITS = """
     select name, "limit", active, slot_decay_per_second, held, level, waiting, max_waiters, description,

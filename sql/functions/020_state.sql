@@ -111,8 +111,10 @@ end $$;
 comment on function pglimits._save(pglimits.states, pglimits.states, timestamptz) is
   'Writes a locked state back under a higher version, if it has changed.';
 
--- Tells a waiting process to look. A hint only: what is true is in its row.
-create or replace function pglimits._tell(channel text, about uuid)
+-- Tells a waiting process to look, or that it was granted a lease, with its fence and its end as microseconds since 1970.
+-- A hint only, that may be lost: what is true is in its row.
+create or replace function pglimits._tell(
+  channel text, about uuid, fence bigint default null, ends timestamptz default null)
 returns void
 language plpgsql
 volatile
@@ -120,12 +122,15 @@ set search_path = ''
 as $$
 begin
   if channel is not null then
-    perform pg_notify(channel, coalesce(about::text, ''));
+    perform pg_notify(channel, case
+      when about is null then ''
+      when ends is null then about::text
+      else about || ' ' || fence || ' ' || (extract(epoch from ends) * 1000000)::bigint end);
   end if;
 end $$;
 
-comment on function pglimits._tell(text, uuid) is
-  'Notifies a waiting process about one of its requests (null: about all of them).';
+comment on function pglimits._tell(text, uuid, bigint, timestamptz) is
+  'Notifies a waiting process about one of its requests (null: about all of them), and how it was granted, if it was.';
 
 -- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
 -- booked, nor by the turns pinned further ahead, between which it may find room.
@@ -532,6 +537,8 @@ language plpgsql
 volatile
 set search_path = ''
 as $$
+declare
+  ends timestamptz;
 begin
   state.waiting := state.waiting - 1;
   if head.for_rate then
@@ -541,13 +548,16 @@ begin
     where q.lease_id = head.lease_id
       and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
   else
+    -- It may have called in since it was read, and count on that.
     delete from pglimits.queue q
     where q.lease_id = head.lease_id
-      and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+      and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key
+    returning q.expires_at into head.expires_at;
+    ends := least(head.expires_at, now + head.lease_duration);
     state := pglimits._take_slots(state, config, head.lease_id, head.slots, head.rank, head.lease_duration,
-                                  head.holder, false, 1, least(head.expires_at, now + head.lease_duration), now);
+                                  head.holder, false, 1, ends, now);
   end if;
-  perform pglimits._tell(head.channel, head.lease_id);
+  perform pglimits._tell(head.channel, head.lease_id, state.version, ends);
   return state;
 end $$;
 

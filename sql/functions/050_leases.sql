@@ -273,7 +273,8 @@ comment on function pglimits._release_at(bigint, text, uuid[]) is
 -- only if something is due there.
 create or replace function pglimits.watch(lease_ids uuid[])
 returns table (
-  lease_id uuid, status text, fence bigint, expires_at timestamptz, retry_after interval, wait interval)
+  lease_id uuid, status text, fence bigint, expires_at timestamptz, retry_after interval, wait interval,
+  ends_in interval)
 language plpgsql
 volatile
 security definer
@@ -285,6 +286,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
+  waits boolean;
   place record;
   was pglimits.states;
   state pglimits.states;
@@ -292,60 +294,66 @@ declare
   now timestamptz := pglimits._now();
 begin
   perform pglimits._check_ids(lease_ids);
+  waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
-  for place in
-    select p.limit_id, p.key
-    from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
-    where now >= (select s.next_look from pglimits.states s
-                  where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
-    order by p.limit_id, p.key
-  loop
-    was := pglimits._lock(place.limit_id, place.key);
-    continue when was.limit_id is null;
-    now := pglimits._now();
-    select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
-    if config.active and now >= was.next_look then
-      state := pglimits._settle(was, config, now);
-      perform pglimits._save(state, was, now);
-    end if;
-  end loop;
+  if waits then
+    for place in
+      select p.limit_id, p.key
+      from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
+      where now >= (select s.next_look from pglimits.states s
+                    where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
+      order by p.limit_id, p.key
+    loop
+      was := pglimits._lock(place.limit_id, place.key);
+      continue when was.limit_id is null;
+      now := pglimits._now();
+      select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+      if config.active and now >= was.next_look then
+        state := pglimits._settle(was, config, now);
+        perform pglimits._save(state, was, now);
+      end if;
+    end loop;
+  end if;
 
   now := pglimits._now();
   perform pglimits._claim(lease_ids, now);
-  -- Never waits for a row: one that is locked is being granted or removed right now.
-  update pglimits.queue q
-  set expires_at = case when q.expires_at = 'infinity' then q.expires_at else now + pglimits._liveness() end,
-      looks_at = due.looks_at
-  from (
-    select w.lease_id, w.limit_id, w.key, least(
-      now + pglimits._liveness() * 0.3,
-      -- The head looks at the very moment; the others a little later, in case the head has died.
-      s.next_look + case when (w.rank, w.arrival) = (s.head_rank, s.head_arrival) then interval '0'
-                         else interval '50 milliseconds' end) as looks_at
-    from pglimits.queue w
-    cross join lateral (
-      select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
-      where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
-    where w.lease_id = any (lease_ids) and w.expires_at > now
-      and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
-    for update of w skip locked
-  ) due
-  where q.lease_id = due.lease_id
-    and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
+  if waits then
+    -- Never waits for a row: one that is locked is being granted or removed right now.
+    update pglimits.queue q
+    set expires_at = case when q.expires_at = 'infinity' then q.expires_at else now + pglimits._liveness() end,
+        looks_at = due.looks_at
+    from (
+      select w.lease_id, w.limit_id, w.key, least(
+        now + pglimits._liveness() * 0.3,
+        -- The head looks at the very moment; the others a little later, in case the head has died.
+        s.next_look + case when (w.rank, w.arrival) = (s.head_rank, s.head_arrival) then interval '0'
+                           else interval '50 milliseconds' end) as looks_at
+      from pglimits.queue w
+      cross join lateral (
+        select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
+        where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
+      where w.lease_id = any (lease_ids) and w.expires_at > now
+        and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
+      for update of w skip locked
+    ) due
+    where q.lease_id = due.lease_id
+      and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
+  end if;
 
   return query
-  select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval
+  select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval, l.expires_at - now
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
          case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
          null, null,
          case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
-         case when q.turn is not null then pglimits._until(c, q.turn, now) end
+         case when q.turn is not null then pglimits._until(c, q.turn, now) end,
+         case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
   where q.lease_id = any (lease_ids)
   union all
-  select asked.id, 'retry', null, null, null, null
+  select asked.id, 'retry', null, null, null, null, null
   from (select distinct u.id from unnest(lease_ids) as u(id)) asked
   where not exists (select from pglimits.leases l where l.lease_id = asked.id and l.expires_at > now)
     and not exists (select from pglimits.queue q where q.lease_id = asked.id);
@@ -355,7 +363,8 @@ comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
 retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
-request over several limits has been called).$$;
+request over several limits has been called). ends_in: how long the lease, or the place in line, lasts without another
+call.$$;
 
 -- Whether a waiter may go on sleeping. Reads its own row and nothing else.
 create or replace function pglimits.may_sleep(lease_id uuid)

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqltest import Clock, Db, Session, fails, seconds
+from sqltest import FOREVER, Clock, Db, Session, fails, seconds
 
 
 def statuses(s: Session, *lease_ids: UUID) -> list[str]:
@@ -175,10 +175,59 @@ def test_a_grant_notifies_its_waiter_on_its_channel_and_nobody_else(db: Db, s: S
     s.queue("database", channel="pglimits_t2")
     s.release(holder)
     (notice,) = list(listener.notifies(timeout=20, stop_after=1))
-    assert (notice.channel, notice.payload) == ("pglimits_t1", str(waiter))
+    assert (notice.channel, notice.payload.split()[0]) == ("pglimits_t1", str(waiter))
     # All that was sent before this has been delivered with it.
     s.run("select pg_notify('pglimits_t2', 'end')")
     assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == ["end"]
+
+
+def test_the_notification_of_a_grant_tells_the_fence_and_the_end_of_the_lease(db: Db, s: Session) -> None:
+    (holder,) = full(s)
+    listener = db.session().connection
+    listener.execute("listen pglimits_t1")
+    waiter = s.queue("database", channel="pglimits_t1")
+    s.release(holder)
+    (notice,) = list(listener.notifies(timeout=20, stop_after=1))
+    (held,) = s.holders()
+    microseconds = s.value("select (extract(epoch from %s::timestamptz) * 1000000)::bigint", held.expires_at)
+    assert notice.payload == f"{waiter} {held.fence} {microseconds}"
+
+
+def test_a_lease_handed_over_lasts_as_long_as_its_waiter_was_told_that_it_lives(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    """Also if it calls in while it is being handed over."""
+    (holder,) = full(s)
+    waiter = s.queue("database")
+    now = clock.freeze()
+    clock.advance(5)
+    watching = db.session()
+    watching.run("begin")
+    assert seconds(watching.value("select ends_in from pglimits.watch(array[%s::uuid])", waiter)) == 10
+    release, _ = db.start_blocked(lambda session: session.release(holder))
+    watching.run("commit")
+    assert release.result(20)
+    (held,) = s.holders()
+    assert held.expires_at - now == timedelta(seconds=15)
+
+
+def test_of_two_waiters_that_arrived_at_the_same_moment_none_is_passed_over(clock: Clock, db: Db, s: Session) -> None:
+    (first,), (second,) = full(s, "a"), full(s, "b")
+    clock.freeze()
+    several = s.queue(["a", "b"])
+    plain = s.queue("b")
+    behind = s.queue("b")
+    s.release(first)
+    # It moves on to the limit that blocks it now, and keeps its arrival.
+    assert s.acquire(["a", "b"], wait=FOREVER, lease_id=several).status == "queued"
+    s.release(second)
+    assert s.limit("b").waiting == 2
+    db.consistent()
+    for lease_id in (plain, several, behind):
+        if s.acquire(["a", "b"] if lease_id == several else "b", wait=FOREVER, lease_id=lease_id).status == "granted":
+            s.release(lease_id)
+    assert s.waiters() == []
+    db.consistent()
 
 
 def test_nothing_is_notified_where_nobody_is_granted(db: Db, s: Session) -> None:

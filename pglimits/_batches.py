@@ -210,7 +210,7 @@ class Batches:
     def _companions(self, batch: list[Ticket], busy: set[tuple[str, ...]]) -> list[Ticket]:
         """Releases that can go with few requests, or requests with few releases: all on one (limit, key)."""
         first = batch[0]
-        if any(ticket.lanes != first.lanes for ticket in batch):
+        if len(first.lanes) != 1 or any(ticket.lanes != first.lanes for ticket in batch):
             return []
         lane = first.lanes[0]
         other_lanes = (("release", *lane) if first.kind is not None else lane[1:],)

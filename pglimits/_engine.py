@@ -386,7 +386,7 @@ class Engine:
                 sql, params = batches.statement(slot)
                 batches.finish(slot, await self.database.execute_in_loop(sql, params, pool, slot))
             except BaseException as error:
-                if isinstance(error, Exception):
+                if isinstance(error, Exception) and slot.batch is not None:
                     batches.fail(slot, error)
                     continue
                 self._given_up.put(slot)

@@ -100,12 +100,15 @@ begin
   for attempt in 1 .. 5 loop
     waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
     for place in
-      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
-      union
-      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
-      order by limit_id, key
+      select here.limit_id, here.key, array_agg(here.lease_id) as lease_ids
+      from (
+        select l.limit_id, l.key, l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids)
+        union all
+        select q.limit_id, q.key, q.lease_id from pglimits.queue q where waits and q.lease_id = any (lease_ids)
+      ) here
+      group by here.limit_id, here.key order by here.limit_id, here.key
     loop
-      ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids);
+      ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
     -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
     exit when not waits;

@@ -243,7 +243,7 @@ class Batches:
         holders = ",".join([ticket.holder for ticket in slot.requests])
         acquire: list[object] = [
             name, _ids(slot.requests), slots, key, lease_duration, first.wait, priority, f"[{holders}]", strict,
-            self.channel, self.durable, patience,
+            self.channel, str(first.kind.for_rate), self.durable, patience,
         ]  # fmt: skip
         if not slot.releases:
             slot.sql = _sql.ACQUIRE_ALIKE
@@ -356,12 +356,13 @@ def _hand_out(requests: Sequence[Ticket], answers: list[list[Any]]) -> None:
     tickets = iter(requests)
     for number, status, fence, ends, *rest in answers:
         expires_at = None if ends is None else datetime.fromtimestamp(ends, UTC)
-        retry_after, is_missing, error, message = rest or (None, False, None, None)
+        waits, retry_after, is_missing, error, message = [*rest, None, None, None, None, None][:5]
         for nth in range(number):
             ticket = next(tickets)
             missing = [ticket.kind.places[0][0]] if is_missing and ticket.kind is not None else None
             fences = None if fence is None else [fence + nth]
-            ticket.answer = Answer(status, fences, expires_at, retry_after, None, missing, error, message)
+            wait = None if waits is None else waits[nth]
+            ticket.answer = Answer(status, fences, expires_at, retry_after, wait, missing, error, message)
 
 
 def _ids(batch: Sequence[Ticket]) -> str:

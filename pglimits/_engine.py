@@ -70,8 +70,8 @@ class Request:
         elif not left:
             wait = "0"
         else:
-            # Only for a turn it matters how long it is exactly; if all say the same, they are asked alike.
-            wait = f"{left if kind.for_rate else kind.timeout:.6f} s"
+            # If all say the same, they are asked alike; and only for a turn it matters how much has gone by.
+            wait = f"{left if kind.for_rate and left < (kind.timeout or 0) - 0.001 else kind.timeout:.6f} s"
         return Ticket(
             self.lease_id,
             kind,
@@ -103,7 +103,7 @@ def kind_of(
         }
     )[:-1]
     alike = None
-    if len(parts) == 1 and not for_rate:
+    if len(parts) == 1:
         first = parts[0]
         alike = (first.name, str(first.slots), first.key, f"{lease_duration:.6f} s", str(priority), str(strict))
     release_lanes = tuple(("release", *place) for place in places)

@@ -15,12 +15,12 @@ ACQUIRE_MANY = """
 
 ACQUIRE_ALIKE = """
     select pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
-                                  %s, %s, make_interval(secs => %s))"""
+                                  %s, %s::bool, %s, make_interval(secs => %s))"""
 
 RELEASE_AND_ACQUIRE = """
     select pglimits.release_many(%s::uuid[], %s, make_interval(secs => %s)),
            pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
-                                  %s, %s, make_interval(secs => %s))"""
+                                  %s, %s::bool, %s, make_interval(secs => %s))"""
 
 RELEASE = "select pglimits.release_many(%s::uuid[], %s, make_interval(secs => %s))"
 

@@ -27,9 +27,7 @@ begin
     return null;
   end if;
   if cardinality(lease_ids) > 1 then
-    if exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000)
-       or (select count(distinct u.id) < count(*) from unnest(lease_ids) as u(id))
-    then
+    if pglimits._not_each_its_own(lease_ids, holders) then
       return null;
     end if;
   end if;
@@ -86,6 +84,126 @@ end $$;
 comment on function pglimits._take_alike(
   text, integer, text, interval, interval, integer, jsonb, uuid[], boolean, boolean, text) is
   'Grants requests that are alike if nothing is in the way, or refuses them; null if it is not so simple.';
+
+-- Calls of rate_limit that are all alike, on one limit where nobody is in line: each has a turn, now or ahead, and none comes
+-- after wait; or already the first would. waits: how long until their turns, in seconds.
+create or replace function pglimits._turns_alike(
+  name text, slots integer, key text, wait interval, holders jsonb, lease_ids uuid[], chosen boolean, strict boolean,
+  channel text, out status text, out waits double precision[], out retry_after interval)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  wanted constant numeric := slots::bigint * cardinality(lease_ids);
+  alive_for constant interval := case when channel is not null then pglimits._liveness() end;
+  state record;
+  config pglimits.configs;
+  now timestamptz;
+  decayed numeric;
+  base numeric;
+  last_in interval;
+  forget numeric;
+begin
+  if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
+     or pglimits._argument_fault('1 second', wait, 0, holders -> 0, strict, channel) is not null
+  then
+    return;
+  end if;
+  if cardinality(lease_ids) > 1 then
+    if pglimits._not_each_its_own(lease_ids, holders) then
+      return;
+    end if;
+  end if;
+  if wait is not null then
+    -- They may be refused, and that takes no lock.
+    now := pglimits._now();
+    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, now)) + slots - c."limit", now) as first_in into state
+    from pglimits.configs c
+    cross join lateral (
+      select x.booked, x.waiting, x.pinned, x.next_expiry, x.next_look from pglimits.states x
+      where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1) s
+    where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
+      and s.waiting = 0 and s.pinned = 0 and now < s.next_expiry and now < s.next_look;
+    if state.first_in > wait then
+      if chosen and pglimits._are_known(lease_ids) then
+        return;
+      end if;
+      status := 'refused';
+      retry_after := state.first_in;
+      return;
+    end if;
+  end if;
+
+  select s.* into state from pglimits.configs c
+  cross join lateral (
+    select x.limit_id, x.version, x.booked, x.waiting, x.pinned, x.passed, x.next_expiry, x.next_look
+    from pglimits.states x
+    where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1 for update) s
+  where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and c.max_waiters is null;
+  now := pglimits._now();
+  if (state.waiting = 0 and state.pinned = 0 and now < state.next_expiry and now < state.next_look) is not true then
+    return;
+  end if;
+  select c.* into config from pglimits.configs c
+  where c.limit_id = state.limit_id and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
+    and (not chosen
+         or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+            and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)));
+  decayed := pglimits._decayed(config, now);
+  base := greatest(state.booked, decayed);
+  last_in := pglimits._until(config, base + wanted - config."limit", now);
+  if last_in is null or last_in > wait then
+    return;
+  end if;
+  forget := case when chosen or last_in > interval '0' then pglimits._decayed(config, now - pglimits._liveness()) end;
+  update pglimits.states s
+  set version = s.version + 1, booked = base + wanted, passed = greatest(s.passed, forget), changed_at = now,
+      next_death = case when last_in > interval '0' then least(s.next_death, now + alive_for) else s.next_death end,
+      next_look = case when last_in > interval '0' then least(s.next_look, now + alive_for) else s.next_look end
+  where s.limit_id = state.limit_id and s.key = _turns_alike.key and s.version = state.version;
+  status := 'granted';
+  if forget is null then
+    waits := array_fill(0::double precision, array[cardinality(lease_ids)]);
+    return;
+  end if;
+  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
+  delete from pglimits.queue q
+  where q.limit_id = state.limit_id and q.key = _turns_alike.key and q.turn > state.passed and q.turn <= forget
+    and not q.pinned;
+  with turns as (
+    select asked.lease_id, asked.nth, greatest(base + slots * asked.nth - config."limit", decayed) as turn,
+           pglimits._until(config, base + slots * asked.nth - config."limit", now) as turn_in
+    from unnest(lease_ids) with ordinality as asked(lease_id, nth)
+  ), booked as (
+    insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, for_rate, several, lease_duration,
+                                holder, channel, expires_at, looks_at)
+    select t.lease_id, state.limit_id, _turns_alike.key, slots, 0, now, t.turn, true, false, interval '5 minutes',
+           nullif(holders -> (t.nth - 1)::integer, 'null'), channel, coalesce(now + alive_for, 'infinity'),
+           now + t.turn_in
+    from turns t
+  )
+  select array_agg(extract(epoch from t.turn_in)::double precision order by t.nth) into waits from turns t;
+end $$;
+
+comment on function pglimits._turns_alike(
+  text, integer, text, interval, jsonb, uuid[], boolean, boolean, text) is
+  'Gives turns on a rate limit to calls that are alike, or refuses them; its status is null if it is not so simple.';
+
+-- Whether requests that are to be alike but for ids and holders give the same id twice, or too long a holder.
+create or replace function pglimits._not_each_its_own(lease_ids uuid[], holders jsonb)
+returns boolean
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000)
+      or (select count(distinct u.id) < count(*) from unnest(lease_ids) as u(id));
+end $$;
+
+comment on function pglimits._not_each_its_own(uuid[], jsonb) is
+  'Whether some of several ids are the same, or some of their holders too long.';
 
 -- Whether a lease or a waiter has one of these ids.
 create or replace function pglimits._are_known(lease_ids uuid[])

@@ -393,9 +393,18 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._answer(pglimits._check_request(
-    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+  id constant uuid := coalesce(lease_id, gen_random_uuid());
+  turns record;
+  answer pglimits._answer;
 begin
+  turns := pglimits._turns_alike(name, slots, key, wait, null, array[id], lease_id is not null, strict, channel);
+  if turns.status = 'granted' then
+    return row(turns.status, make_interval(secs => turns.waits[1]), null, id)::pglimits.reserved;
+  elsif turns.status is not null then
+    return row(turns.status, null, turns.retry_after, null)::pglimits.reserved;
+  end if;
+  answer := pglimits._answer(pglimits._check_request(
+    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true));
   return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
 end $$;
 
@@ -608,6 +617,7 @@ create or replace function pglimits.acquire_alike(
   holders jsonb default null,
   strict boolean default false,
   channel text default null,
+  for_rate boolean default false,
   durable boolean default true,
   patience interval default null)
 returns jsonb
@@ -623,6 +633,7 @@ set lock_timeout = '300ms'
 as $$
 declare
   answer pglimits._answer;
+  turns record;
   problem constant text := case
     when lease_ids is null or cardinality(lease_ids) not between 1 and 10000 then 'lease_ids must be 1 to 10000'
     when array_ndims(lease_ids) <> 1 then 'lease_ids must be a flat array'
@@ -632,6 +643,7 @@ declare
     when lease_duration is null then 'lease_duration must not be null'
     when priority is null then 'priority must not be null'
     when strict is null then 'strict must not be null'
+    when for_rate is null then 'for_rate must not be null'
   end;
 begin
   if problem is not null then
@@ -639,31 +651,42 @@ begin
   elsif (durable and patience is null) is not true then
     perform pglimits._for_this_call(durable, patience);
   end if;
-  answer := pglimits._take_alike(name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);
-  if answer.status is not null then
-    return jsonb_build_array(jsonb_build_array(
-      cardinality(lease_ids), answer.status, answer.fences[1], extract(epoch from answer.expires_at)));
+  if for_rate then
+    turns := pglimits._turns_alike(name, slots, key, wait, holders, lease_ids, true, strict, channel);
+    if turns.status is not null then
+      return jsonb_build_array(jsonb_build_array(
+        cardinality(lease_ids), turns.status, null, null, turns.waits, extract(epoch from turns.retry_after)));
+    end if;
+  else
+    answer := pglimits._take_alike(
+      name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);
+    if answer.status is not null then
+      return jsonb_build_array(jsonb_build_array(
+        cardinality(lease_ids), answer.status, answer.fences[1], extract(epoch from answer.expires_at)));
+    end if;
   end if;
   return (
     select jsonb_agg(jsonb_build_array(
-      1, a.status, a.fences[1], extract(epoch from a.expires_at), extract(epoch from a.retry_after), a.missing is not null,
-      a.error, a.message) order by a.ordinal)
+      1, a.status, a.fences[1], extract(epoch from a.expires_at),
+      case when a.wait is not null then array[extract(epoch from a.wait)] end, extract(epoch from a.retry_after),
+      a.missing is not null, a.error, a.message) order by a.ordinal)
     from pglimits._answer_many((
       select jsonb_agg(jsonb_build_object(
         'names', array[name], 'slots', array[slots], 'keys', array[key], 'lease_duration', lease_duration, 'wait', wait,
-        'priority', priority, 'strict', strict, 'channel', channel, 'lease_id', asked.lease_id,
+        'priority', priority, 'strict', strict, 'channel', channel, 'for_rate', for_rate, 'lease_id', asked.lease_id,
         'holder', holders -> (asked.nth - 1)::integer) order by asked.nth)
       from unnest(lease_ids) with ordinality as asked(lease_id, nth))) a);
 end $$;
 
 comment on function pglimits.acquire_alike(
-  text, uuid[], integer, text, interval, interval, integer, jsonb, boolean, text, boolean, interval) is
+  text, uuid[], integer, text, interval, interval, integer, jsonb, boolean, text, boolean, boolean, interval) is
 $$Serves requests on one limit that differ in nothing but lease_ids and holders (an array, one for each id), in one call and
-one transaction, in their order. The other arguments are those of acquire; durable that of acquire_many; patience: how
-long to wait for the lock of the limit, 0.3 seconds if null; past it error 55P03, and nothing was done.
+one transaction, in their order. The other arguments are those of acquire; for_rate: do what rate_limit does; durable as in
+acquire_many; patience: how long to wait for the lock of the limit, 0.3 seconds if null; past it error 55P03, and nothing was done.
 
 Answers an array of arrays: how many requests in a row it answers, their status, the fence of the first (each of the others
-has one above that of the one before), when their leases end (epoch), retry_after (seconds), whether the limit is missing,
+has one above that of the one before), when their leases end (epoch), how long each has until its turn (an array, seconds),
+retry_after (seconds), whether the limit is missing,
 and, with status error, the kind of error (as errors() lists them) and its message.$$;
 
 -- Settings of one call: how durable it is, and how long it waits for a lock. Returns the lock_timeout to go back to.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -241,7 +242,7 @@ def alike(s: Session, name: str, ids: list[UUID], **more: Any) -> list[tuple[Any
     )
     answers = []
     for requests, status, fence, _, *rest in rows:
-        _, missing, error, _ = rest or (None, False, None, None)
+        _, _, missing, error, _ = rest or (None, None, False, None, None)
         answers += [(status, fence and fence + nth, missing, error) for nth in range(requests)]
     assert len(answers) == len(ids)
     return answers
@@ -301,6 +302,47 @@ def test_requests_that_are_alike_are_answered_as_if_each_were_alone(
         (one,) = many(s, {"names": ["alone"], "slots": [slots], "wait": wait, "lease_id": str(uuid4())})
         assert (status, fence, error) == (one.status, one.fences[0] if one.fences else None, one.error)
     assert s.limit("alike").held == s.limit("alone").held
+    assert s.limit("alike").waiting == s.limit("alone").waiting
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_turns_that_are_alike_are_those_that_each_would_have_got_alone(
+    clock: Clock, db: Db, s: Session, seed: int
+) -> None:
+    chance = random.Random(seed)
+    clock.freeze()
+    decay = chance.choice([0.5, 3, 7])
+    s.create("alike", 4, decay)
+    s.create("alone", 4, decay)
+    for _ in range(25):
+        clock.advance(chance.choice([0, 0, 0.1, 0.7, 3, 20]))
+        slots, number = chance.randint(1, 5), chance.randint(1, 4)
+        wait = chance.choice([None, "0", "0", "0.4 seconds", "2 seconds", "1 minute"])
+        together = s.value(
+            "select pglimits.acquire_alike('alike', %s::uuid[], slots => %s, wait => %s::interval, for_rate => true)",
+            [str(lease_id) for lease_id in ids(number)],
+            slots,
+            wait,
+        )
+        answers = []
+        for requests, status, _, _, waits, retry_after, *rest in together:
+            error = (rest or [None, None])[1]
+            answers += [(status, waits and waits[nth], retry_after, error) for nth in range(requests)]
+        alone = many(
+            s,
+            *(
+                {"names": ["alone"], "slots": [slots], "wait": wait, "lease_id": str(uuid4()), "for_rate": True}
+                for _ in range(number)
+            ),
+        )
+        expected = [
+            (one.status, one.wait and seconds(one.wait), one.retry_after and seconds(one.retry_after), one.error)
+            for one in alone
+        ]
+        assert [(a[0], a[3]) for a in answers] == [(e[0], e[3]) for e in expected]
+        for mine, other in zip(answers, expected, strict=True):
+            assert (mine[1] or 0, mine[2] or 0) == pytest.approx((other[1] or 0, other[2] or 0), abs=2e-6)
+        assert s.limit("alike").level == pytest.approx(s.limit("alone").level, abs=1e-5)
     assert s.limit("alike").waiting == s.limit("alone").waiting
 
 

@@ -225,7 +225,9 @@ def test_every_argument_of_every_public_function_is_in_the_table(s: Session) -> 
         "acquire": {"lease_id"}, "rate_limit": {"lease_id"}, "acquire_wait": set(), "update_limit": {"active"},
         "errors": set(), "version": set(), "cron_disable": set(), "acquire_many": {"requests"},
         # What is wrong with these is in the rows.
-        "acquire_alike": {"name", "slots", "key", "lease_duration", "wait", "priority", "strict", "channel", "for_rate"},
+        "acquire_alike": {
+            "name", "slots", "key", "lease_duration", "wait", "priority", "strict", "channel", "for_rate",
+        },
         "may_sleep": {"lease_id"},
     }  # fmt: skip
     known: dict[str, set[str]] = {}

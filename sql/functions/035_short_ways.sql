@@ -150,10 +150,13 @@ begin
     and (not chosen
          or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
             and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)));
+  if not found then
+    return;
+  end if;
   decayed := pglimits._decayed(config, now);
   base := greatest(state.booked, decayed);
   last_in := pglimits._until(config, base + wanted - config."limit", now);
-  if last_in is null or last_in > wait then
+  if last_in > wait then
     return;
   end if;
   forget := case when chosen or last_in > interval '0' then pglimits._decayed(config, now - pglimits._liveness()) end;

@@ -37,32 +37,30 @@ class Pgbench:
                 return cls(Path(program))
         return None
 
-    def rate(self, dsn: str, script: str, clients: int, seconds: float, durable: bool = True) -> float:
+    def rate(self, dsn: str, script: str, clients: int, seconds: float) -> float:
         """Transactions per second of a script, by so many clients, with prepared statements.
 
         pgbench counts whole seconds only. Less than that is given as a number of transactions, by what an earlier run
         has shown, which on the first call is a trial that also warms up.
         """
         if seconds >= 1:
-            return self._run(dsn, script, clients, ["-T", str(round(seconds))], durable)
+            return self._run(dsn, script, clients, ["-T", str(round(seconds))])
         known = (script, clients)
         if known not in self._rates:
-            self._rates[known] = self._run(dsn, script, clients, ["-t", str(_TRIAL)], durable)
+            self._rates[known] = self._run(dsn, script, clients, ["-t", str(_TRIAL)])
         each = max(round(self._rates[known] * seconds / clients), 10)
-        self._rates[known] = self._run(dsn, script, clients, ["-t", str(each)], durable)
+        self._rates[known] = self._run(dsn, script, clients, ["-t", str(each)])
         return self._rates[known]
 
-    def make(self, dsn: str, script: str, clients: int, transactions: int, durable: bool = True) -> float:
+    def make(self, dsn: str, script: str, clients: int, transactions: int) -> float:
         """Run a script so many times in all, at least once by each client. Returns the transactions per second."""
-        return self._run(dsn, script, clients, ["-t", str(max(transactions // clients, 1))], durable)
+        return self._run(dsn, script, clients, ["-t", str(max(transactions // clients, 1))])
 
-    def _run(self, dsn: str, script: str, clients: int, how_long: list[str], durable: bool) -> float:
+    def _run(self, dsn: str, script: str, clients: int, how_long: list[str]) -> float:
         target: dict[str, Any] = dict(conninfo_to_dict(dsn))
         environment = {**os.environ, "LC_ALL": "C"}
         if (password := target.pop("password", None)) is not None:
             environment["PGPASSWORD"] = str(password)
-        if not durable:
-            environment["PGOPTIONS"] = f"{environment.get('PGOPTIONS', '')} -c synchronous_commit=off".strip()
         threads = min(clients, os.cpu_count() or 1)
         command: list[str | Path] = [self._program, "--no-vacuum", "--protocol=prepared", "-f", "-"]
         command += [f"--client={clients}", f"--jobs={threads}", *how_long, make_conninfo(**target)]

@@ -32,14 +32,9 @@ def pair(name: str) -> str:
     return f"select lease_id as id from pglimits.acquire('{name}') \\gset\nselect pglimits.release(:id::uuid);\n"
 
 
-def pair_that_flushes(name: str) -> str:
-    """The same for sessions with synchronous_commit = off: as durable, and the limit is unlocked at once."""
-    return (
-        f"select lease_id as id from pglimits.acquire('{name}') \\gset\n"
-        "select pglimits.flush();\n"
-        "select pglimits.release(:id::uuid);\n"
-        "select pglimits.flush();\n"
-    )
+def pair_on_hot_limit(name: str) -> str:
+    """The same by the procedures that unlock the limit before the answer is on disk."""
+    return f"call pglimits.acquire_hot('{name}') \\gset\ncall pglimits.release_hot(:granted_lease_id::uuid);\n"
 
 
 def pair_any(prefix: str, limits: int = ROWS) -> str:

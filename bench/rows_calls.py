@@ -131,15 +131,14 @@ def _best_clients(bench: Bench, pgbench: Pgbench, site: Site) -> int:
 
 @row("sql-one-limit", "8 connections calling the SQL functions, one limit, calls")
 def sql_one_limit(bench: Bench) -> Iterator[Result]:
-    """The functions as any language calls them, with flush() after each, against as many bare UPDATEs of one row."""
+    """What any language calls, as procedures for hot limits, against as many bare UPDATEs of one row."""
     yield from _from_sql(
         bench,
         "sql-one-limit",
-        lambda site: _scripts.pair_that_flushes(site.name("hot")),
+        lambda site: _scripts.pair_on_hot_limit(site.name("hot")),
         lambda site: _scripts.update_one(site.table),
         f"{FLOOR}, 8 clients",
         at_least(1.5),
-        flushes=True,
     )
 
 
@@ -178,7 +177,6 @@ def _from_sql(
     against: str,
     target: Any,
     calls_each: int = _scripts.CALLS_IN_PAIR,
-    flushes: bool = False,
 ) -> Iterator[Result]:
     pgbench, scale = bench.pgbench, bench.scale
     if pgbench is None:
@@ -196,7 +194,7 @@ def _from_sql(
         ours_script, floor_script = script_of(site), floor_of(site)
         ours, floor = alternate(
             [
-                lambda: calls_each * pgbench.rate(site.dsn, ours_script, 8, scale.seconds, durable=not flushes),
+                lambda: calls_each * pgbench.rate(site.dsn, ours_script, 8, scale.seconds),
                 lambda: pgbench.rate(site.dsn, floor_script, 8, scale.seconds),
             ],
             scale.repetitions,

@@ -6,7 +6,7 @@ revoke all on all routines in schema pglimits from public;
 
 do $$
 declare
-  users constant text[] := '{acquire,acquire_alike,acquire_many,acquire_wait,rate_limit,renew,release,release_many,flush,watch,may_sleep,peek,version,errors}';
+  users constant text[] := '{acquire,acquire_alike,acquire_hot,acquire_many,acquire_wait,rate_limit,renew,release,release_hot,release_many,flush,watch,may_sleep,peek,version,errors}';
   administrators constant text[] := '{create_limit,update_limit,delete_limit,adjust,reset,sweep,cron_enable,cron_disable}';
   needed constant text[] := '{pglimits_user,pglimits_reader,pglimits_admin}';
   type_name name;

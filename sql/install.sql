@@ -34,7 +34,7 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \ir functions/035_short_ways.sql
 \ir functions/040_acquire.sql
 \ir functions/050_leases.sql
-\ir functions/055_flush.sql
+\ir functions/055_hot.sql
 \ir functions/060_limits.sql
 \ir functions/070_sweep.sql
 \ir functions/080_cron.sql

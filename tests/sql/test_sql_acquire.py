@@ -573,3 +573,32 @@ def test_flush_puts_on_disk_what_was_committed_without_waiting_for_it(s: Session
     s.run("select pglimits.flush()")
     assert s.value("select pg_current_wal_flush_lsn() >= %s::pg_lsn", written)
     assert s.value("show synchronous_commit") == "off"
+
+
+def test_on_a_hot_limit_the_answer_is_on_disk_too(s: Session) -> None:
+    s.create("database", 1)
+    taken = s.one("call pglimits.acquire_hot('database', holder => '7')")
+    written = s.value("select pg_current_wal_insert_lsn()")
+    assert s.value("select pg_current_wal_flush_lsn() >= %s::pg_lsn", written)
+    (holder,) = s.all("select * from pglimits.holders")
+    assert (taken.status, taken.granted_lease_id) == ("granted", holder.lease_id)
+    assert (taken.fence, taken.expires_at, holder.holder) == (holder.fence, holder.expires_at, 7)
+    assert s.one("call pglimits.acquire_hot('database')").status == "refused"
+    assert s.one("call pglimits.release_hot(%s::uuid)", taken.granted_lease_id).released is True
+    assert s.one("call pglimits.release_hot(%s::uuid)", taken.granted_lease_id).released is False
+    assert s.value("show synchronous_commit") == "on"
+    with fails("PL002", "nowhere"):
+        s.run("call pglimits.acquire_hot('nowhere', strict => true)")
+    with fails("PL001", "slots"):
+        s.run("call pglimits.acquire_hot('database', slots => 0)")
+
+
+@pytest.mark.parametrize("call", ["acquire_hot('database')", "release_hot('{lease_id}')"])
+def test_the_procedures_for_hot_limits_fail_inside_a_transaction_and_change_nothing(s: Session, call: str) -> None:
+    s.create("database", 2)
+    lease_id = s.acquire("database").lease_id
+    s.run("begin")
+    with fails("2D000"):
+        s.run(f"call pglimits.{call.format(lease_id=lease_id)}")
+    s.run("rollback")
+    assert s.limit("database").held == 1

@@ -545,4 +545,9 @@ def test_acquire_wait_is_not_led_astray_by_the_callers_search_path(db: Db, s: Se
     session.run("set search_path = evil, pg_catalog")
     assert session.one(WAIT, "database", "20 milliseconds", None).status == "refused"
     s.reset("database")
-    assert session.one(WAIT, "database", "5 seconds", None).status == "granted"
+    taken = session.one(WAIT, "database", "5 seconds", None)
+    assert taken.status == "granted"
+    for function in ("set_config(text, text, boolean) returns text", "flush() returns void"):
+        s.run(f"create function evil.{function} language plpgsql as $$ begin raise exception 'led astray'; end $$")
+    assert session.one("call pglimits.release_hot(%s::uuid)", taken.granted_lease_id).released is True
+    assert session.one("call pglimits.acquire_hot('database')").status == "granted"

@@ -12,13 +12,14 @@ from sqltest import Db, Session, fails
 
 PUBLIC = {
     "pglimits_user": {
-        "acquire", "acquire_alike", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "release_many",
-        "flush", "watch", "may_sleep", "peek", "version", "errors",
+        "acquire", "acquire_alike", "acquire_hot", "acquire_many", "acquire_wait", "rate_limit", "renew", "release",
+        "release_hot", "release_many", "flush", "watch", "may_sleep", "peek", "version", "errors",
     },
     "pglimits_reader": {"version", "errors", "_now"},
     "pglimits_admin": {
-        "acquire", "acquire_alike", "acquire_many", "acquire_wait", "rate_limit", "renew", "release", "release_many",
-        "flush", "watch", "may_sleep", "peek", "version", "errors", "_now", "create_limit", "update_limit",
+        "acquire", "acquire_alike", "acquire_hot", "acquire_many", "acquire_wait", "rate_limit", "renew", "release",
+        "release_hot", "release_many", "flush", "watch", "may_sleep", "peek", "version", "errors", "_now",
+        "create_limit", "update_limit",
         "delete_limit", "adjust", "reset", "sweep", "cron_enable", "cron_disable",
     },
 }  # fmt: skip
@@ -48,8 +49,8 @@ def test_every_function_has_a_pinned_search_path_but_the_procedure_that_commits(
     ]
     assert wrong == []
     procedures = [row for row in routines(s) if row.kind != "f"]
-    assert [row.name for row in procedures] == ["acquire_wait"]
-    assert "commit" in procedures[0].source
+    assert [row.name for row in procedures] == ["acquire_hot", "acquire_wait", "release_hot"]
+    assert all("commit" in row.source for row in procedures)
 
 
 def test_every_public_function_is_security_definer_and_no_private_one(s: Session) -> None:

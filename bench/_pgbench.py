@@ -52,15 +52,17 @@ class Pgbench:
         self._rates[known] = self._run(dsn, script, clients, ["-t", str(each)])
         return self._rates[known]
 
-    def make(self, dsn: str, script: str, clients: int, transactions: int) -> float:
+    def make(self, dsn: str, script: str, clients: int, transactions: int, durable: bool = True) -> float:
         """Run a script so many times in all, at least once by each client. Returns the transactions per second."""
-        return self._run(dsn, script, clients, ["-t", str(max(transactions // clients, 1))])
+        return self._run(dsn, script, clients, ["-t", str(max(transactions // clients, 1))], durable)
 
-    def _run(self, dsn: str, script: str, clients: int, how_long: list[str]) -> float:
+    def _run(self, dsn: str, script: str, clients: int, how_long: list[str], durable: bool = True) -> float:
         target: dict[str, Any] = dict(conninfo_to_dict(dsn))
         environment = {**os.environ, "LC_ALL": "C"}
         if (password := target.pop("password", None)) is not None:
             environment["PGPASSWORD"] = str(password)
+        if not durable:
+            environment["PGOPTIONS"] = f"{environment.get('PGOPTIONS', '')} -c synchronous_commit=off".strip()
         threads = min(clients, os.cpu_count() or 1)
         command: list[str | Path] = [self._program, "--no-vacuum", "--protocol=prepared", "-f", "-"]
         command += [f"--client={clients}", f"--jobs={threads}", *how_long, make_conninfo(**target)]

@@ -594,7 +594,8 @@ def test_the_procedures_for_hot_limits_answer_as_the_functions_do(s: Session) ->
 def test_a_hot_limit_is_unlocked_before_the_answer_is_on_disk(db: Db, s: Session) -> None:
     s.create("database", 1)
     s.run(
-        "create or replace function pglimits.flush() returns void language plpgsql as $$ begin raise 'on its way'; end $$"
+        "create or replace function pglimits.flush() returns void language plpgsql"
+        " as $$ begin raise 'on its way'; end $$"
     )
     session = db.session()
     with fails("P0001", "on its way"):

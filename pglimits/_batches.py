@@ -311,6 +311,8 @@ class Batches:
 
     def nudge(self) -> None:
         """Wake somebody who can send the next batch, if there is one to send."""
+        if not self._pending:
+            return  # who queues up next looks for himself
         with self._lock:
             ticket = next(filter(self._can_go, self._pending), None)
         if ticket is not None:

@@ -353,7 +353,7 @@ class Engine:
     def lead(self, ticket: Ticket) -> None:
         """Send batches from the caller's thread, as long as there are any with this ticket in them."""
         batches = self.batches
-        while True:
+        while not ticket.done:
             slot = Slot(batches)
             anchor = Anchor()
             try:

@@ -349,8 +349,10 @@ def test_a_locked_limit_holds_up_no_other_that_is_in_the_same_batch(
     # With as many batches on their way as there may be, what queues up behind them goes in one.
     busy = [Locked(connect, "busy-1"), Locked(connect, "busy-2")]
     locked = Locked(connect, "locked")
-    first = [api.start("acquire", "busy-1"), api.start("acquire", "busy-2")]
-    wait_until(lambda: blocked(conn) == 2)
+    first = []
+    for number in (1, 2):
+        first.append(api.start("acquire", f"busy-{number}"))
+        wait_until(lambda number=number: blocked(conn) == number)
     both = [api.start("acquire", "locked"), api.start("acquire", "free")]
     busy[0].unlock()
     wait_until(both[1].done, what="for a limit that nobody has locked")

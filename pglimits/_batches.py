@@ -84,6 +84,7 @@ class Ticket:
 
     __slots__ = (
         "abandoned",
+        "again",
         "alone",
         "answer",
         "batches",
@@ -121,6 +122,8 @@ class Ticket:
         self.batches: Batches | None = None
         # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
         self.alone = False
+        # Sent before, and nobody knows what became of that.
+        self.again = False
         self.not_before = 0.0
         self.tries = 0
         self.abandoned = False
@@ -146,10 +149,11 @@ class Ticket:
 class Slot:
     """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("batch", "batches", "connection", "orphan", "releases", "requests", "sql")
+    __slots__ = ("again", "batch", "batches", "connection", "orphan", "releases", "requests", "sql")
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
+        self.again = False
         self.batch: list[Ticket] | None = None
         self.sql = ""
         self.releases: list[Ticket] = []
@@ -260,13 +264,16 @@ class Batches:
             if slot.releases:
                 ended = set(rows[0][0])
                 for ticket in slot.releases:
-                    ticket.answer = not ended or ticket.lease_id not in ended
+                    # No longer live, where it is a repetition: the first time may have released it.
+                    ticket.answer = not ended or ticket.lease_id not in ended or slot.again or ticket.again
             if slot.requests:
                 _hand_out(slot.requests, rows[0][-1])
         self._close(slot)
 
     def put_back(self, slot: Slot) -> None:
         """Nobody knows what became of a batch, but it is over: ids make it safe to ask again."""
+        for ticket in slot.batch or ():
+            ticket.again = True
         self._close(slot)
 
     def fail(self, slot: Slot, error: Exception) -> None:

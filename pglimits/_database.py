@@ -81,13 +81,19 @@ def translate(error: BaseException) -> PglimitsError:
 
 
 class Sender(Protocol):
-    """Who waits for a statement. ``connection`` is where, as long as the server may be at work on it."""
+    """Who waits for a statement.
+
+    ``connection`` is where, as long as the server may be at work on it. ``again``: it was sent more than once, and
+    nobody knows what became of it before.
+    """
 
     connection: psycopg.BaseConnection[Any] | None
+    again: bool
 
 
 class _Nobody:
     connection: psycopg.BaseConnection[Any] | None = None
+    again = False
 
 
 class Database:
@@ -143,6 +149,7 @@ class Database:
                 problem = translate(error)
                 if last or not worth_another_try(problem, error):
                     raise problem from error
+                sender.again = sender.again or not isinstance(problem, Busy)
         raise AssertionError("unreachable")
 
     def _execute(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
@@ -216,6 +223,7 @@ class Database:
                     problem = translate(error)
                     if last or not worth_another_try(problem, error):
                         raise problem from error
+                    sender.again = sender.again or not isinstance(problem, Busy)
                     if pool is not None and not isinstance(problem, Busy):
                         await pool.check()
         finally:

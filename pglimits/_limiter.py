@@ -141,6 +141,8 @@ class Limiter:
     def release(self, lease: Lease | UUID | str) -> bool:
         """End a lease now instead of at its expiry. Whether it was still live; doing it twice is harmless.
 
+        True also where the connection was lost before the reply came, and asking again found it ended.
+
         Given the id of a waiting request, takes it out of its queue.
         """
         if not isinstance(lease, Lease):

@@ -28,6 +28,7 @@ from pglimits import (
     PermissionDenied,
     ReadOnlyServer,
     VersionMismatch,
+    _database,
     _embedded,
     _install,
     _keeper,
@@ -480,3 +481,36 @@ def test_without_a_pooler_nothing_is_said_and_waiting_listens(
     api.release(lease)
     api.release(waits.result(30))
     assert "LISTEN" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_release_whose_reply_was_lost_is_no_lost_lease(
+    dsn: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The server has released it; asked again, on another connection, it knows nothing of it any more."""
+    real, real_in_loop = _database.run, _database.Database._run_in_loop
+    lost = []
+
+    def lose(connection: Any, sql: str) -> None:
+        if "release" in sql and not lost:
+            lost.append(sql)
+            connection.pgconn.finish()
+            raise psycopg.OperationalError("the connection was lost")
+
+    def run(connection: Any, sql: str, *more: Any, **options: Any) -> Any:
+        rows = real(connection, sql, *more, **options)
+        lose(connection, sql)
+        return rows
+
+    async def run_in_loop(self: Any, connection: Any, sql: str, *more: Any) -> Any:
+        rows = await real_in_loop(self, connection, sql, *more)
+        lose(connection, sql)
+        return rows
+
+    monkeypatch.setattr(_database, "run", run)
+    monkeypatch.setattr(_database.Database, "_run_in_loop", run_in_loop)
+    with open_api(kind, dsn=dsn) as api:
+        api.create("database", 1)
+        assert api.block("database", lambda lease: "done", strict=True) == "done"
+        assert len(lost) == 1
+        assert nothing_left(conn)

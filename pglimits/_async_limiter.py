@@ -17,7 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Batches, Kind, Ticket
-from ._engine import Engine, OnUnavailable, Request, Step, User
+from ._engine import Engine, OnUnavailable, Request, Step, User, Wait
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import TaskWaker
@@ -271,29 +271,23 @@ class AsyncLimiter:
             step = next(course)
             while True:
                 try:
-                    if isinstance(step, Ticket):
-                        await self._send(step, step.patience)
-                    elif isinstance(step.waker, TaskWaker):
-                        await step.waker.wait(step.seconds)
+                    waker = step.waker
+                    assert isinstance(waker, TaskWaker)
+                    if isinstance(step, Wait):
+                        await waker.wait(step.seconds)
+                    else:
+                        batches = self._engine.batches_of(waker.loop)
+                        batches.submit(step)
+                        until = None if step.patience is None else time.monotonic() + step.patience
+                        while not step.done and (until is None or time.monotonic() < until):
+                            self._have_sent(batches, step)
+                            await waker.wait(step.patient_for(None if until is None else until - time.monotonic()))
                 except BaseException as error:
                     step = course.throw(error)
                 else:
                     step = course.send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
-
-    async def _send(self, ticket: Ticket, seconds: float | None) -> None:
-        waker = ticket.waker
-        assert isinstance(waker, TaskWaker)
-        batches = self._engine.batches_of(waker.loop)
-        batches.submit(ticket)
-        until = None if seconds is None else time.monotonic() + seconds
-        while True:
-            self._have_sent(batches, ticket)
-            left = None if until is None else until - time.monotonic()
-            if ticket.done or (left is not None and left <= 0):
-                return
-            await waker.wait(ticket.patient_for(left))
 
     def _have_sent(self, batches: Batches, ticket: Ticket) -> None:
         if not batches.summoned and batches.can_go(ticket):
@@ -324,7 +318,7 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
     async def __aenter__(self) -> Lease:
         limiter = self._limiter()
         lease = await limiter._acquire(self._kind, self._holder)
-        hold = _Hold(lease)
+        hold = _Hold(lease, asyncio.current_task())
         if self._raises:
             lease.on_lost(hold.lost_elsewhere)
         self._holds.setdefault(hold.task, []).append(hold)
@@ -364,18 +358,20 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
 class _Hold:
     """A lease, and the task that works under it."""
 
-    def __init__(self, lease: Lease) -> None:
+    __slots__ = ("cancelled", "cancelling", "lease", "over", "task")
+
+    def __init__(self, lease: Lease, task: asyncio.Task[Any] | None) -> None:
         self.lease = lease
-        self.loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task()
-        self.cancelling = self.task.cancelling() if self.task is not None else 0
+        self.task = task
+        self.cancelling = task.cancelling() if task is not None else 0
         self.cancelled = False
         self.over = False
 
     def lost_elsewhere(self) -> None:
         """Called by the thread that renews."""
-        with contextlib.suppress(RuntimeError):  # the loop may have been closed
-            self.loop.call_soon_threadsafe(self._cancel)
+        if self.task is not None:
+            with contextlib.suppress(RuntimeError):  # the loop may have been closed
+                self.task.get_loop().call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if not self.over and self.task is not None:

@@ -148,6 +148,7 @@ class Engine:
         self._asking: dict[UUID, Orphan[UUID]] = {}
         self.keeper = Keeper(self.database, lambda claims: self.renewal.claimed(claims))
         self.batches = self._new_batches()
+        self._last_loop: tuple[asyncio.AbstractEventLoop | None, Batches | None] = None, None
         self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Batches] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | Orphan[Slot] | Orphan[UUID] | None]
@@ -345,9 +346,12 @@ class Engine:
 
     def batches_of(self, loop: asyncio.AbstractEventLoop) -> Batches:
         """The batches of an event loop: sent in the loop, they hold up, and are held up by, nobody else."""
-        batches = self._of_loops.get(loop)
-        if batches is None:
-            batches = self._of_loops[loop] = self._new_batches()
+        last, batches = self._last_loop
+        if last is not loop or batches is None:
+            batches = self._of_loops.get(loop)
+            if batches is None:
+                batches = self._of_loops[loop] = self._new_batches()
+            self._last_loop = loop, batches
         return batches
 
     def lead(self, ticket: Ticket) -> None:

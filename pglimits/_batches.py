@@ -264,8 +264,8 @@ class Batches:
             if slot.releases:
                 ended = set(rows[0][0])
                 for ticket in slot.releases:
-                    # No longer live, where it is a repetition: the first time may have released it.
-                    ticket.answer = not ended or ticket.lease_id not in ended or slot.again or ticket.again
+                    ticket.answer = not ended or ticket.lease_id not in ended
+                    ticket.again = ticket.again or slot.again
             if slot.requests:
                 _hand_out(slot.requests, rows[0][-1])
         self._close(slot)

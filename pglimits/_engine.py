@@ -290,6 +290,7 @@ class Engine:
         ticket = _releasing(lease.id, lease._lanes, waker, None)
         anchor = Anchor()
         self._asking[lease.id] = orphan(anchor, self._given_up.put, lease.id)
+        lost = lease.lost
         lease.released = True
         try:
             self.renewal.remove(lease)
@@ -307,7 +308,8 @@ class Engine:
                 raise ticket.error
             log.warning("the lease %s could not be released yet, trying on: %s", lease.id, ticket.error)
             return None
-        return bool(ticket.answer)
+        # Where this is a repetition, and nothing else speaks against it, the first time has released it.
+        return bool(ticket.answer) or (ticket.again and not lost)
 
     def _lease(
         self, request: Request, user: User, answer: Answer | None, asked: float, news: News | None = None

@@ -570,6 +570,8 @@ def test_an_ordinary_user_has_a_server_of_their_own(folder: Path) -> None:
                 shutil.copytree(path, mine / "site" / path.name)
             else:
                 shutil.copy(path, mine / "site")
+    for path in (mine / "site").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     env = {"PYTHONPATH": str(mine / "site"), "PGLIMITS_HOME": str(mine / "h"), "TMPDIR": str(mine), "HOME": "/nowhere"}
     python = next((each for each in (sys.executable, "/usr/bin/python3") if _runs(each, nobody, env)), None)
     if python is None:

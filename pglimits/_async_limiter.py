@@ -33,9 +33,8 @@ T = TypeVar("T")
 class AsyncLimiter:
     """Limits of one database, for asyncio. Arguments as Limiter; ``pool`` is a psycopg_pool.AsyncConnectionPool.
 
-    Without a pool of the caller's, statements are sent from a few threads that all event loops and threads of the
-    process share, so that their requests travel together. Leases are renewed from a thread in any case: a blocked event
-    loop loses none.
+    Statements are sent by the event loop itself, on connections of the caller's pool or on one or two of our own; what
+    its tasks ask meanwhile travels together. Leases are renewed from a thread: a blocked event loop loses none.
     """
 
     def __init__(

@@ -30,5 +30,5 @@ def limiter() -> Limiter:
 
 
 def async_limiter() -> AsyncLimiter:
-    """The same for tasks: both share connections, batches and renewal."""
+    """The same for tasks: both share what is held and renewed."""
     return AsyncLimiter._on(limiter()._engine, "raise")

@@ -140,7 +140,7 @@ begin
   end if;
   ended := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
   if cardinality(ended) = cardinality(lease_ids) then
-    return '{}';
+    return array[]::uuid[];
   end if;
   return array(select distinct u.id from unnest(lease_ids) as u(id) where u.id <> all (ended));
 end $$;

@@ -1,4 +1,5 @@
-"""Requests of one process travel together: whoever may send takes along what has queued up meanwhile.
+"""Requests of one event loop, or of the threads of a process, travel together: whoever may send takes along what has
+queued up meanwhile.
 
 As a group commit does, and with no waiting to fill a batch: a lone caller sends its own request at once, from its own
 thread. A (limit, key) is in one batch of requests and one of releases at a time, so one hot limit makes large batches,
@@ -60,8 +61,8 @@ class Kind:
     """What requests have in common that differ in nothing but who asks.
 
     Attributes:
-        places: each limit and key.
-        lanes, release_lanes: what one batch of requests, or one of releases, at a time may have.
+        places: each limit and key. One batch of requests at a time may have one.
+        release_lanes: the same for batches of releases.
         timeout: seconds, None for ever.
         lease_duration: seconds.
         for_rate: whether it is a rate_limit.
@@ -70,7 +71,6 @@ class Kind:
     """
 
     places: tuple[Place, ...]
-    lanes: tuple[tuple[str, ...], ...]
     release_lanes: tuple[tuple[str, ...], ...]
     timeout: float | None
     lease_duration: float
@@ -137,6 +137,11 @@ class Ticket:
         until = "null" if self.wait is None else f'"{self.wait}"'
         assert self.kind is not None
         return f'{self.kind.body},"lease_id":"{self.lease_id}","wait":{until},"holder":{self.holder}'
+
+    def withdraw(self) -> None:
+        """Its caller waits no longer, if it has not been served."""
+        if self.batches is not None and not self.done:
+            self.batches.withdraw(self)
 
     def patient_for(self, left: float | None) -> float | None:
         """How long its caller waits before it looks again; None: until it is woken."""
@@ -232,28 +237,27 @@ class Batches:
             patience = min(max(patience, 0.001), LOCK_WAIT)
         slot.releases = [ticket for ticket in batch if ticket.kind is None]
         slot.requests = [ticket for ticket in batch if ticket.kind is not None]
-        release: list[object] = [_ids(slot.releases), self.durable, patience]
+        params: list[object] = []
+        if slot.releases:
+            params += [_ids(slot.releases), self.durable, patience]
         if not slot.requests:
             slot.sql = _sql.RELEASE
-            return _sql.RELEASE, release
-        if not _are_alike(slot.requests):
+        elif _are_alike(slot.requests):
+            slot.sql = _sql.RELEASE_AND_ACQUIRE if slot.releases else _sql.ACQUIRE_ALIKE
+            first = slot.requests[0]
+            assert first.kind is not None
+            assert first.kind.alike is not None
+            name, slots, key, lease_duration, priority, strict = first.kind.alike
+            holders = ",".join([ticket.holder for ticket in slot.requests])
+            params += [
+                name, _ids(slot.requests), slots, key, lease_duration, first.wait, priority, f"[{holders}]", strict,
+                self.channel, str(first.kind.for_rate), self.durable, patience,
+            ]  # fmt: skip
+        else:
             slot.sql = _sql.ACQUIRE_MANY
             requests = ",".join([f'{ticket.body},"channel":"{self.channel}"}}' for ticket in batch])
-            return _sql.ACQUIRE_MANY, [f"[{requests}]", self.durable, patience or LOCK_WAIT]
-        first = slot.requests[0]
-        assert first.kind is not None
-        assert first.kind.alike is not None
-        name, slots, key, lease_duration, priority, strict = first.kind.alike
-        holders = ",".join([ticket.holder for ticket in slot.requests])
-        acquire: list[object] = [
-            name, _ids(slot.requests), slots, key, lease_duration, first.wait, priority, f"[{holders}]", strict,
-            self.channel, str(first.kind.for_rate), self.durable, patience,
-        ]  # fmt: skip
-        if not slot.releases:
-            slot.sql = _sql.ACQUIRE_ALIKE
-            return _sql.ACQUIRE_ALIKE, acquire
-        slot.sql = _sql.RELEASE_AND_ACQUIRE
-        return _sql.RELEASE_AND_ACQUIRE, [*release, *acquire]
+            params = [f"[{requests}]", self.durable, patience or LOCK_WAIT]
+        return slot.sql, params
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""

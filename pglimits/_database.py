@@ -6,7 +6,7 @@ import contextlib
 import selectors
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -26,6 +26,7 @@ from .errors import (
 )
 
 Row = tuple[Any, ...]
+C = TypeVar("C", bound=psycopg.BaseConnection[Any])
 
 _LEFT_OPEN = 10.0
 """Seconds after which a server that does not say the last word on a statement is taken for gone."""
@@ -167,17 +168,21 @@ class Database:
             rows = run(connection, sql, params, prepare=False if self.pooled else None)
         except (psycopg.Error, PglimitsError) as error:
             sender.connection = None
-            if isinstance(translate(error), LimiterUnavailable) and not getattr(error, "sqlstate", None):
-                # If one connection has gone stale, so have the others.
-                self._drop_idle()
-            if not connection.closed:
-                self._idle.append(connection)
+            self._keep(connection, self._idle, error)
             raise
         sender.connection = None
-        self._idle.append(connection)
-        if len(self._idle) > BATCHES_AT_ONCE:
-            self._idle.pop(0).close()
+        self._keep(connection, self._idle)
         return rows
+
+    def _keep(self, connection: C, idle: list[C], error: Exception | None = None) -> None:
+        """Keep a connection of ours for the next statement, if it is still good after this one."""
+        if isinstance(error, psycopg.Error) and not error.sqlstate and isinstance(translate(error), LimiterUnavailable):
+            # If one connection has gone stale, so have the others.
+            self._drop_idle()
+        if not connection.closed:
+            idle.append(connection)
+        if len(idle) > BATCHES_AT_ONCE:
+            self._drop(idle.pop(0))
 
     def _execute_in_pool(
         self, pool: ConnectionPool[Any], sql: str, params: Sequence[object], sender: Sender
@@ -217,7 +222,7 @@ class Database:
             for last in (False, False, True):
                 try:
                     if pool is not None:
-                        return await self._execute_in_async_pool(pool, sql, params, sender)
+                        return await self._execute_in_async_pool(pool, sql, params)
                     return await self._execute_in_loop(sql, params, sender)
                 except psycopg.Error as error:
                     problem = translate(error)
@@ -243,20 +248,14 @@ class Database:
             rows = await self._run_in_loop(connection, sql, params)
         except (psycopg.Error, PglimitsError) as error:
             sender.connection = None
-            if isinstance(translate(error), LimiterUnavailable) and not getattr(error, "sqlstate", None):
-                # If one connection has gone stale, so have the others.
-                self._drop_idle()
-            if not connection.closed:
-                self._idle_in_loops.append(connection)
+            self._keep(connection, self._idle_in_loops, error)
             raise
         sender.connection = None
-        self._idle_in_loops.append(connection)
-        if len(self._idle_in_loops) > BATCHES_AT_ONCE:
-            self._drop(self._idle_in_loops.pop(0))
+        self._keep(connection, self._idle_in_loops)
         return rows
 
     async def _execute_in_async_pool(
-        self, pool: AsyncConnectionPool[Any], sql: str, params: Sequence[object], sender: Sender
+        self, pool: AsyncConnectionPool[Any], sql: str, params: Sequence[object]
     ) -> list[Row]:
         try:
             async with pool.connection() as connection:
@@ -277,7 +276,7 @@ class Database:
 
     async def _connect_in_loop(self) -> psycopg.AsyncConnection[Row]:
         try:
-            return await psycopg.AsyncConnection.connect(self.conninfo, **self._connection_options())
+            return await psycopg.AsyncConnection.connect(self.conninfo, autocommit=True, **self._connection_options())
         except psycopg.Error as error:
             raise translate(error) from error
 
@@ -319,7 +318,7 @@ class Database:
         return connect(self.conninfo, **self._connection_options())
 
     def _connection_options(self) -> dict[str, Any]:
-        options = {**self.options, "autocommit": True}
+        options = dict(self.options)
         if self.pooled:
             options["prepare_threshold"] = None
         return options

@@ -54,7 +54,6 @@ class Request:
         lease_id: UUID,
         renew: bool = True,
     ) -> None:
-
         self.kind = kind
         self.waker = waker
         self.on_unavailable: OnUnavailable = on_unavailable
@@ -75,7 +74,7 @@ class Request:
         return Ticket(
             self.lease_id,
             kind,
-            kind.lanes,
+            kind.places,
             wait,
             self.holder,
             self.waker,
@@ -107,7 +106,7 @@ def kind_of(
         first = parts[0]
         alike = (first.name, str(first.slots), first.key, f"{lease_duration:.6f} s", str(priority), str(strict))
     release_lanes = tuple(("release", *place) for place in places)
-    return Kind(places, places, release_lanes, timeout, lease_duration, for_rate, body, alike)
+    return Kind(places, release_lanes, timeout, lease_duration, for_rate, body, alike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +190,7 @@ class Engine:
                 try:
                     yield ticket
                 finally:
-                    if not ticket.done and ticket.batches is not None:
-                        ticket.batches.withdraw(ticket)
+                    ticket.withdraw()
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
                     out_of_touch = not isinstance(problem, Busy)
@@ -258,8 +256,7 @@ class Engine:
                     try:
                         yield released
                     finally:
-                        if not released.done and released.batches is not None:
-                            released.batches.withdraw(released)
+                        released.withdraw()
                     taken = released.error is not None or not released.done
                     raise AcquireTimeout(f"no slot of {request.named()} within {timeout:g} s")
                 # Else ask again, with the same id: it acts once.
@@ -296,8 +293,7 @@ class Engine:
             self.renewal.remove(lease)
             yield ticket
         except BaseException:
-            if ticket.batches is not None:
-                ticket.batches.withdraw(ticket)
+            ticket.withdraw()
             self.give_back(lease.id)
             self._asking.pop(lease.id, None)
             raise

@@ -8,12 +8,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .._processes import ProcessFailed, program
-from .._server import on_disk
-from ._peer import Opened
+from .._server import Server, Site, on_disk
+from ._peer import Opened, Peer, Quota
 
 PROGRAM = "redis-server"
 _PATIENCE = 10.0
@@ -25,8 +25,28 @@ _DEFAULTS: list[str] = []
 _NOT_DURABLE = "not durable: a crash forgets minutes"
 
 
+def on_redis(subject: str, package: str, algorithm: str) -> Peer:
+    """A library that limits rates on Redis."""
+
+    @contextlib.contextmanager
+    def opened(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
+        with _opened(subject, package) as each:
+            yield each
+
+    return Peer(
+        name=f"redis-{subject}",
+        what=f"{package} ({algorithm}) on Redis",
+        packages={subject: package, "redis": "redis"},
+        program=PROGRAM,
+        install=f"pip install '{package}[redis]', and apt install redis-server",
+        room=Quota(100_000, 1),
+        holds=False,
+        open=opened,
+    )
+
+
 @contextlib.contextmanager
-def on_redis(subject: str, name: str) -> Iterator[list[Opened]]:
+def _opened(subject: str, name: str) -> Iterator[list[Opened]]:
     """A library on a Redis that is durable and on one with its defaults, called from threads and from tasks."""
     with _redis(_DURABLE) as durable, _redis(_DEFAULTS) as defaults:
         found = []

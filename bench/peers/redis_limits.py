@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .._server import Server, Site
 from .._subjects import Tasks, Threads
-from ._peer import Opened, Peer, Quota
-from ._redis import PROGRAM, on_redis
+from ._redis import on_redis
 
-
-@contextlib.contextmanager
-def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-    with on_redis("limits", "limits") as opened:
-        yield opened
-
-
-PEER = Peer(
-    name="redis-limits",
-    what="limits (moving window) on Redis",
-    packages={"limits": "limits", "redis": "redis"},
-    program=PROGRAM,
-    install="pip install 'limits[redis]', and apt install redis-server",
-    room=Quota(100_000, 1),
-    holds=False,
-    open=_open,
-)
+PEER = on_redis("limits", "limits", "moving window")
 
 
 def subject(task: dict[str, Any]) -> Threads | Tasks:

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
-from .._server import Server, Site
 from .._subjects import Tasks, Threads
-from ._peer import Opened, Peer, Quota
-from ._redis import PROGRAM, on_redis
+from ._redis import on_redis
 
-
-@contextlib.contextmanager
-def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-    with on_redis("throttled", "throttled-py") as opened:
-        yield opened
-
-
-PEER = Peer(
-    name="redis-throttled",
-    what="throttled-py (GCRA) on Redis",
-    packages={"throttled": "throttled-py", "redis": "redis"},
-    program=PROGRAM,
-    install="pip install 'throttled-py[redis]', and apt install redis-server",
-    room=Quota(100_000, 1),
-    holds=False,
-    open=_open,
-)
+PEER = on_redis("throttled", "throttled-py", "GCRA")
 
 
 def subject(task: dict[str, Any]) -> Threads | Tasks:

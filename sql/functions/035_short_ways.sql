@@ -147,6 +147,7 @@ begin
   end if;
   select c.* into config from pglimits.configs c
   where c.limit_id = state.limit_id and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
+    and c.max_waiters is null
     and (not chosen
          or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
             and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)));
@@ -251,7 +252,8 @@ begin
     return null;
   end if;
   now := pglimits._now();
-  -- Read through the index on lease_id, and so in the order in which renew locks them.
+  -- Read through the index on lease_id, and so in the order in which renew locks them. One alone needs no sum, which takes
+  -- as long as its deletion.
   if cardinality(lease_ids) = 1 then
     delete from pglimits.leases l
     where l.lease_id = lease_ids[1]

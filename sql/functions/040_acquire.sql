@@ -523,7 +523,7 @@ begin
   select array_agg(
     case
       when (m.model).error is null and (m.model).missing is null and coalesce(a.wait >= interval '0', true)
-           and coalesce(pg_column_size(a.holder) < 1000, true)
+           and coalesce(length(a.holder::text) <= 8000, true)
       then row(coalesce(a.lease_id, gen_random_uuid()), (m.model).for_rate, (m.model).limit_ids, (m.model).keys,
                (m.model).slots, (m.model).places, (m.model).rank, (m.model).lease_duration, a.wait, a.holder,
                (m.model).channel, a.lease_id is not null, (m.model).bounded, null, null, null)::pglimits._request
@@ -686,8 +686,8 @@ acquire_many; patience: how long to wait for the lock of the limit, 0.3 seconds 
 
 Answers an array of arrays: how many requests in a row it answers, their status, the fence of the first (each of the others
 has one above that of the one before), when their leases end (epoch), how long each has until its turn (an array, seconds),
-retry_after (seconds), whether the limit is missing,
-and, with status error, the kind of error (as errors() lists them) and its message.$$;
+retry_after (seconds), whether the limit is missing, and, with status error, the kind of error (as errors() lists them) and
+its message.$$;
 
 -- Settings of one call: how durable it is, and how long it waits for a lock. Returns the lock_timeout to go back to.
 create or replace function pglimits._for_this_call(durable boolean, patience interval)

@@ -20,7 +20,11 @@ from pglimits import (
     NoSlotDecay,
     SlotsExceedLimit,
 )
+from pglimits._batches import Answer, Ticket
 from pglimits._database import Database
+from pglimits._engine import Request
+from pglimits._requests import checked, new_id
+from pglimits._wake import ThreadWaker
 
 
 @dataclass
@@ -112,6 +116,27 @@ def test_a_lone_task_sends_one_statement_to_acquire_and_one_to_release(dsn: str,
         sent.clear()
         api.release(api.acquire("database"))
         assert [(statement.acquires, statement.releases) for statement in sent] == [(True, False), (False, True)]
+
+
+def test_a_release_and_a_request_on_one_limit_travel_together_and_the_release_comes_first(
+    limiter: Limiter, sent: list[Statement]
+) -> None:
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+    kind, _ = checked("database", 1, 0, None, 300, False, None, None, "", 0)
+    batches = limiter._engine.batches
+    released = Ticket(lease.id, None, kind.release_lanes, None, "", ThreadWaker(), None)
+    asked = Request(kind, ThreadWaker(), "raise", "null", new_id()).ticket(0.0)
+    for ticket in (asked, released):
+        batches.submit(ticket)
+    sent.clear()
+    limiter._engine.lead(asked)
+    assert [(statement.acquires, statement.releases) for statement in sent] == [(True, True)]
+    assert released.answer is True
+    # It may not wait, and finds the slot free.
+    assert isinstance(asked.answer, Answer)
+    assert asked.answer.status == "granted"
+    limiter.release(asked.lease_id)
 
 
 def test_a_rate_limit_call_is_one_statement_also_when_it_sleeps(
@@ -331,8 +356,10 @@ def test_several_locked_limits_hold_up_only_their_own_requests(
     for name in [*names, "free"]:
         api.create(name, 10)
     locked = Locked(connect, *names)
-    stuck = [api.start("acquire", name) for name in names]
+    stuck = [api.start("acquire", names[0])]
     wait_until(lambda: blocked(conn) >= 1)
+    stuck += [api.start("acquire", name) for name in names[1:]]
+    wait_until(lambda: blocked(conn) >= 2)
     free = api.start("acquire", "free")
     wait_until(free.done, what="for a limit that nobody has locked")
     locked.unlock()

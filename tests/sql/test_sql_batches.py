@@ -157,6 +157,7 @@ def test_durable_false_commits_without_waiting_for_the_disk_and_only_that_transa
     s.create("database", 5)
     for call in (
         'select * from pglimits.acquire_many(\'[{"names": ["database"]}]\', durable => false)',
+        "select pglimits.acquire_alike('database', array[gen_random_uuid()], durable => false)",
         "select pglimits.release_many(array[]::uuid[], durable => false)",
     ):
         s.run("begin")
@@ -178,7 +179,11 @@ def test_patience_bounds_how_long_a_call_waits_for_a_lock_and_nothing_after_it(d
     other.run("select from pglimits.states for update")
     for call in (
         "select * from pglimits.acquire_many('[{\"names\": [\"database\"]}]', patience => '20 milliseconds')",
+        "select pglimits.acquire_alike('database', array[gen_random_uuid()], patience => '20 milliseconds')",
         f"select pglimits.release_many(array['{lease_id}'::uuid], patience => '20 milliseconds')",
+        # 0.3 seconds, if none is given.
+        "select pglimits.acquire_alike('database', array[gen_random_uuid()])",
+        f"select pglimits.release_many(array['{lease_id}'::uuid])",
     ):
         with changes_nothing(db.session()), fails("55P03"):
             s.run(call)
@@ -358,6 +363,42 @@ def test_requests_that_are_alike_act_once_also_when_some_of_them_are_repeated(s:
     with fails("PL001", "lease_id"):
         alike(s, "database", ids(1) * 2)
     assert s.limit("database").held == 4
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("for_rate", [False, True])
+def test_refusals_of_requests_that_are_alike_wait_behind_no_lock_and_take_no_transaction_id(
+    db: Db, s: Session, number: int, for_rate: bool
+) -> None:
+    s.create("api", 1, 0.001 if for_rate else 0)
+    (s.rate_limit if for_rate else s.acquire)("api")
+    other = db.session()
+    other.run("begin")
+    other.run("select from pglimits.states for update")
+    s.run("begin")
+    (answer,) = s.value(
+        "select pglimits.acquire_alike('api', %s::uuid[], for_rate => %s)",
+        [str(lease_id) for lease_id in ids(number)],
+        for_rate,
+    )
+    assert answer[:2] == [number, "refused"]
+    assert s.value("select pg_current_xact_id_if_assigned()") is None
+    s.run("rollback")
+    other.run("rollback")
+
+
+def test_a_holder_is_as_long_as_its_text_however_little_it_takes_up(s: Session) -> None:
+    """A number such as 1e9000 takes a few bytes, and 9,001 characters to show."""
+    s.create("database", 5)
+    s.release(s.acquire("database").lease_id)
+    requests = [ask("database", holder=0), ask("database", holder=1)]
+    sent = json.dumps(requests).replace('"holder": 0', '"holder": 1e9000')
+    rows = s.all("select * from pglimits.acquire_many(%s::jsonb)", sent)
+    assert [(row.status, row.error) for row in rows] == [("error", "InvalidArgument"), ("granted", None)]
+    assert "holder" in rows[0].message
+    asked = [str(lease_id) for lease_id in ids(2)]
+    answers = s.value("select pglimits.acquire_alike('database', %s::uuid[], holders => '[1e9000, 1]')", asked)
+    assert [answer[1] for answer in answers] == ["error", "granted"]
 
 
 def test_what_is_wrong_with_requests_that_are_alike_is_in_their_rows(db: Db, s: Session) -> None:

@@ -546,3 +546,17 @@ def test_fences_grow_with_every_grant_under_contention(db: Db, s: Session) -> No
         assert fences == sorted(fences)
     everyone = [fence for fences in every for fence in fences]
     assert len(everyone) == len(set(everyone)) > 0
+
+
+def test_a_queue_that_is_bounded_while_a_call_waits_for_its_lock_is_bounded_for_that_call_too(
+    db: Db, s: Session
+) -> None:
+    s.create("api", 1, 0.001)
+    s.rate_limit("api")
+    owner = db.session()
+    owner.run("begin")
+    owner.run("select pglimits.update_limit('api', max_waiters => 0)")
+    call, _ = db.start_blocked(lambda session: session.one("select * from pglimits.rate_limit('api', wait => null)"))
+    owner.run("commit")
+    with fails("PL006", "api"):
+        call.result(30)

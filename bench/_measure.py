@@ -43,8 +43,7 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(ours: Spread, theirs: Spread) -> Spread:
-    """How many times theirs, which is never 0, ours is: the ratio of the medians, and between what those of the
-    repetitions lie.
+    """How many times theirs, which is never 0, ours is, in each repetition.
 
     Repetitions belong together by their place; without as many of both, all with all.
     """
@@ -52,8 +51,7 @@ def ratio(ours: Spread, theirs: Spread) -> Spread:
         pairs = list(zip(ours.values, theirs.values, strict=True))
     else:
         pairs = [(mine, other) for mine in ours.values for other in theirs.values]
-    each = tuple(mine / other for mine, other in pairs)
-    return Spread(ours.median / theirs.median, *_ends(each), each)
+    return spread([mine / other for mine, other in pairs])
 
 
 def alternate(contenders: Sequence[Callable[[], float]], repetitions: int, warm_up: int = 0) -> list[Spread]:

@@ -24,13 +24,19 @@ def test_many_measurements_are_summed_up_by_their_quartiles() -> None:
     assert (found.median, found.low, found.high) == (50.5, 25.75, 75.25)
 
 
-def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_the_pairs() -> None:
+def test_a_ratio_is_taken_in_each_repetition() -> None:
     from pglimits_bench._measure import ratio, spread
 
     found = ratio(spread([10.0, 20.0, 60.0]), spread([5.0, 4.0, 20.0]))
-    assert (found.median, found.low, found.high) == (4.0, 2.0, 5.0)
+    assert (found.median, found.low, found.high) == (3.0, 2.0, 5.0)
     unequal = ratio(spread([10.0]), spread([5.0, 2.0]))
-    assert (unequal.low, unequal.high) == (2.0, 5.0)
+    assert (unequal.median, unequal.low, unequal.high) == (3.5, 2.0, 5.0)
+    # Of these, the ratio of the medians (4) is outside of the quartiles (1 and 2).
+    apart = ratio(
+        spread([1.0, 2.0, 1.0, 4.0, 4.0, 1.0, 4.0, 4.0, 1.0, 4.0, 4.0]),
+        spread([1.0, 1.0, 1.0, 2.0, 4.0, 1.0, 1.0, 1.0, 4.0, 2.0, 4.0]),
+    )
+    assert (apart.median, apart.low, apart.high) == (1.0, 1.0, 2.0)
 
 
 def test_contenders_take_turns_and_a_warm_up_does_not_count() -> None:

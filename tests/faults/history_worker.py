@@ -1,0 +1,336 @@
+"""A worker of the histories: asks, holds, releases at random, and writes down what it knew and when.
+
+python history_worker.py '{"dsn": …, "kind": "sync", …}'     works until its standard input ends
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import psycopg
+
+from pglimits import (
+    AcquireTimeout,
+    AsyncLimiter,
+    LeaseLost,
+    Limiter,
+    LimiterUnavailable,
+    QueueFull,
+    SlotsExceedLimit,
+)
+
+EXPECTED = (AcquireTimeout, LeaseLost, LimiterUnavailable, QueueFull, SlotsExceedLimit)
+
+
+class Cancelled(Exception):
+    """A task was cancelled while it asked or held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker does.
+
+    Attributes:
+        kind: sync, async or sql.
+        log: the file that it writes to.
+        asks: what it asks for, one of these each time: {"slots": {name: slots}, "keys": [...], "rate": bool}.
+        hold: how many seconds it holds a lease, at most.
+        lease: lease_duration, seconds.
+        timeouts: how many seconds it waits, one of these each time; null for ever.
+        at_once: how many threads or tasks it has.
+        limiter: arguments of its Limiter.
+        seed: of its random numbers.
+    """
+
+    dsn: str
+    name: str
+    kind: str
+    log: str
+    asks: Sequence[Mapping[str, Any]]
+    seed: int
+    hold: float = 0.1
+    lease: float = 2.0
+    timeouts: Sequence[float | None] = (None, 0, 1, 5)
+    at_once: int = 4
+    limiter: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Log:
+    """Writes lines that outlive a kill."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._file = os.open(plan.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._name = plan.name
+
+    def say(self, attempt: str, what: str, at: float | None = None, **more: Any) -> None:
+        line = json.dumps([time.time() if at is None else at, self._name, attempt, what, more])
+        os.write(self._file, line.encode() + b"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One thing asked for."""
+
+    attempt: str
+    slots: Mapping[str, int]
+    key: str
+    rate: bool
+    priority: int
+    timeout: float | None
+    hold: float
+
+    @property
+    def names(self) -> dict[Any, int]:
+        return {(name, self.key): slots for name, slots in self.slots.items()}
+
+
+class Held(Protocol):
+    """What a lease is to its holder."""
+
+    @property
+    def id(self) -> uuid.UUID: ...
+    @property
+    def fences(self) -> Sequence[int | None]: ...
+    @property
+    def lost(self) -> bool: ...
+
+
+class Worker:
+    """What all kinds have in common. ``ended`` says when to stop."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.log = Log(plan)
+        self.random = random.Random(plan.seed)
+        self.ended = threading.Event()
+
+    def next(self) -> Ask:
+        asked = self.random.choice(self.plan.asks)
+        ask = Ask(
+            uuid.UUID(int=self.random.getrandbits(128)).hex,
+            asked["slots"],
+            self.random.choice(asked.get("keys", [""])),
+            bool(asked.get("rate")),
+            self.random.choice(asked.get("priorities", [0])),
+            self.random.choice(self.plan.timeouts),
+            self.random.random() * self.plan.hold,
+        )
+        self.log.say(
+            ask.attempt, "asked", slots=dict(ask.slots), key=ask.key, rate=ask.rate, priority=ask.priority,
+            timeout=ask.timeout,
+        )  # fmt: skip
+        return ask
+
+    def steps(self, ask: Ask, lease: Held) -> Iterator[float]:
+        """Hold a lease: how long to sleep, again and again. Says what is known of it."""
+        fences = [fence for fence in lease.fences if fence is not None]
+        self.say_held(ask, "granted", lease, lease_id=str(lease.id), fences=fences)
+        until = time.monotonic() + ask.hold
+        while (left := until - time.monotonic()) > 0:
+            yield min(left, 0.02)
+            self.say_held(ask, "still", lease)
+        self.say_held(ask, "leaving", lease)
+
+    def say_held(self, ask: Ask, what: str, lease: Held, **more: Any) -> None:
+        at = time.time()  # before it is known: what is not lost after it was not lost then
+        self.log.say(ask.attempt, what, at, lost=lease.lost, **more)
+
+    @contextlib.contextmanager
+    def noted(self, ask: Ask) -> Iterator[None]:
+        """Says how it went on. Errors that nobody expects end the worker."""
+        try:
+            yield
+        except AcquireTimeout:
+            self.log.say(ask.attempt, "refused" if ask.timeout == 0 else "timed out")
+        except Cancelled:
+            self.log.say(ask.attempt, "cancelled")
+        except EXPECTED as error:
+            self.log.say(ask.attempt, "failed", error=type(error).__name__, message=str(error)[:200])
+        except Exception as error:
+            self.log.say(ask.attempt, "unexpected", error=repr(error)[:500])
+            raise
+        else:
+            self.log.say(ask.attempt, "went" if ask.rate else "left")
+
+
+def work_in_threads(worker: Worker) -> None:
+    with Limiter(worker.plan.dsn, **worker.plan.limiter) as limiter:
+
+        def work() -> None:
+            while not worker.ended.is_set():
+                ask = worker.next()
+                with worker.noted(ask):
+                    if ask.rate:
+                        limiter.rate_limit(ask.names, timeout_seconds=ask.timeout, strict=True)
+                        continue
+                    with limiter.concurrency(
+                        ask.names, timeout_seconds=ask.timeout, lease_duration=worker.plan.lease,
+                        priority=ask.priority, strict=True, raise_on_lease_renewal_failure=False,
+                    ) as lease:  # fmt: skip
+                        for seconds in worker.steps(ask, lease):
+                            time.sleep(seconds)
+
+        run_threads(worker, work)
+
+
+def run_threads(worker: Worker, work: Any) -> None:
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(worker.plan.at_once)]
+    for thread in threads:
+        thread.start()
+    worker.ended.wait()
+    for thread in threads:
+        thread.join()
+
+
+async def work_in_tasks(worker: Worker) -> None:
+    async with AsyncLimiter(worker.plan.dsn, **worker.plan.limiter) as limiter:
+
+        async def work() -> None:
+            while not worker.ended.is_set():
+                ask = worker.next()
+                with worker.noted(ask):
+                    # Some give up by cancelling.
+                    bound = worker.random.random() if worker.random.random() < 0.1 else None
+                    try:
+                        async with asyncio.timeout(bound):
+                            await once(ask)
+                    except TimeoutError as error:
+                        if isinstance(error, AcquireTimeout):
+                            raise
+                        raise Cancelled from None
+
+        async def once(ask: Ask) -> None:
+            if ask.rate:
+                await limiter.rate_limit(ask.names, timeout_seconds=ask.timeout, strict=True)
+                return
+            async with limiter.concurrency(
+                ask.names, timeout_seconds=ask.timeout, lease_duration=worker.plan.lease, priority=ask.priority,
+                strict=True, raise_on_lease_renewal_failure=False,
+            ) as lease:  # fmt: skip
+                for seconds in worker.steps(ask, lease):
+                    await asyncio.sleep(seconds)
+
+        async def until_ended() -> AsyncIterator[None]:
+            while not worker.ended.is_set():
+                yield
+                await asyncio.sleep(0.05)
+
+        tasks = [asyncio.create_task(work()) for _ in range(worker.plan.at_once)]
+        async for _ in until_ended():
+            if any(task.done() for task in tasks):
+                break
+        await asyncio.gather(*tasks)
+
+
+class SqlLease:
+    """A lease of plain SQL that nobody renews: lost when it ends."""
+
+    def __init__(self, lease_id: uuid.UUID, fences: Sequence[int | None], ends: float) -> None:
+        self._id, self._fences, self._ends = lease_id, fences, ends
+
+    @property
+    def id(self) -> uuid.UUID:
+        return self._id
+
+    @property
+    def fences(self) -> Sequence[int | None]:
+        return self._fences
+
+    @property
+    def lost(self) -> bool:
+        return time.time() >= self._ends
+
+
+def work_in_sql(worker: Worker) -> None:
+    """Asks with ids of its own, and repeats whatever got no answer: that must act once."""
+
+    def work() -> None:
+        connection: psycopg.Connection[Any] | None = None
+
+        def run(query: str, *parameters: Any) -> Any:
+            nonlocal connection
+            while True:
+                try:
+                    if connection is None or connection.closed:
+                        connection = psycopg.connect(worker.plan.dsn, autocommit=True)
+                    return connection.execute(query.encode(), parameters).fetchone()
+                except psycopg.OperationalError:
+                    if connection is not None:
+                        connection.close()
+                    time.sleep(0.05)
+
+        while not worker.ended.is_set():
+            ask = worker.next()
+            if ask.rate:
+                status, wait = run(
+                    "select status, extract(epoch from wait)::float8 from pglimits.rate_limit(%s::text[], %s::int[],"
+                    " keys => %s::text[], wait => '10 seconds')",
+                    list(ask.slots), list(ask.slots.values()), [ask.key],
+                )  # fmt: skip
+                if status == "granted":
+                    time.sleep(wait)
+                worker.log.say(ask.attempt, "went" if status == "granted" else "refused")
+                continue
+            began = time.monotonic()
+            lease_id = uuid.UUID(ask.attempt)
+            while True:
+                answer = run(
+                    "select status, fences, extract(epoch from expires_at)::float8,"
+                    " extract(epoch from retry_after)::float8 from pglimits.acquire(%s::text[], %s::int[], %s::text[],"
+                    " lease_duration => make_interval(secs => %s), wait => make_interval(secs => %s),"
+                    " priority => %s, lease_id => %s)",
+                    list(ask.slots), list(ask.slots.values()), [ask.key], worker.plan.lease,
+                    3e6 if ask.timeout is None else ask.timeout, ask.priority, lease_id,
+                )  # fmt: skip
+                status, fences, ends, retry_after = answer
+                over = worker.ended.is_set() or (ask.timeout and time.monotonic() - began > ask.timeout)
+                if status != "queued":
+                    break
+                if over:
+                    run("select pglimits.release(%s::uuid)", lease_id)
+                    status = "timed out"
+                    break
+                time.sleep(min(retry_after, 0.05))
+            if status == "granted":
+                lease = SqlLease(lease_id, fences, ends)
+                for seconds in worker.steps(ask, lease):
+                    time.sleep(seconds)
+                run("select pglimits.release(%s::uuid)", lease_id)
+                status = "left"
+            worker.log.say(ask.attempt, status)
+
+    run_threads(worker, work)
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    worker = Worker(Plan(**json.loads(sys.argv[1])))
+
+    def until_told() -> None:
+        sys.stdin.read()
+        worker.ended.set()
+
+    threading.Thread(target=until_told, daemon=True).start()
+    print("ready", flush=True)
+    if worker.plan.kind == "sync":
+        work_in_threads(worker)
+    elif worker.plan.kind == "async":
+        asyncio.run(work_in_tasks(worker))
+    else:
+        work_in_sql(worker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The checker of histories finds every breach of a promise, and nothing where they are kept. No server needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from history import Change, History, Said, Tolerance, check, longest_idle, read_log, slots_gone
+
+
+class Story:
+    """A history, told step by step: each step is a transaction of its own unless ``together``."""
+
+    def __init__(self, limit: int = 1, rate: float = 0.0) -> None:
+        self.changes: list[Change] = []
+        self.said: list[Any] = []
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.fence = 0
+        self.tx = 0
+        self.configure(0.0, limit, rate)
+
+    def change(
+        self, at: float, what: str, row: dict[str, Any] | None, lease_id: str = "", together: bool = False
+    ) -> None:
+        self.tx += not together
+        was = self.rows.pop((what, lease_id), None)
+        if row is not None:
+            self.rows[what, lease_id] = row
+        self.changes.append(Change(len(self.changes), self.tx, at, what, was, row))
+
+    def configure(self, at: float, limit: int, rate: float = 0.0, active: bool = True) -> None:
+        row = {"limit_id": 1, "name": "database", "limit": limit, "slot_decay_per_second": rate, "active": active}
+        self.change(at, "configs", row)
+
+    def waits(
+        self, at: float, lease_id: str, slots: int = 1, rank: int = 0, alive_until: float = 1000.0, **more: Any
+    ) -> None:
+        row = {
+            "limit_id": 1,
+            "key": "",
+            "lease_id": lease_id,
+            "slots": slots,
+            "rank": rank,
+            "turn": None,
+            "arrival": at,
+        }
+        self.change(at, "queue", row | {"expires_at": alive_until, "several": False} | more, lease_id)
+
+    def leaves(self, at: float, lease_id: str, together: bool = False) -> None:
+        self.change(at, "queue", None, lease_id, together)
+
+    def granted(
+        self, at: float, lease_id: str, slots: int = 1, ends: float = 1000.0, fence: int | None = None, rank: int = 0,
+        together: bool = False,
+    ) -> None:  # fmt: skip
+        self.fence = self.fence + 1 if fence is None else fence
+        row = {"limit_id": 1, "key": "", "lease_id": lease_id, "slots": slots, "fence": self.fence, "priority": -rank}
+        self.change(at, "leases", row | {"acquired_at": at, "expires_at": ends}, lease_id, together)
+
+    def renewed(self, at: float, lease_id: str, ends: float, **more: Any) -> None:
+        self.change(at, "leases", self.rows["leases", lease_id] | {"expires_at": ends} | more, lease_id)
+
+    def ended(self, at: float, lease_id: str, together: bool = False) -> None:
+        self.change(at, "leases", None, lease_id, together)
+
+    def say(self, at: float, attempt: str, what: str, **more: Any) -> None:
+        self.said.append(Said(at, "worker", attempt, what, more))
+
+    def asked(self, at: float, attempt: str, slots: int = 1, **more: Any) -> None:
+        self.say(at, attempt, "asked", slots={"database": slots}, key="", priority=0, **more)
+
+    def held(self, attempt: str, begin: float, end: float, fence: int, slots: int = 1) -> None:
+        """A client's word that it held a lease, whose id is that of the attempt."""
+        self.asked(begin, attempt, slots)
+        self.say(begin, attempt, "granted", lease_id=attempt, fences=[fence], lost=False)
+        self.say((begin + end) / 2, attempt, "still", lost=False)
+        self.say(end, attempt, "leaving", lost=False)
+
+    def history(self, end: float = 2000.0) -> History:
+        return History(self.changes, sorted(self.said, key=lambda said: said.at), end)
+
+    def breaks(self, tolerance: Tolerance | None = None) -> list[str]:
+        return [violation.promise for violation in check(self.history(), tolerance)]
+
+
+def a_queue_that_moves_on() -> Story:
+    story = Story(limit=2)
+    story.granted(1, "a")
+    story.granted(2, "b")
+    story.waits(3, "wide", slots=2)
+    story.waits(4, "first", rank=-1)
+    story.ended(5, "a")
+    story.leaves(5, "first", together=True)
+    story.granted(5, "first", rank=-1, together=True)
+    story.renewed(6, "b", ends=1010)
+    story.ended(7, "first")
+    story.ended(8, "b")
+    story.leaves(8, "wide", together=True)
+    story.granted(8, "wide", slots=2, together=True)
+    story.ended(9, "wide")
+    for attempt, begin, end, fence, slots in (
+        ("a", 1.5, 4.5, 1, 1), ("b", 2.5, 7.5, 2, 1), ("first", 5.5, 6.5, 3, 1), ("wide", 8.1, 8.9, 4, 2),
+    ):  # fmt: skip
+        story.held(attempt, begin, end, fence, slots)
+    story.asked(6, "refused")
+    story.say(6.1, "refused", "refused")
+    return story
+
+
+def test_a_history_that_keeps_every_promise_is_found_to() -> None:
+    assert a_queue_that_moves_on().breaks() == []
+
+
+def too_many(story: Story) -> None:
+    story.granted(10, "x", slots=2)
+    story.granted(11, "y")
+    story.ended(12, "x")
+    story.ended(12, "y")
+
+
+def after_shrinking(story: Story) -> None:
+    story.granted(10, "x")
+    story.configure(11, 1)
+    story.granted(12, "y")
+    story.ended(13, "x")
+    story.ended(13, "y")
+
+
+def back_from_the_dead(story: Story) -> None:
+    story.granted(10, "x", ends=12)
+    story.renewed(20, "x", ends=22)
+
+
+def believed_too_long(story: Story) -> None:
+    story.granted(10, "x", ends=12)
+    story.held("x", 10.1, 12.1, story.fence)
+
+
+def two_at_once_by_their_own_word(story: Story) -> None:
+    for attempt in ("x", "y", "z"):
+        story.granted(10, attempt)
+        story.ended(10.0001, attempt)
+        story.held(attempt, 10.5, 11, story.fence)
+
+
+def never_granted(story: Story) -> None:
+    story.held("x", 10, 11, 77)
+
+
+def out_of_order(story: Story) -> None:
+    story.granted(10, "x", slots=2)
+    story.waits(11, "next")
+    story.waits(12, "second")
+    story.ended(13, "x")
+    story.leaves(13, "second", together=True)
+    story.granted(13, "second", together=True)
+    story.leaves(14, "next")
+    story.ended(15, "second")
+
+
+def a_newcomer_passes(story: Story) -> None:
+    story.granted(10, "x")
+    story.waits(11, "wide", slots=2)
+    story.granted(12, "newcomer")
+    story.leaves(13, "wide")
+    story.ended(14, "x")
+    story.ended(14, "newcomer")
+
+
+def a_lower_priority_passes(story: Story) -> None:
+    story.granted(10, "x", slots=2)
+    story.waits(11, "low", rank=1)
+    story.waits(12, "high", rank=-1)
+    story.ended(13, "x")
+    story.leaves(13, "low", together=True)
+    story.granted(13, "low", rank=1, together=True)
+    story.leaves(13.5, "high")
+    story.ended(14, "low")
+
+
+def idling(story: Story) -> None:
+    story.granted(10, "x", slots=2)
+    story.waits(11, "next")
+    story.ended(12, "x")
+    story.leaves(15, "next")
+    story.granted(15, "next", together=True)
+    story.ended(16, "next")
+
+
+def idling_after_an_end(story: Story) -> None:
+    story.granted(10, "x", slots=2, ends=12)
+    story.waits(11, "next")
+    story.ended(15, "x")
+    story.leaves(15, "next", together=True)
+    story.granted(15, "next", together=True)
+    story.ended(16, "next")
+
+
+def fences_fall(story: Story) -> None:
+    story.granted(10, "x", fence=3)
+    story.ended(11, "x")
+
+
+def granted_twice(story: Story) -> None:
+    story.granted(10, "x")
+    story.granted(11, "x")
+    story.ended(12, "x")
+
+
+def held_at_the_end(story: Story) -> None:
+    story.granted(10, "x", ends=3000)
+
+
+def waiting_at_the_end(story: Story) -> None:
+    story.configure(9, 0)
+    story.waits(10, "x", alive_until=3000)
+
+
+def refused_though_free(story: Story) -> None:
+    story.asked(20, "x")
+    story.say(20.1, "x", "refused")
+
+
+@pytest.mark.parametrize(
+    ("breach", "promise"),
+    [
+        (too_many, "Never too many"),
+        (after_shrinking, "Never too many"),
+        (back_from_the_dead, "Never too many"),
+        (believed_too_long, "Never too many"),
+        (two_at_once_by_their_own_word, "Never too many"),
+        (never_granted, "Nothing is lost"),
+        (out_of_order, "In order"),
+        (a_newcomer_passes, "In order"),
+        (a_lower_priority_passes, "In order"),
+        (idling, "No idling"),
+        (idling_after_an_end, "No idling"),
+        (fences_fall, "Fences rise"),
+        (granted_twice, "Once"),
+        (held_at_the_end, "Nothing is lost"),
+        (waiting_at_the_end, "Nothing is lost"),
+        (refused_though_free, "No false refusal"),
+    ],
+)
+def test_a_breach_is_found(breach: Callable[[Story], None], promise: str) -> None:
+    story = a_queue_that_moves_on()
+    breach(story)
+    assert promise in story.breaks()
+
+
+def test_a_rate_limit_that_is_too_fast_is_found_and_one_at_its_full_rate_is_not() -> None:
+    def story(gap: float) -> Story:
+        told = Story(limit=2, rate=10)
+        for number in range(50):
+            turn = max(number - 1, 0) * gap
+            told.asked(turn - 0.001, str(number), rate=True)
+            told.say(turn, str(number), "went")
+        return told
+
+    assert story(0.1).breaks() == []
+    assert "Never too fast" in story(0.09).breaks()
+
+
+def test_slow_answers_do_not_look_too_fast() -> None:
+    """A turn may have come long before its caller heard of it."""
+    story = Story(limit=2, rate=10)
+    for number in range(20):
+        story.asked(number * 0.1, str(number), rate=True)
+        story.say(2 + number * 0.001, str(number), "went")
+    assert story.breaks() == []
+    assert slots_gone(story.history(), "database")[0] == (2.0, 1)
+
+
+def test_slots_are_not_idle_while_the_server_is_away_or_the_waiter_dead_or_too_wide() -> None:
+    story = a_queue_that_moves_on()
+    idling(story)
+    assert story.breaks(Tolerance(away=[(12.5, 14.9)])) == []
+    assert longest_idle(story.history()) == pytest.approx(3)
+
+    story = a_queue_that_moves_on()
+    story.waits(10, "dead", alive_until=11)
+    story.leaves(20, "dead")
+    story.waits(21, "too wide", slots=3)
+    story.leaves(30, "too wide")
+    assert story.breaks() == []
+
+
+def test_one_that_dies_or_leaves_may_be_passed() -> None:
+    story = a_queue_that_moves_on()
+    story.granted(10, "x", slots=2)
+    story.waits(11, "dead", alive_until=12)
+    story.waits(11.5, "gone")
+    story.waits(11.7, "second")
+    story.ended(13, "x")
+    story.leaves(13, "gone", together=True)
+    story.leaves(13, "second", together=True)
+    story.granted(13, "second", together=True)
+    story.ended(14, "second")
+    story.leaves(14, "dead")
+    assert story.breaks() == []
+
+
+def test_a_torn_last_line_of_a_killed_worker_is_passed_over(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text('[1.5, "sync 0", "a", "asked", {"slots": {}}]\n[2.5, "sync 0", "a", "gra')
+    assert [(said.at, said.what) for said in read_log(log)] == [(1.5, "asked")]

@@ -6,6 +6,7 @@ PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds), PGLI
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -89,15 +90,8 @@ class Workers:
 
     def kill(self, process: subprocess.Popen[str]) -> None:
         process.kill()
-        self._close(process)
+        process.communicate(timeout=90)
         self.running.remove(process)
-
-    def _close(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(90)
 
     def end(self) -> None:
         """Have all of them finish what they do, and end."""
@@ -106,8 +100,9 @@ class Workers:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
+            process.stdin = None  # communicate would flush it
         for process in self.running:
-            self._close(process)
+            process.communicate(timeout=90)
             assert process.returncode == 0, self.errors()
         self.running.clear()
 
@@ -161,9 +156,7 @@ class Run:
             what="for everything to come back",
         )
         found = history.read(self.dsn, [log for workers in self._all for log in workers.logs])
-        tolerance = tolerance or Tolerance()
-        tolerance = Tolerance(tolerance.wake_up, tolerance.visible, self.server.away)
-        wrong = [each for each in history.check(found, tolerance) if each.promise not in allowed]
+        wrong = [each for each in history.check(found, self.tolerance(tolerance)) if each.promise not in allowed]
         if wrong:
             evidence = self.folder / "history.pickle"
             evidence.write_bytes(pickle.dumps(found))
@@ -171,6 +164,10 @@ class Run:
         unexpected = [said for said in found.said if said.what == "unexpected"]
         assert not unexpected, unexpected[:3]
         return found
+
+    def tolerance(self, tolerance: Tolerance | None = None) -> Tolerance:
+        """The same, and that nobody can be granted anything while the server is away."""
+        return dataclasses.replace(tolerance or Tolerance(), away=self.server.away)
 
     def abandon(self) -> None:
         for workers in self._all:

@@ -186,14 +186,14 @@ def check(history: History, tolerance: Tolerance | None = None, ended: bool = Tr
 def _replays(history: History, tolerance: Tolerance) -> dict[Key, _Replay]:
     configs: dict[int, list[Change]] = defaultdict(list)
     places: dict[Key, list[Change]] = defaultdict(list)
-    arrivals: dict[str, float] = {}
+    arrivals: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for change in history.changes:
         if change.what == "configs":
             configs[int(change.row["limit_id"])].append(change)
             continue
         places[change.place].append(change)
         if change.what == "queue" and change.row["turn"] is None:
-            arrivals[change.row["lease_id"]] = change.row["arrival"]
+            arrivals[change.row["lease_id"]].append((change.seq, change.row["arrival"]))
     return {
         place: _Replay(place, tolerance, arrivals).run([*configs[place[0]], *of_place], history.end)
         for place, of_place in places.items()
@@ -239,7 +239,7 @@ class _Moment:
 class _Replay:
     """Goes through what happened to one (limit, key), and finds what breaks a promise."""
 
-    def __init__(self, place: Key, tolerance: Tolerance, arrivals: Mapping[str, float]) -> None:
+    def __init__(self, place: Key, tolerance: Tolerance, arrivals: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         self.place = place
         self.tolerance = tolerance
         self.arrivals = arrivals
@@ -282,7 +282,7 @@ class _Replay:
         self.found.append(Violation(promise, f"{self.name}: {what}"))
 
     def _apply(self, transaction: Sequence[Change]) -> None:
-        granted: list[Row] = []
+        granted: list[Change] = []
         served = {change.row["lease_id"] for change in transaction if change.what == "leases" and change.was is None}
         left = {change.row["lease_id"] for change in transaction if change.what == "queue" and change.becomes is None}
         in_line = {lease_id: row for lease_id, row in self.queue.items() if lease_id not in left - served}
@@ -302,11 +302,11 @@ class _Replay:
                 self.leases.pop(was["lease_id"], None)
                 self._lived(was, change.at)
             elif was is None:
-                granted.append(becomes)
+                granted.append(change)
             elif lease_id not in served:
                 self._renewed(was, becomes, change.at)
-        for row in sorted(granted, key=lambda row: int(row["fence"])):
-            self._granted(row, in_line)
+        for change in sorted(granted, key=lambda change: int(change.row["fence"])):
+            self._granted(change.row, in_line, change.seq)
         for change in transaction:  # what became of those that it granted
             if change.what == "leases" and change.row["lease_id"] in served:
                 self.leases.pop(change.row["lease_id"], None)
@@ -318,7 +318,7 @@ class _Replay:
             (lease["acquired_at"], min(until, lease["expires_at"]), int(lease["fence"]))
         )
 
-    def _granted(self, row: Row, in_line: Mapping[str, Row]) -> None:
+    def _granted(self, row: Row, in_line: Mapping[str, Row], seq: int) -> None:
         lease_id, now = str(row["lease_id"]), float(row["acquired_at"])
         if self.config is None:
             return self._wrong("Never too many", f"{lease_id} was granted though the limit is gone")
@@ -331,7 +331,8 @@ class _Replay:
         before = self.leases.get(lease_id)
         if before is not None and before["expires_at"] > now:
             self._wrong("Once", f"{lease_id} was granted while it was held")
-        mine = (-row["priority"], self.arrivals.get(lease_id, now))
+        arrived = [arrival for noted, arrival in self.arrivals.get(lease_id, ()) if noted < seq]
+        mine = (-row["priority"], arrived[-1] if arrived else now)
         for other in in_line.values():
             live = other["turn"] is None and other["expires_at"] > now and other["slots"] <= self.config["limit"]
             if live and (other["rank"], other["arrival"]) < mine and other["lease_id"] not in self.leases:

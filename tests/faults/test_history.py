@@ -46,7 +46,7 @@ def test_nothing_happens(run: Run, asks: Asks) -> None:
     run.workers(asks)
     run.let(lambda: None)
     found = run.finish(CALM)
-    assert granted(found) > SECONDS * 10
+    assert granted(found) > SECONDS
     assert not [said for said in found.said if said.what == "failed"]
 
 
@@ -128,7 +128,7 @@ def test_the_server_crashes_in_the_middle_of_batches(run: Run, asks: Asks) -> No
     run.workers(asks, kinds=("async", "sync"), at_once=100, hold=0.01, timeouts=[None, 1], lease=5.0)
     run.let(lambda: run.server.restart("crash"), every=1.0)
     found = run.finish(ROUGH)
-    assert granted(found) > SECONDS * 10
+    assert granted(found) > SECONDS
 
 
 @of("one", "several")
@@ -136,7 +136,7 @@ def test_a_crash_without_durability_forgets_nothing_but_the_last_moments(run: Ru
     run.workers(asks, kinds=("sync", "async"), limiter={"durable": False, "on_unavailable": "wait"}, lease=5.0)
     run.let(lambda: run.server.restart("crash"), every=1.0)
     found = run.finish(ROUGH, allowed=["Nothing is lost", "Never too many", "Fences rise"])
-    assert granted(found) > SECONDS * 10
+    assert granted(found) > SECONDS
     forgotten = {
         said.attempt
         for said in found.said

@@ -1,6 +1,7 @@
 """What the histories share: workers that are processes, a run that is checked at its end, and what is asked for.
 
-PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds), PGLIMITS_FAULT_SEED which of them.
+PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds), PGLIMITS_FAULT_SEED which of them, and
+PGLIMITS_FAULT_REPORT names a file to which each adds a line of JSON that sums it up.
 """
 
 from __future__ import annotations
@@ -115,9 +116,10 @@ class Workers:
 class Run:
     """One history: a server that writes it down, workers, and what happens to them."""
 
-    def __init__(self, server: Cluster, dsn: str, folder: Path, wait_until: Callable[..., Any]) -> None:
-        self.server, self.dsn, self.folder, self.wait_until = server, dsn, folder, wait_until
+    def __init__(self, name: str, server: Cluster, dsn: str, folder: Path, wait_until: Callable[..., Any]) -> None:
+        self.name, self.server, self.dsn, self.folder, self.wait_until = name, server, dsn, folder, wait_until
         self.random = random.Random(SEED)
+        self.happened = 0
         self._all: list[Workers] = []
 
     def workers(
@@ -143,6 +145,7 @@ class Run:
         while time.monotonic() < until:
             time.sleep(self.random.random() * 2 * every)
             happen()
+            self.happened += 1
 
     def finish(self, tolerance: Tolerance | None = None, allowed: Sequence[str] = ()) -> history.History:
         """End the work, wait until everything has come back, and check the history."""
@@ -157,6 +160,7 @@ class Run:
         )
         found = history.read(self.dsn, [log for workers in self._all for log in workers.logs])
         wrong = [each for each in history.check(found, self.tolerance(tolerance)) if each.promise not in allowed]
+        self.report(found, wrong)
         if wrong:
             evidence = self.folder / "history.pickle"
             evidence.write_bytes(pickle.dumps(found))
@@ -164,6 +168,24 @@ class Run:
         unexpected = [said for said in found.said if said.what == "unexpected"]
         assert not unexpected, unexpected[:3]
         return found
+
+    def report(self, found: history.History, wrong: Sequence[history.Violation]) -> None:
+        """Add a line to the report, if one is wanted."""
+        if "PGLIMITS_FAULT_REPORT" not in os.environ:
+            return
+        line = {
+            "test": self.name,
+            "postgresql": self.server.binaries.version,
+            "seed": SEED,
+            "seconds": SECONDS,
+            "happened": self.happened,
+            "asked": sum(said.what == "asked" for said in found.said),
+            "granted": granted(found),
+            "idle": round(history.longest_idle(found, self.tolerance()), 3),
+            "violations": len(wrong),
+        }
+        with Path(os.environ["PGLIMITS_FAULT_REPORT"]).open("a") as report:
+            report.write(json.dumps(line) + "\n")
 
     def tolerance(self, tolerance: Tolerance | None = None) -> Tolerance:
         """The same, and that nobody can be granted anything while the server is away."""
@@ -175,13 +197,13 @@ class Run:
 
 
 @pytest.fixture
-def run(server: Any, tmp_path: Path, wait_until: Callable[..., Any]) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest, server: Any, tmp_path: Path, wait_until: Callable[..., Any]) -> Iterator[Run]:
     chosen = _embedded.Binaries(server.bin, server.version)
     with cluster(chosen, {"max_connections": "200", "deadlock_timeout": "500ms"}) as own:
         dsn = own.start()
         _install.install(dsn)
         history.record(dsn)
-        started = Run(own, dsn, tmp_path, wait_until)
+        started = Run(request.node.name, own, dsn, tmp_path, wait_until)
         started.sql("select pglimits.create_limit('database', 3), pglimits.create_limit('licence', 2)")
         started.sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('api', 5, 50)")
         try:

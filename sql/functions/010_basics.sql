@@ -1,7 +1,8 @@
 -- The clock, the errors, and the checks of what callers pass.
 --
 -- The bodies of the smallest functions are not strings: names in them are looked up once, when the function is made, so they
--- need no search_path, and PostgreSQL puts them in place of their calls, which then cost nothing.
+-- need no search_path, and PostgreSQL puts them in place of their calls, which then cost nothing. All others name pg_temp, last:
+-- where a search_path does not name it, the names of types are looked up there before all else, in what the caller planted.
 
 -- The one clock. Read after the lock is held, never before.
 create or replace function pglimits._now()
@@ -27,7 +28,7 @@ create or replace function pglimits.errors()
 returns table (code text, kind text, meaning text)
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   values
     ('PL001', 'InvalidArgument', 'an argument is of the wrong form; nothing was changed'),
@@ -45,7 +46,7 @@ create or replace function pglimits._fail(kind text, message text, hint text def
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   error_code text := (select e.code from pglimits.errors() e where e.kind = _fail.kind);
@@ -63,7 +64,7 @@ create or replace function pglimits._name_error(argument text, value text, may_b
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if value is null then
@@ -103,7 +104,7 @@ create or replace function pglimits._limit_id(name text)
 returns bigint
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   found_id bigint;

@@ -18,7 +18,7 @@ create or replace function pglimits._until(config pglimits.configs, turn numeric
 returns interval
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   slots numeric := turn - pglimits._decayed(config, at);
@@ -40,7 +40,7 @@ create or replace function pglimits._lock(limit_id bigint, key text)
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state pglimits.states;
@@ -67,7 +67,7 @@ create or replace function pglimits._create_state(limit_id bigint, key text)
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   floor bigint;
@@ -93,7 +93,7 @@ create or replace function pglimits._save(state pglimits.states, was pglimits.st
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if state is not distinct from was then
@@ -118,7 +118,7 @@ create or replace function pglimits._tell(
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if channel is not null then
@@ -139,7 +139,7 @@ create or replace function pglimits._find_turn(
 returns pglimits._turn
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   found_turn pglimits._turn;
@@ -173,7 +173,7 @@ create or replace function pglimits._leaves_room(
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   pin record;
@@ -204,7 +204,7 @@ create or replace function pglimits._book(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   at pglimits._turn := pglimits._find_turn(state, config, slots, not_before);
@@ -224,7 +224,7 @@ create or replace function pglimits._unpin(state pglimits.states, up_to_turn num
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   pin record;
@@ -253,7 +253,7 @@ create or replace function pglimits._fits_at(
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   fits_at timestamptz := timestamptz '-infinity';
@@ -285,7 +285,7 @@ create or replace function pglimits._close_gaps(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
@@ -352,7 +352,7 @@ create or replace function pglimits._bury_sleepers(state pglimits.states, config
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
@@ -388,7 +388,7 @@ create or replace function pglimits._take_expired(state pglimits.states, now tim
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   freed bigint;
@@ -422,7 +422,7 @@ create or replace function pglimits._advance(state pglimits.states, config pglim
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   head pglimits.queue;
@@ -508,7 +508,7 @@ create or replace function pglimits._take_slots(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if config.slot_decay_per_second > 0 then
@@ -535,7 +535,7 @@ create or replace function pglimits._hand_over(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   ends timestamptz;
@@ -569,7 +569,7 @@ create or replace function pglimits._settle(state pglimits.states, config pglimi
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if now >= state.next_expiry then

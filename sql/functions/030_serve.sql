@@ -26,7 +26,7 @@ create or replace function pglimits._argument_error(
 returns text
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   fault constant text := case
@@ -61,7 +61,7 @@ create or replace function pglimits._check_request(
 returns pglimits._request
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- The parts.
@@ -174,7 +174,7 @@ create or replace function pglimits._impossible(
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if for_rate and slot_decay_per_second = 0 then
@@ -193,7 +193,7 @@ create or replace function pglimits._in_lock_order(request pglimits._request)
 returns pglimits._request
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   new_places integer[];
@@ -218,7 +218,7 @@ create or replace function pglimits._answer_again(request pglimits._request, now
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -266,7 +266,7 @@ create or replace function pglimits._in_use(request pglimits._request)
 returns pglimits._answer
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -285,7 +285,7 @@ create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- Never waits for a row: whoever has it locked claims it, renews it or ends it right now.
@@ -311,7 +311,7 @@ create or replace function pglimits._survey(
 returns pglimits._findings
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   findings pglimits._findings;
@@ -380,7 +380,7 @@ create or replace function pglimits._common_turn(
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   go_at timestamptz := now;
@@ -414,7 +414,7 @@ create or replace function pglimits._take_turn(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
@@ -459,7 +459,7 @@ create or replace function pglimits._enqueue(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if arrival is null then
@@ -488,7 +488,7 @@ create or replace function pglimits._lengthen(state pglimits.states, waiters big
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end,
@@ -506,7 +506,7 @@ create or replace function pglimits._bury_waiters(state pglimits.states, now tim
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   buried integer;
@@ -537,7 +537,7 @@ create or replace function pglimits._leave(state pglimits.states, mine pglimits.
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from pglimits.queue q
@@ -556,7 +556,7 @@ create or replace function pglimits._queue_full(state pglimits.states, config pg
 returns text
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if config.max_waiters <= (
@@ -581,7 +581,7 @@ create or replace function pglimits._may_not_wait(
 returns text
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   problem text;
@@ -605,7 +605,7 @@ create or replace function pglimits._gather(requests pglimits._request[])
 returns pglimits._places
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   places pglimits._places;
@@ -635,7 +635,7 @@ create or replace function pglimits._locate(request pglimits._request, places pg
 returns integer[]
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   at integer[] := array[]::integer[];
@@ -654,7 +654,7 @@ create or replace function pglimits._lock_all(places pglimits._places)
 returns pglimits.states[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   states pglimits.states[];
@@ -681,7 +681,7 @@ create or replace function pglimits._note_fence(fences bigint[], places integer[
 returns bigint[]
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   for n in 1 .. cardinality(places) loop
@@ -700,7 +700,7 @@ create or replace function pglimits._turn_in(lease_id uuid, now timestamptz)
 returns interval
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select max(case when q.turn is not null then pglimits._until(c, q.turn, now) end)
@@ -717,7 +717,7 @@ create or replace function pglimits._take(
 returns pglimits._decision
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -760,7 +760,7 @@ create or replace function pglimits._decide(
 returns pglimits._decision
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   findings pglimits._findings := pglimits._survey(request, at, states, configs, mine, now);
@@ -819,7 +819,7 @@ create or replace function pglimits._serve_runs(
 returns pglimits._served
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   served pglimits._served;
@@ -931,7 +931,7 @@ create or replace function pglimits._serve(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   places pglimits._places := pglimits._gather(requests);

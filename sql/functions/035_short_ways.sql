@@ -13,7 +13,7 @@ create or replace function pglimits._take_alike(
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   wanted constant bigint := slots::bigint * cardinality(lease_ids);
@@ -92,7 +92,7 @@ create or replace function pglimits._turns_alike(
   channel text, out status text, out waits double precision[], out retry_after interval)
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   wanted constant numeric := slots::bigint * cardinality(lease_ids);
@@ -199,7 +199,7 @@ create or replace function pglimits._not_each_its_own(lease_ids uuid[], holders 
 returns boolean
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000)
@@ -214,7 +214,7 @@ create or replace function pglimits._are_known(lease_ids uuid[])
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
@@ -228,7 +228,7 @@ create or replace function pglimits._release_alike(lease_ids uuid[])
 returns uuid[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state record;

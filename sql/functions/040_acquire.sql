@@ -13,7 +13,7 @@ create or replace function pglimits._glance(request pglimits._request, settled b
 returns pglimits._findings
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state pglimits.states;
@@ -55,7 +55,7 @@ create or replace function pglimits._unused(limit_id bigint, key text)
 returns pglimits.states
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state pglimits.states;
@@ -77,7 +77,7 @@ create or replace function pglimits._as_settled(state pglimits.states, now times
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   head record;
@@ -110,7 +110,7 @@ create or replace function pglimits._answer_at_once(request pglimits._request)
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -150,7 +150,7 @@ create or replace function pglimits._answer_all(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   served pglimits._request[];
@@ -191,7 +191,7 @@ create or replace function pglimits._answer(request pglimits._request)
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer := pglimits._answer_at_once(request);
@@ -220,7 +220,7 @@ create or replace function pglimits._position(lease_id uuid)
 returns integer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   mine pglimits.queue;
@@ -269,7 +269,7 @@ returns pglimits.acquired
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -314,7 +314,7 @@ returns pglimits.acquired_one
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -349,7 +349,7 @@ returns pglimits.reserved
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -386,7 +386,7 @@ returns pglimits.reserved
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -424,7 +424,7 @@ returns pglimits.peeked
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -479,7 +479,7 @@ returns pglimits.peeked
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -498,7 +498,7 @@ create or replace function pglimits._check_requests(requests jsonb)
 returns pglimits._request[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   checked pglimits._request[];
@@ -544,7 +544,7 @@ returns table (
   wait interval, missing text[], error text, message text)
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   checked pglimits._request[] := pglimits._check_requests(requests);
@@ -572,7 +572,7 @@ returns table (
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -624,7 +624,7 @@ returns jsonb
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -694,7 +694,7 @@ create or replace function pglimits._for_this_call(durable boolean, patience int
 returns text
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   before text;

@@ -5,7 +5,7 @@ create or replace function pglimits._check_ids(lease_ids uuid[])
 returns void
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if lease_ids is null or array_position(lease_ids, null) is not null then
@@ -22,7 +22,7 @@ returns table (lease_id uuid, renewed boolean, expires_at timestamptz)
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -67,7 +67,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -89,7 +89,7 @@ create or replace function pglimits._release(lease_ids uuid[])
 returns uuid[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   place record;
@@ -125,7 +125,7 @@ returns uuid[]
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -155,7 +155,7 @@ returns table (lease_id uuid, released boolean)
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -177,7 +177,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -198,7 +198,7 @@ create or replace function pglimits._release_at(limit_id bigint, key text, lease
 returns uuid[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   was pglimits.states := pglimits._lock(limit_id, key);
@@ -281,7 +281,7 @@ returns table (
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -375,7 +375,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -392,7 +392,7 @@ comment on function pglimits.may_sleep(uuid) is
   'Whether a queued request has nothing to do yet. Cheap: reads its own row only. False: call watch.';
 
 -- Waits in plain SQL. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits,
--- so everything in it is qualified, the operators too.
+-- so everything in it is qualified, the operators and the types too.
 create or replace procedure pglimits.acquire_wait(
   name text,
   slots integer default 1,
@@ -410,11 +410,11 @@ create or replace procedure pglimits.acquire_wait(
 language plpgsql
 as $$
 declare
-  request_id uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
-  started timestamptz := pg_catalog.clock_timestamp();
+  request_id pg_catalog.uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
+  started pg_catalog.timestamptz := pg_catalog.clock_timestamp();
   remaining interval := wait;
   answer pglimits.acquired_one;
-  news record;
+  news pg_catalog.record;
 begin
   -- Fails at once, with nothing taken, where a transaction is open around the call.
   commit;
@@ -465,7 +465,7 @@ create or replace function pglimits._uuid(lease_id text)
 returns uuid
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if lease_id is null or lease_id !~* '^\{?([0-9a-f]{4}-?){8}\}?$' then
@@ -481,7 +481,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -498,7 +498,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off

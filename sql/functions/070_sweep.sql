@@ -6,7 +6,7 @@ returns table (leases integer, waiters integer, keys integer)
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -77,7 +77,7 @@ create or replace function pglimits._sweep_idle_keys(max_keys integer, idle_sinc
 returns integer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   config pglimits.configs;

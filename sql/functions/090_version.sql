@@ -2,7 +2,7 @@ create or replace function pglimits.version()
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select '0.1.0'
 $$;

@@ -214,6 +214,15 @@ class Db:
         check_consistent(self.main)
 
 
+def member(db: Db, role: str | None, name: str) -> Session:
+    """A session of a login role that is a member of nothing but that."""
+    db.main.run(f"drop role if exists {name}")
+    db.main.run(f"create role {name} login" + (f" in role {role}" if role else ""))
+    session = db.session()
+    session.run(f"set session authorization {name}")
+    return session
+
+
 @contextmanager
 def fails(sqlstate: str, *words: str) -> Iterator[None]:
     """The block has to fail with that SQLSTATE, and a message with those words in it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
-from sqltest import Db, Session, tables
+from sqltest import Clock, Db, Session, tables
 
 NAMES = {
     "null": "null::text",
@@ -34,6 +34,12 @@ KEYS = {
     "C1 control": "U&'\\009f'",
 }
 SLOTS = {"null": "null::int", "zero": "0", "negative": "-1", "least": "-2147483648"}
+MONTHS_AGAINST_DAYS = {  # compared as intervals they seem to be from 1 second to 366 days, as a year has 360 there
+    "negative against days": "'-1 year 361 days'",
+    "far too long against days": "'5000 years -1799999 days'",
+    "beyond all timestamps": "'5965000 years -2147399999 days'",
+    "before all timestamps": "'-5965000 years 2147400001 days'",
+}
 DURATIONS = {
     "null": "null::interval",
     "zero": "'0'",
@@ -42,6 +48,7 @@ DURATIONS = {
     "too long": "'367 days'",
     "huge": "'178000000 years'",
     "least": "'-178000000 years'",
+    **MONTHS_AGAINST_DAYS,
 }
 WAITS = {"negative": "'-1 microsecond'", "least": "'-178000000 years'"}
 PRIORITIES = {"null": "null::int", "too high": "1000001", "too low": "-1000001", "least": "-2147483648"}
@@ -71,6 +78,7 @@ SLOTS_ARRAYS = {
     "empty": "'{}'::int[]",
     "nested": "'{{1,1}}'::int[]",
     "too few": "array[1, 1, 1]",
+    "far too many": "array_fill(1, array[100000])",
     "null element": "array[1, null]",
     "zero": "array[0]",
     "negative": "array[1, -1]",
@@ -80,6 +88,7 @@ KEYS_ARRAYS = {
     "empty": "'{}'::text[]",
     "nested": "'{{a,b}}'::text[]",
     "too many": "array['a', 'b', 'c']",
+    "far too many": "array_fill(repeat('k', 200), array[10000])",
     "null element": "array['a', null]",
     "control": "array[e'\\n']",
 }
@@ -91,9 +100,18 @@ RATES = {
 MAX_WAITERS = {"negative": "-2", "least": "-2147483648"}
 DESCRIPTIONS = {"too long": "repeat('x', 2001)"}
 IDS = {"null": "null::uuid"}
-TEXT_IDS = {"null": "null::text", "empty": "''", "word": "'x'", "too short": "'0123'", "newline": "e'\\n'"}
-ID_ARRAYS = {"null": "null::uuid[]", "null element": "array[null]::uuid[]"}
-PATIENCES = {"zero": "'0'", "negative": "'-1 second'", "too long": "'21 days'", "huge": "'178000000 years'"}
+TEXT_IDS = {
+    "null": "null::text", "empty": "''", "word": "'x'", "too short": "'0123'", "newline": "e'\\n'",
+    "one brace": "'{' || gen_random_uuid()", "other brace": "gen_random_uuid() || '}'",
+    "dash at the end": "repeat('0', 32) || '-'",
+}  # fmt: skip
+ID_ARRAYS = {
+    "null": "null::uuid[]", "null element": "array[null]::uuid[]", "nested": "array[array[gen_random_uuid()]]",
+    "nested square": "array_fill(gen_random_uuid(), array[2, 2])",
+}  # fmt: skip
+PATIENCES = {
+    "zero": "'0'", "negative": "'-1 second'", "too long": "'21 days'", "huge": "'178000000 years'", **MONTHS_AGAINST_DAYS,
+}  # fmt: skip
 CRON = {"null": "null::interval", "zero": "'0'", "negative": "'-1 minute'", "too long": "'2 days'"}
 
 ACQUIRE = {
@@ -162,7 +180,10 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str]]]] = {
         "", "",
         {
             "max_keys": {"null": "null::int", "zero": "0", "negative": "-1"},
-            "idle": {"null": "null::interval", "negative": "'-1 second'"},
+            "idle": {
+                "null": "null::interval", "negative": "'-1 second'", "negative against days": "'-1 year 361 days'",
+                "before all": "'-5965000 years 2147400001 days'",
+            },
         },
     ),
     "cron_enable": ("", "", {"every": CRON}),
@@ -295,3 +316,13 @@ def test_extreme_but_good_values_work(s: Session) -> None:
     assert s.limit("slow").waiting == 1
     s.run("select pglimits.sweep(idle => '178000000 years')")
     s.run("select pglimits.sweep(2147483647, '0')")
+    s.run("select pglimits.sweep(idle => '5965000 years -2147399999 days')")
+
+
+def test_a_sweep_counts_more_slots_than_an_integer_holds(clock: Clock, s: Session) -> None:
+    s.create("huge", 2_147_483_647)
+    for key in ("a", "b"):
+        s.acquire("huge", slots=2_147_483_647, key=key)
+    clock.advance(301)
+    assert s.sweep().leases == 2_147_483_647
+    assert s.limit("huge").held == 0

@@ -86,14 +86,15 @@ comment on function pglimits._name_error(text, text, boolean) is
   'What is wrong with a name or a key, or null. Names: 1 to 200 characters, no control character, none of / % & > <. '
   'Keys: 0 to 200 characters, no control character.';
 
--- What is wrong with a lease duration, or null.
+-- What is wrong with a lease duration, or null. It is looked at in seconds, as it is used: compared as intervals, a year has
+-- 360 days.
 create or replace function pglimits._duration_error(lease_duration interval)
 returns text
 language sql
 stable
 return case
   when lease_duration is null then 'lease_duration must not be null'
-  when lease_duration < interval '1 second' or lease_duration > interval '366 days'
+  when extract(epoch from lease_duration) not between 1 and 31622400
     then 'lease_duration must be from 1 second to 366 days, not ' || lease_duration
 end;
 

@@ -4,7 +4,7 @@
 -- index scans only: a sequential or bitmap scan, chosen while a table had one page, would walk all the dead versions of the
 -- next hour. And with jit = off, since such plans look expensive enough to be compiled.
 -- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a
--- plan made on empty tables may take the index on (limit_id, key, …) instead, and walk all that was ever there. For the same
+-- plan made on empty tables may take the index on (limit_id, key, ...) instead, and walk all that was ever there. For the same
 -- reason whether its turn is null is asked of the row that was found, never in the where clause: two indexes have just such rows.
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
@@ -701,7 +701,7 @@ declare
 begin
   if durable is null then
     perform pglimits._fail('InvalidArgument', 'durable must not be null');
-  elsif patience <= interval '0' or patience > interval '20 days' then
+  elsif extract(epoch from patience) <= 0 or extract(epoch from patience) > 1728000 then
     perform pglimits._fail('InvalidArgument', format('patience must be above 0 and at most 20 days, not %s', patience));
   end if;
   if not durable then

@@ -21,7 +21,7 @@ declare
   removed integer;
   problem text := case
     when max_keys is null or max_keys < 1 then format('max_keys must be at least 1, not %s', coalesce(max_keys::text, 'null'))
-    when idle is null or idle < interval '0' then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
+    when idle is null or extract(epoch from idle) < 0 then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
   end;
 begin
   if problem is not null then
@@ -44,7 +44,7 @@ begin
     continue when was.limit_id is null;
     select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
     state := pglimits._take_expired(was, now);
-    leases := leases + (was.held - state.held);
+    leases := least(leases::bigint + (was.held - state.held), 2147483647);
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at <= now;
     get diagnostics removed = row_count;
@@ -63,7 +63,7 @@ begin
     end if;
     perform pglimits._save(state, was, now);
   end loop;
-  keys := pglimits._sweep_idle_keys(max_keys, now - least(idle, interval '1000 years'), now);
+  keys := pglimits._sweep_idle_keys(max_keys, now - make_interval(secs => least(extract(epoch from idle), 3e10)::double precision), now);
   return next;
 end $$;
 

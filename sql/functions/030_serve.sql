@@ -46,7 +46,8 @@ begin
   if fault is null then
     return null;
   end if;
-  return format(fault, cardinality(names), slots, keys, wait, left(channel, 60), priority, length(holder::text));
+  return format(fault, cardinality(names), left(slots::text, 60), left(keys::text, 60), wait, left(channel, 60),
+                priority, length(holder::text));
 end $$;
 
 comment on function pglimits._argument_error(

@@ -7,13 +7,20 @@ language plpgsql
 immutable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  problem constant text := case
+    when lease_ids is null then 'lease_ids must not be null'
+    when array_ndims(lease_ids) > 1 then 'lease_ids must be a flat array'
+    when array_position(lease_ids, null) is not null then 'lease_ids must not contain null'
+  end;
 begin
-  if lease_ids is null or array_position(lease_ids, null) is not null then
-    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null, nor contain null');
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
   end if;
 end $$;
 
-comment on function pglimits._check_ids(uuid[]) is 'Raises InvalidArgument for a null list of lease ids, or a null in it.';
+comment on function pglimits._check_ids(uuid[]) is
+  'Raises InvalidArgument for a list of lease ids that is null or nested, and for a null in it.';
 
 -- Renews leases. Needs no state: it only moves an end further away. Rows are locked in the order of
 -- (limit id, key, lease id), as everywhere.
@@ -468,7 +475,8 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if lease_id is null or lease_id !~* '^\{?([0-9a-f]{4}-?){8}\}?$' then
+  if lease_id is null
+     or lease_id !~* '^(([0-9a-f]{4}-?){7}[0-9a-f]{4}|[{]([0-9a-f]{4}-?){7}[0-9a-f]{4}[}])$' then
     perform pglimits._fail('InvalidArgument', format('lease_id must be a UUID, not %L', left(lease_id, 60)));
   end if;
   return lease_id::uuid;

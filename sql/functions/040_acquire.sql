@@ -492,6 +492,46 @@ end $$;
 comment on function pglimits.peek(text, integer, text, interval, integer, boolean, boolean) is
   'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
 
+-- What requests of a batch have in common, if its members are of the types that they are read as. Else an error that names one.
+create or replace function pglimits._typed(kind jsonb)
+returns jsonb
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- What a path cannot tell, because a member is not there, is no fault.
+  problem constant text := case
+    when kind @@ 'strict exists($.names ? (@.type() != "null" && (@.type() != "array" ||
+                             exists(@[*] ? (@.type() != "string" && @.type() != "null")))))'
+      then 'names must be an array of strings'
+    when kind @@ 'strict exists($.keys ? (@.type() != "null" && (@.type() != "array" ||
+                             exists(@[*] ? (@.type() != "string" && @.type() != "null")))))'
+      then 'keys must be an array of strings'
+    when kind @@ 'strict exists($.slots ? (@.type() != "null" && (@.type() != "array" ||
+                             exists(@[*] ? (@.type() != "number" && @.type() != "null" ||
+                                            @ < -2147483648 || @ > 2147483647 || @ != @.floor())))))'
+      then 'slots must be an array of integers'
+    when kind @@ 'strict exists($.priority ? (@.type() != "number" && @.type() != "null" ||
+                                              @ < -2147483648 || @ > 2147483647 || @ != @.floor()))'
+      then 'priority must be an integer'
+    when kind @@ 'strict exists($.lease_duration ? (@.type() == "array" || @.type() == "object" || @.type() == "boolean"))'
+      then 'lease_duration must be an interval'
+    when kind @@ 'strict exists($.strict ? (@.type() != "boolean" && @.type() != "null"))'
+      then 'strict must be a boolean'
+    when kind @@ 'strict exists($.for_rate ? (@.type() != "boolean" && @.type() != "null"))'
+      then 'for_rate must be a boolean'
+  end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  return kind;
+end $$;
+
+comment on function pglimits._typed(jsonb) is
+  'What requests of a batch have in common. Raises InvalidArgument where a member is of the wrong type.';
+
 -- Checks the requests of a batch. Most of them ask alike: what is the same is checked once, and copied for each who asks; where
 -- that has found something, or what is each one's own may be wrong, each is checked by itself.
 create or replace function pglimits._check_requests(requests jsonb)
@@ -512,7 +552,7 @@ begin
            coalesce(r.lease_duration, '5 minutes') as lease_duration, coalesce(r.priority, 0) as priority,
            coalesce(r.strict, false) as strict, r.channel, coalesce(r.for_rate, false) as for_rate
     from (select distinct a.kind from asked a) k
-    cross join lateral jsonb_to_record(k.kind) as r(
+    cross join lateral jsonb_to_record(pglimits._typed(k.kind)) as r(
       names text[], slots integer[], keys text[], lease_duration interval, priority integer, strict boolean,
       channel text, for_rate boolean)
   ), models as materialized (
@@ -581,11 +621,14 @@ as $$
 declare
   lock_timeout text;
 begin
-  if requests is null or jsonb_typeof(requests) <> 'array' then
+  if requests is null or jsonb_typeof(requests) <> 'array' or requests @? 'strict $[*] ? (@.type() != "object")' then
     perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
   elsif jsonb_array_length(requests) > 10000 then
     perform pglimits._fail('InvalidArgument',
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
+  elsif requests @? 'strict $[*] ? (exists(@.lease_id ? (@.type() != "null" && (@.type() != "string" ||
+                     !(@ like_regex "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$" flag "i")))))' then
+    perform pglimits._fail('InvalidArgument', 'lease_id must be a UUID in each of requests');
   end if;
   lock_timeout := pglimits._for_this_call(durable, patience);
   return query select a.* from pglimits._answer_many(requests) a;

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
-from sqltest import Clock, Db, Session, tables
+from sqltest import Clock, Db, Session, changes_nothing, fails, tables
 
 NAMES = {
     "null": "null::text",
@@ -110,7 +110,8 @@ ID_ARRAYS = {
     "nested square": "array_fill(gen_random_uuid(), array[2, 2])",
 }  # fmt: skip
 PATIENCES = {
-    "zero": "'0'", "negative": "'-1 second'", "too long": "'21 days'", "huge": "'178000000 years'", **MONTHS_AGAINST_DAYS,
+    "zero": "'0'", "negative": "'-1 second'", "too long": "'21 days'", "huge": "'178000000 years'",
+    **MONTHS_AGAINST_DAYS,
 }  # fmt: skip
 CRON = {"null": "null::interval", "zero": "'0'", "negative": "'-1 minute'", "too long": "'2 days'"}
 
@@ -326,3 +327,34 @@ def test_a_sweep_counts_more_slots_than_an_integer_holds(clock: Clock, s: Sessio
     clock.advance(301)
     assert s.sweep().leases == 2_147_483_647
     assert s.limit("huge").held == 0
+
+
+MEMBERS = {
+    "names": ('"database"', "1", "{}", '[["database"]]', "[1]", '[{"a": 1}]'),
+    "slots": ("1", '"{1}"', "[1.5]", "[99999999999]", "[-2147483649]", '["1"]', "[[1]]", "[true]"),
+    "keys": ('"k"', "[1]", '[["k"]]', "{}"),
+    "lease_duration": ("{}", "[]", "true"),
+    "priority": ('"1"', "1.5", "2147483648", "1e300", "[]", "{}", "true"),
+    "strict": ('"maybe"', "1", "[]", "{}"),
+    "for_rate": ('"true"', "1", "[]", "{}"),
+    "lease_id": ('"x"', '""', "1", "[]", "{}", "true", '"00000000-0000-0000-0000-00000000000g"'),
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_member_of_the_wrong_type_is_an_error_that_names_it(s: Session, member: str) -> None:
+    s.create("database", 5)
+    for value in MEMBERS[member]:
+        text = value if member == "names" else f'["database"], "{member}": {value}'
+        for requests in (f'[{{"names": {text}}}]', f'[{{"names": ["database"]}}, {{"names": {text}}}]'):
+            with changes_nothing(s), fails("PL001", member):
+                s.run("select * from pglimits.acquire_many(%s::jsonb)", requests)
+
+
+@pytest.mark.parametrize(
+    "requests", ["1", '"x"', "{}", "null", "[1]", "[null]", '["x"]', "[[]]", '[{"names": ["database"]}, 1]']
+)
+def test_requests_that_are_no_objects_are_an_error(s: Session, requests: str) -> None:
+    s.create("database", 5)
+    with changes_nothing(s), fails("PL001", "requests"):
+        s.run("select * from pglimits.acquire_many(%s::jsonb)", requests)

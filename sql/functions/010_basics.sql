@@ -74,7 +74,7 @@ begin
   elsif length(value) > 200 or value = '' then
     return format('%s must have %s to 200 characters, not %s: %L', argument,
                   case when may_be_empty then 0 else 1 end, length(value), left(value, 40));
-  elsif value ~ '[\u0001-\u001f\u007f-\u009f]' then
+  elsif value ~ e'[\\u0001-\\u001f\\u007f-\\u009f]' then  -- as it stands, whatever standard_conforming_strings is
     return format('%s must not contain control characters: %s', argument, to_json(value));
   elsif not may_be_empty and value ~ '[/%&><]' then
     return format('%s must not contain any of / %% & > <: %L', argument, value);

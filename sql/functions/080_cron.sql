@@ -10,7 +10,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   seconds numeric := extract(epoch from every);
-  parts integer[] := (regexp_match(extension_version, '^(\d+)\.(\d+)'))::integer[];
+  parts integer[] := (regexp_match(extension_version, '^([0-9]+)[.]([0-9]+)'))::integer[];
   minutes integer;
 begin
   if every is null or seconds < 1 or seconds > 86400 then

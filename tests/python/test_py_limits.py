@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import os
 import socket
+import threading
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,7 +16,19 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
-from wrappertest import Api, AsyncApi, Connection, WaitUntil, event_loop, held, nothing_left, open_api, value, waiting
+from wrappertest import (
+    Api,
+    AsyncApi,
+    Connection,
+    WaitUntil,
+    event_loop,
+    held,
+    in_thread,
+    nothing_left,
+    open_api,
+    value,
+    waiting,
+)
 
 import pglimits
 from pglimits import (
@@ -653,6 +666,48 @@ def test_a_deeply_nested_holder_is_an_argument_error(api: Api) -> None:
     circular.append(circular)
     with pytest.raises(InvalidArgument, match="holder"):
         api.acquire("database", holder=circular)
+
+
+@pytest.mark.parametrize(
+    "written", ["1e5000", '{"n": -1e4999}', "[" * 3000 + "]" * 3000, '{"a":' * 150 + "1" + "}" * 150],
+    ids=["many digits", "many digits within", "nested 3000 deep", "nested 150 deep"],
+)  # fmt: skip
+def test_a_holder_that_is_too_much_for_python_hides_nobody(api: Api, conn: Connection, written: str) -> None:
+    """SQL takes it from anybody who may acquire; whoever looks has to see the others, and it as well."""
+    api.create("database", 2)
+    conn.execute("select pglimits.acquire('database', holder => %s::jsonb)", [written])
+    conn.execute("select pglimits.acquire('database', holder => '[{}]')")
+    conn.execute("select pglimits.acquire('database', slots => 2, wait => null, holder => %s::jsonb)", [written])
+    strange, ordinary = sorted(api.holders(), key=lambda held: held.fence)
+    text = value(conn, "select %s::jsonb::text", [written])
+    assert (strange.holder, ordinary.holder) == (text, [{}])
+    assert [waiter.holder for waiter in api.waiters()] == [text]
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "\udc80", "x" * 10_000, "\u00e9 \U0001f512"])
+def test_the_default_holder_takes_any_name_of_a_thread_or_task(api: Api, name: str) -> None:
+    """Nobody passed it: it is no reason to refuse a slot."""
+    api.create("database", 1)
+
+    def take() -> str:
+        threading.current_thread().name = name
+        with api.limiter.concurrency("database", timeout_seconds=0):
+            (holder,) = api.limiter.holders()
+            return str(holder.holder["thread"])
+
+    async def take_in_loop() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.set_name(name)
+        async with api.limiter.concurrency("database", timeout_seconds=0):
+            (holder,) = await api.limiter.holders()
+            return str(holder.holder["task"])
+
+    if isinstance(api, AsyncApi):
+        shown = asyncio.run_coroutine_threadsafe(take_in_loop(), api.loop).result(60)
+    else:
+        shown = in_thread(take).result(60)
+    assert shown == name[:200].replace("\x00", "?").replace("\udc80", "?")
 
 
 def test_a_holder_with_a_literal_backslash_u0000_is_fine(api: Api) -> None:

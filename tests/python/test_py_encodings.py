@@ -1,0 +1,69 @@
+"""Databases in other encodings than UTF-8: a cluster of a bare machine has SQL_ASCII."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from typing import Protocol
+
+import psycopg
+import pytest
+
+from pglimits import AsyncLimiter, InvalidArgument, Limiter, _install
+
+
+class Server(Protocol):
+    def dsn(self, dbname: str) -> str: ...
+
+
+@pytest.fixture(params=["SQL_ASCII", "LATIN1", "WIN1252", "EUC_JP"])
+def encoded_dsn(request: pytest.FixtureRequest, server: Server) -> Iterator[str]:
+    """Of a database in that encoding, with pglimits installed."""
+    dbname = f"encoded_{uuid.uuid4().hex}"
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as connection:
+        options = f"template template0 encoding '{request.param}' lc_collate 'C' lc_ctype 'C'"
+        connection.execute(f"create database {dbname} {options}".encode())
+        try:
+            _install.install(server.dsn(dbname))
+            yield server.dsn(dbname)
+        finally:
+            connection.execute(f"drop database {dbname} with (force)".encode())
+
+
+def test_threads_take_and_show_what_is_not_ascii(encoded_dsn: str) -> None:
+    with Limiter(encoded_dsn) as limiter:
+        for name in ("database", "\u00e9t\u00e9"):
+            limiter.upsert(name, limit=2, description=name)
+            with limiter.concurrency(name, holder={name: ["\u00fc", None]}, key=name, timeout_seconds=0) as lease:
+                (held,) = limiter.holders()
+                assert (held.lease_id, held.name, held.key, held.holder) == (
+                    lease.id,
+                    name,
+                    name,
+                    {name: ["\u00fc", None]},
+                )
+                assert limiter.get(name).held == 1
+        with limiter.concurrency(["database", "\u00e9t\u00e9"], timeout_seconds=0):
+            assert {held.name for held in limiter.holders()} == {"database", "\u00e9t\u00e9"}
+        with pytest.raises(InvalidArgument, match="name must not contain control characters"):
+            limiter.create("a\nb", limit=1)
+
+
+async def _in_a_loop(dsn: str) -> None:
+    async with AsyncLimiter(dsn) as limiter:
+        await limiter.upsert("\u00e9t\u00e9", limit=1)
+        async with limiter.concurrency("\u00e9t\u00e9", holder="\u00fc", timeout_seconds=0):
+            assert [(held.name, held.holder) for held in await limiter.holders()] == [("\u00e9t\u00e9", "\u00fc")]
+
+
+def test_tasks_take_and_show_what_is_not_ascii(encoded_dsn: str) -> None:
+    asyncio.run(_in_a_loop(encoded_dsn))
+
+
+def test_patterns_mean_the_same_with_backslashes_as_escapes(encoded_dsn: str) -> None:
+    with psycopg.connect(encoded_dsn, autocommit=True, options="-c standard_conforming_strings=off") as connection:
+        for bad in ("e'a\\nb'", "e'a\\x7fb'"):
+            with pytest.raises(psycopg.Error) as caught:
+                connection.execute(f"select pglimits.acquire({bad})".encode())
+            assert caught.value.sqlstate == "PL001"

@@ -132,8 +132,8 @@ def holder(value: object) -> str:
     dump = getattr(value, "model_dump", None)
     plain = dump(mode="json") if callable(dump) else value
     try:
-        encoded = json.dumps(plain, allow_nan=False)
-        json.dumps(plain, ensure_ascii=False).encode()
+        encoded = json.dumps(plain, allow_nan=False, ensure_ascii=False)
+        encoded.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"holder must be JSON: {error}") from None
     if re.search(r"(?<!\\)(?:\\\\)*\\u0000", encoded):

@@ -39,14 +39,16 @@ class Busy(LimiterUnavailable):
     """Nothing was done and it may be tried again at once: a deadlock, a lock timeout, a serialization failure."""
 
 
+_ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
+"""How every connection of ours is opened, whatever the encoding of the database is."""
+
 _BUSY = {"40001", "40P01", "55P03"}
 
 
 def connect(conninfo: str, **options: Any) -> psycopg.Connection[Row]:
     """Open a connection in autocommit. Raises what ``translate`` says."""
-    options["autocommit"] = True
     try:
-        return psycopg.Connection.connect(conninfo, **options)
+        return psycopg.Connection.connect(conninfo, **{**_ALWAYS, **options})
     except psycopg.Error as error:
         raise translate(error) from error
 
@@ -276,7 +278,7 @@ class Database:
 
     async def _connect_in_loop(self) -> psycopg.AsyncConnection[Row]:
         try:
-            return await psycopg.AsyncConnection.connect(self.conninfo, autocommit=True, **self._connection_options())
+            return await psycopg.AsyncConnection.connect(self.conninfo, **{**_ALWAYS, **self._connection_options()})
         except psycopg.Error as error:
             raise translate(error) from error
 

@@ -99,7 +99,8 @@ def kind_of(
             "priority": priority,
             "strict": strict,
             "for_rate": for_rate,
-        }
+        },
+        ensure_ascii=False,
     )[:-1]
     alike = None
     if len(parts) == 1:

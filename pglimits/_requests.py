@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from json.encoder import encode_basestring_ascii
+from json.encoder import encode_basestring
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
@@ -32,14 +32,20 @@ T = TypeVar("T")
 def who(*, task: str | None = None) -> str:
     """The default holder, as JSON: host, pid, program, and the thread or task."""
     if task is not None:
-        return f'{_this_process(os.getpid())},"task":{encode_basestring_ascii(task)}}}'
-    return f'{_this_process(os.getpid())},"thread":{encode_basestring_ascii(threading.current_thread().name)}}}'
+        return f'{_this_process(os.getpid())},"task":{encode_basestring(_storable(task))}}}'
+    return f'{_this_process(os.getpid())},"thread":{encode_basestring(_storable(threading.current_thread().name))}}}'
+
+
+def _storable(name: str) -> str:
+    """A name that nobody passed, as the database takes it."""
+    return name[:200].encode(errors="replace").decode().replace("\0", "?")
 
 
 @functools.lru_cache(maxsize=1)
 def _this_process(pid: int) -> str:
     program = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "python"  # noqa: PTH119
-    return json.dumps({"host": socket.gethostname(), "pid": pid, "program": program})[:-1]
+    who = {"host": _storable(socket.gethostname()), "pid": pid, "program": _storable(program)}
+    return json.dumps(who, ensure_ascii=False)[:-1]
 
 
 _random: list[bytes] = []

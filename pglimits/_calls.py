@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from . import _arguments, _sql
@@ -14,6 +15,9 @@ from .errors import InvalidArgument, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
 T = TypeVar("T")
+
+_DEEPEST = 100
+"""A holder nested deeper stays text, as whoever walks it would run out of stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,36 @@ def list_limits() -> Call[list[Limit]]:
 
 def holders(name: str | None) -> Call[list[Holder]]:
     named = _arguments.optional_text("name", name)
-    return Call(_sql.HOLDERS, (named,), lambda rows: [Holder(*row) for row in rows])
+    return Call(_sql.HOLDERS, (named,), lambda rows: [Holder(*_with_holder(row)) for row in rows])
+
+
+def _with_holder(row: Row) -> Row:
+    return (*row[:4], _holder(row[4]), *row[5:])
+
+
+def _holder(text: str | None) -> Any:
+    """A holder from its JSON. What is too much for Python, numbers of thousands of digits for instance, stays text."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    level = [found]
+    for _ in range(_DEEPEST):
+        if not level:
+            return found
+        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _items(outer)]
+    return text
+
+
+def _items(found: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return found.values() if isinstance(found, dict) else found
 
 
 def waiters(name: str | None) -> Call[list[Waiter]]:
     named = _arguments.optional_text("name", name)
-    return Call(_sql.WAITERS, (named,), lambda rows: [Waiter(*row) for row in rows])
+    return Call(_sql.WAITERS, (named,), lambda rows: [Waiter(*_with_holder(row)) for row in rows])
 
 
 def reset(name: str, key: str | None) -> Call[int]:

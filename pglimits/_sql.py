@@ -37,11 +37,11 @@ LIMITS = """
     from pglimits.limits where name = coalesce(%s::text, name) order by name"""
 
 HOLDERS = """
-    select lease_id, name, key, slots, holder, fence, priority, acquired_at, expires_at
+    select lease_id, name, key, slots, holder::text, fence, priority, acquired_at, expires_at
     from pglimits.holders where name = coalesce(%s::text, name) order by name, key, acquired_at, lease_id"""
 
 WAITERS = """
-    select lease_id, name, key, slots, holder, priority, "position", waiting_since
+    select lease_id, name, key, slots, holder::text, priority, "position", waiting_since
     from pglimits.waiters where name = coalesce(%s::text, name) order by name, key, "position" """
 
 CREATE = "select pglimits.create_limit(%s, %s::int, %s::float8, %s::bool, %s::int, %s::text)"

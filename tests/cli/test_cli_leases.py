@@ -149,6 +149,20 @@ def test_renew_moves_the_end_and_says_when_it_is_too_late(pglimits: Cli) -> None
     assert pglimits("renew", str(uuid4())).code == 1
 
 
+def test_what_holders_say_of_themselves_steers_no_terminal(pglimits: Cli, conn: Connection) -> None:
+    conn.execute("select pglimits.create_limit('open', 3)")
+    sly = {"host": "\x1b]0;title\x07\x1b[31m\x9b31m", "program": "x\n\rforged line", "\u202eturned": "\x7f\u2066"}
+    ask = "select pglimits.acquire('open', key => U&'\\202Ek', wait => null, holder => %s::jsonb)"
+    for holder in (sly, "\x1b[2J\nforged line", ["\x1b[2J", "\x85"], sly, "\x1b[2J"):
+        conn.execute(ask, [json.dumps(holder)])
+    for arguments in (["holders"], ["waiters"], ["holders", "-o", "json"], ["waiters", "-o", "json"]):
+        shown = pglimits(*arguments).out
+        assert "open" in shown
+        assert not [found for found in shown if found != "\n" and not found.isprintable()], shown
+        assert not [line for line in shown.splitlines() if line.startswith("forged")], shown
+    assert sly in [row["holder"] for row in pglimits("holders", "-o", "json").json]
+
+
 def test_holders_shows_who_since_when_and_how_long_still(pglimits: Cli, conn: Connection) -> None:
     assert pglimits("holders").out == "Nobody holds a slot.\n"
     assert pglimits("holders", "database").out == "Nobody holds a slot of limit 'database'.\n"

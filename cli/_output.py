@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
+
+_INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What could steer a terminal or turn a line around: control characters but the line feed, and marks of direction."""
 
 _WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
 
@@ -65,7 +69,12 @@ def plain(value: Any) -> Any:
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:
     """A result as JSON."""
-    return json.dumps(plain(value), indent=indent, ensure_ascii=False)
+    return _visible(json.dumps(plain(value), indent=indent, ensure_ascii=False))
+
+
+def _visible(written: str) -> str:
+    """The same with what could steer a terminal as JSON escapes it: a holder is anybody's to choose."""
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
 
 def show(output: Format, result: Any, *lines: str) -> None:
@@ -133,7 +142,7 @@ def text(value: object, style: str = "") -> Text:
     """A cell that is shown as it is: a name like ``[red]`` is no markup."""
     from rich.text import Text
 
-    return Text(str(value), style=style)
+    return Text(_visible(str(value)), style=style)
 
 
 def moment(at: datetime) -> str:
@@ -167,7 +176,11 @@ def count(how_many: float, singular: str, plural: str | None = None) -> str:
 
 
 def who(holder: Any) -> str:
-    """A holder as one short text: host, program, pid; else its JSON."""
+    """A holder as one short line: host, program, pid; else its JSON."""
+    return _who(holder).replace("\n", "\\n")
+
+
+def _who(holder: Any) -> str:
     if holder is None:
         return "-"
     if isinstance(holder, str):

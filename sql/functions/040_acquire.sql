@@ -500,26 +500,30 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- What a path cannot tell, because a member is not there, is no fault.
+  -- Numbers and booleans may be written as strings. What a path cannot tell, because a member is not there, is no fault.
   problem constant text := case
     when kind @@ 'strict exists($.names ? (@.type() != "null" && (@.type() != "array" ||
-                             exists(@[*] ? (@.type() != "string" && @.type() != "null")))))'
+                             exists(@[*] ? (@.type() == "array" || @.type() == "object")))))'
       then 'names must be an array of strings'
     when kind @@ 'strict exists($.keys ? (@.type() != "null" && (@.type() != "array" ||
-                             exists(@[*] ? (@.type() != "string" && @.type() != "null")))))'
+                             exists(@[*] ? (@.type() == "array" || @.type() == "object")))))'
       then 'keys must be an array of strings'
     when kind @@ 'strict exists($.slots ? (@.type() != "null" && (@.type() != "array" ||
-                             exists(@[*] ? (@.type() != "number" && @.type() != "null" ||
+                             exists(@[*] ? (@.type() != "number" && @.type() != "null" && @.type() != "string" ||
+                                            @.type() == "string" && !(@ like_regex "^[-+]?[0-9]{1,9}$") ||
                                             @ < -2147483648 || @ > 2147483647 || @ != @.floor())))))'
       then 'slots must be an array of integers'
-    when kind @@ 'strict exists($.priority ? (@.type() != "number" && @.type() != "null" ||
+    when kind @@ 'strict exists($.priority ? (@.type() != "number" && @.type() != "null" && @.type() != "string" ||
+                                              @.type() == "string" && !(@ like_regex "^[-+]?[0-9]{1,9}$") ||
                                               @ < -2147483648 || @ > 2147483647 || @ != @.floor()))'
       then 'priority must be an integer'
     when kind @@ 'strict exists($.lease_duration ? (@.type() == "array" || @.type() == "object" || @.type() == "boolean"))'
       then 'lease_duration must be an interval'
-    when kind @@ 'strict exists($.strict ? (@.type() != "boolean" && @.type() != "null"))'
+    when kind @@ 'strict exists($.strict ? (@.type() == "array" || @.type() == "object" || @.type() == "number" && @ != 0 && @ != 1 ||
+                                            @.type() == "string" && !(@ like_regex "^(true|false)$")))'
       then 'strict must be a boolean'
-    when kind @@ 'strict exists($.for_rate ? (@.type() != "boolean" && @.type() != "null"))'
+    when kind @@ 'strict exists($.for_rate ? (@.type() == "array" || @.type() == "object" || @.type() == "number" && @ != 0 && @ != 1 ||
+                                              @.type() == "string" && !(@ like_regex "^(true|false)$")))'
       then 'for_rate must be a boolean'
   end;
 begin

@@ -140,6 +140,7 @@ def _durable(case: Case) -> Iterator[Finding]:
 
 def _installed(case: Case) -> Iterator[Finding]:
     from pglimits import __version__
+    from pglimits._database import numbers
 
     if not case.one("select exists (select from pg_namespace where nspname = 'pglimits')"):
         yield Finding("installed", FAIL, "pglimits is not installed in this database", "pglimits install")
@@ -160,18 +161,14 @@ def _installed(case: Case) -> Iterator[Finding]:
     if there == __version__:
         yield Finding("installed", OK, f"pglimits {there}, the same as this command")
         return
-    older = _ordered(there) < _ordered(__version__)
-    status = WARN if _ordered(there)[:2] == _ordered(__version__)[:2] else FAIL
+    older = numbers(there) < numbers(__version__)
+    status = WARN if numbers(there)[:2] == numbers(__version__)[:2] else FAIL
     yield Finding(
         "installed",
         status,
         f"pglimits {there} in the database is {'older' if older else 'newer'} than this command, {__version__}",
         "pglimits upgrade" if older else "pip install --upgrade pglimits",
     )
-
-
-def _ordered(version: str) -> list[int]:
-    return [int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")]
 
 
 def _roles(case: Case) -> Iterator[Finding]:

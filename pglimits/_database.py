@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import selectors
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +43,13 @@ class Busy(LimiterUnavailable):
 _ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
 """How every connection of ours is opened, whatever the encoding of the database is."""
 
+_NOTHING_DONE = (Busy, VersionMismatch)
+
 _BUSY = {"40001", "40P01", "55P03"}
+_CHANGED = {"42883", "42P01", "42703", "42704", "42804", "XX000"}
+"""What a statement meets, at its start or in its middle, that counts on functions or tables of another version."""
+_CHANGED_RESULT = "0A000"
+"""The same of a prepared statement: the type of its result has changed."""
 
 
 def connect(conninfo: str, **options: Any) -> psycopg.Connection[Row]:
@@ -51,6 +58,21 @@ def connect(conninfo: str, **options: Any) -> psycopg.Connection[Row]:
         return psycopg.Connection.connect(conninfo, **{**_ALWAYS, **options})
     except psycopg.Error as error:
         raise translate(error) from error
+
+
+def numbers(version: str) -> list[int]:
+    """A version, to be compared."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return [int(part) for part in found[0].split(".")] if found else []
+
+
+def mismatch(there: str, what: str = "") -> VersionMismatch:
+    """What to say where the database has another version, and what to do about it."""
+    newer = numbers(there) > numbers(__version__)
+    return VersionMismatch(
+        f"the database has pglimits {there}, this is {__version__}{what}: "
+        + ("pip install --upgrade pglimits" if newer else "run pglimits upgrade")
+    )
 
 
 def translate(error: BaseException) -> PglimitsError:
@@ -72,7 +94,7 @@ def translate(error: BaseException) -> PglimitsError:
         )
     if state == "3F000":
         return NotInstalled("pglimits is not installed in this database: run pglimits install")
-    if state in ("42883", "42P01", "42703") and "pglimits" in message:
+    if (state in _CHANGED and "pglimits" in f"{message} {error.diag.context}") or state == _CHANGED_RESULT:
         return VersionMismatch(
             f"the pglimits in this database is not this version, {__version__} ({message}): run pglimits upgrade"
         )
@@ -111,6 +133,7 @@ class Database:
         self.options = options
         self.pooled = False
         self.checked = False
+        self._there: str | None = None
         self._pool = pool
         self._idle: list[psycopg.Connection[Row]] = []
         self._idle_in_loops: list[psycopg.AsyncConnection[Row]] = []
@@ -149,10 +172,10 @@ class Database:
                     return self._execute_in_pool(self._pool, sql, params, sender)
                 return self._execute(sql, params, sender)
             except psycopg.Error as error:
-                problem = translate(error)
+                problem = self.noticed(error)
                 if last or not worth_another_try(problem, error):
                     raise problem from error
-                sender.again = sender.again or not isinstance(problem, Busy)
+                sender.again = sender.again or not isinstance(problem, _NOTHING_DONE)
         raise AssertionError("unreachable")
 
     def _execute(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
@@ -164,8 +187,7 @@ class Database:
             connection = self.connect()
         sender.connection = connection
         try:
-            if not self.checked:
-                self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
+            self.check(connection)
             # Another connection may have been opened before this one found out that there is a pooler.
             rows = run(connection, sql, params, prepare=False if self.pooled else None)
         except (psycopg.Error, PglimitsError) as error:
@@ -181,7 +203,9 @@ class Database:
         if isinstance(error, psycopg.Error) and not error.sqlstate and isinstance(translate(error), LimiterUnavailable):
             # If one connection has gone stale, so have the others.
             self._drop_idle()
-        if not connection.closed:
+        if _is_stale(error):
+            self._drop(connection)
+        elif not connection.closed:
             idle.append(connection)
         if len(idle) > BATCHES_AT_ONCE:
             self._drop(idle.pop(0))
@@ -195,14 +219,15 @@ class Database:
             raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
         sender.connection = connection
         try:
-            if not self.checked:
-                self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
+            self.check(connection)
             rows = run(connection, sql, params, prepare=False if self.pooled else None)
             connection.commit()
         except (psycopg.Error, PglimitsError) as error:
             with contextlib.suppress(psycopg.Error):
                 connection.rollback()
             sender.connection = None
+            if _is_stale(error):
+                connection.close()
             pool.putconn(connection)
             if isinstance(error, psycopg.OperationalError):
                 pool.check()
@@ -227,11 +252,11 @@ class Database:
                         return await self._execute_in_async_pool(pool, sql, params)
                     return await self._execute_in_loop(sql, params, sender)
                 except psycopg.Error as error:
-                    problem = translate(error)
+                    problem = self.noticed(error)
                     if last or not worth_another_try(problem, error):
                         raise problem from error
-                    sender.again = sender.again or not isinstance(problem, Busy)
-                    if pool is not None and not isinstance(problem, Busy):
+                    sender.again = sender.again or not isinstance(problem, _NOTHING_DONE)
+                    if pool is not None and not isinstance(problem, _NOTHING_DONE):
                         await pool.check()
         finally:
             if sender.connection is not None and isinstance(sender, _Nobody):
@@ -261,7 +286,12 @@ class Database:
     ) -> list[Row]:
         try:
             async with pool.connection() as connection:
-                return await self._run_in_loop(connection, sql, params)
+                try:
+                    return await self._run_in_loop(connection, sql, params)
+                except psycopg.Error as error:
+                    if _is_stale(error):
+                        await connection.close()
+                    raise
         except PoolTimeout as error:
             raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
 
@@ -325,16 +355,31 @@ class Database:
             options["prepare_threshold"] = None
         return options
 
+    def noticed(self, error: BaseException) -> PglimitsError:
+        """What an error of a statement means. If another version may be there now, the next statement looks first."""
+        problem = translate(error)
+        if isinstance(problem, VersionMismatch):
+            self.checked = False
+            if self._there is not None and isinstance(error, psycopg.Error):
+                return mismatch(self._there, f" ({error.diag.message_primary})")
+        return problem
+
+    def check(self, connection: psycopg.Connection[Any]) -> None:
+        """Find out, on a first connection, whether the versions match, and whether there is a pooler."""
+        if not self.checked:
+            self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
+
     def check_on(self, row: Row, backend_pid: int) -> None:
-        """Note what a first connection has found out: whether the versions match, and whether there is a pooler."""
+        """Note what a first connection has found out: whether the versions match, and whether there is a pooler.
+
+        Versions that differ in their last number only serve each other, in both directions: where that is not so, the
+        number before it is raised.
+        """
         version, real_pid = row
-        ours, theirs = __version__.split(".")[:2], str(version).split(".")[:2]
+        ours, theirs = numbers(__version__)[:2], numbers(str(version))[:2]
         if ours != theirs:
-            older = [int(part) for part in theirs] < [int(part) for part in ours]
-            raise VersionMismatch(
-                f"the database has pglimits {version}, this is {__version__}: "
-                + ("run pglimits upgrade" if older else "pip install --upgrade pglimits")
-            )
+            raise mismatch(str(version))
+        self._there = str(version)
         # A pooler hands out a process id of its own.
         self.pooled = real_pid != backend_pid
         self.checked = True
@@ -345,8 +390,15 @@ class Database:
         self._drop_idle()
 
 
+def _is_stale(error: Exception | None) -> bool:
+    """Whether what a connection has prepared was made for what was there before."""
+    return isinstance(error, psycopg.Error) and isinstance(translate(error), VersionMismatch)
+
+
 def worth_another_try(problem: PglimitsError, error: psycopg.Error) -> bool:
     """Whether a statement that failed so may go through if it is sent again at once."""
+    if isinstance(problem, VersionMismatch):
+        return True  # an upgrade may have come in the middle
     return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("25006", "55P03", "57014", "53300")
 
 

@@ -27,7 +27,7 @@ from psycopg.adapt import Transformer
 from psycopg.pq import ConnStatus, ExecStatus, Format
 
 from . import _sql
-from ._database import Database, Row, translate
+from ._database import Database, Row
 from ._wake import Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
 
@@ -208,8 +208,9 @@ class Keeper:
                 self._wake_granted()
                 lost_at = lost_at or now
                 log.debug("the connection that waits was lost: %s", error)
+                problem = self._database.noticed(error)
                 if now - lost_at > LIVENESS:
-                    self._give_up(translate(error))
+                    self._give_up(problem)
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, 2.0)
         _close(connection, selector)
@@ -217,6 +218,7 @@ class Keeper:
     def _open(self) -> psycopg.Connection[Row]:
         connection = self._database.connect()
         try:
+            self._database.check(connection)
             self._listen(connection)
         except BaseException:
             connection.close()

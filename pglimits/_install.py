@@ -11,10 +11,9 @@ from importlib.resources.abc import Traversable
 import psycopg
 
 from . import __version__
-from ._database import connect, translate
-from .errors import VersionMismatch
+from ._database import connect, numbers, translate
+from .errors import PermissionDenied, VersionMismatch
 
-_LOCK = 7210911204761542
 _INCLUDE = re.compile(r"^\\ir (\S+)$", re.MULTILINE)
 _MIGRATION = re.compile(r"^migrations/(\d+)_")
 
@@ -64,6 +63,8 @@ def install(conninfo: str) -> Report:
         try:
             with connection.transaction():
                 before, after = _install(connection)
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise PermissionDenied(error.diag.message_primary) from error
         except psycopg.Error as error:
             raise translate(error) from error
     return Report(before, after, tuple(remark for remark in remarks if remark.startswith("pglimits:")))
@@ -73,31 +74,33 @@ def _install(connection: psycopg.Connection[tuple[object, ...]]) -> tuple[str | 
     def run(sql: str) -> None:
         connection.execute(sql.encode())
 
-    run("set local client_min_messages = warning")
-    connection.execute("select pg_advisory_xact_lock(%s)", [_LOCK])
-    run("create schema if not exists pglimits")
-    before = version(connection)
-    schema = _schema_version(connection)
-    newest = max(number for _, number in _files() if number is not None)
-    if schema > newest:
-        raise VersionMismatch(
-            f"the database has pglimits {before}, which is newer than this one ({__version__}): "
-            "pip install --upgrade pglimits"
-        )
-    run("set local client_min_messages = notice")
-    for path, migration in _files():
+    files = list(_files())
+    newest = max(number for _, number in files if number is not None)
+    schema: int | None = None
+    for path, migration in files:
         if migration is None:
             run(_read(path))
-        elif migration > schema:
+            continue
+        if schema is None:
+            schema = _schema_version(connection)
+            if schema > newest:
+                raise VersionMismatch(
+                    f"the database has a newer schema of pglimits than this version knows, {__version__}: "
+                    "pip install --upgrade pglimits"
+                )
+        if migration > schema:
             run(_read(path))
             connection.execute(
                 "insert into pglimits.meta (schema_version) values (%s) "
                 "on conflict (only_row) do update set schema_version = excluded.schema_version",
                 [migration],
             )
-    after = version(connection)
-    assert after is not None
-    return before, after
+    row = connection.execute(
+        "select nullif(current_setting('pglimits.version_before'), ''), pglimits.version()"
+    ).fetchone()
+    assert row is not None
+    before, after = row
+    return None if before is None else str(before), str(after)
 
 
 def _schema_version(connection: psycopg.Connection[tuple[object, ...]]) -> int:
@@ -118,11 +121,15 @@ def version(connection: psycopg.Connection[tuple[object, ...]]) -> str | None:
 
 
 def install_if_needed(conninfo: str) -> None:
-    """Bring a database to exactly this version, if it is not there already. For the embedded server."""
+    """Bring a database up to this version, if it is not there already. For the embedded server.
+
+    A newer one is left alone: others of the user's programs brought it there, and whether it serves this version too is
+    found out by its first statement.
+    """
     with connect(conninfo) as connection:
-        if version(connection) == __version__:
-            return
-    install(conninfo)
+        there = version(connection)
+    if there is None or numbers(there) < numbers(__version__):
+        install(conninfo)
 
 
 def uninstall(conninfo: str) -> list[str]:

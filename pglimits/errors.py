@@ -75,7 +75,7 @@ class NotInstalled(PglimitsError):
 
 
 class VersionMismatch(PglimitsError):
-    """The database has an older or newer pglimits in it than this one."""
+    """The database has an older or newer pglimits in it than this one (PL008 where it was to be installed)."""
 
 
 class PermissionDenied(PglimitsError):
@@ -94,6 +94,7 @@ BY_SQLSTATE: dict[str, type[PglimitsError]] = {
     "PL005": NoSlotDecay,
     "PL006": QueueFull,
     "PL007": CronUnavailable,
+    "PL008": VersionMismatch,
 }
 """The class for each SQLSTATE that ``pglimits.errors()`` lists."""
 

@@ -1,5 +1,7 @@
 -- Who may what. Nothing for PUBLIC; pglimits_user acquires, pglimits_reader looks, pglimits_admin does everything.
 
+set local client_min_messages = notice;  -- what could not be done has to be said
+
 revoke all on schema pglimits from public;
 revoke all on all tables in schema pglimits from public;
 revoke all on all routines in schema pglimits from public;
@@ -40,6 +42,9 @@ begin
 
   foreach wanted in array needed loop
     continue when not exists (select from pg_catalog.pg_roles r where r.rolname = wanted);
+    -- What an older version granted goes.
+    execute format('revoke all on all tables in schema pglimits from %I', wanted);
+    execute format('revoke all on all routines in schema pglimits from %I', wanted);
     execute format('grant usage on schema pglimits to %I', wanted);
     for routine, routine_name in
       select p.oid::pg_catalog.regprocedure, p.proname from pg_catalog.pg_proc p

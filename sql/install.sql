@@ -1,14 +1,14 @@
 -- Installs or upgrades pglimits in the database you are connected to: psql -f sql/install.sql
--- One transaction; safe to repeat, and safe when several run it at once.
+-- One transaction; safe to repeat, and safe when several run it at once. An upgrade gives just what a new installation
+-- gives. Tables change by numbered migrations; functions and views are created or replaced each time, and those that are
+-- gone from here are dropped. What cannot be replaced (another type of result, other names of arguments, a column of a
+-- view less) a migration has to drop before, if it exists.
 \set ON_ERROR_STOP on
 \set QUIET on
-set client_min_messages = notice;
 begin;
-set local search_path = pg_catalog;
-select pg_advisory_xact_lock(7210911204761542) \g /dev/null
-set local client_min_messages = warning;
-create schema if not exists pglimits;
-set local client_min_messages = notice;
+\ir start.sql
+\ir version.sql
+\ir lock.sql
 
 select to_regclass('pglimits.meta') is null as fresh \gset
 \if :fresh
@@ -20,7 +20,8 @@ select schema_version as installed from pglimits.meta \gset
 select :installed > 1 as too_new, :installed < 1 as need_0001 \gset
 \if :too_new
 do $$ begin
-  raise exception 'this database has a newer schema of pglimits than this script knows; install the newer pglimits';
+  raise exception using errcode = 'PL008',
+    message = 'this database has a newer schema of pglimits than this script knows: pip install --upgrade pglimits';
 end $$;
 \endif
 \if :need_0001
@@ -38,8 +39,8 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \ir functions/060_limits.sql
 \ir functions/070_sweep.sql
 \ir functions/080_cron.sql
-\ir functions/090_version.sql
 \ir views.sql
+\ir tidy.sql
 \ir grants.sql
 commit;
 select 'pglimits ' || pglimits.version() || ' is installed in ' || current_database() as done \gset

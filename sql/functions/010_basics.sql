@@ -37,7 +37,8 @@ as $$
     ('PL004', 'SlotsExceedLimit', 'more slots were asked for than the limit has; waiting would not help'),
     ('PL005', 'NoSlotDecay', 'the limit has no slot_decay_per_second, so it is not a rate limit'),
     ('PL006', 'QueueFull', 'max_waiters requests wait already'),
-    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here')
+    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here'),
+    ('PL008', 'VersionMismatch', 'the database has a newer pglimits than the one that is to be installed')
 $$;
 
 comment on function pglimits.errors() is 'Lists the errors of pglimits: SQLSTATE, kind and meaning.';

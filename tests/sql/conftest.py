@@ -8,7 +8,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from installtest import other_dsn, psql
 from sqltest import Db, Session
+
+__all__ = ["db", "other_dsn", "psql", "s"]
 
 
 @pytest.fixture

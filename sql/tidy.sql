@@ -1,0 +1,25 @@
+-- Drops what an older version had and this one has not: the views and routines that were not written in this transaction.
+-- Those that are as they were keep their grants, and whatever of yours is built on them.
+do $$
+declare
+  views text;
+  routines text;
+  dependents text;
+begin
+  select string_agg(c.oid::regclass::text, ', ') into views from pg_class c
+  where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'v' and c.xmin <> pg_current_xact_id()::xid;
+  select string_agg(p.oid::regprocedure::text, ', ') into routines from pg_proc p
+  where p.pronamespace = 'pglimits'::regnamespace and p.xmin <> pg_current_xact_id()::xid;
+  if views is not null then
+    execute 'drop view ' || views;
+  end if;
+  if routines is not null then
+    execute 'drop routine ' || routines;
+  end if;
+exception when dependent_objects_still_exist then
+  get stacked diagnostics dependents = pg_exception_detail;
+  raise exception using
+    errcode = 'dependent_objects_still_exist',
+    message = format('something of yours is built on what pglimits %s no longer has (%s): nothing was changed; drop it, '
+                     'upgrade, and create it anew', pglimits.version(), replace(dependents, E'\n', '; '));
+end $$;

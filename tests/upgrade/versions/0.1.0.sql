@@ -1,0 +1,4394 @@
+-- Installs or upgrades pglimits in the database you are connected to: psql -f sql/install.sql
+-- One transaction; safe to repeat, and safe when several run it at once.
+\set ON_ERROR_STOP on
+\set QUIET on
+set client_min_messages = notice;
+begin;
+set local search_path = pg_catalog;
+select pg_advisory_xact_lock(7210911204761542) \g /dev/null
+set local client_min_messages = warning;
+create schema if not exists pglimits;
+set local client_min_messages = notice;
+
+select to_regclass('pglimits.meta') is null as fresh \gset
+\if :fresh
+\set installed 0
+\else
+select schema_version as installed from pglimits.meta \gset
+\endif
+
+select :installed > 1 as too_new, :installed < 1 as need_0001 \gset
+\if :too_new
+do $$ begin
+  raise exception 'this database has a newer schema of pglimits than this script knows; install the newer pglimits';
+end $$;
+\endif
+\if :need_0001
+-- Tables and types. Private: nobody but the functions and views of this schema reads or writes them.
+--
+-- A (limit, key) is the unit of locking: its one row in states is locked first, by everybody, and only then are
+-- its leases and its queue touched. Every hot table has (limit_id, key) in its primary key, and no constraint
+-- reaches from one (limit, key) to another.
+
+create table pglimits.meta (
+  only_row boolean primary key default true check (only_row),
+  schema_version integer not null,
+  fence_floor bigint not null default 0
+);
+comment on table pglimits.meta is 'One row about the installation.';
+comment on column pglimits.meta.schema_version is 'Number of the newest migration that was applied.';
+comment on column pglimits.meta.fence_floor is
+  'No deleted limit ever gave a higher fence; new limits start above it.';
+
+create table pglimits.configs (
+  limit_id bigint generated always as identity primary key,
+  name text collate "C" not null unique,
+  "limit" integer not null check ("limit" >= 0),
+  slot_decay_per_second double precision not null check (slot_decay_per_second >= 0),
+  active boolean not null,
+  max_waiters integer check (max_waiters >= 0),
+  description text,
+  decayed numeric not null default 0,
+  decayed_at timestamptz not null,
+  fence_floor bigint not null,
+  former_name text collate "C",
+  created_at timestamptz not null,
+  updated_at timestamptz not null
+);
+create index configs_former_name on pglimits.configs (former_name) where former_name is not null;
+comment on table pglimits.configs is
+  'One row per limit: what its owner decided. Changed rarely, read by every request after it has locked a state.';
+comment on column pglimits.configs.decayed is
+  'Virtual time at decayed_at: the slots that had decayed since the limit was created. See _decayed().';
+comment on column pglimits.configs.former_name is
+  'The name before the last renaming: who asked under it, and waits or holds, asks again under it.';
+comment on column pglimits.configs.fence_floor is
+  'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
+
+create table pglimits.keys (
+  limit_id bigint not null,
+  key text collate "C" not null,
+  primary key (limit_id, key)
+);
+comment on table pglimits.keys is
+  'Which (limit, key)s have a state. Its primary key is what keeps two first users from creating two: that of states '
+  'cannot tell once the version has moved on, and a transaction with an old snapshot does not see the state at all.';
+
+create table pglimits.states (
+  limit_id bigint not null,
+  key text collate "C" not null,
+  version bigint not null,
+  held integer not null default 0,
+  booked numeric not null default 0,
+  pinned integer not null default 0,
+  next_expiry timestamptz not null default 'infinity',
+  waiting integer not null default 0,
+  head_rank integer not null default 0,
+  head_arrival timestamptz not null default '-infinity',
+  last_arrival timestamptz not null default '-infinity',
+  passed numeric not null default 0,
+  next_death timestamptz not null default 'infinity',
+  next_waiter_death timestamptz not null default 'infinity',
+  next_look timestamptz not null default 'infinity',
+  changed_at timestamptz not null,
+  primary key (limit_id, key, version)
+) with (
+  fillfactor = 50,
+  autovacuum_vacuum_scale_factor = 0,
+  autovacuum_vacuum_threshold = 2000,
+  autovacuum_analyze_scale_factor = 0.5,
+  autovacuum_vacuum_cost_delay = 0
+);
+comment on table pglimits.states is
+  'The hot row: one per (limit, key), rewritten by every grant. Its version is part of the key and only grows, so '
+  'that "order by version desc limit 1" meets the live row first even while an old snapshot keeps every dead '
+  'version alive. Being locked by whoever decides, it is also where every decision is recorded.';
+comment on column pglimits.states.version is 'Grows with every write and with every grant: the source of fences.';
+comment on column pglimits.states.held is 'Slots under leases, including those that ended but that nobody took out yet.';
+comment on column pglimits.states.booked is
+  'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
+comment on column pglimits.states.pinned is
+  'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
+comment on column pglimits.states.next_expiry is
+  'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
+comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
+comment on column pglimits.states.head_rank is
+  'With head_arrival: no waiter stands before this place. The queue is read from here.';
+comment on column pglimits.states.passed is 'Turns up to this virtual time were removed from the queue.';
+comment on column pglimits.states.next_death is 'No sleeper of the rate limit can be found dead before this.';
+comment on column pglimits.states.next_waiter_death is
+  'No waiter in line can be found dead before this, so that until then waiting counts the live ones. A lower bound: calling '
+  'in and leaving leave it alone.';
+comment on column pglimits.states.next_look is
+  'The moment at which time alone (a lease ends, a level decays, a waiter dies) may let somebody in the queue go on.';
+
+create table pglimits.leases (
+  lease_id uuid not null,
+  limit_id bigint not null,
+  key text collate "C" not null,
+  slots integer not null,
+  holder jsonb,
+  fence bigint not null,
+  priority integer not null,
+  lease_duration interval not null,
+  claimed boolean not null,
+  parts integer not null,
+  acquired_at timestamptz not null,
+  expires_at timestamptz not null,
+  primary key (lease_id, limit_id, key)
+) with (
+  fillfactor = 80,
+  autovacuum_vacuum_scale_factor = 0.01,
+  autovacuum_vacuum_threshold = 5000,
+  autovacuum_vacuum_cost_delay = 0
+);
+create index leases_expiry on pglimits.leases (limit_id, key, expires_at);
+comment on table pglimits.leases is 'Slots held. A request over several limits has one row for each.';
+comment on column pglimits.leases.claimed is
+  'False between a hand-over and the moment its waiter hears of it; until then the lease ends when the waiter would have.';
+
+comment on column pglimits.leases.parts is
+  'How many rows the lease has over all its limits: lost on one, it is lost.';
+
+create table pglimits.queue (
+  lease_id uuid not null,
+  limit_id bigint not null,
+  key text collate "C" not null,
+  slots integer not null,
+  rank integer not null,
+  arrival timestamptz not null,
+  turn numeric,
+  pinned boolean not null default false,
+  for_rate boolean not null,
+  several boolean not null,
+  called boolean not null default false,
+  lease_duration interval not null,
+  holder jsonb,
+  channel text,
+  expires_at timestamptz not null,
+  looks_at timestamptz not null,
+  primary key (lease_id, limit_id, key)
+) with (
+  fillfactor = 70,
+  autovacuum_vacuum_scale_factor = 0.01,
+  autovacuum_vacuum_threshold = 2000,
+  autovacuum_vacuum_cost_delay = 0
+);
+create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where turn is null;
+create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
+create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
+comment on table pglimits.queue is
+  'Who waits. Without a turn: in line for slots. With a turn: has its place on a rate limit and sleeps until then.';
+comment on column pglimits.queue.rank is 'The priority, negated, so that the index is read in one direction.';
+comment on column pglimits.queue.arrival is
+  'When the request arrived by the database clock, made unique within the (limit, key). Kept when it moves to another limit.';
+comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves by itself when the rate changes.';
+comment on column pglimits.queue.pinned is
+  'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
+comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
+comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
+comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
+comment on column pglimits.queue.looks_at is 'When its process was told to look again.';
+
+-- What travels between the functions.
+
+create type pglimits._request as (
+  lease_id uuid,
+  for_rate boolean,
+  limit_ids bigint[],
+  keys text[],
+  slots integer[],
+  places integer[],
+  rank integer,
+  lease_duration interval,
+  wait interval,
+  holder jsonb,
+  channel text,
+  chosen boolean,
+  bounded boolean,
+  missing text[],
+  error text,
+  message text
+);
+comment on type pglimits._request is
+  'A checked request. limit_ids, keys and slots are its parts, in the order in which they are locked; places says '
+  'which part each given name became (null: not enforced). wait null: for ever. chosen: the caller gave the id, so this may be a repetition. '
+  'bounded: some of its limits have max_waiters. '
+  'error and message: what was wrong with it.';
+
+create type pglimits._answer as (
+  status text,
+  lease_id uuid,
+  fences bigint[],
+  expires_at timestamptz,
+  retry_after interval,
+  wait interval,
+  error text,
+  message text
+);
+comment on type pglimits._answer is 'What became of a request.';
+
+create type pglimits._places as (
+  limit_ids bigint[],
+  keys text[],
+  labels text[]
+);
+comment on type pglimits._places is 'The (limit, key)s of a batch, in the order in which they are locked.';
+
+create type pglimits._findings as (
+  enforced integer,
+  impossible text,
+  blocked_at integer,
+  looks_at timestamptz,
+  fits_at timestamptz,
+  turn_in interval,
+  queue_full text
+);
+comment on type pglimits._findings is
+  'What stands in the way of a request. enforced: how many of its parts are. impossible: why it can never be granted. '
+  'blocked_at: the first state that blocks it. looks_at: when time alone may change that. fits_at: null, it can go on; '
+  'else the moment from which on it could, infinity where only a release can tell. turn_in: how long until its turn '
+  'on the slowest rate limit. queue_full: why it may not wait.';
+
+create type pglimits._decision as (
+  answer pglimits._answer,
+  states pglimits.states[]
+);
+comment on type pglimits._decision is 'What becomes of a request, and of the states that it touches.';
+
+create type pglimits._served as (
+  answers pglimits._answer[],
+  states pglimits.states[]
+);
+comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
+
+create type pglimits._turn as (
+  turn numeric,
+  booked numeric,
+  passed_turn numeric,
+  passed_id uuid
+);
+comment on type pglimits._turn is
+  'The earliest turn that can be had. booked: before it, with the pinned turns that it comes after, the last of which is '
+  'passed_turn, passed_id.';
+
+create type pglimits.acquired as (
+  status text,
+  lease_id uuid,
+  fences bigint[],
+  expires_at timestamptz,
+  retry_after interval,
+  "position" integer
+);
+comment on type pglimits.acquired is
+  'Answer of acquire over several limits: status granted, queued, refused or unlimited; one fence for each name, '
+  'in the order of the names (null where not enforced); when to look again; the place in the queue.';
+
+create type pglimits.acquired_one as (
+  status text,
+  lease_id uuid,
+  fence bigint,
+  expires_at timestamptz,
+  retry_after interval,
+  "position" integer
+);
+comment on type pglimits.acquired_one is 'Answer of acquire on one limit: as pglimits.acquired, with one fence.';
+
+create type pglimits.reserved as (
+  status text,
+  wait interval,
+  retry_after interval,
+  lease_id uuid
+);
+comment on type pglimits.reserved is
+  'Answer of rate_limit: granted (sleep for wait, then go), queued (ask again with lease_id after retry_after), '
+  'refused (retry_after tells when it would be granted; null: time alone does not help) or unlimited.';
+
+create type pglimits.peeked as (
+  status text,
+  wait interval,
+  retry_after interval,
+  "position" integer
+);
+comment on type pglimits.peeked is
+  'What would happen: status granted (for a rate limit after wait), queued (at position), refused or unlimited.';
+insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do update set schema_version = 1;
+\endif
+
+-- The clock, the errors, and the checks of what callers pass.
+--
+-- The bodies of the smallest functions are not strings: names in them are looked up once, when the function is made, so they
+-- need no search_path, and PostgreSQL puts them in place of their calls, which then cost nothing.
+
+-- The one clock. Read after the lock is held, never before.
+create or replace function pglimits._now()
+returns timestamptz
+language sql
+volatile
+return clock_timestamp();
+
+comment on function pglimits._now() is 'The only clock: the database''s, read anew at every call.';
+
+-- How long a waiter lives without calling in.
+create or replace function pglimits._liveness()
+returns interval
+language sql
+immutable
+return interval '10 seconds';
+
+comment on function pglimits._liveness() is
+  'A waiter that has not called in for this long is dead. Waiters are asked to call in after 3/10 of it.';
+
+-- Every error of pglimits, its SQLSTATE and its meaning: the one list.
+create or replace function pglimits.errors()
+returns table (code text, kind text, meaning text)
+language sql
+immutable
+set search_path = ''
+as $$
+  values
+    ('PL001', 'InvalidArgument', 'an argument is of the wrong form; nothing was changed'),
+    ('PL002', 'LimitNotFound', 'there is no limit of that name'),
+    ('PL003', 'LimitExists', 'there is a limit of that name already'),
+    ('PL004', 'SlotsExceedLimit', 'more slots were asked for than the limit has; waiting would not help'),
+    ('PL005', 'NoSlotDecay', 'the limit has no slot_decay_per_second, so it is not a rate limit'),
+    ('PL006', 'QueueFull', 'max_waiters requests wait already'),
+    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here')
+$$;
+
+comment on function pglimits.errors() is 'Lists the errors of pglimits: SQLSTATE, kind and meaning.';
+
+create or replace function pglimits._fail(kind text, message text, hint text default null)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  error_code text := (select e.code from pglimits.errors() e where e.kind = _fail.kind);
+begin
+  if hint is null then
+    raise exception using errcode = error_code, message = message;
+  end if;
+  raise exception using errcode = error_code, message = message, hint = hint;
+end $$;
+
+comment on function pglimits._fail(text, text, text) is 'Raises an error of the given kind.';
+
+-- What is wrong with a name (or a key, which may be empty), or null.
+create or replace function pglimits._name_error(argument text, value text, may_be_empty boolean default false)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if value is null then
+    return format('%s must not be null', argument);
+  elsif value ~ '^[A-Za-z0-9_.: @-]{1,200}$' or (value = '' and may_be_empty) then
+    return null;
+  elsif length(value) > 200 or value = '' then
+    return format('%s must have %s to 200 characters, not %s: %L', argument,
+                  case when may_be_empty then 0 else 1 end, length(value), left(value, 40));
+  elsif value ~ '[\u0001-\u001f\u007f-\u009f]' then
+    return format('%s must not contain control characters: %s', argument, to_json(value));
+  elsif not may_be_empty and value ~ '[/%&><]' then
+    return format('%s must not contain any of / %% & > <: %L', argument, value);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._name_error(text, text, boolean) is
+  'What is wrong with a name or a key, or null. Names: 1 to 200 characters, no control character, none of / % & > <. '
+  'Keys: 0 to 200 characters, no control character.';
+
+-- What is wrong with a lease duration, or null.
+create or replace function pglimits._duration_error(lease_duration interval)
+returns text
+language sql
+stable
+return case
+  when lease_duration is null then 'lease_duration must not be null'
+  when lease_duration < interval '1 second' or lease_duration > interval '366 days'
+    then 'lease_duration must be from 1 second to 366 days, not ' || lease_duration
+end;
+
+comment on function pglimits._duration_error(interval) is 'What is wrong with a lease duration, or null.';
+
+-- The id of a limit, or LimitNotFound.
+create or replace function pglimits._limit_id(name text)
+returns bigint
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  found_id bigint;
+  problem text := pglimits._name_error('name', name);
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  select c.limit_id into found_id from pglimits.configs c where c.name = _limit_id.name;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name),
+                           format('select pglimits.create_limit(%L, 10);', name));
+  end if;
+  return found_id;
+end $$;
+
+comment on function pglimits._limit_id(text) is 'The id of the limit of that name. Raises LimitNotFound.';
+-- The state of one (limit, key): locking it, bringing it up to date, saving it. Everything that decides goes
+--   _lock  ->  read the config and the clock  ->  _settle  ->  decide  ->  _save
+-- in the order of (limit id, key) where there are several, and so no two callers ever wait for each other in a ring.
+
+-- Virtual time: the slots that have decayed since the limit was created. A rate change bends it and never makes it jump.
+create or replace function pglimits._decayed(config pglimits.configs, at timestamptz)
+returns numeric
+language sql
+immutable
+return config.decayed + config.slot_decay_per_second::numeric * extract(epoch from at - config.decayed_at);
+
+comment on function pglimits._decayed(pglimits.configs, timestamptz) is
+  'Virtual time of a limit at a moment: the slots that had decayed since it was created. A turn, a place in virtual '
+  'time, is worth the same however the rate changes. After GCRA, the virtual scheduling algorithm of ITU-T I.371.';
+
+-- How long until a virtual time, rounded up so that nobody who sleeps just that long is early.
+create or replace function pglimits._until(config pglimits.configs, turn numeric, at timestamptz)
+returns interval
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  slots numeric := turn - pglimits._decayed(config, at);
+begin
+  if slots <= 0 then
+    return interval '0';
+  elsif config.slot_decay_per_second = 0 then
+    return null;
+  end if;
+  return make_interval(secs => least(
+    ceil(slots * 1000000 / config.slot_decay_per_second::numeric) / 1000000, 3e9)::double precision);
+end $$;
+
+comment on function pglimits._until(pglimits.configs, numeric, timestamptz) is
+  'How long from a moment until a virtual time; zero when it has passed, null when it never comes.';
+
+-- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
+create or replace function pglimits._lock(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  state pglimits.states;
+begin
+  if current_setting('transaction_isolation') <> 'read committed' then
+    -- Its snapshot may be older than the last change of the limit: then this is a serialization failure.
+    perform from pglimits.configs c where c.limit_id = _lock.limit_id for share;
+  end if;
+  loop
+    select s.* into state from pglimits.states s
+    where s.limit_id = _lock.limit_id and s.key = _lock.key
+    order by s.version desc limit 1 for update;
+    exit when found;
+    exit when not pglimits._create_state(limit_id, key);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._lock(bigint, text) is
+  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+
+-- Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.
+create or replace function pglimits._create_state(limit_id bigint, key text)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  floor bigint;
+begin
+  -- Shared with other first users, not with update_limit, which has to meet every state of the limit.
+  select c.fence_floor into floor from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
+  if not found then
+    return false;
+  end if;
+  insert into pglimits.keys (limit_id, key) values (_create_state.limit_id, _create_state.key) on conflict do nothing;
+  if found then
+    insert into pglimits.states (limit_id, key, version, changed_at)
+    values (_create_state.limit_id, _create_state.key, floor, pglimits._now());
+  end if;
+  return true;
+end $$;
+
+comment on function pglimits._create_state(bigint, text) is
+  'Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.';
+
+-- Writes a state back if it differs from what was locked.
+create or replace function pglimits._save(state pglimits.states, was pglimits.states, now timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if state is not distinct from was then
+    return;
+  end if;
+  update pglimits.states s
+  set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
+      pinned = state.pinned, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
+      head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
+      next_death = state.next_death, next_waiter_death = state.next_waiter_death, next_look = state.next_look,
+      changed_at = now
+  where s.limit_id = was.limit_id and s.key = was.key and s.version = was.version;
+end $$;
+
+comment on function pglimits._save(pglimits.states, pglimits.states, timestamptz) is
+  'Writes a locked state back under a higher version, if it has changed.';
+
+-- Tells a waiting process to look, or that it was granted a lease, with its fence and its end as microseconds since 1970.
+-- A hint only, that may be lost: what is true is in its row.
+create or replace function pglimits._tell(
+  channel text, about uuid, fence bigint default null, ends timestamptz default null)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if channel is not null then
+    perform pg_notify(channel, case
+      when about is null then ''
+      when ends is null then about::text
+      else about || ' ' || fence || ' ' || (extract(epoch from ends) * 1000000)::bigint end);
+  end if;
+end $$;
+
+comment on function pglimits._tell(text, uuid, bigint, timestamptz) is
+  'Notifies a waiting process about one of its requests (null: about all of them), and how it was granted, if it was.';
+
+-- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
+-- booked, nor by the turns pinned further ahead, between which it may find room.
+create or replace function pglimits._find_turn(
+  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
+returns pglimits._turn
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  found_turn pglimits._turn;
+  pin record;
+begin
+  found_turn.booked := state.booked;
+  found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
+  if state.pinned > 0 then
+    for pin in
+      select q.turn, q.lease_id, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      order by q.turn, q.lease_id
+    loop
+      exit when found_turn.turn <= pin.turn and pglimits._leaves_room(
+        state, config, greatest(found_turn.booked, found_turn.turn) + slots, pin.turn, pin.lease_id);
+      found_turn.booked := greatest(found_turn.booked, pin.turn) + pin.slots;
+      found_turn.passed_turn := pin.turn;
+      found_turn.passed_id := pin.lease_id;
+      found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
+    end loop;
+  end if;
+  return found_turn;
+end $$;
+
+comment on function pglimits._find_turn(pglimits.states, pglimits.configs, integer, numeric) is
+  'The earliest turn on a rate limit that can be had for so many slots, not before a virtual time.';
+
+-- Whether pinned turns, from the given one on, can still be kept if so much is booked before them.
+create or replace function pglimits._leaves_room(
+  state pglimits.states, config pglimits.configs, booked numeric, from_turn numeric, from_id uuid)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  pin record;
+begin
+  for pin in
+    select q.turn, q.slots from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      and (q.turn, q.lease_id) >= (from_turn, from_id)
+    order by q.turn, q.lease_id
+  loop
+    if booked <= pin.turn then
+      return true;  -- all has decayed by then: what comes later is as it was
+    end if;
+    booked := booked + pin.slots;
+    if booked > pin.turn + config."limit" then
+      return false;
+    end if;
+  end loop;
+  return true;
+end $$;
+
+comment on function pglimits._leaves_room(pglimits.states, pglimits.configs, numeric, numeric, uuid) is
+  'Whether the pinned turns from a given one on can be kept if so much is booked before them.';
+
+-- Books slots at the earliest turn that is not before a virtual time. Their turn is then booked - limit, or that time.
+create or replace function pglimits._book(
+  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  at pglimits._turn := pglimits._find_turn(state, config, slots, not_before);
+begin
+  if at.passed_turn is not null then
+    state := pglimits._unpin(state, at.passed_turn, at.passed_id);
+  end if;
+  state.booked := greatest(state.booked, at.turn) + slots;
+  return state;
+end $$;
+
+comment on function pglimits._book(pglimits.states, pglimits.configs, integer, numeric) is
+  'Raises the level of a rate limit by slots, at the earliest turn that is not before a virtual time.';
+
+-- Books the pinned turns up to a given one: it has come, or somebody else goes after it.
+create or replace function pglimits._unpin(state pglimits.states, up_to_turn numeric, up_to_id uuid)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  pin record;
+begin
+  for pin in
+    select q.turn, q.slots, q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      and (q.turn, q.lease_id) <= (up_to_turn, up_to_id)
+    order by q.turn, q.lease_id
+  loop
+    state.booked := greatest(state.booked, pin.turn) + pin.slots;
+    state.pinned := state.pinned - 1;
+    update pglimits.queue q set pinned = false
+    where q.lease_id = pin.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._unpin(pglimits.states, numeric, uuid) is
+  'Books the pinned turns up to a given one.';
+
+-- Whether a concurrency request fits now, and if not, from when on time alone may make it fit.
+create or replace function pglimits._fits_at(
+  state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
+returns timestamptz
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  fits_at timestamptz := timestamptz '-infinity';
+  turn_in interval;
+begin
+  if slots > config."limit" then
+    return timestamptz 'infinity';
+  end if;
+  if state.held::bigint + slots > config."limit" then
+    fits_at := greatest(state.next_expiry, now + interval '1 millisecond');
+  end if;
+  if config.slot_decay_per_second > 0 then
+    turn_in := pglimits._until(
+      config, (pglimits._find_turn(state, config, slots, pglimits._decayed(config, now))).turn, now);
+    if turn_in > interval '0' then
+      fits_at := greatest(fits_at, now + turn_in);
+    end if;
+  end if;
+  return fits_at;
+end $$;
+
+comment on function pglimits._fits_at(pglimits.states, pglimits.configs, integer, timestamptz) is
+  '-infinity if that many slots can be held now; else the earliest moment at which time alone may have made room.';
+
+-- Lets those who sleep behind given-up turns move up. Whoever cannot be told (plain SQL, or bound to another limit)
+-- goes at the time it knows, which is now later than it needs to be: so its turn is pinned from here on.
+create or replace function pglimits._close_gaps(
+  state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  first numeric := (select min(u.turn) from unnest(turns) as u(turn));
+  fixed bigint;
+  fixed_slots bigint;
+  sleeper record;
+  told text;
+begin
+  state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
+  with pins as (
+    update pglimits.queue q set pinned = true
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned
+      and (q.expires_at = 'infinity' or q.several)
+    returning q.slots
+  )
+  select count(*), coalesce(sum(p.slots), 0) into fixed, fixed_slots from pins p;
+  state.pinned := state.pinned + fixed;
+  state.booked := state.booked - fixed_slots;
+
+  if state.pinned = 0 then
+    update pglimits.queue q set turn = q.turn - b.given_up
+    from (
+      select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
+      from (
+        select q.lease_id, q.turn, 0 as slots from pglimits.queue q
+        where q.limit_id = state.limit_id and q.key = state.key and q.turn > first
+        union all
+        select null, u.turn, u.slots from unnest(turns, slots) as u(turn, slots)
+      ) x
+    ) b
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+  else
+    -- One by one, as each has to find its way between the pinned turns.
+    state.booked := state.booked - coalesce((
+      select sum(q.slots) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned), 0);
+    for sleeper in
+      select q.lease_id, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned
+      order by q.turn
+    loop
+      state := pglimits._book(state, config, sleeper.slots, decayed);
+      update pglimits.queue q set turn = greatest(state.booked - config."limit", decayed)
+      where q.lease_id = sleeper.lease_id
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    end loop;
+  end if;
+  for told in
+    select distinct q.channel from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
+  loop
+    perform pglimits._tell(told, null);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
+  'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
+
+-- Removes sleepers of a rate limit whose process died.
+create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  turns numeric[];
+  slots numeric[];
+  unpinned bigint;
+begin
+  with dead as (
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.expires_at <= now
+    returning q.turn, q.slots, q.pinned
+  )
+  select array_agg(d.turn) filter (where d.turn > decayed and not d.pinned),
+         array_agg(d.slots) filter (where d.turn > decayed and not d.pinned),
+         count(*) filter (where d.pinned)
+  into turns, slots, unpinned from dead d;
+  state.pinned := state.pinned - unpinned;
+  if turns is not null then
+    state := pglimits._close_gaps(state, config, now, turns, slots);
+  end if;
+  state.next_death := coalesce((
+    select min(q.expires_at) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key
+      and q.turn > greatest(state.passed, decayed)), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._bury_sleepers(pglimits.states, pglimits.configs, timestamptz) is
+  'Removes those who slept towards a turn on a rate limit and died, and gives their turns back.';
+
+-- Takes leases out that have ended. One that is being renewed or released right now is left to whoever does that.
+create or replace function pglimits._take_expired(state pglimits.states, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  freed bigint;
+begin
+  with ended as (
+    select l.lease_id from pglimits.leases l
+    where l.limit_id = state.limit_id and l.key = state.key
+      and l.expires_at >= state.next_expiry and l.expires_at <= now
+    for update skip locked
+  ), gone as (
+    delete from pglimits.leases l using ended e
+    where l.lease_id = e.lease_id
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    returning l.slots
+  )
+  select coalesce(sum(g.slots), 0) into freed from gone g;
+  state.held := state.held - freed;
+  state.next_expiry := coalesce((
+    select l.expires_at from pglimits.leases l
+    where l.limit_id = state.limit_id and l.key = state.key and l.expires_at >= state.next_expiry
+    order by l.expires_at limit 1), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._take_expired(pglimits.states, timestamptz) is
+  'Frees the slots of leases that have ended by now.';
+
+-- Grants the head of the queue, and the next, as long as they fit: strictly in order, so that a wide request is not
+-- starved by narrow ones. Then makes sure that whoever is left at the head knows when to look.
+create or replace function pglimits._advance(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  head pglimits.queue;
+  fits_at timestamptz;
+begin
+  loop
+    if state.waiting > 0 then
+      select q.* into head from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+        and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+      order by q.rank, q.arrival limit 1;
+    end if;
+    if state.waiting = 0 or head.lease_id is null then
+      state.waiting := 0;
+      state.next_look := state.next_death;
+      exit;
+    end if;
+    state.head_rank := head.rank;
+    state.head_arrival := head.arrival;
+
+    if head.expires_at <= now then
+      -- It may have called in since it was read; then it is looked at again.
+      delete from pglimits.queue q
+      where q.lease_id = head.lease_id
+        and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key and q.expires_at <= now;
+      if found then
+        state.waiting := state.waiting - 1;
+      end if;
+      continue;
+    end if;
+
+    if (head.slots > config."limit" and config."limit" > 0)
+       or (head.for_rate and config.slot_decay_per_second = 0) then
+      -- It can never be granted now. It is told, asks again, and gets the error.
+      delete from pglimits.queue q
+      where q.lease_id = head.lease_id
+        and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+      state.waiting := state.waiting - 1;
+      perform pglimits._tell(head.channel, head.lease_id);
+      continue;
+    end if;
+
+    if head.for_rate then
+      fits_at := case when config."limit" = 0 then timestamptz 'infinity' else timestamptz '-infinity' end;
+    else
+      fits_at := pglimits._fits_at(state, config, head.slots, now);
+    end if;
+
+    if fits_at = '-infinity' and head.several then
+      -- Granting it here would take locks out of order. It keeps its place until it has tried for itself.
+      if not head.called then
+        update pglimits.queue q set called = true
+        where q.lease_id = head.lease_id
+          and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+        perform pglimits._tell(head.channel, head.lease_id);
+      end if;
+      fits_at := timestamptz 'infinity';
+    end if;
+
+    if fits_at > '-infinity' then
+      state.next_look := least(state.next_death, fits_at, head.expires_at);
+      if head.looks_at > state.next_look then
+        update pglimits.queue q set looks_at = state.next_look
+        where q.lease_id = head.lease_id
+          and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+        perform pglimits._tell(head.channel, head.lease_id);
+      end if;
+      exit;
+    end if;
+
+    state := pglimits._hand_over(state, config, head, now);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._advance(pglimits.states, pglimits.configs, timestamptz) is
+  'Grants waiters from the head of the queue as long as they fit, and notes when time alone may free the next one.';
+
+-- Takes slots under a lease: the one place where held grows.
+create or replace function pglimits._take_slots(
+  state pglimits.states, config pglimits.configs, lease_id uuid, slots integer, rank integer,
+  lease_duration interval, holder jsonb, claimed boolean, parts integer, ends timestamptz, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if config.slot_decay_per_second > 0 then
+    state := pglimits._book(state, config, slots, pglimits._decayed(config, now));
+  end if;
+  state.version := state.version + 1;
+  state.held := state.held + slots;
+  state.next_expiry := least(state.next_expiry, ends);
+  insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                               parts, acquired_at, expires_at)
+  values (lease_id, state.limit_id, state.key, slots, holder, state.version, -rank, lease_duration, claimed, parts,
+          now, ends);
+  return state;
+end $$;
+
+comment on function pglimits._take_slots(
+  pglimits.states, pglimits.configs, uuid, integer, integer, interval, jsonb, boolean, integer, timestamptz, timestamptz) is
+  'Records a lease and returns the state with its slots held; the fence is the state''s new version.';
+
+-- Gives the waiter at the head what it waits for. A lease handed over ends as soon as its waiter would have died,
+-- until the waiter claims it: a dead process does not hold a slot for a whole lease.
+create or replace function pglimits._hand_over(
+  state pglimits.states, config pglimits.configs, head pglimits.queue, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  ends timestamptz;
+begin
+  state.waiting := state.waiting - 1;
+  if head.for_rate then
+    state := pglimits._book(state, config, head.slots, pglimits._decayed(config, now));
+    state.next_death := least(state.next_death, head.expires_at);
+    update pglimits.queue q set turn = state.booked - config."limit"
+    where q.lease_id = head.lease_id
+      and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
+  else
+    -- It may have called in since it was read, and count on that.
+    delete from pglimits.queue q
+    where q.lease_id = head.lease_id
+      and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key
+    returning q.expires_at into head.expires_at;
+    ends := least(head.expires_at, now + head.lease_duration);
+    state := pglimits._take_slots(state, config, head.lease_id, head.slots, head.rank, head.lease_duration,
+                                  head.holder, false, 1, ends, now);
+  end if;
+  perform pglimits._tell(head.channel, head.lease_id, state.version, ends);
+  return state;
+end $$;
+
+comment on function pglimits._hand_over(pglimits.states, pglimits.configs, pglimits.queue, timestamptz) is
+  'Turns the waiter at the head into a lease, or gives it its turn on a rate limit, and tells it.';
+
+-- Brings a locked state up to the moment: what has ended is taken out, what fits is granted.
+create or replace function pglimits._settle(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if now >= state.next_expiry then
+    state := pglimits._take_expired(state, now);
+  end if;
+  if state.pinned > 0 then
+    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  end if;
+  if now >= state.next_death then
+    state := pglimits._bury_sleepers(state, config, now);
+  end if;
+  return pglimits._advance(state, config, now);
+end $$;
+
+comment on function pglimits._settle(pglimits.states, pglimits.configs, timestamptz) is
+  'Applies to a locked state what time and the last change have made possible.';
+-- The heart: checks a request, and serves a batch of them under the locks of all their states.
+
+-- What is wrong with what a request says of itself, or null: a template for _argument_error.
+create or replace function pglimits._argument_fault(
+  lease_duration interval, wait interval, priority integer, holder jsonb, strict boolean, channel text)
+returns text
+language sql
+stable
+return case
+  when strict is null then 'strict must not be null'
+  when wait < interval '0' then 'wait must not be negative: %4$s'
+  when channel !~ '^pglimits_[0-9a-z_]{1,40}$' then 'channel must be pglimits_ and up to 40 of a-z, 0-9, _: %5$L'
+  when priority is null then 'priority must not be null'
+  when priority not between -1000000 and 1000000 then 'priority must be from -1000000 to 1000000, not %6$s'
+  when length(holder::text) > 8000 then 'holder must be at most 8000 characters of JSON, not %7$s'
+  else pglimits._duration_error(lease_duration)
+end;
+
+comment on function pglimits._argument_fault(interval, interval, integer, jsonb, boolean, text) is
+  'What is wrong with what a request says of itself, as a template for _argument_error; or null.';
+
+-- What is wrong with the arguments of a request as such, or null. The names and keys themselves are looked at one by one.
+create or replace function pglimits._argument_error(
+  names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+  holder jsonb, strict boolean, channel text)
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  fault constant text := case
+    when names is null then 'names must not be null'
+    when cardinality(names) = 0 then 'names must not be empty'
+    when array_ndims(names) <> 1 then 'names must be a flat array'
+    when cardinality(names) > 100 then 'names must be at most 100, not %1$s'
+    when slots is null then 'slots must not be null'
+    when array_ndims(slots) <> 1 or cardinality(slots) not in (1, cardinality(names))
+      then 'slots must be one number for all names or one for each of the %1$s names, not %2$s'
+    when keys is null then 'keys must not be null'
+    when array_ndims(keys) <> 1 or cardinality(keys) not in (1, cardinality(names))
+      then 'keys must be one for all names or one for each of the %1$s names, not %3$s'
+    else pglimits._argument_fault(lease_duration, wait, priority, holder, strict, channel)
+  end;
+begin
+  if fault is null then
+    return null;
+  end if;
+  return format(fault, cardinality(names), slots, keys, wait, left(channel, 60), priority, length(holder::text));
+end $$;
+
+comment on function pglimits._argument_error(
+  text[], integer[], text[], interval, interval, integer, jsonb, boolean, text) is
+  'What is wrong with the arguments of a request, or null.';
+
+-- Checks what a caller passes and finds its limits. Raises nothing: what is wrong comes back in error and message,
+-- so that one bad request in a batch spoils no other.
+create or replace function pglimits._check_request(
+  names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+  holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean)
+returns pglimits._request
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  -- The parts.
+  limit_ids bigint[] := array[]::bigint[];
+  part_keys text[] := array[]::text[];
+  part_slots integer[] := array[]::integer[];
+  places integer[] := array[]::integer[];
+  config pglimits.configs;
+  key text;
+  amount integer;
+  place integer;
+  bounded boolean := false;
+  missing text[];
+  impossible text;
+  error text := 'InvalidArgument';
+  message text := pglimits._argument_error(
+    names, slots, keys, lease_duration, wait, priority, holder, strict, channel);
+  request pglimits._request;
+begin
+  -- Arrays may begin anywhere; slices begin at 1.
+  names := names[:];
+  slots := slots[:];
+  keys := keys[:];
+  for i in 1 .. coalesce(cardinality(names), 0) loop
+    exit when message is not null;
+    key := keys[least(i, cardinality(keys))];
+    amount := slots[least(i, cardinality(slots))];
+    select c.* into config from pglimits.configs c where c.name = names[i];
+    if not found then
+      message := pglimits._name_error('name', names[i]);
+      if lease_id is not null and message is null then
+        -- It may have been renamed since this was first asked.
+        select c.* into config from pglimits.configs c
+        where c.former_name = names[i]
+          and (exists (select from pglimits.queue q where q.lease_id = _check_request.lease_id and q.limit_id = c.limit_id)
+               or exists (
+                 select from pglimits.leases l where l.lease_id = _check_request.lease_id and l.limit_id = c.limit_id));
+      end if;
+    end if;
+    if key <> '' is not false then
+      message := coalesce(message, pglimits._name_error('key', key, true));
+    end if;
+    if amount >= 1 is not true then
+      message := coalesce(message, case when amount is null then 'slots must not be null'
+                                        else format('slots must be at least 1, not %s', amount) end);
+    end if;
+    exit when message is not null;
+
+    place := null;
+    if config.limit_id is null then
+      missing := missing || names[i];
+    elsif config.active then
+      -- The same limit named twice: the slots add up.
+      for p in 1 .. cardinality(part_keys) loop
+        if limit_ids[p] = config.limit_id and part_keys[p] = key then
+          place := p;
+          if part_slots[p]::bigint + amount > 2147483647 then
+            message := format('slots must add up to at most 2147483647 for %L', names[i]);
+            exit;
+          end if;
+          part_slots[p] := part_slots[p] + amount;
+        end if;
+      end loop;
+      if place is null then
+        limit_ids := limit_ids || config.limit_id;
+        part_keys := part_keys || key;
+        part_slots := part_slots || amount;
+        place := cardinality(part_keys);
+      end if;
+      bounded := bounded or config.max_waiters is not null;
+      if part_slots[place] > config."limit" or for_rate then
+        impossible := coalesce(impossible, pglimits._impossible(
+          names[i], part_slots[place], config."limit", config.slot_decay_per_second, for_rate));
+      end if;
+    end if;
+    places := places || place;
+  end loop;
+
+  if message is not null then
+    null;
+  elsif strict and missing is not null then
+    error := 'LimitNotFound';
+    message := format('there is no limit named %s',
+      (select string_agg(format('%L', m.name), ', ') from (select distinct u.name from unnest(missing) as u(name)) m));
+  elsif impossible is not null then
+    error := split_part(impossible, ' ', 1);
+    message := substr(impossible, strpos(impossible, ' ') + 1);
+  else
+    error := null;
+  end if;
+  request := row(
+    coalesce(lease_id, gen_random_uuid()), for_rate, limit_ids, part_keys, part_slots, places,
+    case when error is null then -priority end,
+    -- A day has 24 hours, whatever the session's time zone.
+    case when error is null then make_interval(secs => extract(epoch from lease_duration)::double precision) end,
+    wait, holder, channel, lease_id is not null, bounded, missing, error, message);
+  if error is null and cardinality(part_keys) > 1 then
+    request := pglimits._in_lock_order(request);
+  end if;
+  return request;
+end $$;
+
+comment on function pglimits._check_request(
+  text[], integer[], text[], interval, interval, integer, jsonb, uuid, boolean, text, boolean) is
+  'Checks the arguments of a request and finds its limits. What is wrong is in error and message.';
+
+-- Why a limit could never grant that much: the kind of error, a space, and the message; or null.
+create or replace function pglimits._impossible(
+  name text, slots integer, most integer, slot_decay_per_second double precision, for_rate boolean)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if for_rate and slot_decay_per_second = 0 then
+    return format('NoSlotDecay limit %L has no slot_decay_per_second: its slots never come back by themselves', name);
+  elsif slots > most and most > 0 then
+    return format('SlotsExceedLimit slots must be at most the limit: %L has %s, asked for %s', name, most, slots);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._impossible(text, integer, integer, double precision, boolean) is
+  'Why a limit could never grant a request (kind of error and message), or null.';
+
+-- Sorts the parts of a request by (limit id, key).
+create or replace function pglimits._in_lock_order(request pglimits._request)
+returns pglimits._request
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  new_places integer[];
+begin
+  select array_agg(o.limit_id order by o.now_at), array_agg(o.key order by o.now_at),
+         array_agg(o.slots order by o.now_at), array_agg(o.now_at order by o.was_at)
+  into request.limit_ids, request.keys, request.slots, new_places
+  from (
+    select p.*, (row_number() over (order by p.limit_id, p.key collate "C"))::integer as now_at
+    from unnest(request.limit_ids, request.keys, request.slots) with ordinality as p(limit_id, key, slots, was_at)
+  ) o;
+  for i in 1 .. cardinality(request.places) loop
+    request.places[i] := new_places[request.places[i]];
+  end loop;
+  return request;
+end $$;
+
+comment on function pglimits._in_lock_order(pglimits._request) is 'Sorts the parts of a request by (limit id, key).';
+
+-- The answer to a request whose id has a lease already: a reply was lost, or the lease was handed over.
+create or replace function pglimits._answer_again(request pglimits._request, now timestamptz)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+  lease record;
+  part integer;
+begin
+  perform pglimits._claim(array[request.lease_id], now);
+  answer.status := 'granted';
+  answer.lease_id := request.lease_id;
+  answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
+  for lease in select l.* from pglimits.leases l where l.lease_id = request.lease_id loop
+    part := (
+      select p.part
+      from unnest(request.limit_ids, request.keys, request.slots) with ordinality as p(limit_id, key, slots, part)
+      where p.limit_id = lease.limit_id and p.key = lease.key and p.slots = lease.slots);
+    answer.expires_at := lease.expires_at;
+    if part is null then
+      -- Unless its limit has been deactivated meanwhile, and so is no part of the request any longer.
+      if exists (select from pglimits.configs c where c.limit_id = lease.limit_id and c.active) then
+        return pglimits._in_use(request);
+      end if;
+      continue;
+    end if;
+    answer.fences := pglimits._note_fence(answer.fences, request.places, part, lease.fence);
+  end loop;
+  -- A part without a lease is one whose limit was not enforced at the time, and so has changed since.
+  if exists (
+    select from unnest(request.limit_ids, request.keys) as p(limit_id, key)
+    join pglimits.configs c on c.limit_id = p.limit_id
+    where c.updated_at < lease.acquired_at and not exists (
+      select from pglimits.leases l
+      where l.lease_id = request.lease_id
+        and l.limit_id is not distinct from p.limit_id and l.key is not distinct from p.key))
+  then
+    return pglimits._in_use(request);
+  end if;
+  return answer;
+end $$;
+
+comment on function pglimits._answer_again(pglimits._request, timestamptz) is
+  'Answers a repeated request from the lease that it got the first time.';
+
+-- The answer to a request whose id belongs to another one.
+create or replace function pglimits._in_use(request pglimits._request)
+returns pglimits._answer
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+begin
+  answer.status := 'error';
+  answer.lease_id := request.lease_id;
+  answer.error := 'InvalidArgument';
+  answer.message := format('lease_id %s is in use for another request', request.lease_id);
+  return answer;
+end $$;
+
+comment on function pglimits._in_use(pglimits._request) is 'The answer to a request whose id belongs to another one.';
+
+-- Begins the full duration of leases that were handed over.
+create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  -- Never waits for a row: whoever has it locked claims it, renews it or ends it right now.
+  update pglimits.leases l
+  set claimed = true, expires_at = greatest(l.expires_at, now + l.lease_duration)
+  from (
+    select u.lease_id, u.limit_id, u.key from pglimits.leases u
+    where u.lease_id = any (lease_ids) and not u.claimed and u.expires_at > now for update skip locked
+  ) mine
+  where l.lease_id = mine.lease_id
+    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key;
+end $$;
+
+comment on function pglimits._claim(uuid[], timestamptz) is
+  'Begins the full duration of leases that were handed over to waiters.';
+
+-- What stands in the way of a request, given the states of its parts. Writes nothing: the same rules answer a peek, a
+-- refusal without a lock, and a decision under the locks.
+-- mine: the request's own place in the queue, if it has one.
+create or replace function pglimits._survey(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
+  mine pglimits.queue, now timestamptz)
+returns pglimits._findings
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  findings pglimits._findings;
+  state pglimits.states;
+  config pglimits.configs;
+  fits_at timestamptz;
+begin
+  findings.enforced := 0;
+  findings.turn_in := interval '0';
+  for p in 1 .. cardinality(at) loop
+    config := configs[at[p]];
+    continue when config.active is not true;
+    state := states[at[p]];
+    findings.enforced := findings.enforced + 1;
+    if request.slots[p] > config."limit" or request.for_rate then
+      findings.impossible := pglimits._impossible(
+        config.name, request.slots[p], config."limit", config.slot_decay_per_second, request.for_rate);
+      if findings.impossible is not null then
+        return findings;
+      end if;
+    end if;
+
+    if state.waiting > 0 and (
+      case when mine.lease_id is null then state.head_rank <= request.rank
+           else (state.head_rank, state.head_arrival) < (mine.rank, mine.arrival) end)
+    then
+      fits_at := 'infinity';
+    elsif not request.for_rate and config.slot_decay_per_second = 0
+          and state.held::bigint + request.slots[p] <= config."limit" then
+      fits_at := '-infinity';
+    elsif not request.for_rate then
+      fits_at := pglimits._fits_at(state, config, request.slots[p], now);
+      if fits_at > '-infinity' and state.held::bigint + request.slots[p] > config."limit" then
+        -- When the lease that ends first is not renewed; so it is worth a look, but no promise.
+        findings.looks_at := coalesce(findings.looks_at, fits_at);
+        fits_at := 'infinity';
+      end if;
+    elsif config."limit" = 0 then
+      fits_at := 'infinity';
+    else
+      fits_at := '-infinity';
+    end if;
+
+    if fits_at > '-infinity' then
+      findings.blocked_at := coalesce(findings.blocked_at, at[p]);
+      findings.looks_at := coalesce(findings.looks_at, fits_at);
+      findings.fits_at := greatest(findings.fits_at, fits_at);
+    end if;
+  end loop;
+  if request.for_rate and findings.blocked_at is null then
+    findings.turn_in := pglimits._common_turn(request, at, states, configs, now) - now;
+  end if;
+  if findings.blocked_at is null and findings.turn_in > coalesce(request.wait, findings.turn_in) then
+    findings.fits_at := now + findings.turn_in;
+  end if;
+  return findings;
+end $$;
+
+comment on function pglimits._survey(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
+  'What stands in the way of a request. See the type pglimits._findings.';
+
+-- The first moment from now on at which every rate limit of a request has a turn for it.
+create or replace function pglimits._common_turn(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+returns timestamptz
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  go_at timestamptz := now;
+  later timestamptz := now;
+  config pglimits.configs;
+begin
+  loop
+    for p in 1 .. cardinality(at) loop
+      config := configs[at[p]];
+      continue when config.active is not true;
+      later := greatest(later, now + pglimits._until(config, (pglimits._find_turn(
+        states[at[p]], config, request.slots[p], pglimits._decayed(config, go_at))).turn, now));
+    end loop;
+    -- A turn that one limit has put off may not be free on the others.
+    exit when later = go_at or cardinality(at) = 1;
+    go_at := later;
+  end loop;
+  return later;
+end $$;
+
+comment on function pglimits._common_turn(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+  'The first moment from now on at which every rate limit of a request has a turn for it.';
+
+-- Takes a turn on a rate limit. The level rises at once; but if another limit of the request is slower, so that the turn
+-- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used,
+-- and kept back until then, they would be missing to others.
+create or replace function pglimits._take_turn(
+  state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
+  several boolean, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
+  decayed numeric := pglimits._decayed(config, now);
+  forget numeric := pglimits._decayed(config, now - pglimits._liveness());
+  turn numeric := pglimits._decayed(config, now + turn_in);
+  pinned boolean := several and turn_in > interval '0'
+    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
+begin
+  if pinned then
+    state.pinned := state.pinned + 1;
+  else
+    state := pglimits._book(state, config, slots, decayed);
+    turn := greatest(state.booked - config."limit", decayed);
+  end if;
+  if turn_in = interval '0' and not request.chosen then
+    return state;
+  end if;
+  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
+  delete from pglimits.queue q
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
+  state.passed := greatest(state.passed, forget);
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several,
+                              lease_duration, holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, turn, pinned, true, several,
+          request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
+  if turn_in > interval '0' then
+    state.next_death := least(state.next_death, alive_until);
+    state.next_look := least(state.next_look, alive_until);
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._take_turn(
+  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
+  'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
+
+-- Puts a request in line.
+create or replace function pglimits._enqueue(
+  state pglimits.states, request pglimits._request, slots integer, arrival timestamptz, looks_at timestamptz,
+  now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if arrival is null then
+    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
+    state.last_arrival := arrival;
+  end if;
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
+                              holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate,
+          cardinality(request.slots) > 1, request.lease_duration, request.holder, request.channel,
+          now + pglimits._liveness(), looks_at);
+  if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
+    state.head_rank := request.rank;
+    state.head_arrival := arrival;
+  end if;
+  state := pglimits._lengthen(state, 1, now);
+  return state;
+end $$;
+
+comment on function pglimits._enqueue(
+  pglimits.states, pglimits._request, integer, timestamptz, timestamptz, timestamptz) is
+  'Puts a request in line: at its arrival, or, if that is null, behind everybody of its priority.';
+
+-- Notes that so many more stand in line, none of whom dies before the liveness of a waiter is over.
+create or replace function pglimits._lengthen(state pglimits.states, waiters bigint, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end,
+                                   now + pglimits._liveness());
+  state.waiting := state.waiting + waiters;
+  return state;
+end $$;
+
+comment on function pglimits._lengthen(pglimits.states, bigint, timestamptz) is
+  'Returns a state with so many more in line, who called in at that moment.';
+
+-- Takes those out of the line who have died, wherever they stand in it. One whose row is locked is calling in, or being
+-- removed right now.
+create or replace function pglimits._bury_waiters(state pglimits.states, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  buried integer;
+begin
+  with dead as (
+    select q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival) and q.expires_at <= now
+    for update skip locked
+  )
+  delete from pglimits.queue q using dead d
+  where q.lease_id = d.lease_id
+    and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+  get diagnostics buried = row_count;
+  state.waiting := state.waiting - buried;
+  state.next_waiter_death := coalesce((
+    select min(q.expires_at) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._bury_waiters(pglimits.states, timestamptz) is
+  'Takes dead waiters out of the line, and notes when the next of them can die.';
+
+-- Takes a request out of the line.
+create or replace function pglimits._leave(state pglimits.states, mine pglimits.queue)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  delete from pglimits.queue q
+  where q.lease_id = mine.lease_id
+    and q.limit_id is not distinct from mine.limit_id and q.key is not distinct from mine.key;
+  if found then
+    state.waiting := state.waiting - 1;
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._leave(pglimits.states, pglimits.queue) is 'Takes a waiting request out of the queue.';
+
+-- Why one more may not wait on a (limit, key), or null.
+create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if config.max_waiters <= (
+    select count(*) from (
+      select from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.expires_at > now
+        and (q.turn is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+             or q.turn > pglimits._decayed(config, now))
+      limit config.max_waiters) live)
+  then
+    return format('%s requests wait for %L already, and that is its max_waiters', config.max_waiters, config.name);
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._queue_full(pglimits.states, pglimits.configs, timestamptz) is
+  'Why one more request may not wait (in line or for its turn) on a (limit, key), or null.';
+
+-- Why a request that has to wait may not, or null.
+create or replace function pglimits._may_not_wait(
+  findings pglimits._findings, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  problem text;
+begin
+  if findings.blocked_at is not null then
+    return pglimits._queue_full(states[findings.blocked_at], configs[findings.blocked_at], now);
+  end if;
+  for p in 1 .. cardinality(at) loop
+    exit when problem is not null or findings.turn_in = interval '0';
+    problem := pglimits._queue_full(states[at[p]], configs[at[p]], now);
+  end loop;
+  return problem;
+end $$;
+
+comment on function pglimits._may_not_wait(
+  pglimits._findings, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+  'Why a request that has to wait, in line or for its turn, may not: the queue is full; or null.';
+
+-- The (limit, key)s that a batch touches, in the order in which they are locked.
+create or replace function pglimits._gather(requests pglimits._request[])
+returns pglimits._places
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  places pglimits._places;
+begin
+  if cardinality(requests) = 1 then
+    places.limit_ids := (requests[1]).limit_ids;
+    places.keys := (requests[1]).keys;
+  else
+    select array_agg(p.limit_id order by p.limit_id, p.key collate "C"),
+           array_agg(p.key order by p.limit_id, p.key collate "C")
+    into places.limit_ids, places.keys
+    from (select distinct u.limit_id, u.key
+          from unnest(requests) r, unnest(r.limit_ids, r.keys) as u(limit_id, key)
+          where r.error is null) p;
+  end if;
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    places.labels[i] := places.limit_ids[i] || ' ' || places.keys[i];
+  end loop;
+  return places;
+end $$;
+
+comment on function pglimits._gather(pglimits._request[]) is
+  'The (limit, key)s that a batch touches, in the order in which they are locked.';
+
+-- Where in a batch the parts of a request are.
+create or replace function pglimits._locate(request pglimits._request, places pglimits._places)
+returns integer[]
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  at integer[] := array[]::integer[];
+begin
+  for p in 1 .. cardinality(request.keys) loop
+    at[p] := array_position(places.labels, request.limit_ids[p] || ' ' || request.keys[p]);
+  end loop;
+  return at;
+end $$;
+
+comment on function pglimits._locate(pglimits._request, pglimits._places) is
+  'Where in a batch the parts of a request are.';
+
+-- Locks the states of a batch, in their order.
+create or replace function pglimits._lock_all(places pglimits._places)
+returns pglimits.states[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  states pglimits.states[];
+begin
+  if cardinality(places.keys) > 1 then
+    -- What is used for the first time is created before any state is locked: that takes locks of configs.
+    for i in 1 .. cardinality(places.keys) loop
+      if not exists (select from pglimits.states s
+                     where s.limit_id = places.limit_ids[i] and s.key = places.keys[i]) then
+        perform pglimits._create_state(places.limit_ids[i], places.keys[i]);
+      end if;
+    end loop;
+  end if;
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
+  end loop;
+  return states;
+end $$;
+
+comment on function pglimits._lock_all(pglimits._places) is 'Locks the states of a batch, in their order.';
+
+-- Notes the fence of a part for every name that it stands for.
+create or replace function pglimits._note_fence(fences bigint[], places integer[], part integer, fence bigint)
+returns bigint[]
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  for n in 1 .. cardinality(places) loop
+    if places[n] = part then
+      fences[n] := fence;
+    end if;
+  end loop;
+  return fences;
+end $$;
+
+comment on function pglimits._note_fence(bigint[], integer[], integer, bigint) is
+  'Notes the fence of a part for every name that it stands for.';
+
+-- How long until the turn of a sleeper, on the slowest of its limits.
+create or replace function pglimits._turn_in(lease_id uuid, now timestamptz)
+returns interval
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return (select max(case when q.turn is not null then pglimits._until(c, q.turn, now) end)
+          from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
+          where q.lease_id = _turn_in.lease_id);
+end $$;
+
+comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';
+
+-- Takes what a request is granted: slots under a lease, or turns on rate limits.
+create or replace function pglimits._take(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
+  findings pglimits._findings, now timestamptz)
+returns pglimits._decision
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+begin
+  answer.status := 'granted';
+  answer.lease_id := request.lease_id;
+  if request.for_rate then
+    answer.wait := findings.turn_in;
+  else
+    answer.expires_at := now + request.lease_duration;
+    answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
+  end if;
+  for p in 1 .. cardinality(at) loop
+    continue when (configs[at[p]]).active is not true;
+    if request.for_rate then
+      states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
+                                           findings.turn_in, findings.enforced > 1, now);
+    else
+      states[at[p]] := pglimits._take_slots(
+        states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank, request.lease_duration,
+        request.holder, true, findings.enforced, answer.expires_at, now);
+      if cardinality(request.places) = 1 then
+        answer.fences := array[(states[at[p]]).version];
+      else
+        answer.fences := pglimits._note_fence(answer.fences, request.places, p, (states[at[p]]).version);
+      end if;
+    end if;
+  end loop;
+  return row(answer, states)::pglimits._decision;
+end $$;
+
+comment on function pglimits._take(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits._findings, timestamptz) is
+  'Takes what a request is granted, on all its limits.';
+
+-- Decides one request under the locks of its states: grants, books, queues or refuses it.
+create or replace function pglimits._decide(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
+  mine pglimits.queue, at_mine integer, now timestamptz)
+returns pglimits._decision
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  findings pglimits._findings := pglimits._survey(request, at, states, configs, mine, now);
+  may_wait boolean := findings.blocked_at is not null and coalesce(request.wait > interval '0', true);
+  answer pglimits._answer;
+begin
+  answer.lease_id := request.lease_id;
+  -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
+  if at_mine is not null and mine.turn is null then
+    states[at_mine] := pglimits._leave(states[at_mine], mine);
+  end if;
+  if mine.lease_id is null and request.bounded and (findings.fits_at is null or may_wait) then
+    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
+  end if;
+
+  if findings.impossible is not null then
+    answer.status := 'error';
+    answer.error := split_part(findings.impossible, ' ', 1);
+    answer.message := substr(findings.impossible, strpos(findings.impossible, ' ') + 1);
+  elsif findings.enforced = 0 then
+    answer.status := 'unlimited';
+  elsif mine.turn is not null then
+    -- A turn was taken the first time that this was asked.
+    answer.status := 'granted';
+    answer.wait := pglimits._turn_in(mine.lease_id, now);
+  elsif findings.queue_full is not null then
+    answer.status := 'error';
+    answer.error := 'QueueFull';
+    answer.message := findings.queue_full;
+  elsif findings.fits_at is null then
+    return pglimits._take(request, at, states, configs, findings, now);
+  elsif may_wait then
+    findings.looks_at := least(findings.looks_at, now + pglimits._liveness() * 0.3);
+    answer.status := 'queued';
+    answer.retry_after := greatest(findings.looks_at - now, interval '0');
+    states[findings.blocked_at] := pglimits._enqueue(
+      states[findings.blocked_at], request, request.slots[array_position(at, findings.blocked_at)], mine.arrival,
+      findings.looks_at, now);
+  else
+    answer.status := 'refused';
+    answer.retry_after := case when findings.fits_at < 'infinity' then findings.fits_at - now end;
+  end if;
+  return row(answer, states)::pglimits._decision;
+end $$;
+
+comment on function pglimits._decide(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, integer, timestamptz) is
+  'Decides one request under the locks of its states. mine, at_mine: its place in a queue, and in which state that is.';
+
+-- Serves what a batch asks of single limits, as far as it comes in runs: on each (limit, key) the first requests that fit
+-- together are granted, and if all behind them have to wait, they are put in line; all that with one statement, instead
+-- of one for each. What it leaves, _decide decides: its answer is null. The rules are those of _survey.
+create or replace function pglimits._serve_runs(
+  requests pglimits._request[], states pglimits.states[], configs pglimits.configs[], repeated uuid[],
+  now timestamptz)
+returns pglimits._served
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  served pglimits._served;
+  run record;
+  state pglimits.states;
+  config pglimits.configs;
+  -- For each (limit, key): how many slots fit (null: no runs here), and the places in line behind which a run goes.
+  rooms bigint[];
+  versions bigint[];
+  arrivals timestamptz[];
+  ranks integer[];
+  most integer[];
+begin
+  served.states := states;
+  for i in 1 .. coalesce(cardinality(states), 0) loop
+    state := states[i];
+    config := configs[i];
+    versions[i] := state.version;
+    arrivals[i] := greatest(now, state.last_arrival + interval '1 microsecond');
+    ranks[i] := case when state.waiting > 0 then state.head_rank end;
+    most[i] := case when state.waiting > 0 or config.slot_decay_per_second = 0 then config."limit" else 0 end;
+    rooms[i] := case
+      when config.active is not true or state.pinned > 0 then null
+      when state.waiting > 0 then 0
+      when config.slot_decay_per_second = 0 then config."limit"::bigint - state.held
+      else least(config."limit"::bigint - state.held,
+                 floor(config."limit" - greatest(state.booked - pglimits._decayed(config, now), 0))) end;
+  end loop;
+
+  for run in
+    with asked as (
+      select u.ordinal, u.lease_id, u.limit_ids[1] as limit_id, u.keys[1] as key, u.slots[1] as slots, u.rank,
+             u.lease_duration, u.holder, u.channel,
+             dense_rank() over (order by u.limit_ids[1], u.keys[1] collate "C") as place,
+             not u.for_rate and cardinality(u.places) = 1 and u.lease_id <> all (repeated) as plain,
+             coalesce(u.wait > interval '0', true) and not u.bounded as may_wait
+      from unnest(requests) with ordinality as u(
+        lease_id, for_rate, limit_ids, keys, slots, places, rank, lease_duration, wait, holder, channel, chosen,
+        bounded, missing, error, message, ordinal)
+      where cardinality(u.slots) = 1
+    ), summed as (
+      select a.*, row_number() over run_of as nth,
+             coalesce(bool_and(a.plain) over run_of and sum(a.slots) over run_of <= rooms[a.place], false) as fits
+      from asked a
+      window run_of as (partition by a.place order by a.ordinal)
+    ), behind as (
+      select s.*, row_number() over here as nth_behind,
+             bool_and(s.plain and s.may_wait and s.slots <= most[s.place]) over all_here
+             and min(s.rank) over all_here >= coalesce(ranks[s.place], first_value(s.rank) over here) as all_wait
+      from summed s where not s.fits and rooms[s.place] is not null
+      window all_here as (partition by s.place), here as (partition by s.place order by s.ordinal)
+    ), leased as (
+      insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                                   parts, acquired_at, expires_at)
+      select s.lease_id, s.limit_id, s.key, s.slots, s.holder, versions[s.place] + s.nth, -s.rank, s.lease_duration,
+             true, 1, now, now + s.lease_duration
+      from summed s where s.fits
+    ), queued as (
+      insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
+                                  holder, channel, expires_at, looks_at)
+      select b.lease_id, b.limit_id, b.key, b.slots, b.rank,
+             arrivals[b.place] + (b.nth_behind - 1) * interval '1 microsecond', false, false, b.lease_duration,
+             b.holder, b.channel, now + pglimits._liveness(), now + pglimits._liveness() * 0.3
+      from behind b where b.all_wait
+    )
+    select s.place, true as granted, count(*) as requests, sum(s.slots) as slots, min(s.lease_duration) as shortest,
+           null::integer as first_rank, array_agg(s.ordinal) as ordinals,
+           array_agg(row('granted', s.lease_id, array[versions[s.place] + s.nth], now + s.lease_duration, null, null,
+                         null, null)::pglimits._answer) as answers
+    from summed s where s.fits group by s.place
+    union all
+    select b.place, false, count(*), null, null, min(b.rank), array_agg(b.ordinal),
+           array_agg(row('queued', b.lease_id, null, null, pglimits._liveness() * 0.3, null, null,
+                         null)::pglimits._answer)
+    from behind b where b.all_wait group by b.place
+  loop
+    state := served.states[run.place];
+    if run.granted then
+      config := configs[run.place];
+      state.version := state.version + run.requests;
+      state.held := state.held + run.slots;
+      state.next_expiry := least(state.next_expiry, now + run.shortest);
+      if config.slot_decay_per_second > 0 then
+        state.booked := greatest(state.booked, pglimits._decayed(config, now)) + run.slots;
+      end if;
+    else
+      if state.waiting = 0 then
+        state.head_rank := run.first_rank;
+        state.head_arrival := arrivals[run.place];
+      end if;
+      state := pglimits._lengthen(state, run.requests, now);
+      state.last_arrival := arrivals[run.place] + (run.requests - 1) * interval '1 microsecond';
+    end if;
+    served.states[run.place] := state;
+    for i in 1 .. cardinality(run.ordinals) loop
+      served.answers[run.ordinals[i]] := run.answers[i];
+    end loop;
+  end loop;
+  return served;
+end $$;
+
+comment on function pglimits._serve_runs(
+  pglimits._request[], pglimits.states[], pglimits.configs[], uuid[], timestamptz) is
+  'Grants, and puts in line, what a batch asks of single limits in runs. Null answers are left to be decided one by one.';
+
+-- Serves requests in their order, all in one transaction: locks every state that they touch, in the order of
+-- (limit id, key), reads the clock, decides one after the other, and writes every state once.
+create or replace function pglimits._serve(requests pglimits._request[])
+returns pglimits._answer[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  places pglimits._places := pglimits._gather(requests);
+  here integer := coalesce(cardinality(places.keys), 0);
+  states pglimits.states[] := case when here = 1 then array[pglimits._lock(places.limit_ids[1], places.keys[1])]
+                                   else pglimits._lock_all(places) end;
+  was pglimits.states[] := states;
+  -- Under the locks: whoever changes a limit waits for us, or we see what it changed.
+  now timestamptz := pglimits._now();
+  configs pglimits.configs[];
+  config pglimits.configs;
+  chosen uuid[];
+  leased uuid[];
+  queued uuid[];
+  request pglimits._request;
+  mine pglimits.queue;
+  decision pglimits._decision;
+  served pglimits._served;
+  answers pglimits._answer[];
+  at integer[];
+  at_mine integer;
+begin
+  for i in 1 .. here loop
+    select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
+    configs[i] := config;
+    if config.active and (now >= least((states[i]).next_expiry, (states[i]).next_look) or (states[i]).pinned > 0) then
+      states[i] := pglimits._settle(states[i], config, now);
+    end if;
+  end loop;
+
+  if cardinality(requests) > 1 then
+    select array_agg(r.lease_id) into chosen from unnest(requests) r where r.chosen;
+  elsif (requests[1]).chosen then
+    chosen := array[(requests[1]).lease_id];
+  end if;
+  if chosen is not null then
+    select array_agg(l.lease_id) into leased from pglimits.leases l
+    where l.lease_id = any (chosen) and l.expires_at > now;
+    select array_agg(q.lease_id) into queued from pglimits.queue q where q.lease_id = any (chosen);
+  end if;
+
+  if cardinality(requests) > 1 then
+    if not exists (select from unnest(requests) r where cardinality(r.slots) > 1) then
+      served := pglimits._serve_runs(
+        requests, states, configs, coalesce(leased, '{}') || coalesce(queued, '{}'), now);
+      states := served.states;
+      answers := served.answers;
+    end if;
+  end if;
+
+  for i in 1 .. cardinality(requests) loop
+    continue when (answers[i]).status is not null;
+    request := requests[i];
+    if request.lease_id = any (leased) then
+      answers[i] := pglimits._answer_again(request, now);
+      continue;
+    end if;
+    mine := null;
+    if request.lease_id = any (queued) then
+      select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
+    end if;
+    at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
+               else pglimits._locate(request, places) end;
+    at_mine := case when mine.lease_id is not null
+                    then array_position(places.labels, mine.limit_id || ' ' || mine.key) end;
+    if mine.lease_id is not null
+       and (mine.for_rate, mine.slots) is distinct from (request.for_rate, request.slots[array_position(at, at_mine)])
+    then
+      answers[i] := pglimits._in_use(request);
+      continue;
+    end if;
+    decision := pglimits._decide(request, at, states, configs, mine, at_mine, now);
+    states := decision.states;
+    answers[i] := decision.answer;
+  end loop;
+
+  for i in 1 .. here loop
+    if (states[i]).waiting > 0 and states[i] is distinct from was[i] and (configs[i]).active then
+      states[i] := pglimits._advance(states[i], configs[i], now);
+    end if;
+    perform pglimits._save(states[i], was[i], now);
+  end loop;
+  return answers;
+end $$;
+
+comment on function pglimits._serve(pglimits._request[]) is
+  'Serves a batch of checked requests in one transaction, in their order; one answer for each.';
+-- The short ways: what most calls ask for, decided and written in one go. Each is a special case of what _serve and
+-- _release_at do, takes half of their time or less, and leaves everything that is not so simple to them, by returning null
+-- with nothing done but the lock taken.
+--
+-- First the state is locked; what is read afterwards is what was committed until then.
+
+-- Requests that are all alike, on one concurrency limit where nothing is due: there is room for all and nobody waits, or
+-- there is room for none and they may not wait either. The answer is that to the first; each of the others has the next fence.
+-- chosen: the callers gave the ids, so this may be a repetition. holders: an array of one for each, or null.
+create or replace function pglimits._take_alike(
+  name text, slots integer, key text, lease_duration interval, wait interval, priority integer, holders jsonb,
+  lease_ids uuid[], chosen boolean, strict boolean, channel text)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  wanted constant bigint := slots::bigint * cardinality(lease_ids);
+  state record;
+  now timestamptz;
+  ends timestamptz;
+begin
+  if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
+     or pglimits._argument_fault(lease_duration, wait, priority, holders -> 0, strict, channel) is not null
+  then
+    return null;
+  end if;
+  if cardinality(lease_ids) > 1 then
+    if pglimits._not_each_its_own(lease_ids, holders) then
+      return null;
+    end if;
+  end if;
+  if wait = interval '0' then
+    -- They may be refused, and that takes no lock.
+    select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
+           s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
+             and least(s.next_expiry, s.next_look) > pglimits._now()
+             and not (chosen and pglimits._are_known(lease_ids)) as are_refused
+    into state from pglimits.configs c
+    cross join lateral (
+      select x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
+      where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1) s
+    where c.name = _take_alike.name and c.active and c.slot_decay_per_second = 0;
+    if state.are_refused then
+      return row('refused', null, null, null, null, null, null, null)::pglimits._answer;
+    elsif state.fit is not true then
+      return null;
+    end if;
+  end if;
+
+  select s.* into state from pglimits.configs c
+  cross join lateral (
+    select x.limit_id, x.version, x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
+    where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1 for update) s
+  where c.name = _take_alike.name and c.active and c.slot_decay_per_second = 0 and c.max_waiters is null;
+  now := pglimits._now();
+  if (state.waiting = 0 and now < state.next_expiry and now < state.next_look) is not true then
+    return null;
+  end if;
+  ends := now + make_interval(secs => extract(epoch from lease_duration)::double precision);
+  update pglimits.states s
+  set version = s.version + cardinality(lease_ids), held = s.held + wanted, next_expiry = least(s.next_expiry, ends),
+      changed_at = now
+  from pglimits.configs c
+  where s.limit_id = state.limit_id and s.key = _take_alike.key and s.version = state.version
+    and c.limit_id = state.limit_id and c.active and c.slot_decay_per_second = 0
+    and state.held + wanted <= c."limit"
+    and (not chosen
+         or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+            and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)));
+  if not found then
+    return null;
+  end if;
+  insert into pglimits.leases (lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed,
+                               parts, acquired_at, expires_at)
+  select asked.lease_id, state.limit_id, _take_alike.key, _take_alike.slots,
+         nullif(holders -> (asked.nth - 1)::integer, 'null'), state.version + asked.nth, _take_alike.priority,
+         ends - now, true, 1, now, ends
+  from unnest(lease_ids) with ordinality as asked(lease_id, nth);
+  return row('granted', lease_ids[1], array[state.version + 1], ends, null, null, null, null)::pglimits._answer;
+end $$;
+
+comment on function pglimits._take_alike(
+  text, integer, text, interval, interval, integer, jsonb, uuid[], boolean, boolean, text) is
+  'Grants requests that are alike if nothing is in the way, or refuses them; null if it is not so simple.';
+
+-- Calls of rate_limit that are all alike, on one limit where nobody is in line: each has a turn, now or ahead, and none comes
+-- after wait; or already the first would. waits: how long until their turns, in seconds.
+create or replace function pglimits._turns_alike(
+  name text, slots integer, key text, wait interval, holders jsonb, lease_ids uuid[], chosen boolean, strict boolean,
+  channel text, out status text, out waits double precision[], out retry_after interval)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  wanted constant numeric := slots::bigint * cardinality(lease_ids);
+  alive_for constant interval := case when channel is not null then pglimits._liveness() end;
+  state record;
+  config pglimits.configs;
+  now timestamptz;
+  decayed numeric;
+  base numeric;
+  last_in interval;
+  forget numeric;
+begin
+  if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
+     or pglimits._argument_fault('1 second', wait, 0, holders -> 0, strict, channel) is not null
+  then
+    return;
+  end if;
+  if cardinality(lease_ids) > 1 then
+    if pglimits._not_each_its_own(lease_ids, holders) then
+      return;
+    end if;
+  end if;
+  if wait is not null then
+    -- They may be refused, and that takes no lock.
+    now := pglimits._now();
+    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, now)) + slots - c."limit", now) as first_in into state
+    from pglimits.configs c
+    cross join lateral (
+      select x.booked, x.waiting, x.pinned, x.next_expiry, x.next_look from pglimits.states x
+      where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1) s
+    where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
+      and s.waiting = 0 and s.pinned = 0 and now < s.next_expiry and now < s.next_look;
+    if state.first_in > wait then
+      if chosen and pglimits._are_known(lease_ids) then
+        return;
+      end if;
+      status := 'refused';
+      retry_after := state.first_in;
+      return;
+    end if;
+  end if;
+
+  select s.* into state from pglimits.configs c
+  cross join lateral (
+    select x.limit_id, x.version, x.booked, x.waiting, x.pinned, x.passed, x.next_expiry, x.next_look
+    from pglimits.states x
+    where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1 for update) s
+  where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and c.max_waiters is null;
+  now := pglimits._now();
+  if (state.waiting = 0 and state.pinned = 0 and now < state.next_expiry and now < state.next_look) is not true then
+    return;
+  end if;
+  select c.* into config from pglimits.configs c
+  where c.limit_id = state.limit_id and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
+    and c.max_waiters is null
+    and (not chosen
+         or not exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+            and not exists (select from pglimits.queue q where q.lease_id = any (lease_ids)));
+  if not found then
+    return;
+  end if;
+  decayed := pglimits._decayed(config, now);
+  base := greatest(state.booked, decayed);
+  last_in := pglimits._until(config, base + wanted - config."limit", now);
+  if last_in > wait then
+    return;
+  end if;
+  forget := case when chosen or last_in > interval '0' then pglimits._decayed(config, now - pglimits._liveness()) end;
+  update pglimits.states s
+  set version = s.version + 1, booked = base + wanted, passed = greatest(s.passed, forget), changed_at = now,
+      next_death = case when last_in > interval '0' then least(s.next_death, now + alive_for) else s.next_death end,
+      next_look = case when last_in > interval '0' then least(s.next_look, now + alive_for) else s.next_look end
+  where s.limit_id = state.limit_id and s.key = _turns_alike.key and s.version = state.version;
+  status := 'granted';
+  if forget is null then
+    waits := array_fill(0::double precision, array[cardinality(lease_ids)]);
+    return;
+  end if;
+  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
+  delete from pglimits.queue q
+  where q.limit_id = state.limit_id and q.key = _turns_alike.key and q.turn > state.passed and q.turn <= forget
+    and not q.pinned;
+  with turns as (
+    select asked.lease_id, asked.nth, greatest(base + slots * asked.nth - config."limit", decayed) as turn,
+           pglimits._until(config, base + slots * asked.nth - config."limit", now) as turn_in
+    from unnest(lease_ids) with ordinality as asked(lease_id, nth)
+  ), booked as (
+    insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, for_rate, several, lease_duration,
+                                holder, channel, expires_at, looks_at)
+    select t.lease_id, state.limit_id, _turns_alike.key, slots, 0, now, t.turn, true, false, interval '5 minutes',
+           nullif(holders -> (t.nth - 1)::integer, 'null'), channel, coalesce(now + alive_for, 'infinity'),
+           now + t.turn_in
+    from turns t
+  )
+  select array_agg(extract(epoch from t.turn_in)::double precision order by t.nth) into waits from turns t;
+end $$;
+
+comment on function pglimits._turns_alike(
+  text, integer, text, interval, jsonb, uuid[], boolean, boolean, text) is
+  'Gives turns on a rate limit to calls that are alike, or refuses them; its status is null if it is not so simple.';
+
+-- Whether requests that are to be alike but for ids and holders give the same id twice, or too long a holder.
+create or replace function pglimits._not_each_its_own(lease_ids uuid[], holders jsonb)
+returns boolean
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000)
+      or (select count(distinct u.id) < count(*) from unnest(lease_ids) as u(id));
+end $$;
+
+comment on function pglimits._not_each_its_own(uuid[], jsonb) is
+  'Whether some of several ids are the same, or some of their holders too long.';
+
+-- Whether a lease or a waiter has one of these ids.
+create or replace function pglimits._are_known(lease_ids uuid[])
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+      or exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+end $$;
+
+comment on function pglimits._are_known(uuid[]) is 'Whether a lease or a waiter has one of these ids.';
+
+-- Leases that are all on one (limit, key) where nobody waits, and on no other. Returns the ids that were live.
+create or replace function pglimits._release_alike(lease_ids uuid[])
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  state record;
+  now timestamptz;
+  freed bigint;
+  live uuid[];
+begin
+  if cardinality(lease_ids) > 1 then
+    if (select count(*) = cardinality(lease_ids) and min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key)
+        from pglimits.leases l where l.lease_id = any (lease_ids)) is not true
+    then
+      return null;
+    end if;
+  end if;
+  select s.* into state from pglimits.leases l
+  cross join lateral (
+    select x.limit_id, x.key, x.version, x.waiting, x.pinned, x.next_look from pglimits.states x
+    where x.limit_id = l.limit_id and x.key = l.key order by x.version desc limit 1 for update) s
+  where l.lease_id = lease_ids[1] and l.parts = 1;
+  if (state.waiting = 0 and state.pinned = 0 and state.next_look = 'infinity') is not true then
+    return null;
+  end if;
+  now := pglimits._now();
+  -- Read through the index on lease_id, and so in the order in which renew locks them. One alone needs no sum, which takes
+  -- as long as its deletion.
+  if cardinality(lease_ids) = 1 then
+    delete from pglimits.leases l
+    where l.lease_id = lease_ids[1]
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    returning l.slots, case when l.expires_at > now then lease_ids else '{}' end into freed, live;
+  else
+    with gone as (
+      delete from pglimits.leases l
+      where l.lease_id = any (lease_ids)
+        and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+      returning l.lease_id, l.slots, l.expires_at > now as live
+    )
+    select sum(g.slots), coalesce(array_agg(g.lease_id) filter (where g.live), '{}') into freed, live from gone g;
+  end if;
+  if freed > 0 then
+    update pglimits.states s set version = s.version + 1, held = s.held - freed, changed_at = now
+    where s.limit_id = state.limit_id and s.key = state.key and s.version = state.version;
+  end if;
+  return coalesce(live, '{}');
+end $$;
+
+comment on function pglimits._release_alike(uuid[]) is
+  'Ends leases on one (limit, key) if nobody waits there: the ids that were live; null if it is not so simple.';
+-- acquire, rate_limit, peek: what callers call.
+--
+-- Every public function plans once (plan_cache_mode: a custom plan for every array takes longer than its work), and by plain
+-- index scans only: a sequential or bitmap scan, chosen while a table had one page, would walk all the dead versions of the
+-- next hour. And with jit = off, since such plans look expensive enough to be compiled.
+-- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a
+-- plan made on empty tables may take the index on (limit_id, key, …) instead, and walk all that was ever there. For the same
+-- reason whether its turn is null is asked of the row that was found, never in the where clause: two indexes have just such rows.
+
+-- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
+-- settled: instead of null, reckon with what is due as if it had been applied.
+create or replace function pglimits._glance(request pglimits._request, settled boolean, now timestamptz)
+returns pglimits._findings
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  state pglimits.states;
+  config pglimits.configs;
+  states pglimits.states[];
+  configs pglimits.configs[];
+  at integer[] := array[]::integer[];
+  findings pglimits._findings;
+begin
+  for p in 1 .. cardinality(request.keys) loop
+    select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
+    select s.* into state from pglimits.states s
+    where s.limit_id = request.limit_ids[p] and s.key = request.keys[p]
+    order by s.version desc limit 1;
+    if not found then
+      state := pglimits._unused(request.limit_ids[p], request.keys[p]);
+    elsif now >= least(state.next_expiry, state.next_look) then
+      if not settled then
+        return null;
+      end if;
+      state := pglimits._as_settled(state, now);
+    end if;
+    states[p] := state;
+    configs[p] := config;
+    at[p] := p;
+  end loop;
+  findings := pglimits._survey(request, at, states, configs, null, now);
+  if request.bounded then
+    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
+  end if;
+  return findings;
+end $$;
+
+comment on function pglimits._glance(pglimits._request, boolean, timestamptz) is
+  'What stands in the way of a request, read without a lock.';
+
+-- The state of a key that was never used.
+create or replace function pglimits._unused(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  state pglimits.states;
+begin
+  state.limit_id := limit_id;
+  state.key := key;
+  state.held := 0;
+  state.booked := 0;
+  state.pinned := 0;
+  state.waiting := 0;
+  state.next_expiry := timestamptz 'infinity';
+  return state;
+end $$;
+
+comment on function pglimits._unused(bigint, text) is 'The state of a key that was never used.';
+
+-- A state as it would be without the leases that have ended and the waiters that have died by now.
+create or replace function pglimits._as_settled(state pglimits.states, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  head record;
+begin
+  state.held := state.held - (
+    select coalesce(sum(l.slots), 0) from pglimits.leases l
+    where l.limit_id = state.limit_id and l.key = state.key
+      and l.expires_at >= state.next_expiry and l.expires_at <= now);
+  if state.waiting > 0 then
+    select q.rank, q.arrival into head from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at > now
+      and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+    order by q.rank, q.arrival limit 1;
+    if found then
+      state.head_rank := head.rank;
+      state.head_arrival := head.arrival;
+    else
+      state.waiting := 0;
+    end if;
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._as_settled(pglimits.states, timestamptz) is
+  'A state as it would be without ended leases and dead waiters. For looking only.';
+
+-- The answer to a request that is certain without a lock, a row or a transaction id: it is wrong, or it cannot be granted
+-- and may not wait (at all, or that long, or because the queue is full). Else its status is null: the locks will tell.
+create or replace function pglimits._answer_at_once(request pglimits._request)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer;
+  findings pglimits._findings;
+  now timestamptz;
+begin
+  answer.lease_id := request.lease_id;
+  if request.error is not null then
+    answer.status := 'error';
+    answer.error := request.error;
+    answer.message := request.message;
+  elsif cardinality(request.keys) = 0 and not request.chosen then
+    answer.status := 'unlimited';
+  elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
+        and not (request.chosen and pglimits._are_known(array[request.lease_id])) then
+    now := pglimits._now();
+    findings := pglimits._glance(request, false, now);
+    if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
+      answer.status := 'refused';
+      if findings.fits_at < 'infinity' then
+        answer.retry_after := findings.fits_at - now;
+      end if;
+    elsif findings.queue_full is not null then
+      answer.status := 'error';
+      answer.error := 'QueueFull';
+      answer.message := findings.queue_full;
+    end if;
+  end if;
+  return answer;
+end $$;
+
+comment on function pglimits._answer_at_once(pglimits._request) is
+  'The answer to a request that is certain without a lock; its status is null if there is none.';
+
+-- Answers a batch of requests: refusals that are certain without a lock, the others under the locks.
+create or replace function pglimits._answer_all(requests pglimits._request[])
+returns pglimits._answer[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  served pglimits._request[];
+  at integer[];
+  served_answers pglimits._answer[];
+  answer pglimits._answer;
+  answers pglimits._answer[];
+begin
+  if not exists (
+    select from unnest(requests) r
+    where r.error is not null or cardinality(r.slots) = 0 or r.wait = interval '0' or r.bounded
+       or r.for_rate and r.wait is not null)
+  then
+    return pglimits._serve(requests);
+  end if;
+  for i in 1 .. cardinality(requests) loop
+    answer := pglimits._answer_at_once(requests[i]);
+    if answer.status is null then
+      served := served || requests[i];
+      at := at || i;
+    end if;
+    answers[i] := answer;
+  end loop;
+  if served is not null then
+    served_answers := pglimits._serve(served);
+    for i in 1 .. cardinality(at) loop
+      answers[at[i]] := served_answers[i];
+    end loop;
+  end if;
+  return answers;
+end $$;
+
+comment on function pglimits._answer_all(pglimits._request[]) is
+  'Answers requests in their order: refusals that are certain without a lock, the others under the locks.';
+
+-- One request, with its errors raised and its missing limits named.
+create or replace function pglimits._answer(request pglimits._request)
+returns pglimits._answer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  answer pglimits._answer := pglimits._answer_at_once(request);
+begin
+  if answer.status is null then
+    answer := (pglimits._serve(array[request]))[1];
+  end if;
+  if answer.error is not null then
+    perform pglimits._fail(answer.error, answer.message);
+  end if;
+  if request.missing is not null then
+    raise warning 'not enforced, because there is no such limit: %',
+      (select string_agg(format('%L', m.name), ', ') from (select distinct u.name from unnest(request.missing) as u(name)) m);
+  end if;
+  if answer.status in ('refused', 'unlimited') then
+    answer.lease_id := null;
+  end if;
+  return answer;
+end $$;
+
+comment on function pglimits._answer(pglimits._request) is 'Serves one request; raises what is wrong with it.';
+
+-- The place of a waiter in its queue, whose state is locked. The last of a line without dead stands where the line is long;
+-- only who has others behind it is counted, and all are looked at only as often as one may have died.
+create or replace function pglimits._position(lease_id uuid)
+returns integer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  mine pglimits.queue;
+  was pglimits.states;
+  state pglimits.states;
+  now timestamptz := pglimits._now();
+begin
+  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id order by q.turn nulls first limit 1;
+  if mine.lease_id is null or mine.turn is not null then
+    return null;
+  end if;
+  select s.* into was from pglimits.states s
+  where s.limit_id = mine.limit_id and s.key = mine.key order by s.version desc limit 1;
+  state := was;
+  if now >= state.next_waiter_death then
+    state := pglimits._bury_waiters(state, now);
+    perform pglimits._save(state, was, now);
+  end if;
+  if now < state.next_waiter_death and not exists (
+    select from pglimits.queue q
+    where q.limit_id = mine.limit_id and q.key = mine.key and q.turn is null
+      and (q.rank, q.arrival) > (mine.rank, mine.arrival))
+  then
+    return state.waiting;
+  end if;
+  return (select count(*) from pglimits.queue q
+          where q.limit_id = mine.limit_id and q.key = mine.key and q.turn is null
+            and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+            and (q.rank, q.arrival) <= (mine.rank, mine.arrival) and q.expires_at > now);
+end $$;
+
+comment on function pglimits._position(uuid) is 'The place of a waiter in its queue, 1 being the head; null if it waits in none.';
+
+create or replace function pglimits.acquire(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.acquired
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  answer pglimits._answer := pglimits._answer(pglimits._check_request(
+    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+begin
+  return row(answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
+             case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired;
+end $$;
+
+comment on function pglimits.acquire(
+  text[], integer[], text[], interval, interval, integer, jsonb, uuid, boolean, text) is
+$$Takes slots of several limits, all or none, until they are released or the lease ends.
+
+names: the limits. slots: how many, one number for all or one for each. keys: likewise. lease_duration: 1 second to
+366 days. wait: how long the caller is ready to wait in all; 0 tries once, null waits for ever. priority: higher goes
+first. holder: who it is. lease_id: an id of the caller's choice, so that the call can be repeated. strict: a missing
+limit is an error. channel: what to notify when it is granted.
+
+status: granted; queued (call again with the same arguments and lease_id within retry_after, or lose the place after
+10 seconds); refused (retry_after: when time alone would let it in; null: only a release can tell); unlimited (no limit
+was enforced: each is missing or inactive).
+
+Errors: PL001 a bad argument, PL002 strict and a limit is missing, PL004 more slots than a limit has, PL006 the queue is
+full. Call it in a transaction of its own: the limit is locked until commit.$$;
+
+create or replace function pglimits.acquire(
+  name text,
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.acquired_one
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  answer pglimits._answer := pglimits._take_alike(
+    name, slots, key, lease_duration, wait, priority, case when holder is not null then jsonb_build_array(holder) end,
+    array[coalesce(lease_id, gen_random_uuid())], lease_id is not null, strict, channel);
+begin
+  if answer.status is null then
+    answer := pglimits._answer(pglimits._check_request(
+      array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+  end if;
+  return row(answer.status, answer.lease_id, answer.fences[1], answer.expires_at, answer.retry_after,
+             case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired_one;
+end $$;
+
+comment on function pglimits.acquire(
+  text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text) is
+  'Takes slots of one limit until they are released or the lease ends. As acquire over several limits, with one fence.';
+
+create or replace function pglimits.rate_limit(
+  names text[],
+  slots integer[] default '{1}',
+  wait interval default '0',
+  keys text[] default '{""}',
+  strict boolean default false,
+  lease_id uuid default null,
+  channel text default null)
+returns pglimits.reserved
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  answer pglimits._answer := pglimits._answer(pglimits._check_request(
+    names, slots, keys, '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+begin
+  return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
+end $$;
+
+comment on function pglimits.rate_limit(text[], integer[], interval, text[], boolean, uuid, text) is
+$$Takes slots that come back by decay only; the place on every limit is reserved at once.
+
+names, slots, keys, strict: as in acquire. wait: how far ahead a turn may be reserved; 0: now or never, null: any turn.
+
+status: granted (sleep for wait, then go: no second call is needed); refused (the turn would come after wait; nothing
+was taken; retry_after: when it could go at once); queued (somebody who also wants slots to hold is ahead: call again
+with the same arguments and lease_id within retry_after); unlimited. Over several limits: the latest of their turns.
+release(lease_id) before the turn gives it back as far as nobody goes too fast by it.
+
+Errors: as acquire, and PL005 for a limit without slot_decay_per_second.$$;
+
+create or replace function pglimits.rate_limit(
+  name text,
+  slots integer default 1,
+  wait interval default '0',
+  key text default '',
+  strict boolean default false,
+  lease_id uuid default null,
+  channel text default null)
+returns pglimits.reserved
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  id constant uuid := coalesce(lease_id, gen_random_uuid());
+  turns record;
+  answer pglimits._answer;
+begin
+  turns := pglimits._turns_alike(name, slots, key, wait, null, array[id], lease_id is not null, strict, channel);
+  if turns.status = 'granted' then
+    return row(turns.status, make_interval(secs => turns.waits[1]), null, id)::pglimits.reserved;
+  elsif turns.status is not null then
+    return row(turns.status, null, turns.retry_after, null)::pglimits.reserved;
+  end if;
+  answer := pglimits._answer(pglimits._check_request(
+    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+  return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
+end $$;
+
+comment on function pglimits.rate_limit(text, integer, interval, text, boolean, uuid, text) is
+  'Takes slots of one rate limit, now or at a turn reserved ahead. As rate_limit over several limits.';
+
+-- What acquire (or, with for_rate, rate_limit) would answer. It takes no lock and changes nothing.
+create or replace function pglimits.peek(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  wait interval default '0',
+  priority integer default 0,
+  strict boolean default false,
+  for_rate boolean default false)
+returns pglimits.peeked
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  request pglimits._request;
+  now timestamptz := pglimits._now();
+  findings pglimits._findings;
+  peeked pglimits.peeked;
+begin
+  if for_rate is null then
+    perform pglimits._fail('InvalidArgument', 'for_rate must not be null');
+  end if;
+  request := pglimits._check_request(names, slots, keys, '5 minutes', wait, priority, null, null, strict, null, for_rate);
+  if request.error is not null then
+    perform pglimits._fail(request.error, request.message);
+  end if;
+  findings := pglimits._glance(request, true, now);
+  peeked.status := case
+    when findings.enforced = 0 then 'unlimited'
+    when findings.fits_at is null then 'granted'
+    when findings.blocked_at is not null and coalesce(wait > interval '0', true) then 'queued'
+    else 'refused' end;
+  if peeked.status = 'granted' then
+    peeked.wait := findings.turn_in;
+  elsif findings.fits_at < 'infinity' then
+    peeked.retry_after := findings.fits_at - now;
+  end if;
+  if peeked.status = 'queued' then
+    peeked."position" := 1 + (
+      select count(*) from pglimits.queue q
+      where q.limit_id = request.limit_ids[findings.blocked_at] and q.key = request.keys[findings.blocked_at]
+        and q.turn is null and q.rank <= request.rank and q.expires_at > now);
+  end if;
+  return peeked;
+end $$;
+
+comment on function pglimits.peek(text[], integer[], text[], interval, integer, boolean, boolean) is
+  'What acquire (for_rate: rate_limit) with these arguments would answer now: status, wait, retry_after, position. '
+  'Changes nothing and waits for nobody. Errors as acquire.';
+
+create or replace function pglimits.peek(
+  name text,
+  slots integer default 1,
+  key text default '',
+  wait interval default '0',
+  priority integer default 0,
+  strict boolean default false,
+  for_rate boolean default false)
+returns pglimits.peeked
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  return pglimits.peek(array[name], array[slots], array[key], wait, priority, strict, for_rate);
+end $$;
+
+comment on function pglimits.peek(text, integer, text, interval, integer, boolean, boolean) is
+  'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
+
+-- Checks the requests of a batch. Most of them ask alike: what is the same is checked once, and copied for each who asks; where
+-- that has found something, or what is each one's own may be wrong, each is checked by itself.
+create or replace function pglimits._check_requests(requests jsonb)
+returns pglimits._request[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  checked pglimits._request[];
+begin
+  with asked as materialized (
+    select e.ordinal, e.request - '{lease_id,wait,holder}'::text[] as kind, (e.request ->> 'lease_id')::uuid as lease_id,
+           (e.request ->> 'wait')::interval as wait, nullif(e.request -> 'holder', 'null') as holder
+    from jsonb_array_elements(requests) with ordinality as e(request, ordinal)
+  ), kinds as materialized (
+    select k.kind, r.names, coalesce(r.slots, '{1}') as slots, coalesce(r.keys, '{""}') as keys,
+           coalesce(r.lease_duration, '5 minutes') as lease_duration, coalesce(r.priority, 0) as priority,
+           coalesce(r.strict, false) as strict, r.channel, coalesce(r.for_rate, false) as for_rate
+    from (select distinct a.kind from asked a) k
+    cross join lateral jsonb_to_record(k.kind) as r(
+      names text[], slots integer[], keys text[], lease_duration interval, priority integer, strict boolean,
+      channel text, for_rate boolean)
+  ), models as materialized (
+    select k.*, pglimits._check_request(k.names, k.slots, k.keys, k.lease_duration, null, k.priority, null, null,
+                                        k.strict, k.channel, k.for_rate) as model
+    from kinds k
+  )
+  select array_agg(
+    case
+      when (m.model).error is null and (m.model).missing is null and coalesce(a.wait >= interval '0', true)
+           and coalesce(length(a.holder::text) <= 8000, true)
+      then row(coalesce(a.lease_id, gen_random_uuid()), (m.model).for_rate, (m.model).limit_ids, (m.model).keys,
+               (m.model).slots, (m.model).places, (m.model).rank, (m.model).lease_duration, a.wait, a.holder,
+               (m.model).channel, a.lease_id is not null, (m.model).bounded, null, null, null)::pglimits._request
+      else pglimits._check_request(m.names, m.slots, m.keys, m.lease_duration, a.wait, m.priority, a.holder,
+                                   a.lease_id, m.strict, m.channel, m.for_rate)
+    end order by a.ordinal)
+  into checked
+  from asked a join models m on m.kind = a.kind;
+  return checked;
+end $$;
+
+comment on function pglimits._check_requests(jsonb) is 'Checks the requests of a batch, in their order; null if there are none.';
+
+-- The answers to the requests of a batch, in their order.
+create or replace function pglimits._answer_many(requests jsonb)
+returns table (
+  ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
+  wait interval, missing text[], error text, message text)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  checked pglimits._request[] := pglimits._check_requests(requests);
+begin
+  if checked is null then
+    return;
+  elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
+    perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
+  end if;
+  return query
+  select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,
+         (checked[a.ordinal]).missing, a.error, a.message
+  from unnest(pglimits._answer_all(checked)) with ordinality as a(
+    status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
+end $$;
+
+comment on function pglimits._answer_many(jsonb) is 'Checks and serves the requests of a batch.';
+
+-- Many requests in one call, each answered by itself: what the clients use to send what queued up meanwhile.
+create or replace function pglimits.acquire_many(
+  requests jsonb, durable boolean default true, patience interval default null)
+returns table (
+  ordinal integer, status text, lease_id uuid, fences bigint[], expires_at timestamptz, retry_after interval,
+  wait interval, missing text[], error text, message text)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  lock_timeout text;
+begin
+  if requests is null or jsonb_typeof(requests) <> 'array' then
+    perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
+  elsif jsonb_array_length(requests) > 10000 then
+    perform pglimits._fail('InvalidArgument',
+      format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
+  end if;
+  lock_timeout := pglimits._for_this_call(durable, patience);
+  return query select a.* from pglimits._answer_many(requests) a;
+  if lock_timeout is not null then
+    perform set_config('lock_timeout', lock_timeout, true);
+  end if;
+end $$;
+
+comment on function pglimits.acquire_many(jsonb, boolean, interval) is
+$$Serves many requests in one call and one transaction, in their order, each with an answer of its own.
+
+requests: an array of objects with the arguments of acquire as members (names, slots, keys, lease_duration, wait,
+priority, holder, lease_id, strict, channel; wait null or absent: for ever), and for_rate: true for what rate_limit does.
+durable: false commits with synchronous_commit = off. patience: how long to wait for the lock of a limit that somebody
+keeps in a long transaction (null: as lock_timeout says); past it error 55P03, and nothing was done.
+
+A row for each: its ordinal, what acquire or rate_limit would have answered, the limits that are missing, and, with
+status error, the kind of error (as errors() lists them) and its message.$$;
+
+-- The same for requests that differ in nothing but their ids and holders. Most batches are such.
+create or replace function pglimits.acquire_alike(
+  name text,
+  lease_ids uuid[],
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
+  holders jsonb default null,
+  strict boolean default false,
+  channel text default null,
+  for_rate boolean default false,
+  durable boolean default true,
+  patience interval default null)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+set lock_timeout = '300ms'
+as $$
+declare
+  answer pglimits._answer;
+  turns record;
+  problem constant text := case
+    when lease_ids is null or cardinality(lease_ids) not between 1 and 10000 then 'lease_ids must be 1 to 10000'
+    when array_ndims(lease_ids) <> 1 then 'lease_ids must be a flat array'
+    when array_position(lease_ids, null) is not null then 'lease_ids must not contain null'
+    when holders is not null and (jsonb_typeof(holders) <> 'array' or jsonb_array_length(holders) <> cardinality(lease_ids))
+      then 'holders must be an array with one for each of lease_ids'
+    when lease_duration is null then 'lease_duration must not be null'
+    when priority is null then 'priority must not be null'
+    when strict is null then 'strict must not be null'
+    when for_rate is null then 'for_rate must not be null'
+  end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  elsif (durable and patience is null) is not true then
+    perform pglimits._for_this_call(durable, patience);
+  end if;
+  if for_rate then
+    turns := pglimits._turns_alike(name, slots, key, wait, holders, lease_ids, true, strict, channel);
+    if turns.status is not null then
+      return jsonb_build_array(jsonb_build_array(
+        cardinality(lease_ids), turns.status, null, null, turns.waits, extract(epoch from turns.retry_after)));
+    end if;
+  else
+    answer := pglimits._take_alike(
+      name, slots, key, lease_duration, wait, priority, holders, lease_ids, true, strict, channel);
+    if answer.status is not null then
+      return jsonb_build_array(jsonb_build_array(
+        cardinality(lease_ids), answer.status, answer.fences[1], extract(epoch from answer.expires_at)));
+    end if;
+  end if;
+  return (
+    select jsonb_agg(jsonb_build_array(
+      1, a.status, a.fences[1], extract(epoch from a.expires_at),
+      case when a.wait is not null then array[extract(epoch from a.wait)] end, extract(epoch from a.retry_after),
+      a.missing is not null, a.error, a.message) order by a.ordinal)
+    from pglimits._answer_many((
+      select jsonb_agg(jsonb_build_object(
+        'names', array[name], 'slots', array[slots], 'keys', array[key], 'lease_duration', lease_duration, 'wait', wait,
+        'priority', priority, 'strict', strict, 'channel', channel, 'for_rate', for_rate, 'lease_id', asked.lease_id,
+        'holder', holders -> (asked.nth - 1)::integer) order by asked.nth)
+      from unnest(lease_ids) with ordinality as asked(lease_id, nth))) a);
+end $$;
+
+comment on function pglimits.acquire_alike(
+  text, uuid[], integer, text, interval, interval, integer, jsonb, boolean, text, boolean, boolean, interval) is
+$$Serves requests on one limit that differ in nothing but lease_ids and holders (an array, one for each id), in one call and
+one transaction, in their order. The other arguments are those of acquire; for_rate: do what rate_limit does; durable as in
+acquire_many; patience: how long to wait for the lock of the limit, 0.3 seconds if null; past it error 55P03, and nothing was done.
+
+Answers an array of arrays: how many requests in a row it answers, their status, the fence of the first (each of the others
+has one above that of the one before), when their leases end (epoch), how long each has until its turn (an array, seconds),
+retry_after (seconds), whether the limit is missing, and, with status error, the kind of error (as errors() lists them) and
+its message.$$;
+
+-- Settings of one call: how durable it is, and how long it waits for a lock. Returns the lock_timeout to go back to.
+create or replace function pglimits._for_this_call(durable boolean, patience interval)
+returns text
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  before text;
+begin
+  if durable is null then
+    perform pglimits._fail('InvalidArgument', 'durable must not be null');
+  elsif patience <= interval '0' or patience > interval '20 days' then
+    perform pglimits._fail('InvalidArgument', format('patience must be above 0 and at most 20 days, not %s', patience));
+  end if;
+  if not durable then
+    perform set_config('synchronous_commit', 'off', true);
+  end if;
+  if patience is null then
+    return null;
+  end if;
+  before := current_setting('lock_timeout');
+  perform set_config('lock_timeout', ceil(extract(epoch from patience) * 1000)::bigint::text, true);
+  return before;
+end $$;
+
+comment on function pglimits._for_this_call(boolean, interval) is
+  'durable false: this transaction commits with synchronous_commit = off. patience: the lock_timeout from now on; '
+  'returns what it was, null if it stays.';
+-- What happens to a lease, or to a place in a queue, after acquire: renew, release, watch.
+
+-- What is wrong with a list of lease ids is an error.
+create or replace function pglimits._check_ids(lease_ids uuid[])
+returns void
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if lease_ids is null or array_position(lease_ids, null) is not null then
+    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null, nor contain null');
+  end if;
+end $$;
+
+comment on function pglimits._check_ids(uuid[]) is 'Raises InvalidArgument for a null list of lease ids, or a null in it.';
+
+-- Renews leases. Needs no state: it only moves an end further away. Rows are locked in the order of
+-- (limit id, key, lease id), as everywhere.
+create or replace function pglimits.renew(lease_ids uuid[], lease_duration interval default null)
+returns table (lease_id uuid, renewed boolean, expires_at timestamptz)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  now timestamptz;
+  mine tid[];
+  seconds constant double precision := extract(epoch from renew.lease_duration);
+  problem text := case when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
+begin
+  perform pglimits._check_ids(lease_ids);
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  select array_agg(x.place) into mine from (
+    select l.ctid as place from pglimits.leases l where l.lease_id = any (lease_ids)
+    order by l.limit_id, l.key, l.lease_id for update) x;
+  now := pglimits._now();
+  return query
+  with later as (
+    update pglimits.leases l
+    set expires_at = greatest(l.expires_at, now + coalesce(make_interval(secs => seconds), l.lease_duration)),
+        lease_duration = coalesce(make_interval(secs => seconds), l.lease_duration),
+        claimed = true
+    where l.ctid = any (mine) and l.expires_at > now
+    returning l.lease_id, l.expires_at, l.parts
+  )
+  select asked.id, count(later.lease_id) > 0 and count(later.lease_id) = min(later.parts), min(later.expires_at)
+  from (select distinct u.id from unnest(lease_ids) as u(id)) asked
+  left join later on later.lease_id = asked.id
+  group by asked.id;
+end $$;
+
+comment on function pglimits.renew(uuid[], interval) is
+  'Moves the ends of live leases to lease_duration from now (null: the duration they were taken with), never nearer. '
+  'A row for each id: whether it was still live (on all its limits), and its new end. Safe to repeat. PL001 for a duration below 1 second.';
+
+create or replace function pglimits.renew(lease_id uuid, lease_duration interval default null)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  if lease_id is null then
+    perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
+  end if;
+  return (select r.renewed from pglimits.renew(array[lease_id], lease_duration) r);
+end $$;
+
+comment on function pglimits.renew(uuid, interval) is
+  'Moves the end of a live lease to lease_duration from now (null: as it was taken). False if it had ended.';
+
+-- Ends leases, and lets waiters leave, and hands what comes free to the waiters at the head. Returns the ids that were
+-- live, one that was on several limits several times.
+create or replace function pglimits._release(lease_ids uuid[])
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  place record;
+  ended uuid[] := array[]::uuid[];
+  waits boolean;
+begin
+  perform pglimits._check_ids(lease_ids);
+  for attempt in 1 .. 5 loop
+    waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+    for place in
+      select here.limit_id, here.key, array_agg(here.lease_id) as lease_ids
+      from (
+        select l.limit_id, l.key, l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids)
+        union all
+        select q.limit_id, q.key, q.lease_id from pglimits.queue q where waits and q.lease_id = any (lease_ids)
+      ) here
+      group by here.limit_id, here.key order by here.limit_id, here.key
+    loop
+      ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
+    end loop;
+    -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
+    exit when not waits;
+  end loop;
+  return ended;
+end $$;
+
+comment on function pglimits._release(uuid[]) is 'Ends leases, places in a queue and turns. Returns the ids that were live.';
+
+-- What the clients call. Safe to repeat, as release is.
+create or replace function pglimits.release_many(
+  lease_ids uuid[], durable boolean default true, patience interval default null)
+returns uuid[]
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+set lock_timeout = '300ms'
+as $$
+declare
+  ended uuid[];
+begin
+  if (durable and patience is null) is not true then
+    perform pglimits._for_this_call(durable, patience);
+  end if;
+  ended := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
+  if cardinality(ended) = cardinality(lease_ids) then
+    return array[]::uuid[];
+  end if;
+  return array(select distinct u.id from unnest(lease_ids) as u(id) where u.id <> all (ended));
+end $$;
+
+comment on function pglimits.release_many(uuid[], boolean, interval) is
+  'As release. Returns the ids of those that had ended already. durable: false commits with synchronous_commit = off. '
+  'patience: how long to wait for a lock, as in acquire_alike.';
+
+-- Safe to repeat: an unknown or ended lease is 'false', not an error.
+create or replace function pglimits.release(lease_ids uuid[])
+returns table (lease_id uuid, released boolean)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  ended uuid[] := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
+begin
+  return query select asked.id, asked.id = any (ended) from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+end $$;
+
+comment on function pglimits.release(uuid[]) is
+  'Ends leases, takes waiting requests out of their queue, and gives reserved turns back. A row for each id: true if it '
+  'was live, false if it had ended already. Wakes waiters.';
+
+create or replace function pglimits.release(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  if lease_id is null then
+    perform pglimits._fail('InvalidArgument', 'lease_id must not be null');
+  end if;
+  return cardinality(coalesce(pglimits._release_alike(array[lease_id]), pglimits._release(array[lease_id]))) > 0;
+end $$;
+
+comment on function pglimits.release(uuid) is
+  'Ends a lease. True if it was live (or waiting), false if it had ended already. Wakes waiters.';
+
+-- The part of release that concerns one (limit, key). Returns the ids that were live.
+create or replace function pglimits._release_at(limit_id bigint, key text, lease_ids uuid[])
+returns uuid[]
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  was pglimits.states := pglimits._lock(limit_id, key);
+  state pglimits.states := was;
+  config pglimits.configs;
+  now timestamptz := pglimits._now();
+  freed bigint;
+  left_line bigint;
+  unpinned bigint;
+  live uuid[];
+  live_waiters uuid[];
+  turns numeric[];
+  slots numeric[];
+begin
+  if state.limit_id is null then
+    return array[]::uuid[];
+  end if;
+  select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
+  if state.pinned > 0 then
+    -- A turn that has come stays booked.
+    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  end if;
+
+  if cardinality(lease_ids) > 1 then
+    -- In the order in which renew locks them.
+    perform from pglimits.leases l
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    order by l.lease_id for update;
+  end if;
+  with gone as (
+    delete from pglimits.leases l
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    returning l.lease_id, l.slots, l.expires_at
+  )
+  select coalesce(sum(g.slots), 0), coalesce(array_agg(g.lease_id) filter (where g.expires_at > now), '{}')
+  into freed, live from gone g;
+  state.held := state.held - freed;
+
+  if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
+    with gone as (
+      delete from pglimits.queue q
+      where q.lease_id = any (lease_ids)
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+      returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
+    )
+    select count(*) filter (where g.turn is null),
+           coalesce(array_agg(g.lease_id) filter (
+             where g.expires_at > now and (g.turn is null or g.turn > pglimits._decayed(config, now))), '{}'),
+           array_agg(g.turn) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
+           array_agg(g.slots) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
+           count(*) filter (where g.pinned)
+    into left_line, live_waiters, turns, slots, unpinned from gone g;
+    state.waiting := state.waiting - left_line;
+    state.pinned := state.pinned - unpinned;
+    live := live || live_waiters;
+    if turns is not null then
+      state := pglimits._close_gaps(state, config, now, turns, slots);
+    end if;
+  end if;
+
+  if config.active and (state.waiting > 0 or now >= state.next_look) then
+    state := pglimits._settle(state, config, now);
+  end if;
+  perform pglimits._save(state, was, now);
+  return live;
+end $$;
+
+comment on function pglimits._release_at(bigint, text, uuid[]) is
+  'Ends those of the leases, places and turns that are on one (limit, key), and grants what fits now.';
+
+-- What waiting processes call when they are notified, when it is time to look again, and at least every few seconds.
+-- It takes up what was handed over, keeps the others alive, and tells all of them how they stand. It touches a state
+-- only if something is due there.
+create or replace function pglimits.watch(lease_ids uuid[])
+returns table (
+  lease_id uuid, status text, fence bigint, expires_at timestamptz, retry_after interval, wait interval,
+  ends_in interval)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  waits boolean;
+  place record;
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz := pglimits._now();
+begin
+  perform pglimits._check_ids(lease_ids);
+  waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+
+  if waits then
+    for place in
+      select p.limit_id, p.key
+      from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
+      where now >= (select s.next_look from pglimits.states s
+                    where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
+      order by p.limit_id, p.key
+    loop
+      was := pglimits._lock(place.limit_id, place.key);
+      continue when was.limit_id is null;
+      now := pglimits._now();
+      select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+      if config.active and now >= was.next_look then
+        state := pglimits._settle(was, config, now);
+        perform pglimits._save(state, was, now);
+      end if;
+    end loop;
+  end if;
+
+  now := pglimits._now();
+  perform pglimits._claim(lease_ids, now);
+  if waits then
+    -- Never waits for a row: one that is locked is being granted or removed right now.
+    update pglimits.queue q
+    set expires_at = case when q.expires_at = 'infinity' then q.expires_at else now + pglimits._liveness() end,
+        looks_at = due.looks_at
+    from (
+      select w.lease_id, w.limit_id, w.key, least(
+        now + pglimits._liveness() * 0.3,
+        -- The head looks at the very moment; the others a little later, in case the head has died.
+        s.next_look + case when (w.rank, w.arrival) = (s.head_rank, s.head_arrival) then interval '0'
+                           else interval '50 milliseconds' end) as looks_at
+      from pglimits.queue w
+      cross join lateral (
+        select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
+        where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
+      where w.lease_id = any (lease_ids) and w.expires_at > now
+        and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
+      for update of w skip locked
+    ) due
+    where q.lease_id = due.lease_id
+      and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
+  end if;
+
+  return query
+  select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval, l.expires_at - now
+  from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
+  union all
+  select q.lease_id,
+         case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
+         null, null,
+         case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
+         case when q.turn is not null then pglimits._until(c, q.turn, now) end,
+         case when q.turn is null then q.expires_at - now end
+  from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
+  where q.lease_id = any (lease_ids)
+  union all
+  select asked.id, 'retry', null, null, null, null, null
+  from (select distinct u.id from unnest(lease_ids) as u(id)) asked
+  where not exists (select from pglimits.leases l where l.lease_id = asked.id and l.expires_at > now)
+    and not exists (select from pglimits.queue q where q.lease_id = asked.id);
+end $$;
+
+comment on function pglimits.watch(uuid[]) is
+$$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
+of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
+retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
+request over several limits has been called). ends_in: how long the lease, or the place in line, lasts without another
+call.$$;
+
+-- Whether a waiter may go on sleeping. Reads its own row and nothing else.
+create or replace function pglimits.may_sleep(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  return exists (
+    select from pglimits.queue q
+    where q.lease_id = may_sleep.lease_id
+      and case when q.turn is null then not q.called and q.looks_at > pglimits._now() end);
+end $$;
+
+comment on function pglimits.may_sleep(uuid) is
+  'Whether a queued request has nothing to do yet. Cheap: reads its own row only. False: call watch.';
+
+-- Waits in plain SQL. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits,
+-- so everything in it is qualified, the operators too.
+create or replace procedure pglimits.acquire_wait(
+  name text,
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default null,
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  inout status text default null,
+  inout granted_lease_id uuid default null,
+  inout fence bigint default null,
+  inout expires_at timestamptz default null)
+language plpgsql
+as $$
+declare
+  request_id uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
+  started timestamptz := pg_catalog.clock_timestamp();
+  remaining interval := wait;
+  answer pglimits.acquired_one;
+  news record;
+begin
+  -- Fails at once, with nothing taken, where a transaction is open around the call.
+  commit;
+  loop
+    answer := pglimits.acquire(name, slots, key, lease_duration, remaining, priority, holder, request_id, strict);
+    commit;
+    while answer.status operator(pg_catalog.=) 'queued' loop
+      if wait operator(pg_catalog.<=) (pg_catalog.clock_timestamp() operator(pg_catalog.-) started) then
+        perform pglimits.release(request_id);
+        commit;
+        answer.status := 'refused';
+        exit;
+      end if;
+      if pglimits.may_sleep(request_id) then
+        commit;
+        perform pg_catalog.pg_sleep(0.005);
+        continue;
+      end if;
+      select * into news from pglimits.watch(array[request_id]);
+      commit;
+      answer.status := news.status;
+      answer.lease_id := request_id;
+      answer.fence := news.fence;
+      answer.expires_at := news.expires_at;
+    end loop;
+    exit when answer.status operator(pg_catalog.<>) 'retry';
+    remaining := case when wait is not null then greatest(
+      wait operator(pg_catalog.-) (pg_catalog.clock_timestamp() operator(pg_catalog.-) started), interval '0') end;
+  end loop;
+  status := answer.status;
+  if answer.status operator(pg_catalog.=) 'granted' then
+    granted_lease_id := answer.lease_id;
+    fence := answer.fence;
+    expires_at := answer.expires_at;
+  end if;
+end $$;
+
+comment on procedure pglimits.acquire_wait(
+  text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text, uuid, bigint, timestamptz) is
+$$Takes slots of one limit and waits for them, in plain SQL: queues, commits, and watches its own row.
+
+Arguments as acquire, but wait null, the default, waits for ever. Answers status (granted, refused when wait is over,
+unlimited), granted_lease_id, fence and expires_at. Must be called outside a transaction block. A caller that dies while
+it waits leaves the queue within 10 seconds.$$;
+
+-- Drivers that send strings without a type reach these instead of "function is not unique".
+create or replace function pglimits._uuid(lease_id text)
+returns uuid
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if lease_id is null or lease_id !~* '^\{?([0-9a-f]{4}-?){8}\}?$' then
+    perform pglimits._fail('InvalidArgument', format('lease_id must be a UUID, not %L', left(lease_id, 60)));
+  end if;
+  return lease_id::uuid;
+end $$;
+
+comment on function pglimits._uuid(text) is 'A lease id from its text. Raises InvalidArgument.';
+
+create or replace function pglimits.renew(lease_id text, lease_duration interval default null)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  return pglimits.renew(pglimits._uuid(lease_id), lease_duration);
+end $$;
+
+comment on function pglimits.renew(text, interval) is 'renew(uuid), for drivers that send untyped strings.';
+
+create or replace function pglimits.release(lease_id text)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+begin
+  return pglimits.release(pglimits._uuid(lease_id));
+end $$;
+
+comment on function pglimits.release(text) is 'release(uuid), for drivers that send untyped strings.';
+-- A grant on disk without holding up others. A commit keeps its limit locked until it is on disk; one with
+-- synchronous_commit = off lets go at once, and the next one may flush for all. WAL is a prefix: nobody durable depends
+-- on something that was lost.
+
+create or replace function pglimits.flush()
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+  -- What commits nothing flushes nothing.
+  perform pg_logical_emit_message(true, 'pglimits', '');
+end $$;
+
+comment on function pglimits.flush() is
+$$Makes sure that a crash of the server forgets nothing that this session has committed so far with synchronous_commit = off.
+
+For a limit that many connections fight over: call acquire and release in transactions with synchronous_commit = off, so
+that each keeps the limit locked no longer than it works on it, and flush() in a transaction of its own before anything
+relies on the answer.$$;
+
+-- The same in one round trip. No security definer and no search_path here, as in acquire_wait; so everything is qualified.
+create or replace procedure pglimits.acquire_hot(
+  name text,
+  slots integer default 1,
+  key text default '',
+  lease_duration interval default '5 minutes',
+  wait interval default '0',
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  inout status text default null,
+  inout granted_lease_id uuid default null,
+  inout fence bigint default null,
+  inout expires_at timestamptz default null,
+  inout retry_after interval default null)
+language plpgsql
+as $$
+declare
+  answer pglimits.acquired_one;
+begin
+  perform pg_catalog.set_config('synchronous_commit', 'off', true);
+  answer := pglimits.acquire(name, slots, key, lease_duration, wait, priority, holder, lease_id, strict);
+  commit;
+  perform pglimits.flush();
+  status := answer.status;
+  granted_lease_id := answer.lease_id;
+  fence := answer.fence;
+  expires_at := answer.expires_at;
+  retry_after := answer.retry_after;
+end $$;
+
+comment on procedure pglimits.acquire_hot(
+  text, integer, text, interval, interval, integer, jsonb, uuid, boolean, text, uuid, bigint, timestamptz, interval) is
+$$acquire on a limit that many connections fight over: the limit is locked no longer than the work on it takes, and yet the
+answer is on disk. With few callers acquire is faster: this commits twice.
+
+Arguments and answer as acquire. Must be called outside a transaction block.$$;
+
+create or replace procedure pglimits.release_hot(lease_id uuid, inout released boolean default null)
+language plpgsql
+as $$
+begin
+  perform pg_catalog.set_config('synchronous_commit', 'off', true);
+  released := pglimits.release(lease_id);
+  commit;
+  perform pglimits.flush();
+end $$;
+
+comment on procedure pglimits.release_hot(uuid, boolean) is
+'release on a limit that many connections fight over, as acquire_hot. Must be called outside a transaction block.';
+-- Limits: what an administrator calls.
+
+create or replace function pglimits._check_limit(
+  most integer, slot_decay_per_second double precision, max_waiters integer, description text)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  problem text := case
+    when most < 0 then format('limit must be at least 0, not %s', most)
+    when slot_decay_per_second not between 0 and 1e9  -- NaN is above everything
+      then format('slot_decay_per_second must be from 0 to 1000000000, not %s', slot_decay_per_second)
+    when slot_decay_per_second > 0 and slot_decay_per_second < 1e-9
+      then format('slot_decay_per_second must be 0 or at least 0.000000001, not %s', slot_decay_per_second)
+    when max_waiters < -1 then format('max_waiters must be at least 0, or null for no bound, not %s', max_waiters)
+    when length(description) > 2000
+      then format('description must be at most 2000 characters, not %s', length(description))
+  end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+end $$;
+
+comment on function pglimits._check_limit(integer, double precision, integer, text) is
+  'Raises InvalidArgument for properties that no limit can have. Nulls are not looked at.';
+
+create or replace function pglimits.create_limit(
+  name text,
+  "limit" integer,
+  slot_decay_per_second double precision default 0,
+  active boolean default true,
+  max_waiters integer default null,
+  description text default null)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  now timestamptz := pglimits._now();
+  problem text := coalesce(
+    pglimits._name_error('name', name),
+    case when "limit" is null then 'limit must not be null'
+         when slot_decay_per_second is null then 'slot_decay_per_second must not be null'
+         when active is null then 'active must not be null'
+         when max_waiters < 0 then format('max_waiters must be at least 0, or null for no bound, not %s', max_waiters)
+    end);
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  perform pglimits._check_limit("limit", slot_decay_per_second, max_waiters, description);
+  insert into pglimits.configs (name, "limit", slot_decay_per_second, active, max_waiters, description,
+                                decayed_at, fence_floor, created_at, updated_at)
+  select create_limit.name, create_limit."limit", create_limit.slot_decay_per_second, create_limit.active,
+         create_limit.max_waiters, create_limit.description, now, m.fence_floor, now, now
+  from (select x.fence_floor from pglimits.meta x for share) m
+  on conflict do nothing;
+  if not found then
+    perform pglimits._fail('LimitExists', format('there is a limit named %L already', name),
+                           'update_limit changes it.');
+  end if;
+end $$;
+
+comment on function pglimits.create_limit(text, integer, double precision, boolean, integer, text) is
+$$Creates a limit. name: 1 to 200 characters, no control character, none of / % & > <. limit: slots, 0 admits nobody.
+slot_decay_per_second: 0 for a concurrency limit, above 0 for a rate limit. active: false does not enforce it.
+max_waiters: the longest queue for each key; null, no bound. Errors: PL001 a bad argument, PL003 the name is taken.$$;
+
+create or replace function pglimits.update_limit(
+  name text,
+  "limit" integer default null,
+  slot_decay_per_second double precision default null,
+  active boolean default null,
+  max_waiters integer default null,
+  description text default null,
+  new_name text default null)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  old pglimits.configs;
+  new pglimits.configs;
+  waited_for text;
+  now timestamptz;
+  problem text := case when new_name is not null then pglimits._name_error('new_name', new_name) end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  perform pglimits._check_limit("limit", slot_decay_per_second, max_waiters, description);
+  if new_name is not null then
+    -- Names are given by one at a time: nobody creates or renames a limit meanwhile.
+    perform from pglimits.meta m for update;
+  end if;
+  -- First the config, then every state: whoever decided by the old config has committed, whoever comes sees the new.
+  select c.* into old from pglimits.configs c where c.limit_id = pglimits._limit_id(update_limit.name) for update;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  end if;
+  if new_name <> old.name and exists (select from pglimits.configs c where c.name = new_name) then
+    perform pglimits._fail('LimitExists', format('there is a limit named %L already', new_name));
+  end if;
+  perform from pglimits.states s where s.limit_id = old.limit_id order by s.key for update;
+  now := pglimits._now();
+
+  new := old;
+  new.name := coalesce(new_name, old.name);
+  new."limit" := coalesce(update_limit."limit", old."limit");
+  new.slot_decay_per_second := coalesce(update_limit.slot_decay_per_second, old.slot_decay_per_second);
+  new.active := coalesce(update_limit.active, old.active);
+  new.max_waiters := case when max_waiters = -1 then null else coalesce(update_limit.max_waiters, old.max_waiters) end;
+  new.description := coalesce(update_limit.description, old.description);
+  if new.slot_decay_per_second <> old.slot_decay_per_second then
+    new.decayed := pglimits._decayed(old, now);
+    new.decayed_at := now;
+  end if;
+  update pglimits.configs c
+  set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
+      max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
+      decayed_at = new.decayed_at, former_name = case when new.name = old.name then c.former_name else old.name end,
+      updated_at = now
+  where c.limit_id = old.limit_id;
+
+  for waited_for in
+    select distinct q.key from pglimits.queue q where q.limit_id = old.limit_id order by q.key
+  loop
+    perform pglimits._apply_change(waited_for, old, new, now);
+  end loop;
+end $$;
+
+comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
+$$Changes a limit, at once and in one transaction; what is null stays as it is. max_waiters -1: no bound. description '':
+none. new_name renames it and keeps everything. Grown: waiters are granted. Shrunk: holders keep their slots, nobody new
+until it fits. Rate: the level so far is kept and decays at the new rate. Inactive: waiters go on at once.
+Errors: PL001 a bad argument, PL002 no such limit, PL003 new_name is taken.$$;
+
+-- What a change of a limit means to those who wait on one of its keys.
+create or replace function pglimits._apply_change(
+  key text, old pglimits.configs, new pglimits.configs, now timestamptz)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  was pglimits.states := pglimits._lock(new.limit_id, key);
+  state pglimits.states := was;
+  turns numeric[];
+  slots numeric[];
+  left_line bigint;
+  unpinned bigint;
+  told text;
+begin
+  if not new.active then
+    perform pglimits._send_away(state.limit_id, state.key);
+    state.waiting := 0;
+    state.pinned := 0;
+    state.next_death := timestamptz 'infinity';
+    state.next_look := timestamptz 'infinity';
+    perform pglimits._save(state, was, now);
+    return;
+  end if;
+
+  -- Turns lie where the level will have come down to the limit: as the limit moves, so do they.
+  update pglimits.queue q set turn = q.turn - (new."limit" - old."limit")
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
+    and q.expires_at < 'infinity' and not q.pinned and new."limit" <> old."limit";
+  -- Whoever can never be granted now is sent away to ask again, and gets the error.
+  with hopeless as (
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key
+      and case when q.turn is null
+               then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
+               else q.turn > pglimits._decayed(new, now) and q.expires_at < 'infinity'
+                    and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
+    returning q.turn, q.slots, q.pinned, pglimits._tell(q.channel, q.lease_id)
+  )
+  select array_agg(h.turn) filter (where not h.pinned and h.turn is not null),
+         array_agg(h.slots) filter (where not h.pinned and h.turn is not null),
+         count(*) filter (where h.turn is null), count(*) filter (where h.pinned)
+  into turns, slots, left_line, unpinned from hopeless h;
+  state.waiting := state.waiting - left_line;
+  state.pinned := state.pinned - unpinned;
+  if turns is not null then
+    state := pglimits._close_gaps(state, new, now, turns, slots);
+  end if;
+  for told in
+    select distinct q.channel from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
+      and q.channel is not null
+  loop
+    perform pglimits._tell(told, null);
+  end loop;
+  state := pglimits._settle(state, new, now);
+  perform pglimits._save(state, was, now);
+end $$;
+
+comment on function pglimits._apply_change(text, pglimits.configs, pglimits.configs, timestamptz) is
+  'Applies a change of a limit to those who wait on one of its keys.';
+
+-- Empties a queue: everybody in it is told, and asks again.
+create or replace function pglimits._send_away(limit_id bigint, key text)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  waiter record;
+begin
+  for waiter in
+    delete from pglimits.queue q where q.limit_id = _send_away.limit_id and q.key = _send_away.key
+    returning q.channel, q.lease_id
+  loop
+    perform pglimits._tell(waiter.channel, waiter.lease_id);
+  end loop;
+end $$;
+
+comment on function pglimits._send_away(bigint, text) is 'Empties the queue of a (limit, key) and tells everybody who was in it.';
+
+create or replace function pglimits.delete_limit(name text)
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  gone pglimits.configs;
+  state record;
+begin
+  -- First of all, so that a limit created under this name while this commits starts above its fences.
+  perform from pglimits.meta m for update;
+  select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  end if;
+  for state in
+    select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key for update
+  loop
+    perform pglimits._send_away(gone.limit_id, state.key);
+    gone.fence_floor := greatest(gone.fence_floor, state.version);
+  end loop;
+  -- A lease on other limits too goes on there.
+  perform from pglimits.leases l
+  where l.parts > 1 and l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
+  order by l.limit_id, l.key, l.lease_id for update;
+  update pglimits.leases l set parts = l.parts - d.dropped
+  from (select x.lease_id, count(*)::integer as dropped from pglimits.leases x
+        where x.limit_id = gone.limit_id and x.parts > 1 group by x.lease_id) d
+  where l.lease_id = d.lease_id and l.limit_id <> gone.limit_id;
+  delete from pglimits.leases l where l.limit_id = gone.limit_id;
+  delete from pglimits.states s where s.limit_id = gone.limit_id;
+  delete from pglimits.keys k where k.limit_id = gone.limit_id;
+  delete from pglimits.configs c where c.limit_id = gone.limit_id;
+  update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
+end $$;
+
+comment on function pglimits.delete_limit(text) is
+  'Deletes a limit with its leases; its waiters are told; a later release is a no-op. Errors: PL002 no such limit.';
+
+-- Corrects what was charged before the call was made: up, even past the limit, or down, never below zero.
+create or replace function pglimits.adjust(name text, slots integer, key text default '')
+returns double precision
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz;
+  problem text := coalesce(case when slots is null then 'slots must not be null' end,
+                           pglimits._name_error('key', key, true));
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  was := pglimits._lock(pglimits._limit_id(name), key);
+  now := pglimits._now();
+  select c.* into config from pglimits.configs c where c.limit_id = was.limit_id;
+  if config.limit_id is null then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  elsif config.slot_decay_per_second = 0 then
+    perform pglimits._fail('NoSlotDecay', format('limit %L has no slot_decay_per_second: it has no level', name));
+  end if;
+  state := pglimits._add_to_level(was, config, slots, now);
+  if config.active then
+    state := pglimits._settle(state, config, now);
+  end if;
+  perform pglimits._save(state, was, now);
+  return greatest(state.booked - pglimits._decayed(config, now), 0);
+end $$;
+
+comment on function pglimits.adjust(text, integer, text) is
+$$Adds slots to the level of a rate limit after the fact (an estimate was 500 tokens, the call used 1312: adjust by 812),
+or takes them off, never below zero. Past the limit, later callers wait longer. Returns the new level in slots.
+Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
+
+-- Raises the level, or lowers it by what was used; what sleepers have reserved stays reserved, only earlier.
+create or replace function pglimits._add_to_level(
+  state pglimits.states, config pglimits.configs, slots numeric, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  used numeric;
+begin
+  state.booked := greatest(state.booked, decayed);
+  if slots >= 0 then
+    state.booked := state.booked + slots;
+    return state;
+  end if;
+  used := state.booked - decayed - coalesce((
+    select sum(q.slots) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
+  return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[least(-slots, greatest(used, 0))]);
+end $$;
+
+comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is
+  'Raises or lowers the level of a rate limit.';
+
+create or replace function pglimits.reset(name text, key text default null)
+returns integer
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz;
+  ended integer := 0;
+  ended_here integer;
+  of_limit bigint := pglimits._limit_id(name);
+  used_key text;
+  problem text := case when key is not null then pglimits._name_error('key', key, true) end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  for used_key in
+    select s.key from pglimits.states s
+    where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key
+  loop
+    was := pglimits._lock(of_limit, used_key);
+    continue when was.limit_id is null;
+    now := pglimits._now();
+    select c.* into config from pglimits.configs c where c.limit_id = of_limit;
+    delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key;
+    get diagnostics ended_here = row_count;
+    ended := ended + ended_here;
+    state := was;
+    state.held := 0;
+    state.next_expiry := timestamptz 'infinity';
+    if config.slot_decay_per_second > 0 then
+      state := pglimits._add_to_level(state, config, -state.booked, now);
+    end if;
+    if config.active then
+      state := pglimits._settle(state, config, now);
+    end if;
+    perform pglimits._save(state, was, now);
+  end loop;
+  return ended;
+end $$;
+
+comment on function pglimits.reset(text, text) is
+$$Ends every lease of a limit (of one key, if given) and sets its level to zero, as if nothing had been taken; waiters are
+granted. The holders are not stopped: they find out when they next renew. Returns how many leases were ended.
+Errors: PL001 a bad argument, PL002 no such limit.$$;
+-- The janitor. Nothing's correctness or liveness depends on it.
+
+-- Tidies up to max_keys (limit, key)s: ended leases nobody wanted, dead waiters, turns that have passed, idle keys.
+create or replace function pglimits.sweep(max_keys integer default 1000, idle interval default '1 hour')
+returns table (leases integer, waiters integer, keys integer)
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  place record;
+  was pglimits.states;
+  state pglimits.states;
+  config pglimits.configs;
+  now timestamptz := pglimits._now();
+  removed integer;
+  problem text := case
+    when max_keys is null or max_keys < 1 then format('max_keys must be at least 1, not %s', coalesce(max_keys::text, 'null'))
+    when idle is null or idle < interval '0' then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
+  end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  end if;
+  leases := 0;
+  waiters := 0;
+  keys := 0;
+  for place in
+    select due.limit_id, due.key
+    from (
+      select l.limit_id, l.key from pglimits.leases l where l.expires_at <= now
+      union
+      select q.limit_id, q.key from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
+      where q.expires_at <= now or q.turn <= pglimits._decayed(c, now - pglimits._liveness())
+    ) due
+    order by due.limit_id, due.key limit max_keys
+  loop
+    was := pglimits._lock(place.limit_id, place.key);
+    continue when was.limit_id is null;
+    select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+    state := pglimits._take_expired(was, now);
+    leases := leases + (was.held - state.held);
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at <= now;
+    get diagnostics removed = row_count;
+    state.waiting := state.waiting - removed;
+    waiters := waiters + removed;
+    if state.pinned > 0 then
+      state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    end if;
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key
+      and q.turn <= pglimits._decayed(config, now - pglimits._liveness());
+    get diagnostics removed = row_count;
+    waiters := waiters + removed;
+    if config.active then
+      state := pglimits._settle(state, config, now);
+    end if;
+    perform pglimits._save(state, was, now);
+  end loop;
+  keys := pglimits._sweep_idle_keys(max_keys, now - least(idle, interval '1000 years'), now);
+  return next;
+end $$;
+
+comment on function pglimits.sweep(integer, interval) is
+$$Tidies: removes ended leases that nobody wanted, dead waiters, turns that have passed, and keys that have been idle for
+that long; at most max_keys of each at a time. Returns how many slots, waiters and keys it freed. Nothing depends on it
+but the size of the tables. Errors: PL001 a bad argument.$$;
+
+-- Forgets keys with nothing in them. Waits for no lock: it holds the config's, which comes before the states'.
+create or replace function pglimits._sweep_idle_keys(max_keys integer, idle_since timestamptz, now timestamptz)
+returns integer
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  config pglimits.configs;
+  highest bigint;
+  removed integer;
+  total integer := 0;
+begin
+  for config in
+    select c.* from pglimits.configs c
+    where exists (select from pglimits.states s where s.limit_id = c.limit_id and s.changed_at <= idle_since
+                                                  and s.held = 0 and s.waiting = 0)
+    order by c.limit_id for update skip locked
+  loop
+    with unused as (
+      select s.limit_id, s.key, s.version from pglimits.states s
+      where s.limit_id = config.limit_id and s.changed_at <= idle_since and s.held = 0 and s.waiting = 0
+        and s.booked <= pglimits._decayed(config, now)
+        and not exists (select from pglimits.queue q where q.limit_id = s.limit_id and q.key = s.key)
+      order by s.key limit max_keys - total for update skip locked
+    ), gone as (
+      delete from pglimits.states s using unused u
+      where s.limit_id = u.limit_id and s.key = u.key and s.version = u.version
+      returning s.limit_id, s.key, s.version
+    ), forgotten as (
+      delete from pglimits.keys k using gone g where k.limit_id = g.limit_id and k.key = g.key
+    )
+    select count(*), max(g.version) into removed, highest from gone g;
+    if removed > 0 then
+      update pglimits.configs c set fence_floor = greatest(c.fence_floor, highest) where c.limit_id = config.limit_id;
+      total := total + removed;
+    end if;
+    exit when total >= max_keys;
+  end loop;
+  return total;
+end $$;
+
+comment on function pglimits._sweep_idle_keys(integer, timestamptz, timestamptz) is
+  'Deletes the states of keys that nothing uses; remembers their fences. Returns how many.';
+-- pg_cron, where it is there, calls the sweep. Its functions are called by dynamic SQL, because this has to be
+-- installable without it.
+
+-- How often pg_cron is asked to sweep: seconds from pg_cron 1.5 on, whole minutes before (it would misread seconds).
+create or replace function pglimits._cron_schedule(every interval, extension_version text)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  seconds numeric := extract(epoch from every);
+  parts integer[] := (regexp_match(extension_version, '^(\d+)\.(\d+)'))::integer[];
+  minutes integer;
+begin
+  if every is null or seconds < 1 or seconds > 86400 then
+    perform pglimits._fail('InvalidArgument',
+      format('every must be from 1 second to 1 day, not %s', coalesce(every::text, 'null')));
+  elsif ceil(seconds) < 60 and (parts[1], parts[2]) >= (1, 5) then
+    return ceil(seconds) || ' seconds';
+  end if;
+  minutes := ceil(seconds / 60);
+  return case when minutes = 1 then '* * * * *'
+              when minutes < 60 then format('*/%s * * * *', minutes)
+              when minutes <= 23 * 60 then format('0 */%s * * *', ceil(minutes / 60.0)::integer)
+              else '0 0 * * *' end;
+end $$;
+
+comment on function pglimits._cron_schedule(interval, text) is
+  'The schedule for pg_cron of that version; rounded up to what it can express.';
+
+create or replace function pglimits.cron_enable(every interval default '1 minute')
+returns text
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  cron_version text := (select x.extversion from pg_catalog.pg_extension x where x.extname = 'pg_cron');
+  cron_database text := current_setting('cron.database_name', true);
+  -- Also the check of its argument, which comes first.
+  schedule text := pglimits._cron_schedule(every, coalesce(cron_version, '1.4'));
+begin
+  if cron_version is null and cron_database <> current_database() then
+    perform pglimits._fail('CronUnavailable',
+      format('pg_cron lives in database %L, not in this one', cron_database),
+      format('Run ''pglimits cron enable'', or in %I: select cron.schedule_in_database(%L, %L, %L, %L);',
+             cron_database, pglimits._cron_job(), schedule, 'select pglimits.sweep()',
+             current_database()));
+  elsif cron_version is null then
+    perform pglimits._fail('CronUnavailable', 'pg_cron is not installed in this database',
+      'Install the package (Debian: postgresql-NN-cron), set shared_preload_libraries = ''pg_cron'' and '
+      'cron.database_name, restart, and run: create extension pg_cron. Without it: pglimits sweep --every 60');
+  end if;
+  execute 'select cron.schedule($1, $2, $3)' using pglimits._cron_job(), schedule, 'select pglimits.sweep()';
+  return schedule;
+end $$;
+
+comment on function pglimits.cron_enable(interval) is
+$$Has pg_cron call sweep() that often (below a minute from pg_cron 1.5 on, else rounded up to minutes). Run twice, it is
+scheduled once. Returns the schedule. Errors: PL001 a bad argument, PL007 pg_cron is not in this database.$$;
+
+create or replace function pglimits.cron_disable()
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+declare
+  job bigint;
+begin
+  if not exists (select from pg_catalog.pg_extension x where x.extname = 'pg_cron') then
+    return false;
+  end if;
+  execute 'select j.jobid from cron.job j where j.jobname = $1' into job using pglimits._cron_job();
+  if job is null then
+    return false;
+  end if;
+  execute 'select cron.unschedule($1)' using job;
+  return true;
+end $$;
+
+comment on function pglimits.cron_disable() is 'Stops pg_cron from calling sweep(). False if it was not scheduled here.';
+
+create or replace function pglimits._cron_job()
+returns text
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return 'pglimits sweep ' || current_database();
+end $$;
+
+comment on function pglimits._cron_job() is 'The name of the job in pg_cron.';
+create or replace function pglimits.version()
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select '0.1.0'
+$$;
+
+comment on function pglimits.version() is 'The version of pglimits that is installed in this database.';
+-- What anybody may see who may see anything. Decay and expiry are applied as of now, whatever has been taken out yet.
+
+create or replace view pglimits.limits as
+select
+  c.name, c."limit", c.active, c.slot_decay_per_second,
+  coalesce(s.held, 0)::bigint as held,
+  coalesce(s.level, 0)::double precision as level,
+  coalesce(w.waiting, 0) as waiting,
+  c.max_waiters, c.description, c.created_at, c.updated_at
+from (select pglimits._now() as now) clock
+cross join pglimits.configs c
+left join lateral (
+  select
+    sum(k.held - case when k.next_expiry > clock.now then 0 else coalesce((
+      select sum(l.slots) from pglimits.leases l
+      where l.limit_id = k.limit_id and l.key = k.key
+        and l.expires_at >= k.next_expiry and l.expires_at <= clock.now), 0) end) as held,
+    sum(greatest(k.booked - (c.decayed + c.slot_decay_per_second::numeric
+                             * extract(epoch from clock.now - c.decayed_at)), 0))
+      filter (where c.slot_decay_per_second > 0) as level
+  from pglimits.states k where k.limit_id = c.limit_id
+) s on true
+left join lateral (
+  select count(*) as waiting from pglimits.queue q
+  where q.limit_id = c.limit_id and q.expires_at > clock.now
+    and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
+                                                * extract(epoch from clock.now - c.decayed_at))
+) w on true;
+
+comment on view pglimits.limits is
+  'Every limit. held, level and waiting are over all its keys: slots under live leases; slots used (or reserved ahead) '
+  'and not decayed yet; live requests in the queue or asleep until their turn.';
+
+create or replace view pglimits.holders as
+select l.lease_id, c.name, l.key, l.slots, l.holder, l.fence, l.priority, l.acquired_at, l.expires_at
+from (select pglimits._now() as now) clock
+cross join pglimits.leases l
+join pglimits.configs c on c.limit_id = l.limit_id
+where l.expires_at > clock.now;
+
+comment on view pglimits.holders is 'Every live lease: one row for each limit that it is on.';
+
+create or replace view pglimits.waiters as
+select
+  q.lease_id, c.name, q.key, q.slots, q.holder, -q.rank as priority,
+  (row_number() over (partition by q.limit_id, q.key order by q.turn nulls last, q.rank, q.arrival))::integer
+    as "position",
+  q.arrival as waiting_since
+from (select pglimits._now() as now) clock
+cross join pglimits.queue q
+join pglimits.configs c on c.limit_id = q.limit_id
+where q.expires_at > clock.now
+  and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
+                                              * extract(epoch from clock.now - c.decayed_at));
+
+comment on view pglimits.waiters is
+  'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue.';
+-- Who may what. Nothing for PUBLIC; pglimits_user acquires, pglimits_reader looks, pglimits_admin does everything.
+
+revoke all on schema pglimits from public;
+revoke all on all tables in schema pglimits from public;
+revoke all on all routines in schema pglimits from public;
+
+do $$
+declare
+  users constant text[] := '{acquire,acquire_alike,acquire_hot,acquire_many,acquire_wait,rate_limit,renew,release,release_hot,release_many,flush,watch,may_sleep,peek,version,errors}';
+  administrators constant text[] := '{create_limit,update_limit,delete_limit,adjust,reset,sweep,cron_enable,cron_disable}';
+  needed constant text[] := '{pglimits_user,pglimits_reader,pglimits_admin}';
+  type_name name;
+  routine regprocedure;
+  routine_name name;
+  wanted text;
+begin
+  for type_name in
+    select t.typname from pg_catalog.pg_type t left join pg_catalog.pg_class c on c.oid = t.typrelid
+    where t.typnamespace = 'pglimits'::pg_catalog.regnamespace and t.typtype = 'c' and c.relkind = 'c'
+  loop
+    execute format('revoke all on type pglimits.%I from public', type_name);
+  end loop;
+
+  foreach wanted in array needed loop
+    if not exists (select from pg_catalog.pg_roles r where r.rolname = wanted) then
+      begin
+        execute format('create role %I nologin', wanted);
+      exception
+        when insufficient_privilege then
+          raise notice using
+            message = format('pglimits: %I may not create the role %I', current_user, wanted),
+            hint = 'As a role that may: create role pglimits_user; create role pglimits_reader; create role '
+                   'pglimits_admin; then install again. Or grant by hand: grant usage on schema pglimits to your_role; '
+                   'grant execute on all routines in schema pglimits to your_role.';
+        when duplicate_object or unique_violation then
+          null;  -- another installation in the same cluster was faster
+      end;
+    end if;
+  end loop;
+
+  foreach wanted in array needed loop
+    continue when not exists (select from pg_catalog.pg_roles r where r.rolname = wanted);
+    execute format('grant usage on schema pglimits to %I', wanted);
+    for routine, routine_name in
+      select p.oid::pg_catalog.regprocedure, p.proname from pg_catalog.pg_proc p
+      where p.pronamespace = 'pglimits'::pg_catalog.regnamespace
+    loop
+      if (wanted in ('pglimits_user', 'pglimits_admin') and routine_name = any (users))
+         or (wanted = 'pglimits_admin' and routine_name = any (administrators))
+         or (wanted in ('pglimits_reader', 'pglimits_admin') and routine_name in ('_now', 'version', 'errors')) then
+        execute format('grant execute on routine %s to %I', routine, wanted);
+      end if;
+    end loop;
+    if wanted in ('pglimits_reader', 'pglimits_admin') then
+      execute format('grant select on pglimits.limits, pglimits.holders, pglimits.waiters to %I', wanted);
+    end if;
+  end loop;
+end $$;
+
+comment on schema pglimits is 'Concurrency limits and rate limits, as SQL functions.';
+commit;
+select 'pglimits ' || pglimits.version() || ' is installed in ' || current_database() as done \gset
+\echo :done

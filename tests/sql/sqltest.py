@@ -177,8 +177,8 @@ class Db:
         self.wait_until = wait_until
         self.main = Session(connect())
 
-    def session(self) -> Session:
-        return Session(self._connect())
+    def session(self, **options: Any) -> Session:
+        return Session(self._connect(**options))
 
     def start(self, work: Callable[[Session], Any], session: Session | None = None) -> tuple[Future[Any], Session]:
         """Run that in the background, in a session of its own."""

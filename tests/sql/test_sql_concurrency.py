@@ -1,4 +1,4 @@
-"""Several connections at once: locks, deadlocks, isolation levels, and no limit exceeded whatever happens."""
+"""Several connections at once: locks, deadlocks, and no limit exceeded whatever happens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sqltest import Db, Session, changes_nothing, check_consistent, fails
+from sqltest import Db, Session, changes_nothing, fails
 
 THREADS = 8
 
@@ -426,48 +425,7 @@ def test_renew_release_and_acquire_of_the_same_leases_do_not_deadlock(db: Db, s:
     db.consistent()
 
 
-# Isolation levels.
-
-
-@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-def test_an_old_snapshot_does_not_admit_one_too_many(db: Db, s: Session, level: str) -> None:
-    s.create("database", 1)
-    s.serves("database", 1, key="used before")
-    s.release(s.holders()[0].lease_id)
-    for key in ("used before", "first used now"):
-        other = db.session()
-        other.run(f"begin isolation level {level}")
-        other.value("select count(*) from pglimits.states")  # here its snapshot is taken
-        assert s.release(s.acquire("database", key=key).lease_id)
-        assert s.acquire("database", key=key).status == "granted"
-        try:
-            status = other.acquire("database", key=key).status
-            other.run("commit")
-        except psycopg.errors.SerializationFailure:
-            other.run("rollback")
-            status = "refused"
-        assert status == "refused", key
-        assert s.value("select sum(slots) from pglimits.leases where key = %s", key) == 1
-        check_consistent(s)
-
-
-@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-def test_an_old_snapshot_does_not_admit_by_what_the_limit_was(db: Db, s: Session, level: str) -> None:
-    s.create("database", 2)
-    assert s.acquire("database").status == "granted"
-    changing = db.session()
-    changing.run("begin")
-    changing.update("database", limit=1)
-
-    def ask(session: Session) -> Any:
-        session.run(f"set default_transaction_isolation = '{level}'")
-        return session.acquire("database", wait=None)
-
-    asked, other = db.start_blocked(ask)
-    changing.run("commit")
-    with pytest.raises(psycopg.errors.SerializationFailure):
-        asked.result(timeout=20)
-    assert other.acquire("database").status == "refused"
+# Names.
 
 
 def test_a_name_that_is_given_twice_at_once_is_taken_for_the_second(db: Db, s: Session) -> None:
@@ -480,38 +438,6 @@ def test_a_name_that_is_given_twice_at_once_is_taken_for_the_second(db: Db, s: S
     with pytest.raises(psycopg.Error) as caught:
         renamed.result(timeout=20)
     assert caught.value.sqlstate == "PL003"
-
-
-@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-def test_isolation_levels_never_admit_too_many(db: Db, s: Session, level: str) -> None:
-    s.create("database", 3)
-    tally = Tally({"database": 3})
-    until = time.monotonic() + 2
-
-    def caller(session: Session) -> int:
-        session.run(f"set default_transaction_isolation = '{level}'")
-        rounds = 0
-        while time.monotonic() < until:
-            try:
-                lease = session.acquire("database")
-            except psycopg.errors.SerializationFailure:
-                continue
-            if lease.status != "granted":
-                continue
-            tally.enter({"database": 1})
-            tally.leave({"database": 1})
-            while True:
-                try:
-                    assert session.release(lease.lease_id)
-                    break
-                except psycopg.errors.SerializationFailure:
-                    continue
-            rounds += 1
-        return rounds
-
-    assert sum(db.together([caller] * 6)) > 0
-    assert s.limit("database").held == 0
-    db.consistent()
 
 
 # Fences.

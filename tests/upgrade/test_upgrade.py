@@ -228,7 +228,7 @@ def test_an_upgrade_that_is_killed_in_the_middle_changes_nothing(
         s.run("select pg_terminate_backend(%s)", pid)
         s.run("select pg_advisory_unlock(1)")
     assert upgrade.wait(60) != 0
-    wait_until(lambda: not s.all("select from pg_stat_activity where pid = %s", pid))
+    wait_until(lambda: not s.all("select pid from pg_stat_activity where pid = %s", pid))
     assert_same(catalog(dsn), before)
     assert s.renew(lease)
     next_version.edit("install.sql", "\\ir halt.sql\n", "")
@@ -286,14 +286,14 @@ def test_an_upgrade_does_not_wait_for_ever_for_a_long_transaction_nor_keep_other
     assert install_by(means, next_version, dsn) is None
 
 
-def test_an_upgrade_waits_for_calls_that_are_under_way_and_goes_on_when_they_have_ended(
-    dsn: str, s: Session, connect: Any, next_version: Edition, install_by: Installs, wait_until: WaitUntil
+def test_an_upgrade_of_functions_alone_waits_too_for_calls_that_are_under_way(
+    dsn: str, s: Session, connect: Any, edition: Editions, install_by: Installs, wait_until: WaitUntil
 ) -> None:
     s.create("database", 5)
     call = Session(connect())
     call.run("begin")
     lease = call.acquire("database").lease_id
-    upgrade = in_thread(install_by, "python", next_version, dsn)
+    upgrade = in_thread(install_by, "python", edition("0.1.1"), dsn)
     waits = "select count(*) > 0 from pg_locks where mode = 'AccessExclusiveLock' and not granted and pid <> %s"
     wait_until(lambda: s.value(waits, s.pid))
     call.run("commit")

@@ -312,6 +312,29 @@ def test_another_version_in_the_database_says_so(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_where_transactions_are_serializable_by_default_nobody_fails_for_it(
+    dsn: str, conn: Connection, kind: str
+) -> None:
+    conn.execute(f"alter database {conn.info.dbname} set default_transaction_isolation = 'serializable'".encode())
+    at_work: list[int] = []
+    most: list[int] = []
+
+    def work(_: object) -> None:
+        at_work.append(1)
+        most.append(len(at_work))
+        at_work.pop()
+
+    with open_api(kind, dsn=dsn) as one, open_api(kind, dsn=dsn) as other:
+        one.create("database", 2)
+        for _ in range(5):
+            calls = [api.start_block("database", work) for api in (one, other) for _ in range(10)]
+            for call in calls:
+                call.result(60)
+    assert max(most) <= 2
+    assert nothing_left(conn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_function_that_is_missing_is_another_version(dsn: str, conn: Connection, kind: str) -> None:
     conn.execute("drop function pglimits.acquire_alike")
     with open_api(kind, dsn=dsn) as api, pytest.raises(VersionMismatch, match="pglimits upgrade"):

@@ -9,7 +9,10 @@ from pathlib import Path
 from installtest import SQL
 
 VERSIONS = sorted((Path(__file__).resolve().parent / "versions").glob("*.sql"))
-"""What ``pglimits sql`` printed in earlier versions."""
+"""What ``pglimits sql`` printed in earlier versions; each release adds its own.
+
+That of 0.1.0 is to be printed anew should its tables change before it is released.
+"""
 
 _GONE = """
 create or replace function pglimits._gone() returns integer language sql return 1;

@@ -409,7 +409,7 @@ def test_clients_of_the_old_version_go_on_holding_waiting_and_sleeping_through_u
     def all_work() -> None:
         for worker in workers:
             so_far = count(worker)
-            wait_until(lambda: count(worker) > so_far + 20)
+            wait_until(lambda: count(worker) > so_far + 5, timeout=60)
 
     all_work()
     for version in (next_version, edition("0.1.2").become_the_next()):

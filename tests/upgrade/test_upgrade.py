@@ -382,14 +382,14 @@ print("its turn")
 
 
 def test_clients_of_the_old_version_go_on_holding_waiting_and_sleeping_through_upgrades(
-    dsn: str, s: Session, children: Children, next_version: Edition, edition: Editions, install_by: Installs,
-    wait_until: WaitUntil,
+    dsn: str, s: Session, connect: Any, children: Children, next_version: Edition, edition: Editions,
+    install_by: Installs, wait_until: WaitUntil,
 ) -> None:  # fmt: skip
     s.run(BUSY)
     s.create("work", 2)
     s.create("long", 2)
     s.create("line", 1)
-    s.create("slow", 1, 0.2)
+    s.create("slow", 1, 0.001)
     s.rate_limit("slow")
     first_in_line = s.acquire("line").lease_id
     sleeper = children(_SLEEPS)
@@ -397,6 +397,8 @@ def test_clients_of_the_old_version_go_on_holding_waiting_and_sleeping_through_u
     for nth in range(3):
         line.append(children(_WAITS))
         wait_until(lambda nth=nth: len(s.waiters("line")) == nth + 1)
+    in_sql = in_thread(Session(connect()).one, "call pglimits.acquire_wait('line')")
+    wait_until(lambda: len(s.waiters("line")) == 4)
     wait_until(lambda: len(s.waiters("slow")) == 1)
     workers = [children(_WORKS), children(_WORKS_IN_TASKS)]
     for worker in workers:
@@ -415,7 +417,7 @@ def test_clients_of_the_old_version_go_on_holding_waiting_and_sleeping_through_u
     for version in (next_version, edition("0.1.2").become_the_next()):
         assert install_by("python", version, dsn) is None
         all_work()
-    assert s.all("select position from pglimits.waiters where name = 'line' order by 1") == [(1,), (2,), (3,)]
+    assert s.all("select position from pglimits.waiters where name = 'line' order by 1") == [(1,), (2,), (3,), (4,)]
     # In order, by a client of the new version, then by those of the old.
     assert s.release(first_in_line)
     fences = []
@@ -424,7 +426,11 @@ def test_clients_of_the_old_version_go_on_holding_waiting_and_sleeping_through_u
         child.tell()
         child.expect("done")
         child.end()
-    assert fences == sorted(fences)
+    last = in_sql.result(60)
+    assert last.status == "granted"
+    assert [*fences, last.fence] == sorted([*fences, last.fence])
+    assert s.release(last.granted_lease_id)
+    s.update("slow", slot_decay_per_second=1000)
     sleeper.expect("its turn")
     sleeper.end()
     for worker in workers:

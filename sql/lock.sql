@@ -4,8 +4,8 @@
 do $$
 declare
   before constant text := nullif(current_setting('pglimits.version_before'), '');
-  number_before constant integer[] := string_to_array(substring(before from '\d+(?:\.\d+)*'), '.');
-  number constant integer[] := string_to_array(substring(pglimits.version() from '\d+(?:\.\d+)*'), '.');
+  number_before constant integer[] := string_to_array(substring(before from '[0-9]+(?:[.][0-9]+)*'), '.');
+  number constant integer[] := string_to_array(substring(pglimits.version() from '[0-9]+(?:[.][0-9]+)*'), '.');
   views text[];
   relations text;
   holders text;

@@ -1,5 +1,5 @@
 -- Begins an installation or an upgrade, in a transaction that is open: one at a time, whatever the caller's settings are,
--- and in the name of the role that owns what is there, so that all of it goes on belonging to one.
+-- and in the name of the role that owns the schema, so that all of it belongs to one, and nobody's functions run as another.
 set transaction isolation level read committed, read write;
 set local search_path = pg_catalog;
 set local lock_timeout = 0;
@@ -15,14 +15,12 @@ create schema if not exists pglimits;
 
 do $$
 declare
-  owner constant name := (
-    select pg_get_userbyid(c.relowner) from pg_class c join pg_namespace n on n.oid = c.relnamespace
-    where n.nspname = 'pglimits' and c.relname = 'meta');
+  owner constant name := (select pg_get_userbyid(n.nspowner) from pg_namespace n where n.nspname = 'pglimits');
 begin
   if owner <> current_user and not pg_has_role(owner, 'member') then
     raise exception using
       errcode = 'insufficient_privilege',
-      message = format('pglimits belongs to the role %I here: install as that role, or as a member of it', owner);
+      message = format('the schema pglimits belongs to the role %I here: install as that role, or as a member of it', owner);
   elsif owner <> current_user then
     perform set_config('role', owner, true);
   end if;

@@ -92,9 +92,8 @@ class Edition:
         self.edit(path, "pglimits._position(uuid)", "pglimits._position(uuid, text)")
         path = "functions/050_leases.sql"
         self.edit(path, "pglimits._check_ids(lease_ids uuid[])", "pglimits._check_ids(ids uuid[])")
-        self.edit(
-            path, "lease_ids is null or array_position(lease_ids, null)", "ids is null or array_position(ids, null)"
-        )
+        for use in ("when {} is null", "array_ndims({})", "array_position({}, null)"):
+            self.edit(path, use.format("lease_ids"), use.format("ids"))
         self.edit(
             "views.sql",
             "q.lease_id, c.name, q.key, q.slots, q.holder,",

@@ -231,21 +231,10 @@ class Keeper:
     def _listen(self, connection: psycopg.Connection[Row]) -> None:
         connection.add_notify_handler(self._notified)
         self.listening = False
-        if not self._said:
+        if not self._database.pooled or (not self._said and self._hears(connection)):
             connection.execute(f"listen {self.channel}".encode())
-            self.listening = not self._database.pooled
-        if self._database.pooled and not self._said:
-            # From another connection: on one and the same, a pooler in transaction mode may seem to let it through.
-            with self._database.connect() as other:
-                other.execute("select pg_notify(%s, 'self')", [self.channel])
-            with selectors.DefaultSelector() as selector:
-                selector.register(connection.fileno(), selectors.EVENT_READ)
-                until = time.monotonic() + 1.0
-                while not self.listening and (left := until - time.monotonic()) > 0:
-                    if selector.select(left):
-                        connection.pgconn.consume_input()
-                        self._hear(connection)
-        if not self.listening and not self._said:
+            self.listening = True
+        elif not self._said:
             self._said = True
             log.warning(
                 "LISTEN does not work on this connection (a pooler in transaction mode?): polling instead. "
@@ -253,15 +242,33 @@ class Keeper:
                 _POLL * 2000,
             )
 
+    def _hears(self, connection: psycopg.Connection[Row]) -> bool:
+        """Whether notifications come through the pooler.
+
+        Tried on a channel that is used for nothing else: a pooler in transaction mode leaves the LISTEN in a session of
+        the server, and what that hears goes to whoever has it then.
+        """
+        channel = f"{self.channel}_trial"
+        connection.execute(f"listen {channel}".encode())
+        # From another connection: on one and the same, it may seem to let it through.
+        with self._database.connect() as other:
+            other.execute("select pg_notify(%s, '')", [channel])
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection.fileno(), selectors.EVENT_READ)
+            until = time.monotonic() + 1.0
+            while (left := until - time.monotonic()) > 0:
+                if selector.select(left):
+                    connection.pgconn.consume_input()
+                    if connection.pgconn.notifies() is not None:
+                        return True
+        return False
+
     def _notified(self, notification: psycopg.Notify) -> None:
         if notification.channel != self.channel:
             return
         payload = notification.payload
         with self._lock:
-            if payload == "self":
-                # Only this proves it: now and then a pooler lets one through by accident.
-                self.listening = True
-            elif payload == "":
+            if payload == "":
                 self._told_all = True
             else:
                 try:

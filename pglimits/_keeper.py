@@ -336,6 +336,7 @@ class Keeper:
         else:
             result = connection.pgconn.exec_params(_sql.WATCH.encode(), ids, result_format=Format.BINARY)
         if result.status != ExecStatus.TUPLES_OK:
+            self._hear(connection)  # an answer that never came is an error without a state
             raise psycopg.errors.error_from_result(result)
         rows = Transformer(connection)
         rows.set_pgresult(result)

@@ -1,7 +1,8 @@
 """A real server for every test that wants one, and a fresh database with pglimits in it for each test.
 
 The server is a throwaway one of the binaries in PGLIMITS_TEST_PG_BIN (a folder with initdb and postgres), by default
-of those that pglimits itself would embed.
+of those that pglimits itself would embed. With PGLIMITS_TEST_POOLER=transaction, all that pglimits does in the tests
+goes through a PgBouncer in that mode; what they look on with, and disturb it with, has sessions on the server itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import poolers
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
@@ -30,8 +32,9 @@ Connection: TypeAlias = psycopg.Connection[Any]
 Connect: TypeAlias = Callable[..., Connection]
 T = TypeVar("T")
 
-# Whoever starts the tests in the background of a script may have it ignored, and children would inherit that.
+# Whoever starts the tests in the background of a script may have these ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def _import_from_checkout() -> None:
@@ -106,29 +109,57 @@ bare_noproc = factories.postgresql_noproc(depends_on="server", dbname="bare")
 _bare_database = factories.postgresql("bare_noproc")
 
 
+@pytest.fixture(scope="session")
+def by_way(server: TestServer) -> Iterator[Callable[[str], str]]:
+    """by_way(dsn): how pglimits is to reach that database of the server, straight or through the pooler."""
+    if poolers.MODE is None:
+        yield lambda dsn: dsn
+        return
+    with poolers.pgbouncer(server.dsn("postgres"), poolers.MODE, size=20) as folder:
+        yield lambda dsn: poolers.through(dsn, folder)
+
+
 @pytest.fixture
-def dsn(_fresh_database: Connection, server: TestServer) -> str:
-    """Of a database of this test's own, with pglimits installed."""
+def server_dsn(_fresh_database: Connection, server: TestServer) -> str:
+    """Of a database of this test's own, with pglimits installed; on the server itself, for whoever needs a session."""
     dbname = _fresh_database.info.dbname
     _fresh_database.close()
     return server.dsn(dbname)
 
 
 @pytest.fixture
-def bare_dsn(_bare_database: Connection, server: TestServer) -> str:
-    """Of a database of this test's own with nothing in it."""
-    dbname = _bare_database.info.dbname
-    _bare_database.close()
-    return server.dsn(dbname)
+def dsn(server_dsn: str, by_way: Callable[[str], str]) -> str:
+    """Of the same database, for pglimits."""
+    return by_way(server_dsn)
 
 
 @pytest.fixture
-def connect(dsn: str) -> Iterator[Connect]:
-    """Opens connections to the test's database, in autocommit mode unless told otherwise."""
+def bare_dsn(_bare_database: Connection, server: TestServer, by_way: Callable[[str], str]) -> str:
+    """Of a database of this test's own with nothing in it."""
+    dbname = _bare_database.info.dbname
+    _bare_database.close()
+    return by_way(server.dsn(dbname))
+
+
+@pytest.fixture
+def pooled(server_dsn: str) -> Iterator[Callable[..., str]]:
+    """pooled("transaction", size=2): a DSN of the test's database through a PgBouncer of its own, of that mode."""
+    with contextlib.ExitStack() as running:
+
+        def begin(mode: str, size: int = 5) -> str:
+            folder = running.enter_context(poolers.pgbouncer(server_dsn, mode, size))
+            return poolers.through(server_dsn, folder)
+
+        yield begin
+
+
+@pytest.fixture
+def connect(server_dsn: str) -> Iterator[Connect]:
+    """Opens connections to the test's database, in autocommit mode unless told otherwise, on the server itself."""
     with contextlib.ExitStack() as open_connections:
 
         def open_one(**options: Any) -> Connection:
-            connection: Connection = psycopg.connect(dsn, **{"autocommit": True, **options})
+            connection: Connection = psycopg.connect(server_dsn, **{"autocommit": True, **options})
             open_connections.callback(connection.close)
             return connection
 

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import poolers
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 from wrappertest import Api, Connection, WaitUntil, held, in_thread, listeners, nothing_left, open_api, value, waiting
 
 from pglimits import (
@@ -39,7 +39,7 @@ Outage = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
-def outage(server: Any, conn: Connection) -> Outage:
+def outage(server: Any, dsn: str, conn: Connection, wait_until: WaitUntil) -> Outage:
     """``with outage():`` nobody can connect to the test's database, and whoever was connected is not."""
 
     @contextlib.contextmanager
@@ -56,6 +56,8 @@ def outage(server: Any, conn: Connection) -> Outage:
                 yield
             finally:
                 admin.execute(f'alter database "{name}" with allow_connections true')
+        # A pooler finds out when it tries again.
+        wait_until(lambda: poolers.reachable(dsn))
 
     return block
 
@@ -263,7 +265,7 @@ def test_a_restart_of_the_server_is_survived_by_holders_waiters_and_sleepers(
             os.kill(running.pid, signal.SIGQUIT)
             wait_until(lambda: _embedded.status() is None)
         running = own_server()
-        wait_until(lambda: reaches(running.dsn))
+        wait_until(lambda: poolers.reachable(running.dsn))
         # What was granted and queued before is there after it.
         assert threads.get("database").held == 1
         assert threads.release(lease)
@@ -275,14 +277,6 @@ def test_a_restart_of_the_server_is_survived_by_holders_waiters_and_sleepers(
             future.result(30)
         wait_until(lambda: threads.get("database").held == 0)
         assert threads.get("database").waiting == threads.get("api").waiting == 0
-
-
-def reaches(dsn: str) -> bool:
-    try:
-        psycopg.connect(dsn).close()
-    except psycopg.OperationalError:
-        return False
-    return True
 
 
 # Not what was expected: each its own message, with the command that mends it.
@@ -367,10 +361,12 @@ def test_a_role_without_grants_is_told_what_to_grant(dsn: str, conn: Connection,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_read_only_server_says_so(dsn: str, kind: str) -> None:
+def test_a_read_only_server_says_so(dsn: str, conn: Connection, role: str, kind: str) -> None:
     with open_api(kind, dsn=dsn) as api:
         api.create("database", 1)
-    with open_api(kind, dsn=make_conninfo(dsn, options="-c default_transaction_read_only=on")) as api:
+    conn.execute("grant pglimits_user, pglimits_reader, pglimits_admin to wrapper_stranger")
+    conn.execute("alter role wrapper_stranger set default_transaction_read_only = on")
+    with open_api(kind, dsn=make_conninfo(dsn, user=role)) as api:
         for call in (lambda: api.acquire("database"), lambda: api.create("other", 1)):
             with pytest.raises(ReadOnlyServer, match="target_session_attrs"):
                 call()
@@ -380,54 +376,11 @@ def test_a_read_only_server_says_so(dsn: str, kind: str) -> None:
 
 # Behind PgBouncer.
 
-PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-
 
 @pytest.fixture
-def bouncer(dsn: str, conn: Connection) -> Iterator[str]:
+def bouncer(pooled: Callable[..., str]) -> str:
     """The test's database behind PgBouncer in transaction mode, with two server connections."""
-    if PGBOUNCER is None:
-        pytest.skip("needs pgbouncer")
-    to = conninfo_to_dict(dsn)
-    folder = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
-    settings = folder / "pgbouncer.ini"
-    settings.write_text(
-        f"""
-[databases]
-* = host={to["host"]} port={to["port"]} user={to["user"]}
-[pgbouncer]
-listen_addr =
-listen_port = 6432
-unix_socket_dir = {folder}
-auth_type = any
-pool_mode = transaction
-default_pool_size = 2
-max_client_conn = 200
-server_check_delay = 0
-"""
-    )
-    options: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        # It refuses to be root; who runs the server can reach its socket.
-        owner = (Path(str(to["host"])) / f".s.PGSQL.{to['port']}").stat()
-        os.chown(folder, owner.st_uid, owner.st_gid)
-        os.chown(settings, owner.st_uid, owner.st_gid)
-        options = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
-    process = subprocess.Popen(
-        [PGBOUNCER, str(settings)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", **options
-    )
-    through = make_conninfo(dsn, host=str(folder), port=6432)
-    try:
-        deadline = time.monotonic() + 20
-        while not reaches(through):
-            assert process.poll() is None, "pgbouncer ended"
-            assert time.monotonic() < deadline, "pgbouncer does not answer"
-            time.sleep(0.02)
-        yield through
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder)
+    return pooled("transaction", size=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,6 +417,26 @@ def test_everything_works_behind_pgbouncer_by_polling_which_is_said_once(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_session_of_the_server_is_left_to_hear_of_waiters_behind_pgbouncer(
+    bouncer: str, conn: Connection, kind: str, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it heard would go to whoever has it next, in the middle of something else."""
+    with open_api(kind, dsn=bouncer) as api:
+        api.create("database", 1)
+        lease = api.acquire("database")
+        waits = api.start("acquire", "database")
+        wait_until(lambda: "LISTEN does not work" in caplog.text)
+        channel = value(conn, "select channel from pglimits.queue")
+        with psycopg.connect(bouncer) as one, psycopg.connect(bouncer) as other:
+            # Each is in a transaction: these are the two that there are.
+            assert value(one, "select pg_backend_pid()") != value(other, "select pg_backend_pid()")
+            for connection in (one, other):
+                assert (channel,) not in connection.execute("select pg_listening_channels()").fetchall()
+        api.release(lease)
+        assert api.release(waits.result(30))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_rate_reaches_sleepers_behind_pgbouncer(
     bouncer: str, conn: Connection, kind: str, wait_until: WaitUntil
 ) -> None:
@@ -494,6 +467,7 @@ def test_a_loop_of_many_waiters_behind_pgbouncer_is_served_in_order(
         assert order == list(range(8))
 
 
+@poolers.straight_only("it is said that LISTEN does not work")
 def test_without_a_pooler_nothing_is_said_and_waiting_listens(
     api: Api, conn: Connection, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -191,7 +191,7 @@ def test_a_killed_holders_slot_goes_to_the_waiter_at_the_head_at_the_end_of_its_
         from pglimits import Limiter
         limiter = Limiter()
         with limiter.concurrency("database"):
-            with psycopg.connect(os.environ["PGLIMITS_DSN"], autocommit=True) as log:
+            with psycopg.connect(os.environ["SERVER_DSN"], autocommit=True) as log:
                 log.execute("insert into turns (who) values (%s)", [sys.argv[1]])
         input()
     """
@@ -468,7 +468,7 @@ import psycopg
 from pglimits.sync import concurrency
 
 def work(number):
-    with psycopg.connect(os.environ["PGLIMITS_DSN"], autocommit=True) as log:
+    with psycopg.connect(os.environ["SERVER_DSN"], autocommit=True) as log:
         for _ in range(5):
             with concurrency("database"):
                 log.execute("update in_use set n = n + 1, most = greatest(most, n + 1)")

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import poolers
 import pytest
 from wrappertest import (
     Api,
@@ -17,6 +18,7 @@ from wrappertest import (
     backends,
     held,
     in_thread,
+    is_watched,
     listeners,
     nothing_left,
     terminate,
@@ -25,6 +27,8 @@ from wrappertest import (
 )
 
 from pglimits import Lease, LeaseLost
+
+by_notification = poolers.straight_only("no notification comes, and a waiter goes on when it finds its lease")
 
 Handed = Callable[..., contextlib.AbstractContextManager[Connection]]
 
@@ -70,10 +74,11 @@ def queue_up(api: Api, conn: Connection, wait_until: WaitUntil, **options: Any) 
     api.create("database", 1)
     holder = api.acquire("database")
     waits = api.start("acquire", "database", **options)
-    wait_until(lambda: waiting(conn) == 1 and len(listeners(conn)) == 1)
+    wait_until(lambda: waiting(conn) == 1 and is_watched(conn))
     return holder, waits
 
 
+@by_notification
 def test_a_waiter_runs_before_its_lease_has_been_claimed(
     api: Api, conn: Connection, handed_over: Handed, wait_until: WaitUntil
 ) -> None:
@@ -120,6 +125,7 @@ def test_a_lease_that_is_left_alone_or_short_is_claimed_first(
     assert api.release(lease)
 
 
+@by_notification
 def test_a_claim_that_finds_nothing_loses_the_lease(
     api: Api, conn: Connection, handed_over: Handed, wait_until: WaitUntil
 ) -> None:
@@ -132,7 +138,7 @@ def test_a_claim_that_finds_nothing_loses_the_lease(
         wait_until(lambda: lease.lost)
 
     block = api.start_block("database", body, strict=True)
-    wait_until(lambda: waiting(conn) == 1 and len(listeners(conn)) == 1)
+    wait_until(lambda: waiting(conn) == 1 and is_watched(conn))
     with handed_over(holder) as other:
         wait_until(lambda: entered)
         assert not entered[0].lost
@@ -142,6 +148,7 @@ def test_a_claim_that_finds_nothing_loses_the_lease(
     assert nothing_left(conn)
 
 
+@by_notification
 def test_a_claim_whose_answer_is_lost_is_made_good_by_renewal(
     api: Api, conn: Connection, handed_over: Handed, wait_until: WaitUntil
 ) -> None:
@@ -167,7 +174,7 @@ def test_a_body_that_keeps_the_interpreter_to_itself_has_its_lease_claimed(
             ctypes.PyDLL(None).sleep(600)
         """
     )
-    wait_until(lambda: waiting(conn) == 1 and len(listeners(conn)) == 1)
+    wait_until(lambda: waiting(conn) == 1 and is_watched(conn))
     api.release(holder)
     wait_until(
         lambda: conn.execute(
@@ -225,13 +232,14 @@ def test_notifications_that_mean_nothing_do_no_harm(api: Api, conn: Connection, 
     assert nothing_left(conn)
 
 
+@by_notification
 def test_a_forged_grant_is_a_lost_lease_and_leaves_nothing_behind(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
     api.create("database", 1)
     holder = api.acquire("database")
     block = api.start_block("database", lambda lease: wait_until(lambda: lease.lost), strict=True)
-    wait_until(lambda: waiting(conn) == 1 and len(listeners(conn)) == 1)
+    wait_until(lambda: waiting(conn) == 1 and is_watched(conn))
     conn.execute(
         "select pg_notify(channel, lease_id || ' 99 ' || %s) from pglimits.queue",
         [int((holder.expires_at + timedelta(days=1)).timestamp()) * 1_000_000],

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeAlias, TypeVar
 
+import poolers
 import psycopg
 import pytest
 
@@ -215,6 +216,11 @@ def listeners(conn: Connection) -> list[int]:
     return sorted({*backends(conn, "pglimits.watch"), *backends(conn, "pg_notify"), *backends(conn, "listen pglimits")})
 
 
+def is_watched(conn: Connection) -> bool:
+    """Somebody listens for those who wait. Behind a pooler, where nobody can, they look again and again."""
+    return poolers.MODE is not None or len(listeners(conn)) == 1
+
+
 def terminate(conn: Connection, pids: list[int]) -> None:
     conn.execute("select pg_terminate_backend(pid) from unnest(%s::int[]) as u(pid)", [pids])
 
@@ -284,9 +290,12 @@ class Children:
 
 
 @pytest.fixture
-def children(dsn: str) -> Iterator[Children]:
-    """Starts Python processes: ``children(code, *args)``. Their PGLIMITS_DSN is the test's database."""
-    started = Children({"PGLIMITS_DSN": dsn})
+def children(dsn: str, server_dsn: str) -> Iterator[Children]:
+    """Starts Python processes: ``children(code, *args)``. Their PGLIMITS_DSN is the test's database.
+
+    With what is in their SERVER_DSN they can look at it as ``conn`` does.
+    """
+    started = Children({"PGLIMITS_DSN": dsn, "SERVER_DSN": server_dsn})
     yield started
     for child in started.all:
         child.stop()

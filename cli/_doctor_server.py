@@ -44,7 +44,10 @@ def _why_not(message: str, target: Target) -> tuple[str, str | None]:
             ("password authentication failed", "no password supplied", "pg_hba.conf", "peer authentication"),
             "correct the user and password in the DSN (or PGPASSWORD, ~/.pgpass), or pg_hba.conf on the server",
         ),
-        (("does not exist",), "correct the database or user in the DSN, or create it: createdb NAME"),
+        (
+            ("does not exist", "no such database", "no such user"),
+            "correct the database or user in the DSN, or create it: createdb NAME",
+        ),
         (("starting up", "shutting down", "in recovery mode"), "wait until the server is up, and try again"),
         (
             ("too many clients", "remaining connection slots", "too many connections"),

@@ -25,8 +25,8 @@ Cli = Callable[..., Any]
 Wait = Callable[..., Any]
 
 ALL = [
-    "target", "reachable", "server", "writable", "durable", "installed", "roles", "rights", "sweep", "listen", "locks",
-    "snapshots", "waiters", "tables",
+    "target", "reachable", "server", "writable", "durable", "installed", "roles", "rights", "sweep", "listen",
+    *(["prepared"] if poolers.MODE else []), "locks", "snapshots", "waiters", "tables",
 ]  # fmt: skip
 
 
@@ -192,6 +192,7 @@ def test_nobody_calls_the_sweep(find: Callable[..., Any]) -> None:
     assert "no pg_cron" in found["text"] and found["fix"] == "pglimits sweep --every 60"
 
 
+@poolers.straight_only("they do not")
 def test_notifications_arrive(find: Callable[..., Any]) -> None:
     assert find("listen")["status"] == "ok"
 

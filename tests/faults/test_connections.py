@@ -19,7 +19,19 @@ import poolers
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from wrappertest import Api, Connection, WaitUntil, held, in_thread, listeners, nothing_left, open_api, value, waiting
+from wrappertest import (
+    Api,
+    Connection,
+    WaitUntil,
+    backends,
+    held,
+    in_thread,
+    listeners,
+    nothing_left,
+    open_api,
+    value,
+    waiting,
+)
 
 from pglimits import (
     AcquireTimeout,
@@ -226,6 +238,35 @@ def test_a_connection_cut_in_the_middle_of_statements_loses_and_doubles_nothing(
     assert len(done) + len(failed) == 100
     assert len(done) > 50
     wait_until(lambda: nothing_left(conn))
+
+
+@poolers.straight_only("the request goes to another session, which answers")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            "sync",
+            marks=pytest.mark.xfail(strict=True, reason="a thread that sends waits for the answer, however long"),
+        ),
+        "async",
+    ],
+)
+def test_a_session_that_does_not_answer_does_not_break_the_deadline(
+    dsn: str, conn: Connection, kind: str, wait_until: WaitUntil
+) -> None:
+    with open_api(kind, dsn=dsn) as api:
+        api.create("database", 1)
+        stopped = backends(conn)
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            acquiring = api.start("acquire", "database", timeout_seconds=0.3)
+            wait_until(acquiring.done, timeout=10)
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        assert isinstance(acquiring.exception(30), AcquireTimeout | LimiterUnavailable)
+        wait_until(lambda: nothing_left(conn))
 
 
 # A restart of the server.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import history
+import poolers
 import psycopg
 import pytest
 from cluster import Cluster, cluster
@@ -114,10 +115,16 @@ class Workers:
 
 
 class Run:
-    """One history: a server that writes it down, workers, and what happens to them."""
+    """One history: a server that writes it down, workers, and what happens to them.
 
-    def __init__(self, name: str, server: Cluster, dsn: str, folder: Path, wait_until: Callable[..., Any]) -> None:
-        self.name, self.server, self.dsn, self.folder, self.wait_until = name, server, dsn, folder, wait_until
+    ``way``: the DSN by which the workers reach it, straight or through the pooler.
+    """
+
+    def __init__(
+        self, name: str, server: Cluster, dsn: str, way: str, folder: Path, wait_until: Callable[..., Any]
+    ) -> None:
+        self.name, self.server, self.dsn, self.way = name, server, dsn, way
+        self.folder, self.wait_until = folder, wait_until
         self.random = random.Random(SEED)
         self.happened = 0
         self._all: list[Workers] = []
@@ -126,7 +133,7 @@ class Run:
         self, asks: Sequence[Mapping[str, Any]], each: int = 1, kinds: Sequence[str] = KINDS, **plan: Any
     ) -> Workers:
         """So many workers of each kind, at work."""
-        made = Workers(plan.pop("dsn", self.dsn), self.folder, self.random, asks, **plan)
+        made = Workers(plan.pop("dsn", self.way), self.folder, self.random, asks, **plan)
         self._all.append(made)
         for kind in kinds:
             for _ in range(each):
@@ -199,11 +206,15 @@ class Run:
 @pytest.fixture
 def run(request: pytest.FixtureRequest, server: Any, tmp_path: Path, wait_until: Callable[..., Any]) -> Iterator[Run]:
     chosen = _embedded.Binaries(server.bin, server.version)
-    with cluster(chosen, {"max_connections": "200", "deadlock_timeout": "500ms"}) as own:
+    settings = {"max_connections": "200", "deadlock_timeout": "500ms"}
+    with cluster(chosen, settings) as own, contextlib.ExitStack() as pooler:
         dsn = own.start()
         _install.install(dsn)
         history.record(dsn)
-        started = Run(request.node.name, own, dsn, tmp_path, wait_until)
+        way = dsn
+        if poolers.MODE is not None:
+            way = poolers.through(dsn, pooler.enter_context(poolers.pgbouncer(dsn, poolers.MODE, size=20)))
+        started = Run(request.node.name, own, dsn, way, tmp_path, wait_until)
         started.sql("select pglimits.create_limit('database', 3), pglimits.create_limit('licence', 2)")
         started.sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('api', 5, 50)")
         try:

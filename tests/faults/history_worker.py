@@ -264,7 +264,7 @@ def work_in_sql(worker: Worker) -> None:
             while True:
                 try:
                     if connection is None or connection.closed:
-                        connection = psycopg.connect(worker.plan.dsn, autocommit=True)
+                        connection = psycopg.connect(worker.plan.dsn, autocommit=True, prepare_threshold=None)
                     return connection.execute(query.encode(), parameters).fetchone()
                 except psycopg.OperationalError:
                     if connection is not None:

@@ -34,7 +34,6 @@ auth_query = select rolname::text, ''::text from pg_catalog.pg_roles where rolna
 pool_mode = {mode}
 default_pool_size = {size}
 max_client_conn = 500
-server_check_delay = 0
 server_login_retry = 0.01
 query_wait_timeout = 2
 """

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+import poolers
 import psycopg
 import pytest
 from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, value, waiting
@@ -471,6 +472,7 @@ HAMMER = """
 """
 
 
+@poolers.straight_only("PgBouncer 1.18 ends (bad client state) where an interrupt strikes who sends a cancel request")
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_a_main_thread_interrupted_at_random_moments_leaks_nothing(
     children: Children, limiter: Limiter, conn: Connection, wait_until: WaitUntil, seed: str

@@ -449,7 +449,9 @@ begin
     when findings.fits_at is null then 'granted'
     when findings.blocked_at is not null and coalesce(wait > interval '0', true) then 'queued'
     else 'refused' end;
-  if peeked.status = 'granted' then
+  if peeked.status in ('granted', 'queued') and findings.queue_full is not null then
+    perform pglimits._fail('QueueFull', findings.queue_full);
+  elsif peeked.status = 'granted' then
     peeked.wait := findings.turn_in;
   elsif findings.fits_at < 'infinity' then
     peeked.retry_after := findings.fits_at - now;

@@ -380,7 +380,8 @@ def test_peek_reckons_with_what_has_ended_and_not_been_taken_out(clock: Clock, d
         assert s.peek("database").status == "granted"
 
 
-def test_peek_fails_as_acquire_would(s: Session) -> None:
+def test_peek_fails_as_acquire_would(clock: Clock, s: Session) -> None:
+    clock.freeze()
     s.create("database", 1)
     with fails("PL004", "slots"):
         s.peek("database", slots=2)
@@ -388,6 +389,15 @@ def test_peek_fails_as_acquire_would(s: Session) -> None:
         s.peek("nowhere", strict=True)
     with fails("PL005", "database"):
         s.peek("database", for_rate=True)
+    s.update("database", max_waiters=0)
+    s.acquire("database")
+    with fails("PL006", "database"):
+        s.peek("database", wait="1 second")
+    s.create("api", 1, 0.5, max_waiters=0)
+    s.rate_limit("api")
+    with fails("PL006", "api"):
+        s.peek("api", wait="2 seconds", for_rate=True)
+    assert s.peek("api", wait="1 second", for_rate=True).status == "refused"
 
 
 # Views.

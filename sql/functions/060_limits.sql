@@ -61,7 +61,7 @@ begin
   insert into pglimits.configs (name, "limit", slot_decay_per_second, active, max_waiters, description,
                                 decayed_at, fence_floor, created_at, updated_at)
   select create_limit.name, create_limit."limit", create_limit.slot_decay_per_second, create_limit.active,
-         create_limit.max_waiters, create_limit.description, now, m.fence_floor, now, now
+         create_limit.max_waiters, nullif(create_limit.description, ''), now, m.fence_floor, now, now
   from (select x.fence_floor from pglimits.meta x for share) m
   on conflict do nothing;
   if not found then

@@ -76,6 +76,11 @@ def test_an_update_changes_only_what_it_names(clock: Clock, s: Session) -> None:
     assert (row.created_at, row.updated_at) == (created, created + timedelta(seconds=60))
 
 
+def test_an_empty_description_is_none(s: Session) -> None:
+    s.create("database", 1, description="")
+    assert s.limit("database").description is None
+
+
 def test_an_update_can_take_max_waiters_and_description_away(s: Session) -> None:
     s.create("database", 1, max_waiters=3, description="d")
     s.update("database", max_waiters=-1, description="")

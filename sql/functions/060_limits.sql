@@ -382,15 +382,16 @@ begin
     continue when was.limit_id is null;
     now := pglimits._now();
     select c.* into config from pglimits.configs c where c.limit_id = of_limit;
-    delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key;
-    get diagnostics ended_here = row_count;
+    with gone as (
+      delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key
+      returning l.expires_at
+    )
+    select count(*) filter (where g.expires_at > now) into ended_here from gone g;
     ended := ended + ended_here;
     state := was;
     state.held := 0;
     state.next_expiry := timestamptz 'infinity';
-    if config.slot_decay_per_second > 0 then
-      state := pglimits._add_to_level(state, config, -state.booked, now);
-    end if;
+    state := pglimits._add_to_level(state, config, -state.booked, now);
     if config.active then
       state := pglimits._settle(state, config, now);
     end if;

@@ -312,6 +312,25 @@ def test_reset_of_one_key_leaves_the_others(db: Db, s: Session) -> None:
     db.consistent()
 
 
+def test_reset_zeroes_the_level_of_a_limit_whose_rate_was_taken_away(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 2, 0.5)
+    s.rate_limit("api", slots=2)
+    s.update("api", slot_decay_per_second=0)
+    s.reset("api")
+    s.update("api", slot_decay_per_second=0.5)
+    assert s.limit("api").level == 0
+
+
+def test_reset_counts_no_lease_that_had_ended_already(clock: Clock, db: Db, s: Session) -> None:
+    s.create("database", 3)
+    s.acquire("database", lease_duration="10 seconds")
+    s.serves("database", 2)
+    clock.advance(11)
+    assert s.reset("database") == 2
+    db.consistent()
+
+
 def test_the_holders_find_out_by_renewing_after_a_reset(s: Session) -> None:
     (lease_id,) = full(s)
     s.reset("database")

@@ -145,10 +145,11 @@ begin
   if (durable and patience is null) is not true then
     perform pglimits._for_this_call(durable, patience);
   end if;
-  ended := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
+  ended := pglimits._release_alike(lease_ids);
   if cardinality(ended) = cardinality(lease_ids) then
     return array[]::uuid[];
   end if;
+  ended := coalesce(ended, pglimits._release(lease_ids));
   return array(select distinct u.id from unnest(lease_ids) as u(id) where u.id <> all (ended));
 end $$;
 

@@ -332,6 +332,13 @@ def test_release_of_many_says_of_each_whether_it_was_live(db: Db, clock: Clock, 
     db.consistent()
 
 
+def test_release_of_many_tells_those_that_had_ended_beside_a_lease_on_several_limits(s: Session) -> None:
+    s.create("a", 1)
+    s.create("b", 1)
+    lease_id, ended = s.acquire(["a", "b"]).lease_id, uuid4()
+    assert s.value("select pglimits.release_many(%s)", [lease_id, ended]) == [ended]
+
+
 def test_release_of_none_is_nothing(s: Session) -> None:
     assert s.all("select * from pglimits.release('{}'::uuid[])") == []
     assert s.all("select * from pglimits.renew('{}'::uuid[])") == []

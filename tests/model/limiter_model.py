@@ -39,6 +39,7 @@ class Limit:
     number: int
     fence_floor: int
     former_name: str | None = None
+    rate_changed_at: int = -LIVENESS
     places: dict[str, Place] = field(default_factory=dict)
 
     def place(self, key: str) -> Place:
@@ -590,7 +591,8 @@ class Model:
             self.limits[new_name] = changed
         grown = 0 if limit is None else limit - changed.most
         changed.most += grown
-        changed.rate = changed.rate if rate is None else rate
+        if rate is not None and rate != changed.rate:
+            changed.rate, changed.rate_changed_at = rate, self.now
         changed.active = changed.active if active is None else active
         if max_waiters is not None:
             changed.max_waiters = None if max_waiters == -1 else max_waiters

@@ -67,7 +67,9 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.s.run("truncate pglimits.configs, pglimits.keys, pglimits.states, pglimits.leases, pglimits.queue")
+        for table in ("configs", "keys", "states", "leases", "queue"):
+            # Not truncate, after which every plan is made anew.
+            self.s.run(f"delete from pglimits.{table}")
         self.s.run("update pglimits.meta set fence_floor = 0")
         self.clock.freeze(START)
         self.told.clear()
@@ -178,6 +180,8 @@ class Lives(RuleBasedStateMachine):
 
     def pump(self) -> None:
         """Who has to look now does so, until nobody has to."""
+        # Who sleeps until its turn goes then without another look.
+        self.looks = {lease_id: at for lease_id, at in self.looks.items() if lease_id not in self.model.passed}
         for _ in range(100):
             self.hear()
             for lease_id in sorted(self.deaf & self.looks.keys()):
@@ -495,8 +499,11 @@ class Lives(RuleBasedStateMachine):
         passed = self.model.passed.get(lease_id)
         if lease_id in self.model.lost or (lease is not None and not lease.whole):
             return
-        if passed is not None and passed.at + LIVENESS <= self.model.now:
-            return
+        if passed is not None:
+            # It is remembered for a while, but not always after a change of the rate.
+            since = max([passed.at, *(place.limit.rate_changed_at for place in passed.parts)])
+            if passed.at + LIVENESS <= self.model.now or since > passed.at:
+                return
         self.ask([self.asked[lease_id]], way)
 
     @precondition(lambda self: self.current())

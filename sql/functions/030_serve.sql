@@ -226,7 +226,6 @@ declare
   lease record;
   part integer;
 begin
-  perform pglimits._claim(array[request.lease_id], now);
   answer.status := 'granted';
   answer.lease_id := request.lease_id;
   answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
@@ -235,7 +234,6 @@ begin
       select p.part
       from unnest(request.limit_ids, request.keys, request.slots) with ordinality as p(limit_id, key, slots, part)
       where p.limit_id = lease.limit_id and p.key = lease.key and p.slots = lease.slots);
-    answer.expires_at := lease.expires_at;
     if part is null then
       -- Unless its limit has been deactivated meanwhile, and so is no part of the request any longer.
       if exists (select from pglimits.configs c where c.limit_id = lease.limit_id and c.active) then
@@ -256,6 +254,8 @@ begin
   then
     return pglimits._in_use(request);
   end if;
+  perform pglimits._claim(array[request.lease_id], now);
+  answer.expires_at := (select max(l.expires_at) from pglimits.leases l where l.lease_id = request.lease_id);
   return answer;
 end $$;
 

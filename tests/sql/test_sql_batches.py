@@ -233,6 +233,18 @@ def test_a_batch_has_at_most_10000_requests(s: Session) -> None:
         s.run("select * from pglimits.acquire_many(%s::jsonb)", json.dumps([{}] * 10001))
 
 
+def test_a_request_in_a_batch_with_the_id_of_another_does_not_take_up_its_lease(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("database", 2)
+    lease_id = s.acquire("database", slots=2).lease_id
+    waiter = s.queue("database")
+    s.release(lease_id)
+    (held,) = s.holders()
+    (row,) = many(s, ask("database", slots=[2], lease_id=str(waiter)))
+    assert row.error == "InvalidArgument"
+    assert s.holders() == [held]
+
+
 # acquire_alike
 
 

@@ -13,6 +13,18 @@ comment on function pglimits._decayed(pglimits.configs, timestamptz) is
   'Virtual time of a limit at a moment: the slots that had decayed since it was created. A turn, a place in virtual '
   'time, is worth the same however the rate changes. After GCRA, the virtual scheduling algorithm of ITU-T I.371.';
 
+-- Turns that came a while ago are kept for those who ask again because they did not hear of theirs. Up to this virtual time
+-- that is long enough; null while a changed rate makes it hard to tell.
+create or replace function pglimits._forgotten(config pglimits.configs, now timestamptz)
+returns numeric
+language sql
+immutable
+return case when config.decayed_at <= now - pglimits._liveness()
+            then pglimits._decayed(config, now - pglimits._liveness()) end;
+
+comment on function pglimits._forgotten(pglimits.configs, timestamptz) is
+  'The virtual time up to which turns that have come need not be remembered any more; null: none is known.';
+
 -- How long until a virtual time, rounded up so that nobody who sleeps just that long is early.
 create or replace function pglimits._until(config pglimits.configs, turn numeric, at timestamptz)
 returns interval

@@ -420,7 +420,7 @@ as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
   decayed numeric := pglimits._decayed(config, now);
-  forget numeric := pglimits._decayed(config, now - pglimits._liveness());
+  forget numeric := pglimits._forgotten(config, now);
   turn numeric := pglimits._decayed(config, now + turn_in);
   pinned boolean := several and turn_in > interval '0'
     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;

@@ -103,6 +103,7 @@ declare
   decayed numeric;
   base numeric;
   last_in interval;
+  noted boolean;
   forget numeric;
 begin
   if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
@@ -160,14 +161,15 @@ begin
   if last_in > wait then
     return;
   end if;
-  forget := case when chosen or last_in > interval '0' then pglimits._decayed(config, now - pglimits._liveness()) end;
+  noted := chosen or last_in > interval '0';
+  forget := case when noted then pglimits._forgotten(config, now) end;
   update pglimits.states s
   set version = s.version + 1, booked = base + wanted, passed = greatest(s.passed, forget), changed_at = now,
       next_death = case when last_in > interval '0' then least(s.next_death, now + alive_for) else s.next_death end,
       next_look = case when last_in > interval '0' then least(s.next_look, now + alive_for) else s.next_look end
   where s.limit_id = state.limit_id and s.key = _turns_alike.key and s.version = state.version;
   status := 'granted';
-  if forget is null then
+  if not noted then
     waits := array_fill(0::double precision, array[cardinality(lease_ids)]);
     return;
   end if;

@@ -36,7 +36,7 @@ begin
       select l.limit_id, l.key from pglimits.leases l where l.expires_at <= now
       union
       select q.limit_id, q.key from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
-      where q.expires_at <= now or q.turn <= pglimits._decayed(c, now - pglimits._liveness())
+      where q.expires_at <= now or q.turn <= pglimits._forgotten(c, now)
     ) due
     order by due.limit_id, due.key limit max_keys
   loop
@@ -55,7 +55,7 @@ begin
     end if;
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
-      and q.turn <= pglimits._decayed(config, now - pglimits._liveness());
+      and q.turn <= pglimits._forgotten(config, now);
     get diagnostics removed = row_count;
     waiters := waiters + removed;
     if config.active then

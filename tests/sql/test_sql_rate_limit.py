@@ -215,7 +215,6 @@ def test_repeating_an_immediate_grant_with_its_id_charges_once(s: Session, clock
     assert s.limit("api").level == pytest.approx(1)
 
 
-@pytest.mark.xfail(strict=True, reason="forgotten by virtual time, as if the new rate had always been the rate")
 def test_a_turn_that_has_come_is_remembered_also_when_the_rate_falls(s: Session, clock: Clock) -> None:
     clock.freeze()
     s.create("api", 5, 100)

@@ -43,7 +43,7 @@ class Busy(LimiterUnavailable):
 _ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
 """How every connection of ours is opened, whatever the encoding of the database is."""
 
-_NOTHING_DONE = (Busy, VersionMismatch)
+_NOTHING_DONE = (Busy, ReadOnlyServer, VersionMismatch)
 
 _BUSY = {"40001", "40P01", "55P03"}
 _CHANGED = {"42883", "42P01", "42703", "42704", "42804", "XX000"}
@@ -391,15 +391,16 @@ class Database:
 
 
 def _is_stale(error: Exception | None) -> bool:
-    """Whether what a connection has prepared was made for what was there before."""
-    return isinstance(error, psycopg.Error) and isinstance(translate(error), VersionMismatch)
+    """Whether a connection is of no more use: what it has prepared was made for what was there before, or it leads to a
+    server that is read-only, and another may lead to the primary."""
+    return isinstance(error, psycopg.Error) and isinstance(translate(error), (ReadOnlyServer, VersionMismatch))
 
 
 def worth_another_try(problem: PglimitsError, error: psycopg.Error) -> bool:
     """Whether a statement that failed so may go through if it is sent again at once."""
     if isinstance(problem, VersionMismatch):
         return True  # an upgrade may have come in the middle
-    return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("25006", "55P03", "57014", "53300")
+    return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("55P03", "57014", "53300")
 
 
 def run(connection: psycopg.Connection[Any], sql: str, params: Sequence[object], prepare: bool | None) -> list[Row]:

@@ -300,6 +300,8 @@ class Engine:
             raise
         self._asking.pop(lease.id, None)
         if ticket.error is not None:
+            if not lease.places:
+                raise ticket.error  # it was named by its id: who holds it is elsewhere
             self.give_back(lease.id, 0.5)
             if not isinstance(ticket.error, LimiterUnavailable):
                 raise ticket.error

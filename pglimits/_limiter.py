@@ -144,6 +144,10 @@ class Limiter:
         True also where the connection was lost before the reply came, and asking again found it ended.
 
         Given the id of a waiting request, takes it out of its queue.
+
+        Raises:
+            LimiterUnavailable: an id was given, and the database could not be reached. A lease of our own is released
+                once it can be.
         """
         if not isinstance(lease, Lease):
             lease = Lease.foreign(_calls.lease_id(lease))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import poolers
 import psycopg
@@ -188,7 +189,12 @@ def test_a_waiter_that_cannot_be_watched_for_as_long_as_it_lives_is_told_or_wait
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_is_not_there_is_said_to_be_unreachable(kind: str, tmp_path: Path) -> None:
     with open_api(kind, dsn=f"host={tmp_path} dbname=nowhere") as api:
-        for call in (lambda: api.acquire("database"), lambda: api.get("database"), lambda: api.sweep()):
+        for call in (
+            lambda: api.acquire("database"),
+            lambda: api.release(uuid4()),
+            lambda: api.get("database"),
+            lambda: api.sweep(),
+        ):
             with pytest.raises(LimiterUnavailable, match="cannot be reached"):
                 call()
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import poolers
 import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from pglimits import AsyncLimiter, Lease, Limiter, _default, _engine
 
@@ -141,6 +142,40 @@ def open_api(kind: str, **options: Any) -> Iterator[Api]:
             yield AsyncApi(async_limiter, loop)
         finally:
             asyncio.run_coroutine_threadsafe(async_limiter.close(), loop).result(PATIENCE)
+
+
+@contextlib.contextmanager
+def open_every(dsn: str) -> Iterator[dict[str, Api]]:
+    """Limiters of all kinds on a database, by what to call them: with its DSN, and with pools of the caller's."""
+    options: dict[str, Any] = {"min_size": 1, "max_size": 3, "open": False, "kwargs": {"autocommit": True}}
+    with contextlib.ExitStack() as opened:
+        pool: ConnectionPool[Any] = opened.enter_context(ConnectionPool(dsn, **options))
+        loop = opened.enter_context(event_loop())
+
+        async def enter() -> AsyncConnectionPool[Any]:
+            in_loop: AsyncConnectionPool[Any] = AsyncConnectionPool(dsn, **options)
+            await in_loop.open()
+            return in_loop
+
+        def run_in_loop(work: Coroutine[Any, Any, Any]) -> Any:
+            return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+        in_loop = run_in_loop(enter())
+        opened.callback(lambda: run_in_loop(in_loop.close()))
+
+        async def of_pool() -> AsyncLimiter:
+            return AsyncLimiter(pool=in_loop, on_unavailable="wait")
+
+        made: dict[str, Api] = {
+            f"{kind} that {how}s": opened.enter_context(open_api(kind, dsn=dsn, on_unavailable=how))
+            for kind in ("sync", "async")
+            for how in ("raise", "wait")
+        }
+        limiter = opened.enter_context(Limiter(pool=pool, on_unavailable="wait"))
+        made["sync with a pool"] = SyncApi(limiter)
+        made["async with a pool"] = AsyncApi(run_in_loop(of_pool()), loop)
+        yield made
+        run_in_loop(made["async with a pool"].limiter.close())
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -60,6 +60,21 @@ end $$;
 
 comment on function pglimits._fail(text, text, text) is 'Raises an error of the given kind.';
 
+-- Called where a standby would otherwise answer, or fail in the words of whatever statement it cannot execute.
+create or replace function pglimits._refuse_standby()
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = '25006',
+    message = 'this server is a standby: it can show limits, but neither grant nor change anything',
+    hint = 'Connect to the primary, for example with target_session_attrs=read-write.';
+end $$;
+
+comment on function pglimits._refuse_standby() is 'Raises the error of a standby, 25006.';
+
 -- What is wrong with a name (or a key, which may be empty), or null.
 create or replace function pglimits._name_error(argument text, value text, may_be_empty boolean default false)
 returns text

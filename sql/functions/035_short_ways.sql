@@ -21,6 +21,9 @@ declare
   now timestamptz;
   ends timestamptz;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
      or pglimits._argument_fault(lease_duration, wait, priority, holders -> 0, strict, channel) is not null
   then
@@ -106,6 +109,9 @@ declare
   noted boolean;
   forget numeric;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
      or pglimits._argument_fault('1 second', wait, 0, holders -> 0, strict, channel) is not null
   then
@@ -238,6 +244,9 @@ declare
   freed bigint;
   live uuid[];
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if cardinality(lease_ids) > 1 then
     if (select count(*) = cardinality(lease_ids) and min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key)
         from pglimits.leases l where l.lease_id = any (lease_ids)) is not true

@@ -194,8 +194,12 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  answer pglimits._answer := pglimits._answer_at_once(request);
+  answer pglimits._answer;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  answer := pglimits._answer_at_once(request);
   if answer.status is null then
     answer := (pglimits._serve(array[request]))[1];
   end if;
@@ -595,6 +599,9 @@ as $$
 declare
   checked pglimits._request[] := pglimits._check_requests(requests);
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if checked is null then
     return;
   elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then

@@ -42,6 +42,9 @@ declare
   seconds constant double precision := extract(epoch from renew.lease_duration);
   problem text := case when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   perform pglimits._check_ids(lease_ids);
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
@@ -304,6 +307,9 @@ declare
   config pglimits.configs;
   now timestamptz := pglimits._now();
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   perform pglimits._check_ids(lease_ids);
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 

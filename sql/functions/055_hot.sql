@@ -10,6 +10,9 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if current_setting('synchronous_commit') = 'off' then
     perform set_config('synchronous_commit', 'on', true);
   end if;

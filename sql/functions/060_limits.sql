@@ -54,6 +54,9 @@ declare
          when max_waiters < 0 then format('max_waiters must be at least 0, or null for no bound, not %s', max_waiters)
     end);
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -100,6 +103,9 @@ declare
   now timestamptz;
   problem text := case when new_name is not null then pglimits._name_error('new_name', new_name) end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -249,6 +255,9 @@ declare
   gone pglimits.configs;
   state record;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   -- First of all, so that a limit created under this name while this commits starts above its fences.
   perform from pglimits.meta m for update;
   select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
@@ -299,6 +308,9 @@ declare
   problem text := coalesce(case when slots is null then 'slots must not be null' end,
                            pglimits._name_error('key', key, true));
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -371,6 +383,9 @@ declare
   used_key text;
   problem text := case when key is not null then pglimits._name_error('key', key, true) end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;

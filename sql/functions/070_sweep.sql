@@ -24,6 +24,9 @@ declare
     when idle is null or extract(epoch from idle) < 0 then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
   end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;

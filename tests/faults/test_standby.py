@@ -64,27 +64,23 @@ def test_peek_answers_as_it_writes_nothing(standby: Cluster) -> None:
 
 
 READING = ["peek('free')", "peek(array['free'])", f"may_sleep('{WAITS}')", "version()", "errors()", "cron_disable()"]
-ANSWERED_FROM_A_LOOK = pytest.mark.xfail(
-    strict=True, reason="decided without a lock or a row, and so never asked whether this server can grant"
-)
-NO_TRANSACTION_ID = pytest.mark.xfail(strict=True, reason="PostgreSQL's internal error, XX000, for want of a check")
 WRITING = [
     "acquire('free')",
-    pytest.param("acquire('shut')", marks=ANSWERED_FROM_A_LOOK),
-    pytest.param("acquire('missing')", marks=ANSWERED_FROM_A_LOOK),
-    pytest.param("acquire('off')", marks=ANSWERED_FROM_A_LOOK),
+    "acquire('shut')",
+    "acquire('missing')",
+    "acquire('off')",
     "acquire('full', wait => null)",
     "acquire(array['free', 'full'], wait => null)",
-    pytest.param('acquire_many(\'[{"names": ["shut"], "wait": "0"}]\')', marks=ANSWERED_FROM_A_LOOK),
+    'acquire_many(\'[{"names": ["shut"], "wait": "0"}]\')',
     'acquire_many(\'[{"names": ["free"]}]\')',
-    pytest.param(f"acquire_alike('shut', '{{{OTHER}}}')", marks=ANSWERED_FROM_A_LOOK),
+    f"acquire_alike('shut', '{{{OTHER}}}')",
     f"acquire_alike('free', '{{{OTHER}}}')",
     "acquire_wait('free')",
     "acquire_wait('missing')",
     "acquire_hot('free')",
-    pytest.param("acquire_hot('shut')", marks=NO_TRANSACTION_ID),
-    pytest.param("flush()", marks=NO_TRANSACTION_ID),
-    pytest.param("rate_limit('api')", marks=ANSWERED_FROM_A_LOOK),
+    "acquire_hot('shut')",
+    "flush()",
+    "rate_limit('api')",
     "rate_limit('api', wait => null)",
     "rate_limit(array['api'], wait => null)",
     f"renew('{HELD}'::uuid)",
@@ -102,7 +98,7 @@ WRITING = [
     "delete_limit('free')",
     "adjust('api', 1)",
     "reset('full')",
-    pytest.param("reset('free')", marks=ANSWERED_FROM_A_LOOK),
+    "reset('free')",
     "sweep()",
 ]
 
@@ -117,7 +113,6 @@ def test_what_writes_is_refused_by_its_sqlstate(standby: Cluster, call: str) -> 
 PROCEDURES = ("acquire_wait", "acquire_hot", "release_hot")
 
 
-@pytest.mark.xfail(strict=True, reason="PostgreSQL's own message: cannot execute SELECT FOR UPDATE in a read-only …")
 def test_the_refusal_says_what_to_do(standby: Cluster) -> None:
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction, match="standby") as caught:
         standby.sql("select pglimits.acquire('free')")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import re
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
@@ -28,12 +31,23 @@ from .errors import (
 
 Row = tuple[Any, ...]
 C = TypeVar("C", bound=psycopg.BaseConnection[Any])
+T = TypeVar("T")
 
-_LEFT_OPEN = 10.0
-"""Seconds after which a server that does not say the last word on a statement is taken for gone."""
+ANSWERS_WITHIN = 10.0
+"""Seconds after which a server that does not say the last word on a statement is taken for gone.
+
+It waits for a lock for a fraction of that."""
 
 BATCHES_AT_ONCE = 2
 """How many batches of one process may be on their way at the same time; each needs a connection."""
+
+
+class NoAnswer(psycopg.OperationalError):
+    """The server has said nothing for so long that the connection is taken for dead. It has been closed."""
+
+
+class Late(Exception):
+    """Whoever sent a statement has no more time. The server may still be at work on it."""
 
 
 class Busy(LimiterUnavailable):
@@ -147,30 +161,43 @@ class Database:
         self._idle = []
         self._idle_in_loops = []
 
-    def execute(self, sql: str, params: Sequence[object], sender: Sender | None = None) -> list[Row]:
+    def execute(
+        self,
+        sql: str,
+        params: Sequence[object],
+        sender: Sender | None = None,
+        within: float | None = None,
+        until: float | None = None,
+    ) -> list[Row]:
         """Run one statement in a transaction of its own, again if the connection had gone stale.
 
-        sender: is left with the connection if an exception of another's making strikes in the middle, a signal's for
-            instance: the server may then still be at work on it. ``let_end`` it.
+        Args:
+            sender: is left with the connection if an exception of another's making strikes in the middle, a signal's
+                for instance: the server may then still be at work on it. ``let_end`` it.
+            within: seconds after which a connection on which no answer has come is taken for stale; None: never.
+            until: when (monotonic) the sender has no more time.
 
         Raises:
             PglimitsError: as ``translate`` says.
+            Late: it is ``until``.
         """
         if sender is not None:
-            return self._try(sql, params, sender)
+            return self._try(sql, params, sender, within, until)
         sender = _Nobody()
         try:
-            return self._try(sql, params, sender)
+            return self._try(sql, params, sender, within, until)
         finally:
             if sender.connection is not None:
                 self._drop(sender.connection)
 
-    def _try(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
+    def _try(
+        self, sql: str, params: Sequence[object], sender: Sender, within: float | None, until: float | None
+    ) -> list[Row]:
         for last in (False, False, True):
             try:
                 if self._pool is not None:
-                    return self._execute_in_pool(self._pool, sql, params, sender)
-                return self._execute(sql, params, sender)
+                    return self._execute_in_pool(self._pool, sql, params, sender, within, until)
+                return self._execute(sql, params, sender, within, until)
             except psycopg.Error as error:
                 problem = self.noticed(error)
                 if last or not worth_another_try(problem, error):
@@ -178,18 +205,18 @@ class Database:
                 sender.again = sender.again or not isinstance(problem, _NOTHING_DONE)
         raise AssertionError("unreachable")
 
-    def _execute(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
+    def _execute(
+        self, sql: str, params: Sequence[object], sender: Sender, within: float | None, until: float | None
+    ) -> list[Row]:
         if self._closed:
             raise LimiterUnavailable("the limiter has been closed")
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self.connect()
+            connection = self.connect(until)
         sender.connection = connection
         try:
-            self.check(connection)
-            # Another connection may have been opened before this one found out that there is a pooler.
-            rows = run(connection, sql, params, prepare=False if self.pooled else None)
+            rows = self._run(connection, sql, params, within, until)
         except (psycopg.Error, PglimitsError) as error:
             sender.connection = None
             self._keep(connection, self._idle, error)
@@ -210,18 +237,41 @@ class Database:
         if len(idle) > BATCHES_AT_ONCE:
             self._drop(idle.pop(0))
 
+    def _run(
+        self,
+        connection: psycopg.Connection[Any],
+        sql: str,
+        params: Sequence[object],
+        within: float | None,
+        until: float | None,
+    ) -> list[Row]:
+        with answering(connection, within, until):
+            self.check(connection)
+            # Another connection may have been opened before this one found out that there is a pooler.
+            rows = run(connection, sql, params, prepare=False if self.pooled else None)
+            if not connection.autocommit:
+                connection.commit()
+        return rows
+
     def _execute_in_pool(
-        self, pool: ConnectionPool[Any], sql: str, params: Sequence[object], sender: Sender
+        self,
+        pool: ConnectionPool[Any],
+        sql: str,
+        params: Sequence[object],
+        sender: Sender,
+        within: float | None,
+        until: float | None,
     ) -> list[Row]:
         try:
-            connection = pool.getconn()
+            left = None if until is None else min(max(until - time.monotonic(), 0.001), pool.timeout)
+            connection = pool.getconn(left)
         except PoolTimeout as error:
+            if until is not None and time.monotonic() >= until:
+                raise Late from error
             raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
         sender.connection = connection
         try:
-            self.check(connection)
-            rows = run(connection, sql, params, prepare=False if self.pooled else None)
-            connection.commit()
+            rows = self._run(connection, sql, params, within, until)
         except (psycopg.Error, PglimitsError) as error:
             with contextlib.suppress(psycopg.Error):
                 connection.rollback()
@@ -242,6 +292,7 @@ class Database:
         params: Sequence[object],
         pool: AsyncConnectionPool[Any] | None = None,
         sender: Sender | None = None,
+        within: float | None = None,
     ) -> list[Row]:
         """As ``execute``, in an event loop: on a connection of a pool of the caller's, or on one of our own."""
         sender = sender or _Nobody()
@@ -249,8 +300,8 @@ class Database:
             for last in (False, False, True):
                 try:
                     if pool is not None:
-                        return await self._execute_in_async_pool(pool, sql, params)
-                    return await self._execute_in_loop(sql, params, sender)
+                        return await self._execute_in_async_pool(pool, sql, params, within)
+                    return await self._execute_in_loop(sql, params, sender, within)
                 except psycopg.Error as error:
                     problem = self.noticed(error)
                     if last or not worth_another_try(problem, error):
@@ -263,7 +314,9 @@ class Database:
                 self._drop(sender.connection)
         raise AssertionError("unreachable")
 
-    async def _execute_in_loop(self, sql: str, params: Sequence[object], sender: Sender) -> list[Row]:
+    async def _execute_in_loop(
+        self, sql: str, params: Sequence[object], sender: Sender, within: float | None
+    ) -> list[Row]:
         if self._closed:
             raise LimiterUnavailable("the limiter has been closed")
         try:
@@ -272,7 +325,7 @@ class Database:
             connection = await self._connect_in_loop()
         sender.connection = connection
         try:
-            rows = await self._run_in_loop(connection, sql, params)
+            rows = await self._run_in_loop(connection, sql, params, within)
         except (psycopg.Error, PglimitsError) as error:
             sender.connection = None
             self._keep(connection, self._idle_in_loops, error)
@@ -282,12 +335,12 @@ class Database:
         return rows
 
     async def _execute_in_async_pool(
-        self, pool: AsyncConnectionPool[Any], sql: str, params: Sequence[object]
+        self, pool: AsyncConnectionPool[Any], sql: str, params: Sequence[object], within: float | None
     ) -> list[Row]:
         try:
             async with pool.connection() as connection:
                 try:
-                    return await self._run_in_loop(connection, sql, params)
+                    return await self._run_in_loop(connection, sql, params, within)
                 except psycopg.Error as error:
                     if _is_stale(error):
                         await connection.close()
@@ -296,6 +349,12 @@ class Database:
             raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
 
     async def _run_in_loop(
+        self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[object], within: float | None
+    ) -> list[Row]:
+        with answering(connection, within):
+            return await self._ask_in_loop(connection, sql, params)
+
+    async def _ask_in_loop(
         self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[object]
     ) -> list[Row]:
         async with connection.cursor(row_factory=tuple_row, binary=True) as cursor:
@@ -318,17 +377,13 @@ class Database:
         To close it at once would not do: the server notices that only when it answers, and what has been given back
         meanwhile it would grant afterwards.
         """
-        with contextlib.suppress(psycopg.Error, OSError, ValueError), selectors.DefaultSelector() as selector:
-            pgconn = connection.pgconn
-            selector.register(pgconn.socket, selectors.EVENT_READ)
-            until = time.monotonic() + _LEFT_OPEN
-            while pgconn.transaction_status == TransactionStatus.ACTIVE:
-                if not pgconn.is_busy():
-                    pgconn.get_result()
-                elif selector.select(max(until - time.monotonic(), 0)):
-                    pgconn.consume_input()
-                else:
-                    break
+        try:
+            while connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                answer(connection.pgconn, ANSWERS_WITHIN)
+        except NoAnswer:
+            self._drop_idle()
+        except (psycopg.Error, OSError, ValueError):
+            pass
         self._drop(connection)
 
     def _drop(self, connection: psycopg.BaseConnection[Any]) -> None:
@@ -345,9 +400,14 @@ class Database:
                 while True:
                     self._drop(idle.pop())
 
-    def connect(self) -> psycopg.Connection[Row]:
-        """Open a connection."""
-        return connect(self.conninfo, **self._connection_options())
+    def connect(self, until: float | None = None) -> psycopg.Connection[Row]:
+        """Open a connection. ``until``: when (monotonic) it has to be there; it is given 2 seconds at least."""
+        options = self._connection_options()
+        if until is not None:
+            given = int(options.get("connect_timeout") or conninfo_to_dict(self.conninfo).get("connect_timeout") or 0)
+            left = max(math.ceil(until - time.monotonic()), 2)
+            options["connect_timeout"] = min(left, given) if given > 0 else left
+        return connect(self.conninfo, **options)
 
     def _connection_options(self) -> dict[str, Any]:
         options = dict(self.options)
@@ -401,6 +461,67 @@ def worth_another_try(problem: PglimitsError, error: psycopg.Error) -> bool:
     if isinstance(problem, VersionMismatch):
         return True  # an upgrade may have come in the middle
     return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("55P03", "57014", "53300")
+
+
+@contextlib.contextmanager
+def answering(
+    connection: psycopg.BaseConnection[Any], within: float | None, until: float | None = None
+) -> Iterator[None]:
+    """No statement of this block waits for its answer for more than ``within`` seconds, nor beyond ``until``.
+
+    Whoever waits forever for a connection whose packets get lost does so without an error.
+    """
+    if within is None and until is None:
+        yield
+        return
+    dead_at = math.inf if within is None else time.monotonic() + within
+    wait = functools.partial(type(connection).wait, connection)  # type: ignore[attr-defined]
+
+    def wait_in_time(generator: Generator[Any, Any, T], *args: Any, **options: Any) -> Any:
+        return wait(_in_time(connection, generator, dead_at, math.inf if until is None else until), *args, **options)
+
+    connection.wait = wait_in_time  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del connection.wait  # type: ignore[attr-defined]
+
+
+def _in_time(
+    connection: psycopg.BaseConnection[Any], generator: Generator[Any, Any, T], dead_at: float, until: float
+) -> Generator[Any, Any, T]:
+    """What psycopg waits for, as long as there is time. It looks ten times a second when nothing comes."""
+    try:
+        wanted = next(generator)
+        while True:
+            ready = yield wanted
+            if not ready and (now := time.monotonic()) >= min(dead_at, until):
+                if now < dead_at:
+                    raise Late
+                connection.pgconn.finish()
+                raise NoAnswer("the server did not answer")
+            wanted = generator.send(ready)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def answer(pgconn: PGconn, within: float) -> list[PGresult]:
+    """The results of what was sent. Raises NoAnswer if they do not come."""
+    results: list[PGresult] = []
+    until = time.monotonic() + within
+    with selectors.DefaultSelector() as selector:
+        selector.register(pgconn.socket, selectors.EVENT_READ)
+        while True:
+            if not pgconn.is_busy():
+                result = pgconn.get_result()
+                if result is None:
+                    return results
+                results.append(result)
+            elif selector.select(max(until - time.monotonic(), 0)):
+                pgconn.consume_input()
+            else:
+                raise NoAnswer("the server did not answer")
 
 
 def run(connection: psycopg.Connection[Any], sql: str, params: Sequence[object], prepare: bool | None) -> list[Row]:

@@ -26,7 +26,7 @@ from psycopg_pool import AsyncConnectionPool
 from . import _sql
 from ._arguments import Part
 from ._batches import PATIENCE, Answer, Batches, Kind, Slot, Ticket
-from ._database import Busy, Database
+from ._database import ANSWERS_WITHIN, Busy, Database, Late
 from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
 from ._wake import Anchor, Orphan, Waker, orphan, started
@@ -355,8 +355,8 @@ class Engine:
             self._last_loop = loop, batches
         return batches
 
-    def lead(self, ticket: Ticket) -> None:
-        """Send batches from the caller's thread, as long as there are any with this ticket in them."""
+    def lead(self, ticket: Ticket, until: float | None = None) -> None:
+        """Send batches from the caller's thread, as long as there are any with this ticket in them, and until then."""
         batches = self.batches
         while not ticket.done:
             slot = Slot(batches)
@@ -368,7 +368,10 @@ class Engine:
                     return
                 batches.nudge()
                 sql, params = batches.statement(slot)
-                batches.finish(slot, self.database.execute(sql, params, slot))
+                batches.finish(slot, self.database.execute(sql, params, slot, ANSWERS_WITHIN, until))
+            except Late:
+                self._given_up.put(slot)
+                return
             except BaseException as error:
                 if isinstance(error, PglimitsError):
                     batches.fail(slot, error)
@@ -389,7 +392,7 @@ class Engine:
                     slot.orphan = None
                     return
                 sql, params = batches.statement(slot)
-                batches.finish(slot, await self.database.execute_in_loop(sql, params, pool, slot))
+                batches.finish(slot, await self.database.execute_in_loop(sql, params, pool, slot, ANSWERS_WITHIN))
             except BaseException as error:
                 if isinstance(error, Exception) and slot.batch is not None:
                     batches.fail(slot, error)
@@ -451,11 +454,14 @@ class Engine:
                 continue
             later = [entry for entry in later if entry not in due]
             try:
-                self.database.execute(_sql.RELEASE, [list({lease_id for _, lease_id in due}), self.durable, 60.0])
+                self._release_all(list({lease_id for _, lease_id in due}))
             except Exception as error:
                 log.debug("giving back %d requests failed: %s", len(due), error)
                 if not stopping:
                     later += [(time.monotonic() + 1.0, lease_id) for _, lease_id in due]
+
+    def _release_all(self, lease_ids: list[UUID]) -> None:
+        self.database.execute(_sql.RELEASE, [lease_ids, self.durable, ANSWERS_WITHIN / 2], within=ANSWERS_WITHIN)
 
     def close(self, user: User) -> None:
         """One user less: release what it holds. The last one stops the engine."""
@@ -471,7 +477,7 @@ class Engine:
         ids = [lease.id for lease in self.renewal.all() if lease._user is user and self.renewal.remove(lease)]
         if ids:
             with contextlib.suppress(Exception):
-                self.database.execute(_sql.RELEASE, [ids, self.durable, 5.0])
+                self._release_all(ids)
 
     def shut(self) -> None:
         """Release what is held, and stop."""
@@ -483,7 +489,7 @@ class Engine:
         self.keeper.close()
         if ids:
             with contextlib.suppress(Exception):
-                self.database.execute(_sql.RELEASE, [ids, self.durable, 5.0])
+                self._release_all(ids)
         self.renewal.stop()
         if self._cleaner is not None:
             self._given_up.put(None)

@@ -27,7 +27,7 @@ from psycopg.adapt import Transformer
 from psycopg.pq import ConnStatus, ExecStatus, Format
 
 from . import _sql
-from ._database import Database, Row
+from ._database import Database, Row, answer, answering
 from ._wake import Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
 
@@ -35,6 +35,8 @@ log = logging.getLogger("pglimits.keeper")
 
 LIVENESS = 10.0
 """Seconds after which a waiter that has not called in is dead. The database says so in ``pglimits._liveness()``."""
+_ANSWERS_WITHIN = 3.0
+"""Seconds after which a connection that does not answer is given up: early enough to call in on another one."""
 _LINGER = 30.0
 _POLL = 0.05
 _TRUSTED = 3.0
@@ -216,16 +218,18 @@ class Keeper:
         _close(connection, selector)
 
     def _open(self) -> psycopg.Connection[Row]:
-        connection = self._database.connect()
+        connection = self._database.connect(time.monotonic() + _ANSWERS_WITHIN)
         try:
-            self._database.check(connection)
-            self._listen(connection)
+            with answering(connection, _ANSWERS_WITHIN):
+                self._database.check(connection)
+                self._listen(connection)
+            connection.pgconn.nonblocking = 0
+            if self.listening:
+                connection.pgconn.send_prepare(_WATCH, _sql.WATCH.encode())
+                answer(connection.pgconn, _ANSWERS_WITHIN)
         except BaseException:
             connection.close()
             raise
-        connection.pgconn.nonblocking = 0
-        if self.listening:
-            connection.pgconn.prepare(_WATCH, _sql.WATCH.encode())
         return connection
 
     def _listen(self, connection: psycopg.Connection[Row]) -> None:
@@ -332,9 +336,10 @@ class Keeper:
         self._wake_granted()
         ids = [f"{{{','.join(map(str, due))}}}".encode()]
         if self.listening:
-            result = connection.pgconn.exec_prepared(_WATCH, ids, result_format=Format.BINARY)
+            connection.pgconn.send_query_prepared(_WATCH, ids, result_format=Format.BINARY)
         else:
-            result = connection.pgconn.exec_params(_sql.WATCH.encode(), ids, result_format=Format.BINARY)
+            connection.pgconn.send_query_params(_sql.WATCH.encode(), ids, result_format=Format.BINARY)
+        result = answer(connection.pgconn, _ANSWERS_WITHIN)[-1]
         if result.status != ExecStatus.TUPLES_OK:
             self._hear(connection)  # an answer that never came is an error without a state
             raise psycopg.errors.error_from_result(result)

@@ -328,7 +328,7 @@ class Limiter:
         self._engine.batches.submit(ticket)
         until = None if seconds is None else time.monotonic() + seconds
         while True:
-            self._engine.lead(ticket)
+            self._engine.lead(ticket, until)
             left = None if until is None else until - time.monotonic()
             if ticket.done or (left is not None and left <= 0):
                 return

@@ -14,7 +14,7 @@ from uuid import UUID
 import psycopg
 
 from . import _sql
-from ._database import Database, Row
+from ._database import ANSWERS_WITHIN, Database, Row, answering
 from ._database import run as run_statement
 from ._keeper import Claim
 from ._wake import Orphan, ThreadWaker, orphan, started
@@ -223,8 +223,11 @@ class Renewal:
                 continue
             asked = time.monotonic()
             try:
-                connection = connection or self._database.connect()
-                rows = run_statement(connection, _sql.RENEW, ([lease.id for lease in due], None), prepare=False)
+                # In time for another connection to be tried before the first of them ends.
+                within = min(max((min(lease._ends for lease in due) - asked) / 2, _RETRY), ANSWERS_WITHIN)
+                connection = connection or self._database.connect(asked + within)
+                with answering(connection, within):
+                    rows = run_statement(connection, _sql.RENEW, ([lease.id for lease in due], None), prepare=False)
             except Exception as error:
                 _close(connection)
                 connection = None

@@ -178,6 +178,7 @@ class Batches:
         self.durable = durable
         self.channel = channel
         self._abandon = abandon
+        self._closed = False
         # Whether a task that sends is on its way: whoever queues up meanwhile need not make another.
         self.summoned = False
         self._lock = threading.Lock()
@@ -188,7 +189,29 @@ class Batches:
         """Queue a request."""
         ticket.batches = self
         with self._lock:
+            self._queue(ticket)
+
+    def _queue(self, ticket: Ticket) -> None:
+        if self._closed and ticket.kind is not None:
+            ticket.error = LimiterUnavailable("the limiter has been closed")
+            ticket.done = True
+        else:
             self._pending[ticket] = None
+
+    def close(self) -> None:
+        """Send no more requests: what is not on its way by now never is. Releases still are."""
+        with self._lock:
+            self._closed = True
+            unsent = [ticket for ticket in self._pending if ticket.kind is not None]
+            for ticket in unsent:
+                del self._pending[ticket]
+                self._queue(ticket)
+        wake_all([ticket.waker for ticket in unsent])
+
+    def under_way(self) -> list[Slot]:
+        """What has been sent and not been answered yet."""
+        with self._lock:
+            return list(self._under_way)
 
     def take(self, slot: Slot, ticket: Ticket | None = None) -> bool:
         """Put the next batch into the slot; false if nothing can be sent now (or not ``ticket``, when one is given)."""
@@ -309,7 +332,7 @@ class Batches:
                     ticket.done = True
                     self._pending.pop(ticket, None)
                 else:
-                    self._pending[ticket] = None
+                    self._queue(ticket)
             self._under_way.pop(slot, None)
         # Those that were put back as well: they may have to wait until another moment now.
         wake_all([ticket.waker for ticket in batch if not ticket.abandoned])

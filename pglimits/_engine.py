@@ -483,9 +483,10 @@ class Engine:
         """Release what is held, and stop."""
         self.closed = True
         self.keeper.stop()
-        held = [lease.id for lease in self.renewal.all() if self.renewal.remove(lease)]
+        self._let_all_end()
         # Together with who still waits here, so that nothing is handed over to a process that goes.
-        ids = [*held, *self._asking]
+        asking = list(self._asking)
+        ids = [*asking, *(lease.id for lease in self.renewal.all() if self.renewal.remove(lease))]
         self.keeper.close()
         if ids:
             with contextlib.suppress(Exception):
@@ -496,6 +497,21 @@ class Engine:
             self._cleaner.join(timeout=5)
         self.database.close()
         _engines.discard(self)
+
+    def _let_all_end(self) -> None:
+        """Have nothing on its way: what comes after all has been released might be granted, to nobody."""
+        of_loops = list(self._of_loops.items())
+        for batches in (self.batches, *(batches for _, batches in of_loops)):
+            batches.close()
+        for loop, batches in of_loops:
+            if not loop.is_running():
+                for slot in batches.under_way():
+                    self._given_up.put(slot)
+        mine = asyncio._get_running_loop()
+        waited_for = [self.batches, *(batches for loop, batches in of_loops if loop is not mine)]
+        until = time.monotonic() + ANSWERS_WITHIN / 2
+        while any(batches.under_way() for batches in waited_for) and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 def _releasing(lease_id: UUID, lanes: tuple[tuple[str, ...], ...], waker: Waker, patience: float | None) -> Ticket:

@@ -1,0 +1,157 @@
+"""A connection that delays, or that swallows what is sent, without anybody being told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from proxy import BOTH, Link, Proxy
+from wrappertest import Api, Children, Connection, WaitUntil, held, nothing_left, open_api, value, waiting
+
+from pglimits import AcquireTimeout, Limiter, LimiterUnavailable, _engine, _keeper
+
+KINDS = ["sync", "async"]
+
+
+@pytest.fixture
+def proxy(dsn: str) -> Iterator[Proxy]:
+    with Proxy(dsn) as between:
+        yield between
+
+
+@pytest.fixture(params=KINDS)
+def far(request: pytest.FixtureRequest, proxy: Proxy) -> Iterator[Api]:
+    """A limiter behind the proxy."""
+    with open_api(request.param, dsn=proxy.dsn) as opened:
+        yield opened
+        proxy.heal()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection is taken for dead after a short while."""
+    monkeypatch.setattr(_engine, "ANSWERS_WITHIN", 0.5)
+    monkeypatch.setattr(_keeper, "_ANSWERS_WITHIN", 0.5)
+
+
+def swallow(link: Link) -> None:
+    link.holes.update(BOTH)
+
+
+@pytest.mark.parametrize("timeout", [0, 1, 2])
+def test_a_timeout_holds_though_no_connection_answers(limiter: Limiter, proxy: Proxy, far: Api, timeout: float) -> None:
+    limiter.create("database", 1)
+    limiter.create("api", 1, slot_decay_per_second=1)
+    far.release(far.acquire("database"))
+    proxy.black_hole()
+    asked = [far.start("acquire", "database", timeout_seconds=timeout) for _ in range(3)]
+    asked.append(far.start("rate_limit", "api", timeout_seconds=timeout))
+    for future in asked:
+        with pytest.raises((AcquireTimeout, LimiterUnavailable)):
+            future.result(20)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("directions", [BOTH, ("up",), ("down",)], ids=["both", "up", "down"])
+def test_a_connection_that_has_died_unseen_is_replaced_without_an_error(
+    limiter: Limiter, conn: Connection, proxy: Proxy, far: Api, directions: Any
+) -> None:
+    limiter.create("database", 1)
+    far.release(far.acquire("database"))
+    assert proxy.each(lambda link: link.holes.update(directions))
+    lease = far.start("acquire", "database").result(20)
+    assert held(conn) == 1
+    assert proxy.each(lambda link: link.holes.update(directions))
+    assert far.start("release", lease).result(20)
+    assert nothing_left(conn)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lease_that_cannot_be_released_is_released_when_the_network_is_back(
+    limiter: Limiter, conn: Connection, proxy: Proxy, far: Api, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease = far.acquire("database")
+    proxy.black_hole()
+    far.start("release", lease).result(30)
+    assert held(conn) == 1
+    proxy.heal()
+    wait_until(lambda: held(conn) == 0)
+
+
+def test_a_lease_is_renewed_on_another_connection_before_it_ends(
+    limiter: Limiter, conn: Connection, proxy: Proxy, far: Api, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease = far.acquire("database", lease_duration=6)
+
+    def ends() -> Any:
+        return value(conn, "select expires_at from pglimits.holders")
+
+    taken = ends()
+    first = wait_until(lambda: ends() > taken and ends())  # the renewal has a connection now
+    assert proxy.each(swallow)
+    wait_until(lambda: ends() > first, timeout=30)
+    assert not lease.lost
+    assert far.release(lease)
+
+
+def test_a_lease_that_cannot_be_renewed_is_lost_at_its_end_and_its_holder_told(
+    limiter: Limiter, proxy: Proxy, far: Api, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    told: list[bool] = []
+    lease = far.acquire("database", lease_duration=1)
+    lease.on_lost(lambda: told.append(True))
+    proxy.black_hole()
+    wait_until(lambda: lease.lost)
+    wait_until(lambda: told)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_waiter_learns_of_its_grant_though_the_connection_that_listens_has_died_unseen(
+    limiter: Limiter, conn: Connection, proxy: Proxy, far: Api, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+    waits = far.start("acquire", "database")
+    wait_until(lambda: waiting(conn) == 1 and proxy.each(lambda _: None, lambda link: link.listens))
+    assert proxy.each(swallow, lambda link: link.listens)
+    limiter.release(lease)
+    assert far.release(waits.result(30))
+    wait_until(lambda: nothing_left(conn))
+
+
+def test_a_request_that_is_under_way_when_its_process_exits_is_not_granted_to_nobody(
+    limiter: Limiter, conn: Connection, proxy: Proxy, children: Children, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    child = children(
+        """
+        import sys, threading, time
+        from pglimits import Limiter
+        limiter = Limiter()
+        assert limiter.get("database").limit == 1
+        print("connected")
+        input()
+        threading.Thread(target=limiter.acquire, args=("database",), daemon=True).start()
+        while not limiter._engine.batches.under_way():
+            time.sleep(0.001)
+        """,
+        env={"PGLIMITS_DSN": proxy.dsn},
+    )
+    child.expect("connected")
+
+    def hold_up(link: Link) -> None:
+        link.delay = 0.5
+
+    assert proxy.each(hold_up) == 1
+    child.tell()
+    child.end()
+    # Whatever was under way has arrived by the time that its connection is closed.
+    wait_until(
+        lambda: value(conn, "select count(*) from pg_stat_activity where datname = current_database()"
+                            " and application_name = 'pglimits' and pid <> pg_backend_pid()") == 1
+    )  # fmt: skip
+    assert nothing_left(conn)

@@ -64,6 +64,8 @@ _CHANGED = {"42883", "42P01", "42703", "42704", "42804", "XX000"}
 """What a statement meets, at its start or in its middle, that counts on functions or tables of another version."""
 _CHANGED_RESULT = "0A000"
 """The same of a prepared statement: the type of its result has changed."""
+_ENDED = {"25P03", "25P04"}
+"""The server has ended a session that was in a transaction for too long."""
 
 
 def connect(conninfo: str, **options: Any) -> psycopg.Connection[Row]:
@@ -114,7 +116,7 @@ def translate(error: BaseException) -> PglimitsError:
         )
     if state == "42501":
         return PermissionDenied(f"{message}: grant pglimits_user (or pglimits_admin) to the role")
-    if isinstance(error, psycopg.OperationalError) or state[:2] in ("08", "53", "57", "58"):
+    if isinstance(error, psycopg.OperationalError) or state[:2] in ("08", "53", "57", "58") or state in _ENDED:
         return LimiterUnavailable(f"the database cannot be reached or gave up: {message}")
     return PglimitsError(message)
 

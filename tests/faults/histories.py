@@ -57,6 +57,8 @@ class Workers:
         self.running: list[subprocess.Popen[str]] = []
 
     def start(self, kind: str, **plan: Any) -> subprocess.Popen[str]:
+        plan = {**self.plan, **plan}
+        script = plan.pop("script", "history_worker.py")
         number = len(self.logs)
         log = self.folder / f"{number}.jsonl"
         log.touch()
@@ -68,12 +70,11 @@ class Workers:
             "log": str(log),
             "asks": self.asks,
             "seed": self.random.randrange(2**31),
-            **self.plan,
             **plan,
         }
         with (self.folder / f"{number}.errors").open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("history_worker.py")), json.dumps(wanted)],
+                [sys.executable, str(Path(__file__).with_name(script)), json.dumps(wanted)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -206,21 +207,30 @@ class Run:
 @pytest.fixture
 def run(request: pytest.FixtureRequest, server: Any, tmp_path: Path, wait_until: Callable[..., Any]) -> Iterator[Run]:
     chosen = _embedded.Binaries(server.bin, server.version)
-    settings = {"max_connections": "200", "deadlock_timeout": "500ms"}
-    with cluster(chosen, settings) as own, contextlib.ExitStack() as pooler:
-        dsn = own.start()
-        _install.install(dsn)
-        history.record(dsn)
-        way = dsn
+    with (
+        cluster(chosen, {"max_connections": "200", "deadlock_timeout": "500ms"}) as own,
+        started(own, request.node.name, tmp_path, wait_until) as run,
+    ):
+        yield run
+
+
+@contextlib.contextmanager
+def started(own: Cluster, name: str, folder: Path, wait_until: Callable[..., Any]) -> Iterator[Run]:
+    """A run on a server that is started for it."""
+    dsn = own.start()
+    _install.install(dsn)
+    history.record(dsn)
+    way = dsn
+    with contextlib.ExitStack() as pooler:
         if poolers.MODE is not None:
             way = poolers.through(dsn, pooler.enter_context(poolers.pgbouncer(dsn, poolers.MODE, size=20)))
-        started = Run(request.node.name, own, dsn, way, tmp_path, wait_until)
-        started.sql("select pglimits.create_limit('database', 3), pglimits.create_limit('licence', 2)")
-        started.sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('api', 5, 50)")
+        run = Run(name, own, dsn, way, folder, wait_until)
+        run.sql("select pglimits.create_limit('database', 3), pglimits.create_limit('licence', 2)")
+        run.sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('api', 5, 50)")
         try:
-            yield started
+            yield run
         finally:
-            started.abandon()
+            run.abandon()
 
 
 def granted(found: history.History) -> int:

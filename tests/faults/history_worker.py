@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from pglimits import (
     AcquireTimeout,
@@ -29,6 +30,7 @@ from pglimits import (
     LimiterUnavailable,
     QueueFull,
     SlotsExceedLimit,
+    _engine,
 )
 
 EXPECTED = (AcquireTimeout, LeaseLost, LimiterUnavailable, QueueFull, SlotsExceedLimit)
@@ -51,6 +53,8 @@ class Plan:
         timeouts: how many seconds it waits, one of these each time; null for ever.
         at_once: how many threads or tasks it has.
         limiter: arguments of its Limiter.
+        pool: of how many connections a pool is that its Limiter is given; 0: it has its own connections.
+        answers_within: instead of pglimits' own patience, seconds.
         seed: of its random numbers.
     """
 
@@ -65,6 +69,8 @@ class Plan:
     timeouts: Sequence[float | None] = (None, 0, 1, 5)
     at_once: int = 4
     limiter: Mapping[str, Any] = field(default_factory=dict)
+    pool: int = 0
+    answers_within: float | None = None
 
 
 class Log:
@@ -152,8 +158,9 @@ class Worker:
         """Says how it went on. Errors that nobody expects end the worker."""
         try:
             yield
-        except AcquireTimeout:
-            self.log.say(ask.attempt, "refused" if ask.timeout == 0 else "timed out")
+        except AcquireTimeout as error:
+            # It has a cause where the database did not say so.
+            self.log.say(ask.attempt, "refused" if ask.timeout == 0 and error.__cause__ is None else "timed out")
         except Cancelled:
             self.log.say(ask.attempt, "cancelled")
         except EXPECTED as error:
@@ -166,23 +173,31 @@ class Worker:
 
 
 def work_in_threads(worker: Worker) -> None:
-    with Limiter(worker.plan.dsn, **worker.plan.limiter) as limiter:
+    with contextlib.ExitStack() as opened:
+        to: dict[str, Any] = {"dsn": worker.plan.dsn}
+        if size := worker.plan.pool:
+            to = {"pool": opened.enter_context(ConnectionPool(worker.plan.dsn, min_size=size, max_size=size))}
+        limiter = opened.enter_context(Limiter(**to, **worker.plan.limiter))
 
         def work() -> None:
             while not worker.ended.is_set():
-                ask = worker.next()
-                with worker.noted(ask):
-                    if ask.rate:
-                        limiter.rate_limit(ask.names, timeout_seconds=ask.timeout, strict=True)
-                        continue
-                    with limiter.concurrency(
-                        ask.names, timeout_seconds=ask.timeout, lease_duration=worker.plan.lease,
-                        priority=ask.priority, strict=True, raise_on_lease_renewal_failure=False,
-                    ) as lease:  # fmt: skip
-                        for seconds in worker.steps(ask, lease):
-                            time.sleep(seconds)
+                ask_once(worker, limiter)
 
         run_threads(worker, work)
+
+
+def ask_once(worker: Worker, limiter: Limiter) -> None:
+    ask = worker.next()
+    with worker.noted(ask):
+        if ask.rate:
+            limiter.rate_limit(ask.names, timeout_seconds=ask.timeout, strict=True)
+            return
+        with limiter.concurrency(
+            ask.names, timeout_seconds=ask.timeout, lease_duration=worker.plan.lease, priority=ask.priority,
+            strict=True, raise_on_lease_renewal_failure=False,
+        ) as lease:  # fmt: skip
+            for seconds in worker.steps(ask, lease):
+                time.sleep(seconds)
 
 
 def run_threads(worker: Worker, work: Any) -> None:
@@ -195,32 +210,16 @@ def run_threads(worker: Worker, work: Any) -> None:
 
 
 async def work_in_tasks(worker: Worker) -> None:
-    async with AsyncLimiter(worker.plan.dsn, **worker.plan.limiter) as limiter:
+    async with contextlib.AsyncExitStack() as opened:
+        to: dict[str, Any] = {"dsn": worker.plan.dsn}
+        if size := worker.plan.pool:
+            pool = AsyncConnectionPool(worker.plan.dsn, min_size=size, max_size=size, open=False)
+            to = {"pool": await opened.enter_async_context(pool)}
+        limiter = await opened.enter_async_context(AsyncLimiter(**to, **worker.plan.limiter))
 
         async def work() -> None:
             while not worker.ended.is_set():
-                ask = worker.next()
-                with worker.noted(ask):
-                    # Some give up by cancelling.
-                    bound = worker.random.random() if worker.random.random() < 0.1 else None
-                    try:
-                        async with asyncio.timeout(bound):
-                            await once(ask)
-                    except TimeoutError as error:
-                        if isinstance(error, AcquireTimeout):
-                            raise
-                        raise Cancelled from None
-
-        async def once(ask: Ask) -> None:
-            if ask.rate:
-                await limiter.rate_limit(ask.names, timeout_seconds=ask.timeout, strict=True)
-                return
-            async with limiter.concurrency(
-                ask.names, timeout_seconds=ask.timeout, lease_duration=worker.plan.lease, priority=ask.priority,
-                strict=True, raise_on_lease_renewal_failure=False,
-            ) as lease:  # fmt: skip
-                for seconds in worker.steps(ask, lease):
-                    await asyncio.sleep(seconds)
+                await ask_once_in_loop(worker, limiter)
 
         async def until_ended() -> AsyncIterator[None]:
             while not worker.ended.is_set():
@@ -232,6 +231,32 @@ async def work_in_tasks(worker: Worker) -> None:
             if any(task.done() for task in tasks):
                 break
         await asyncio.gather(*tasks)
+
+
+async def ask_once_in_loop(worker: Worker, limiter: AsyncLimiter) -> None:
+    ask = worker.next()
+    with worker.noted(ask):
+        # Some give up by cancelling.
+        bound = worker.random.random() if worker.random.random() < 0.1 else None
+        try:
+            async with asyncio.timeout(bound):
+                await _ask_in_loop(worker, limiter, ask)
+        except TimeoutError as error:
+            if isinstance(error, AcquireTimeout):
+                raise
+            raise Cancelled from None
+
+
+async def _ask_in_loop(worker: Worker, limiter: AsyncLimiter, ask: Ask) -> None:
+    if ask.rate:
+        await limiter.rate_limit(ask.names, timeout_seconds=ask.timeout, strict=True)
+        return
+    async with limiter.concurrency(
+        ask.names, timeout_seconds=ask.timeout, lease_duration=worker.plan.lease, priority=ask.priority,
+        strict=True, raise_on_lease_renewal_failure=False,
+    ) as lease:  # fmt: skip
+        for seconds in worker.steps(ask, lease):
+            await asyncio.sleep(seconds)
 
 
 class SqlLease:
@@ -314,9 +339,12 @@ def work_in_sql(worker: Worker) -> None:
     run_threads(worker, work)
 
 
-def main() -> None:
+def start() -> Worker:
+    """The worker that the arguments of this process describe. It ends with its standard input."""
     logging.disable(logging.WARNING)
     worker = Worker(Plan(**json.loads(sys.argv[1])))
+    if worker.plan.answers_within is not None:
+        _engine.ANSWERS_WITHIN = worker.plan.answers_within
 
     def until_told() -> None:
         sys.stdin.read()
@@ -324,6 +352,11 @@ def main() -> None:
 
     threading.Thread(target=until_told, daemon=True).start()
     print("ready", flush=True)
+    return worker
+
+
+def main() -> None:
+    worker = start()
     if worker.plan.kind == "sync":
         work_in_threads(worker)
     elif worker.plan.kind == "async":

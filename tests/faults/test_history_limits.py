@@ -1,0 +1,224 @@
+"""Histories: limits of the server, and of what a process may do, strike anywhere, and every promise has to be kept.
+
+PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+import pytest
+from cluster import Cluster, cluster
+from histories import CALM, ONE, RATE, ROUGH, SECONDS, SEVERAL, Run, Workers, granted, started
+from psycopg.conninfo import make_conninfo
+
+from pglimits import EmbeddedUnavailable, _embedded
+from pglimits._embedded_files import unlock
+from pglimits._embedded_server import server_or_lock
+
+MANY: Sequence[Mapping[str, Any]] = (*SEVERAL, *RATE)
+
+
+def on_one_and_on_many(run: Run, kinds: Sequence[str] = ("sync", "async", "sql"), **plan: Any) -> Workers:
+    """Workers of each kind, one that asks for one limit and another that asks for several."""
+    workers = run.workers(ONE, kinds=(), **plan)
+    for kind in kinds:
+        workers.start(kind)
+        workers.start(kind, asks=MANY)
+    workers.ready()
+    return workers
+
+
+def test_statements_and_waits_for_locks_are_cut_short_inside_of_our_functions(run: Run) -> None:
+    impatient = make_conninfo(run.dsn, options="-c statement_timeout=30 -c lock_timeout=5")
+    on_one_and_on_many(run, dsn=impatient)
+
+    def keep_locked() -> None:
+        with psycopg.connect(run.dsn) as connection:
+            connection.execute("select pglimits.acquire(array['database', 'licence'], keys => array['', ''])")
+            connection.execute("select pg_sleep(0.2)")
+            connection.rollback()
+
+    run.let(keep_locked)
+    found = run.finish(ROUGH)
+    assert any("statement timeout" in said.more["message"] for said in found.said if said.what == "failed")
+
+
+def test_sessions_that_idle_in_a_transaction_are_ended(run: Run) -> None:
+    """What they had taken is not taken, and whoever met their locks goes on."""
+    (name,) = run.sql("select current_database()")[0]
+    run.sql(f"alter database {name} set idle_in_transaction_session_timeout = '50ms'")
+    # The statement and its commit are two on the connections of a pool.
+    workers = on_one_and_on_many(run, ("sync", "async"), pool=1)
+    workers.start("sql")
+    ended = 0
+
+    def idle() -> None:
+        nonlocal ended
+        with contextlib.suppress(psycopg.OperationalError), psycopg.connect(run.dsn) as connection:
+            connection.execute("select pglimits.acquire(array['database', 'gpu'], lease_duration => '1 hour')")
+            with contextlib.suppress(psycopg.errors.IdleInTransactionSessionTimeout):
+                run.wait_until(lambda: run.sql("select pid from pg_stat_activity where pid = %s",
+                                               connection.info.backend_pid) == [])  # fmt: skip
+                connection.execute("select")
+            ended += 1
+
+    run.let(idle)
+    run.finish(ROUGH)
+    assert ended
+
+
+def test_the_clients_clocks_jump_by_hours(run: Run) -> None:
+    workers = on_one_and_on_many(run, ("sync", "async"), script="history_worker_of_another_time.py")
+    run.let(lambda: None)
+    found = run.finish(CALM)
+    assert granted(found) > SECONDS
+    assert len({said.worker for said in found.said if said.what in ("granted", "went")}) == len(workers.logs)
+
+
+def test_processes_fork_in_the_middle(run: Run) -> None:
+    on_one_and_on_many(run, ("sync", "async"), script="history_worker_that_forks.py")
+    run.let(lambda: None)
+    found = run.finish(ROUGH)
+    assert granted(found) > SECONDS
+
+
+def test_processes_exit_with_leases_held(run: Run) -> None:
+    """At once, and not at the end of their leases, what they held goes to those who wait."""
+    run.workers(ONE, timeouts=[None])
+    exiting = run.workers(
+        [{"slots": {"database": 1}}, {"slots": {"database": 2, "licence": 1}}],
+        kinds=(), script="history_worker_that_exits.py", timeouts=[None, 5],
+    )  # fmt: skip
+
+    def exit() -> None:
+        process = exiting.start(run.random.choice(["sync", "async"]))
+        exiting.ready()
+        log = exiting.logs[-1]
+        run.wait_until(lambda: b'"granted"' in log.read_bytes(), timeout=60)
+        process.communicate("", timeout=60)
+        assert process.returncode in (0, 1, 3), exiting.errors()
+        exiting.running.remove(process)
+        # Nothing of it is left, though its leases were good for minutes.
+        ((left,),) = run.sql("select count(*) from pglimits.holders where (holder ->> 'pid')::int = %s", process.pid)
+        assert left == 0
+
+    run.let(exit)
+    run.finish(ROUGH)
+    assert run.happened
+
+
+# No room left on the disk.
+
+
+def go_on(run: Run, gone: float) -> None:
+    """There is room again: have the server answer again, which may have ended itself meanwhile."""
+
+    def answers() -> bool:
+        if isinstance(lock := server_or_lock(run.server.place, timeout=30), int):
+            unlock(lock)
+            run.server.start()
+        try:
+            run.sql("select pglimits.version()")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    run.wait_until(answers, timeout=60, what="for the server to recover")
+    run.server.away.append((gone, time.time()))
+
+
+def refused_for_want_of_room(run: Run) -> bool:
+    return any(word in run.server.place.log.read_text(errors="replace") for word in ("No space left", "File too large"))
+
+
+@pytest.fixture
+def small_disk(
+    request: pytest.FixtureRequest, server: Any, tmp_path: Path, wait_until: Callable[..., Any]
+) -> Iterator[Run]:
+    """A run whose server has a small disk of its own."""
+    chosen = _embedded.Binaries(server.bin, server.version)
+    settings = {"max_connections": "100", "min_wal_size": "32MB", "max_wal_size": "48MB"}
+    with cluster(chosen, settings) as own:
+        root = own.place.root
+        mode = root.stat().st_mode & 0o777
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size=256m,mode={mode:o}", "tmpfs", root], capture_output=True, text=True
+        )
+        if mounted.returncode != 0:
+            pytest.skip(f"a file system of a test's own cannot be mounted here: {mounted.stderr.strip()}")
+        try:
+            with started(own, request.node.name, tmp_path, wait_until) as run:
+                yield run
+        finally:
+            with contextlib.suppress(EmbeddedUnavailable):
+                run.server.kill()
+            subprocess.run(["umount", "--lazy", root], check=True)
+
+
+def test_the_disk_is_full_now_and_then(small_disk: Run) -> None:
+    run = small_disk
+    on_one_and_on_many(run, limiter={"on_unavailable": "wait"})
+    ballast = run.server.place.root / "ballast"
+
+    def fill() -> None:
+        gone = time.time()
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(65536)):
+                pass
+        time.sleep(1.0)
+        ballast.unlink()
+        go_on(run, gone)
+
+    run.let(fill, every=1.0)
+    run.finish(ROUGH)
+    assert refused_for_want_of_room(run)
+
+
+def let_files_grow_to(size: int, server: Cluster) -> None:
+    """Set a limit of the server's processes. Done by a process of its user: root may not be able to."""
+    owner = server.place.data.stat()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(owner.st_gid)
+                os.setuid(owner.st_uid)
+            first = psutil.Process(server.running.pid)
+            for process in (first, *first.children()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+                    process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
+            code = 0
+        except psutil.NoSuchProcess:  # it has ended itself
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_FSIZE"), reason="needs prlimit, which Linux has")
+def test_files_may_grow_no_further_now_and_then(run: Run) -> None:
+    """A quota: as a full disk, which not everybody can have."""
+    on_one_and_on_many(run, limiter={"on_unavailable": "wait"})
+
+    def limit() -> None:
+        gone = time.time()
+        let_files_grow_to(8192, run.server)
+        time.sleep(1.0)
+        let_files_grow_to(-1, run.server)
+        go_on(run, gone)
+
+    run.let(limit, every=1.0)
+    run.finish(ROUGH)
+    assert refused_for_want_of_room(run)

@@ -10,6 +10,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from .errors import InvalidArgument
 
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""After how long a network that swallows what is sent is an error (seconds; tcp_user_timeout milliseconds). Of itself
+Linux says so after 15 minutes to who has sent something, and after 2 hours to who waits for an answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -54,5 +64,6 @@ def _normal(dsn: str, source: str) -> str:
             f"{what} is not a PostgreSQL connection string, as postgresql://user@host/database or host=… dbname=… are"
         ) from None
     given.setdefault("application_name", os.environ.get("PGAPPNAME") or "pglimits")
-    given.setdefault("connect_timeout", 10)
+    for name, value in _PATIENCE.items():
+        given.setdefault(name, value)
     return make_conninfo("", **given)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 from psycopg.rows import tuple_row
@@ -60,12 +60,14 @@ _ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
 _NOTHING_DONE = (Busy, ReadOnlyServer, VersionMismatch)
 
 _BUSY = {"40001", "40P01", "55P03"}
-_CHANGED = {"42883", "42P01", "42703", "42704", "42804", "XX000"}
+_CHANGED = {"42883", "42P01", "42703", "42704", "42804"}
 """What a statement meets, at its start or in its middle, that counts on functions or tables of another version."""
+_CHANGED_UNDERNEATH = ("cache lookup failed", "could not open relation")
+"""The same as an internal error (XX000), whose messages are in no language but this."""
 _CHANGED_RESULT = "0A000"
 """The same of a prepared statement: the type of its result has changed."""
-_ENDED = {"25P03", "25P04"}
-"""The server has ended a session that was in a transaction for too long."""
+_GAVE_UP = {"08", "53", "57", "58", "XX"}
+_ENDS_THE_SESSION = {"FATAL", "PANIC"}
 
 
 def connect(conninfo: str, **options: Any) -> psycopg.Connection[Row]:
@@ -110,13 +112,15 @@ def translate(error: BaseException) -> PglimitsError:
         )
     if state == "3F000":
         return NotInstalled("pglimits is not installed in this database: run pglimits install")
-    if (state in _CHANGED and "pglimits" in f"{message} {error.diag.context}") or state == _CHANGED_RESULT:
+    changed = state in _CHANGED or (state == "XX000" and message.startswith(_CHANGED_UNDERNEATH))
+    if (changed and "pglimits" in f"{message} {error.diag.context}") or state == _CHANGED_RESULT:
         return VersionMismatch(
             f"the pglimits in this database is not this version, {__version__} ({message}): run pglimits upgrade"
         )
     if state == "42501":
         return PermissionDenied(f"{message}: grant pglimits_user (or pglimits_admin) to the role")
-    if isinstance(error, psycopg.OperationalError) or state[:2] in ("08", "53", "57", "58") or state in _ENDED:
+    ended = error.diag.severity_nonlocalized in _ENDS_THE_SESSION
+    if isinstance(error, psycopg.OperationalError) or state[:2] in _GAVE_UP or ended:
         return LimiterUnavailable(f"the database cannot be reached or gave up: {message}")
     return PglimitsError(message)
 
@@ -406,9 +410,8 @@ class Database:
         """Open a connection. ``until``: when (monotonic) it has to be there; it is given 2 seconds at least."""
         options = self._connection_options()
         if until is not None:
-            given = int(options.get("connect_timeout") or conninfo_to_dict(self.conninfo).get("connect_timeout") or 0)
-            left = max(math.ceil(until - time.monotonic()), 2)
-            options["connect_timeout"] = min(left, given) if given > 0 else left
+            given = timeout_from_conninfo(conninfo_to_dict(self.conninfo) | options)
+            options["connect_timeout"] = min(max(math.ceil(until - time.monotonic()), 2), given)
         return connect(self.conninfo, **options)
 
     def _connection_options(self) -> dict[str, Any]:

@@ -422,6 +422,22 @@ def test_a_read_only_server_says_so(dsn: str, conn: Connection, role: str, kind:
         assert api.get("database").held == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_fails_within_is_unavailable(dsn: str, conn: Connection, kind: str) -> None:
+    """It has no room for its files, or finds them broken."""
+    with open_api(kind, dsn=dsn) as api:
+        api.create("database", 1)
+        conn.execute(
+            "create function fails() returns trigger language plpgsql as"
+            " $$ begin raise exception 'could not extend file' using errcode = 'internal_error'; end $$"
+        )
+        conn.execute("create trigger fails before insert on pglimits.leases execute function fails()")
+        with pytest.raises(LimiterUnavailable, match="could not extend file"):
+            api.acquire("database")
+        conn.execute("drop trigger fails on pglimits.leases")
+        assert api.release(api.acquire("database"))
+
+
 # Behind PgBouncer.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,24 @@ def test_a_connection_that_has_died_unseen_is_replaced_without_an_error(
     assert proxy.each(lambda link: link.holes.update(directions))
     assert far.start("release", lease).result(20)
     assert nothing_left(conn)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs TCP_USER_TIMEOUT, which Linux has")
+@pytest.mark.parametrize(
+    "given, expected", [("", (1, 10, 25000)), ("keepalives_idle=99 tcp_user_timeout=5", (1, 99, 5))]
+)
+def test_a_network_that_swallows_what_is_sent_is_found_out_by_tcp(
+    proxy: Proxy, given: str, expected: tuple[int, int, int]
+) -> None:
+    with Limiter(f"{proxy.dsn} {given}") as limiter:
+        limiter.version()
+        (connection,) = limiter._engine.database._idle
+        with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as mine:
+            assert expected == (
+                mine.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                mine.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                mine.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+            )
 
 
 @pytest.mark.usefixtures("impatient")

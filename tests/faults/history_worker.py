@@ -291,7 +291,7 @@ def work_in_sql(worker: Worker) -> None:
                     if connection is None or connection.closed:
                         connection = psycopg.connect(worker.plan.dsn, autocommit=True, prepare_threshold=None)
                     return connection.execute(query.encode(), parameters).fetchone()
-                except psycopg.OperationalError:
+                except (psycopg.OperationalError, psycopg.InternalError):
                     if connection is not None:
                         connection.close()
                     time.sleep(0.05)

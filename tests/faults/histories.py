@@ -59,7 +59,7 @@ class Workers:
     def start(self, kind: str, **plan: Any) -> subprocess.Popen[str]:
         plan = {**self.plan, **plan}
         script = plan.pop("script", "history_worker.py")
-        number = len(self.logs)
+        number = sum(1 for _ in self.folder.glob("*.jsonl"))  # those of others are there too
         log = self.folder / f"{number}.jsonl"
         log.touch()
         self.logs.append(log)

@@ -54,11 +54,10 @@ def test_statements_and_waits_for_locks_are_cut_short_inside_of_our_functions(ru
 
 def test_sessions_that_idle_in_a_transaction_are_ended(run: Run) -> None:
     """What they had taken is not taken, and whoever met their locks goes on."""
-    (name,) = run.sql("select current_database()")[0]
-    run.sql(f"alter database {name} set idle_in_transaction_session_timeout = '50ms'")
+    impatient = make_conninfo(run.dsn, options="-c idle_in_transaction_session_timeout=50")
     # The statement and its commit are two on the connections of a pool.
-    workers = on_one_and_on_many(run, ("sync", "async"), pool=1)
-    workers.start("sql")
+    on_one_and_on_many(run, ("sync", "async"), pool=1, dsn=impatient)
+    run.workers((*ONE, *MANY), kinds=("sql",))
     ended = 0
 
     def idle() -> None:
@@ -66,7 +65,7 @@ def test_sessions_that_idle_in_a_transaction_are_ended(run: Run) -> None:
         # It may be ended already before the first statement of its transaction.
         with (
             contextlib.suppress(psycopg.OperationalError, psycopg.InternalError),
-            psycopg.connect(run.dsn) as connection,
+            psycopg.connect(impatient) as connection,
         ):
             connection.execute("select pglimits.acquire(array['database', 'gpu'], lease_duration => '1 hour')")
             pid = connection.info.backend_pid

@@ -224,7 +224,7 @@ class Renewal:
             asked = time.monotonic()
             try:
                 # In time for another connection to be tried before the first of them ends.
-                within = min(max((min(lease._ends for lease in due) - asked) / 2, _RETRY), ANSWERS_WITHIN)
+                within = min(max((min(lease._ends for lease in due) - asked) * 2 / 3, _RETRY), ANSWERS_WITHIN)
                 connection = connection or self._database.connect(asked + within)
                 with answering(connection, within):
                     rows = run_statement(connection, _sql.RENEW, ([lease.id for lease in due], None), prepare=False)

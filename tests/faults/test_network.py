@@ -103,7 +103,7 @@ def test_a_lease_is_renewed_on_another_connection_before_it_ends(
     limiter: Limiter, conn: Connection, proxy: Proxy, far: Api, wait_until: WaitUntil
 ) -> None:
     limiter.create("database", 1)
-    lease = far.acquire("database", lease_duration=6)
+    lease = far.acquire("database", lease_duration=9)
 
     def ends() -> Any:
         return value(conn, "select expires_at from pglimits.holders")

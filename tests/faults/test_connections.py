@@ -248,16 +248,7 @@ def test_a_connection_cut_in_the_middle_of_statements_loses_and_doubles_nothing(
 
 
 @poolers.straight_only("the request goes to another session, which answers")
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            "sync",
-            marks=pytest.mark.xfail(strict=True, reason="a thread that sends waits for the answer, however long"),
-        ),
-        "async",
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_session_that_does_not_answer_does_not_break_the_deadline(
     dsn: str, conn: Connection, kind: str, wait_until: WaitUntil
 ) -> None:

@@ -30,7 +30,8 @@ class Pair:
         self.run, self.primary, self.standby = run, primary, standby
         # Of both: whoever connects gets to the one that takes writes.
         hosts = [str(primary.place.sockets), str(standby.place.sockets)]
-        run.dsn = run.way = self.dsn = make_conninfo(primary.dsn, host=",".join(hosts), target_session_attrs="read-write")
+        self.dsn = make_conninfo(primary.dsn, host=",".join(hosts), target_session_attrs="read-write")
+        run.dsn = run.way = self.dsn
         standby.follow(primary)
 
     def synchronous(self) -> None:

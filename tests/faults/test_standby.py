@@ -234,18 +234,7 @@ def test_who_was_sent_to_a_standby_finds_the_primary_once_the_address_leads_ther
         shutil.rmtree(address.parent)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            "sync",
-            marks=pytest.mark.xfail(
-                strict=True, reason="a thread waits in its statement for as long as the commit does"
-            ),
-        ),
-        "async",
-    ],
-)
+@pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_deadline_holds_while_commits_wait_for_a_standby_that_is_not_there(
     pair: tuple[Cluster, Cluster], kind: str, wait_until: WaitUntil
 ) -> None:

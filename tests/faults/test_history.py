@@ -1,10 +1,12 @@
 """Histories: processes work at random while processes and the server come and go, and every promise has to be kept.
 
-PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds).
+PGLIMITS_FAULT_SECONDS says how long each of them runs. Without it, each runs for 6 seconds, and once,
+with workers who ask for all kinds of things.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -24,7 +26,8 @@ MANY: Asks = [
     for other in (0, one % 40 + 1, one * 7 % 40 + 1)
     if one != other
 ]
-ALL = {"one": ONE, "widths": WIDTHS, "several": SEVERAL, "rate": RATE, "many": MANY}
+MIXED: Asks = [*WIDTHS, *SEVERAL, *RATE]
+ALL = {"mixed": MIXED, "one": ONE, "widths": WIDTHS, "several": SEVERAL, "rate": RATE, "many": MANY}
 FORGETS = 1.0
 """For how long (seconds) before a crash commits with synchronous_commit = off may be forgotten: three times
 wal_writer_delay (0.2 s), says PostgreSQL's documentation of asynchronous commit."""
@@ -37,7 +40,9 @@ def asks(request: pytest.FixtureRequest, run: Run) -> Asks:
     return ALL[request.param]
 
 
-def of(*names: str) -> pytest.MarkDecorator:
+def of(first: str, *others: str) -> pytest.MarkDecorator:
+    """The first of these is asked for; where there is time for it, the others too, each in a history of its own."""
+    names = [first, *(others if "PGLIMITS_FAULT_SECONDS" in os.environ else ())]
     return pytest.mark.parametrize("asks", names, indirect=True)
 
 
@@ -61,7 +66,7 @@ def test_a_rate_limit_that_is_always_asked_for_delivers_all_that_decays(run: Run
     assert sum(while_asked) >= 5 + 0.999 * 50 * (stop - late - turns[0][0]) - 2
 
 
-@of("one", "several", "rate", "many")
+@of("mixed", "one", "several", "rate", "many")
 def test_processes_are_killed(run: Run, asks: Asks) -> None:
     workers = run.workers(asks, each=2)
 
@@ -73,7 +78,7 @@ def test_processes_are_killed(run: Run, asks: Asks) -> None:
     run.finish(ROUGH)
 
 
-@of("one", "several", "rate")
+@of("mixed", "one", "several", "rate")
 def test_processes_are_stopped_for_longer_than_their_leases_last(run: Run, asks: Asks) -> None:
     """A zombie that goes on is told, and its fence is an old one."""
     workers = run.workers(asks, each=2, lease=1.0, hold=0.5)
@@ -96,7 +101,7 @@ def test_processes_are_stopped_for_longer_than_their_leases_last(run: Run, asks:
         assert [said for said in found.said if said.what in ("still", "leaving") and said.more["lost"]]
 
 
-@of("one", "several", "rate", "many")
+@of("mixed", "one", "several", "rate", "many")
 def test_connections_are_ended_by_the_server(run: Run, asks: Asks) -> None:
     run.workers(asks)
     ended = 0
@@ -115,7 +120,7 @@ def test_connections_are_ended_by_the_server(run: Run, asks: Asks) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop", "crash", "kill"])
-@of("one", "several", "rate")
+@of("mixed", "one", "several", "rate")
 def test_the_server_goes_away_and_comes_back(run: Run, asks: Asks, how: str) -> None:
     """What anybody was told of is there after it: slots, places in line, turns."""
     run.workers(asks, limiter={"on_unavailable": "wait"}, lease=5.0)
@@ -123,7 +128,7 @@ def test_the_server_goes_away_and_comes_back(run: Run, asks: Asks, how: str) -> 
     run.finish(ROUGH)
 
 
-@of("one", "several")
+@of("mixed", "one", "several")
 def test_the_server_crashes_in_the_middle_of_batches(run: Run, asks: Asks) -> None:
     run.workers(asks, kinds=("async", "sync"), at_once=100, hold=0.01, timeouts=[None, 1], lease=5.0)
     run.let(lambda: run.server.restart("crash"), every=1.0)
@@ -131,7 +136,7 @@ def test_the_server_crashes_in_the_middle_of_batches(run: Run, asks: Asks) -> No
     assert granted(found) > SECONDS
 
 
-@of("one", "several")
+@of("several", "one")
 def test_a_crash_without_durability_forgets_nothing_but_the_last_moments(run: Run, asks: Asks) -> None:
     run.workers(asks, kinds=("sync", "async"), limiter={"durable": False, "on_unavailable": "wait"}, lease=5.0)
     run.let(lambda: run.server.restart("crash"), every=1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import re
 import selectors
@@ -12,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import psycopg
+from psycopg import waiting
 from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
@@ -37,6 +37,9 @@ ANSWERS_WITHIN = 10.0
 """Seconds after which a server that does not say the last word on a statement is taken for gone.
 
 It waits for a lock for a fraction of that."""
+
+_LOOKS_EVERY = 0.1
+"""Seconds after which a wait for an answer looks how late it is."""
 
 BATCHES_AT_ONCE = 2
 """How many batches of one process may be on their way at the same time; each needs a connection."""
@@ -474,16 +477,20 @@ def answering(
 ) -> Iterator[None]:
     """No statement of this block waits for its answer for more than ``within`` seconds, nor beyond ``until``.
 
-    Whoever waits forever for a connection whose packets get lost does so without an error.
+    Whoever waits forever for a connection whose packets get lost does so without an error. And an interrupt leaves the
+    connection as it is: psycopg would cancel the statement and, interrupted again, close the connection, so that nobody
+    could tell any longer when the server is done with it.
     """
     if within is None and until is None:
         yield
         return
     dead_at = math.inf if within is None else time.monotonic() + within
-    wait = functools.partial(type(connection).wait, connection)  # type: ignore[attr-defined]
+    wait: Any = waiting.wait if isinstance(connection, psycopg.Connection) else waiting.wait_async
+    last = math.inf if until is None else until
 
-    def wait_in_time(generator: Generator[Any, Any, T], *args: Any, **options: Any) -> Any:
-        return wait(_in_time(connection, generator, dead_at, math.inf if until is None else until), *args, **options)
+    def wait_in_time(generator: Generator[Any, Any, T], interval: float = _LOOKS_EVERY, **options: Any) -> Any:
+        bounded = _in_time(connection, generator, dead_at, last)
+        return wait(bounded, connection.pgconn.socket, interval=interval, **options)
 
     connection.wait = wait_in_time  # type: ignore[attr-defined]
     try:
@@ -495,7 +502,7 @@ def answering(
 def _in_time(
     connection: psycopg.BaseConnection[Any], generator: Generator[Any, Any, T], dead_at: float, until: float
 ) -> Generator[Any, Any, T]:
-    """What psycopg waits for, as long as there is time. It looks ten times a second when nothing comes."""
+    """What psycopg waits for, as long as there is time."""
     try:
         wanted = next(generator)
         while True:

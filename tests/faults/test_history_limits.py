@@ -197,7 +197,7 @@ def let_files_grow_to(size: int, server: Cluster) -> None:
                 os.setuid(owner.st_uid)
             first = psutil.Process(server.running.pid)
             for process in (first, *first.children()):
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error, OSError):
                     _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
                     process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
             code = 0

@@ -438,6 +438,36 @@ def test_a_main_thread_interrupted_by_a_signal_while_queued_leaves_the_queue_at_
         child.end()
 
 
+def test_an_interrupt_leaves_the_connection_as_it_is_to_hear_when_the_server_is_done(children: Children) -> None:
+    """Closed while the server is at work, it would grant what has been given back already."""
+    child = children(
+        """
+        import signal
+        import psycopg
+        from pglimits import Limiter
+
+        class Sender:
+            connection, again = None, False
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        psycopg.Connection._try_cancel = interrupt  # where psycopg is when a second one strikes, as a rule
+        signal.signal(signal.SIGALRM, interrupt)
+        database, sender = Limiter()._engine.database, Sender()
+        database.execute("select 1", ())
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            database.execute("select pg_sleep(60)", (), sender, within=60)
+        except KeyboardInterrupt:
+            print(sender.connection.closed, sender.connection.info.transaction_status.name)
+            sender.connection.cancel_safe()
+        """
+    )
+    child.expect("False ACTIVE")
+    child.end()
+
+
 HAMMER = """
     import random, signal, sys, time, threading
     from pglimits import Limiter

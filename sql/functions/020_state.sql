@@ -359,7 +359,7 @@ end $$;
 comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
   'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
 
--- Removes sleepers of a rate limit whose process died.
+-- Removes sleepers of a rate limit whose process died before their turn. Who died after it has used its turn.
 create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
 returns pglimits.states
 language plpgsql
@@ -374,11 +374,11 @@ declare
 begin
   with dead as (
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.expires_at <= now
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now
     returning q.turn, q.slots, q.pinned
   )
-  select array_agg(d.turn) filter (where d.turn > decayed and not d.pinned),
-         array_agg(d.slots) filter (where d.turn > decayed and not d.pinned),
+  select array_agg(d.turn) filter (where not d.pinned),
+         array_agg(d.slots) filter (where not d.pinned),
          count(*) filter (where d.pinned)
   into turns, slots, unpinned from dead d;
   state.pinned := state.pinned - unpinned;
@@ -387,8 +387,7 @@ begin
   end if;
   state.next_death := coalesce((
     select min(q.expires_at) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key
-      and q.turn > greatest(state.passed, decayed)), 'infinity');
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 'infinity');
   return state;
 end $$;
 

@@ -228,6 +228,17 @@ def test_a_turn_that_has_come_is_remembered_also_when_the_rate_falls(s: Session,
     assert s.limit("api").level == pytest.approx(1)
 
 
+def test_a_turn_that_has_come_is_remembered_also_of_who_has_died_since(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 0.125)
+    s.rate_limit("api")
+    lease_id = s.rate_limit("api", wait=None, lease_id=uuid4(), channel="pglimits_t").lease_id
+    clock.advance(11)
+    answer = s.rate_limit("api", wait=None, lease_id=lease_id, channel="pglimits_t")
+    assert (answer.status, seconds(answer.wait)) == ("granted", 0)
+    assert s.limit("api").level == pytest.approx(2 - 11 * 0.125)
+
+
 def test_max_waiters_bounds_those_who_sleep(clock: Clock, s: Session) -> None:
     clock.freeze()
     s.create("api", 1, 1, max_waiters=2)

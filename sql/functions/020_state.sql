@@ -319,7 +319,8 @@ begin
   state.booked := state.booked - fixed_slots;
 
   if state.pinned = 0 then
-    update pglimits.queue q set turn = q.turn - b.given_up
+    -- A turn that comes by it comes now, and is remembered from now on.
+    update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
     from (
       select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
       from (

@@ -183,8 +183,8 @@ begin
     return;
   end if;
 
-  -- Turns lie where the level will have come down to the limit: as the limit moves, so do they.
-  update pglimits.queue q set turn = q.turn - (new."limit" - old."limit")
+  -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
+  update pglimits.queue q set turn = greatest(q.turn - (new."limit" - old."limit"), pglimits._decayed(new, now))
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
     and q.expires_at < 'infinity' and not q.pinned and new."limit" <> old."limit";
   -- Whoever can never be granted now is sent away to ask again, and gets the error.

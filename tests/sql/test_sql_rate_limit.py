@@ -239,6 +239,26 @@ def test_a_turn_that_has_come_is_remembered_also_of_who_has_died_since(clock: Cl
     assert s.limit("api").level == pytest.approx(2 - 11 * 0.125)
 
 
+@pytest.mark.parametrize("change", ["given up", "grown"])
+def test_a_turn_that_has_come_early_is_remembered_from_then_on(clock: Clock, s: Session, change: str) -> None:
+    clock.freeze()
+    s.create("api", 30, 1)
+    clock.advance(60)
+    s.rate_limit("api", slots=25)
+    ahead = s.rate_limit("api", slots=29, wait=None, channel="pglimits_t").lease_id
+    lease_id = s.rate_limit("api", wait=None, lease_id=uuid4(), channel="pglimits_t").lease_id
+    if change == "given up":
+        s.release(ahead)
+    else:
+        s.update("api", limit=59)
+    clock.advance(7)
+    s.rate_limit("api", wait=None, lease_id=uuid4())
+    level = s.limit("api").level
+    answer = s.rate_limit("api", wait=None, lease_id=lease_id, channel="pglimits_t")
+    assert (answer.status, seconds(answer.wait)) == ("granted", 0)
+    assert s.limit("api").level == level
+
+
 def test_max_waiters_bounds_those_who_sleep(clock: Clock, s: Session) -> None:
     clock.freeze()
     s.create("api", 1, 1, max_waiters=2)

@@ -557,6 +557,18 @@ def test_a_limit_that_was_not_enforced_the_first_time_does_not_spoil_a_repetitio
     assert (answer.status, answer.fences[1]) == ("granted", None)
 
 
+@pytest.mark.xfail(strict=True, reason="when it was asked is not kept: by the time of the hand-over, b was enforced")
+def test_a_limit_that_was_not_enforced_when_the_waiter_came_does_not_spoil_a_repetition(s: Session) -> None:
+    s.create("a", 1)
+    s.create("b", 1, active=False)
+    first = s.acquire("a").lease_id
+    waiter = s.queue(["a", "b"])
+    s.update("b", active=True)
+    s.release(first)
+    assert s.holders("a")[0].lease_id == waiter
+    assert s.acquire(["a", "b"], lease_id=waiter, wait=None).status == "granted"
+
+
 def test_a_repetition_finds_its_lease_though_the_limit_was_deactivated_or_renamed_meanwhile(s: Session) -> None:
     s.create("a", 1)
     granted = s.acquire("a", lease_id=uuid4())

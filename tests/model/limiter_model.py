@@ -8,7 +8,7 @@ they allow it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -39,7 +39,6 @@ class Limit:
     number: int
     fence_floor: int
     former_name: str | None = None
-    rate_changed_at: int = -LIVENESS
     places: dict[str, Place] = field(default_factory=dict)
 
     def place(self, key: str) -> Place:
@@ -117,6 +116,7 @@ class Lease:
     expires_at: int
     duration: int
     claimed: bool = True
+    handed_over: bool = False
     whole: bool = True
     number: int = 0
 
@@ -206,7 +206,7 @@ class Model:
         return bound is not None and len(self.waiting(place)) + len(self.sleeping(place)) >= bound
 
     def find(self, name: str, lease_id: UUID | None) -> Limit | None:
-        """The limit of that name; who waits or holds may also use the name before the last renaming."""
+        """The limit of that name; who waits, holds or had a turn may also use the name before the last renaming."""
         if name in self.limits:
             return self.limits[name]
         for limit in self.limits.values():
@@ -215,9 +215,10 @@ class Model:
         return None
 
     def is_at(self, limit: Limit, lease_id: UUID) -> bool:
-        """Whether that id holds slots of a limit, or waits for them."""
+        """Whether that id holds slots of a limit, waits for them, or had a turn."""
         lease, in_line, asleep = self.leases.get(lease_id), self.waiter(lease_id), self.sleeper(lease_id)
         places = [] if lease is None else [*lease.parts]
+        places += self.passed[lease_id].parts if lease_id in self.passed else []
         places += [found[0] for found in (in_line, asleep) if found is not None]
         return any(place.limit is limit for place in places)
 
@@ -242,21 +243,25 @@ class Model:
     # Time.
 
     def move_to(self, now: int) -> None:
-        passed = Fraction(now - self.now, SECOND)
+        was = self.now
+        passed = Fraction(now - was, SECOND)
         self.now = now
         for place in self.places():
             decayed = place.limit.rate * passed
             place.level = max(place.level - decayed, Fraction(0))
             for sleeper in place.sleepers:
                 sleeper.ahead -= decayed
-            self.let_go(place)
+            self.let_go(place, was)
         self.leases = {lease_id: lease for lease_id, lease in self.leases.items() if lease.expires_at > now}
 
-    def let_go(self, place: Place) -> None:
-        """Those whose turn has come are no longer asleep."""
+    def let_go(self, place: Place, since: int | None = None) -> None:
+        """Those whose turn has come are no longer asleep. It came now, or by mere time since a moment."""
         for sleeper in [each for each in place.sleepers if each.ahead <= 0]:
             place.sleepers.remove(sleeper)
-            passed = self.passed.setdefault(sleeper.request.lease_id, Passed({}, self.now))
+            came = self.now
+            if since is not None and place.limit.rate:
+                came = max(since, self.now + math.floor(sleeper.ahead * SECOND / place.limit.rate))
+            passed = self.passed.setdefault(sleeper.request.lease_id, Passed({}, came))
             passed.parts[place] = sleeper.slots
 
     def settle(self, place: Place) -> None:
@@ -313,7 +318,7 @@ class Model:
         self.numbers += 1
         kept = {place: Part(slots) for place, slots in parts.items()}
         self.leases[request.lease_id] = Lease(
-            request, kept, self.now, ends, request.duration, claimed, number=self.numbers
+            request, kept, self.now, ends, request.duration, claimed, not claimed, number=self.numbers
         )  # fmt: skip
 
     def give_back(self, place: Place, given_up: list[Sleeper]) -> None:
@@ -352,11 +357,11 @@ class Model:
             raise Wrong(*codes)
         return {place: parts[place] for place in sorted(parts, key=Place.order)}
 
-    def ask(self, requests: list[Request], refused: Collection[UUID] = ()) -> list[Answer]:
+    def ask(self, requests: list[Request], refused: Mapping[UUID, int | None] | None = None) -> list[Answer]:
         """Answers requests in their order, as of one moment.
 
-        refused: who was refused, in case that it was certain before the others of its batch took anything: that takes
-        no lock.
+        refused: who was refused, with its retry_after, in case that it was certain before the others of its batch took
+        anything: that takes no lock.
         """
         checked: list[Parts | Wrong] = []
         for request in requests:
@@ -380,8 +385,9 @@ class Model:
             try:
                 if isinstance(parts, Wrong):
                     raise parts
-                if request.lease_id in refused and request.lease_id in certain:
-                    answers.append(certain[request.lease_id])
+                refusal = certain.get(request.lease_id)
+                if refusal and refused and refused.get(request.lease_id, -1) == refusal.retry_after:
+                    answers.append(refusal)
                     continue
                 answers.append(self.decide(request, parts))
             except Wrong as wrong:
@@ -398,7 +404,7 @@ class Model:
             if not request.for_rate or parts != {place: sleeper.slots}:
                 raise Wrong("PL001")
             return Answer("granted", wait=self.until(place, sleeper.ahead))
-        if (passed := self.passed.get(request.lease_id)) is not None and parts:
+        if (passed := self.passed.get(request.lease_id)) is not None:
             if not request.for_rate or any(parts.get(place) != slots for place, slots in passed.parts.items()):
                 raise Wrong("PL001")
             return Answer("granted", wait=0)
@@ -591,8 +597,7 @@ class Model:
             self.limits[new_name] = changed
         grown = 0 if limit is None else limit - changed.most
         changed.most += grown
-        if rate is not None and rate != changed.rate:
-            changed.rate, changed.rate_changed_at = rate, self.now
+        changed.rate = changed.rate if rate is None else rate
         changed.active = changed.active if active is None else active
         if max_waiters is not None:
             changed.max_waiters = None if max_waiters == -1 else max_waiters

@@ -72,6 +72,39 @@ def test_a_turn_keeps_its_place_when_the_rate_changes() -> None:
     assert ask(model, 3, for_rate=True).wait == 3 * SECOND
 
 
+def test_a_turn_came_when_the_level_allowed_it_however_late_that_is_noticed() -> None:
+    model = limiter(1, "0.5")
+    for number in (1, 2, 3):
+        ask(model, number, for_rate=True)
+    model.move_to(60 * SECOND)
+    assert [model.passed[UUID(int=number)].at for number in (1, 2, 3)] == [0, 2 * SECOND, 4 * SECOND]
+
+
+def test_a_turn_that_comes_as_the_limit_grows_comes_then() -> None:
+    model = limiter(1, "0.5")
+    ask(model, 1, for_rate=True)
+    ask(model, 2, for_rate=True)
+    model.move_to(SECOND)
+    model.update("it", limit=100)
+    assert model.passed[UUID(int=2)].at == SECOND
+
+
+def test_who_had_a_turn_may_ask_again_by_the_former_name() -> None:
+    model = limiter(1, "0.5")
+    assert ask(model, 1, for_rate=True).status == "granted"
+    model.update("it", new_name="other")
+    assert ask(model, 1, for_rate=True) == Answer("granted", wait=0)
+    assert ask(model, 2, for_rate=True).status == "unlimited"
+
+
+def test_the_id_of_a_turn_is_in_use_also_when_its_name_stands_for_nothing_enforced() -> None:
+    model = limiter(1, "0.5")
+    ask(model, 1, for_rate=True)
+    model.update("it", new_name="other")
+    model.create("it", 1, Fraction(1), False, None, None)
+    assert ask(model, 1, for_rate=True).codes == ("PL001",)
+
+
 def test_a_fence_that_does_not_rise_is_noticed() -> None:
     model = limiter(2)
     place = model.limits["it"].place("")

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from limiter_model import LIVENESS, SECOND, Answer, Limit, Model, Request, Sleeper, Waiter, Wrong
+from limiter_model import LIVENESS, SECOND, Answer, Lease, Limit, Model, Request, Sleeper, Waiter, Wrong
 from sqltest import Clock, Session, check_consistent
 
 EXAMPLES = os.environ.get("PGLIMITS_MODEL_EXAMPLES")
@@ -93,8 +93,12 @@ class Lives(RuleBasedStateMachine):
         chosen = possible[way % len(possible)]
         lost = [each.lease_id for each in requests if each.lease_id in self.model.lost]
         replies = chosen(self.s, requests)
-        refused = [each.lease_id for each, reply in zip(requests, replies, strict=True) if reply["status"] == "refused"]
-        answers = self.model.ask(requests, refused if len(requests) > 1 else [])
+        refused = {
+            each.lease_id: reply.get("retry_after")
+            for each, reply in zip(requests, replies, strict=True)
+            if reply["status"] == "refused" and len(requests) > 1
+        }
+        answers = self.model.ask(requests, refused)
         for request, answer, reply in zip(requests, answers, replies, strict=True):
             self.agree(request, answer, reply, request.lease_id in lost)
             self.asked[request.lease_id] = request
@@ -447,7 +451,8 @@ class Lives(RuleBasedStateMachine):
         self.ask_newly(self.request(parts, wait=0, for_rate=True), way, look_first)
 
     def ask_newly(self, request: Request, way: int, look_first: bool) -> None:
-        peeked = entry_points.peek(self.s, request) if look_first else None
+        # What is due to others is not reckoned with by peek.
+        peeked = entry_points.peek(self.s, request) if look_first and self.is_settled() else None
         (answer,) = self.ask([request], way)
         if peeked is not None:
             assert peeked["status"] == answer.status, (peeked, answer)
@@ -479,7 +484,7 @@ class Lives(RuleBasedStateMachine):
             self.request(part, wait=wait, for_rate=for_rate, priority=0 if for_rate else priority)
             for part, wait, for_rate, priority in asked
         ]
-        held = [lease.request.lease_id for lease in self.model.live_leases() if lease.whole]
+        held = [lease.request.lease_id for lease in self.model.live_leases() if self.is_repeatable(lease)]
         if again is not None and held:
             requests.insert(again % len(requests), self.asked[self.among(held, again)])
         if several is not None:
@@ -497,16 +502,20 @@ class Lives(RuleBasedStateMachine):
         lease_id = self.among(list(self.asked), nth)
         lease = self.model.live(lease_id)
         passed = self.model.passed.get(lease_id)
-        if lease_id in self.model.lost or (lease is not None and not lease.whole):
+        if lease_id in self.model.lost or (lease is not None and not self.is_repeatable(lease)):
             return
-        if passed is not None:
-            # It is remembered for a while, but not always after a change of the rate.
-            since = max([passed.at, *(place.limit.rate_changed_at for place in passed.parts)])
-            if passed.at + LIVENESS <= self.model.now or since > passed.at:
-                return
-        self.ask([self.asked[lease_id]], way)
+        # It is remembered for a while.
+        if passed is None or passed.at + LIVENESS > self.model.now:
+            self.ask([self.asked[lease_id]], way)
 
-    @precondition(lambda self: self.current())
+    def is_repeatable(self, lease: Lease) -> bool:
+        """Whether it is still what its request asked for, as far as that can be told from the lease."""
+        request = lease.request
+        enforced = {limit for name in request.names if (limit := self.model.find(name, request.lease_id))}
+        grown = enforced - {place.limit for place in lease.parts}
+        return lease.whole and not (lease.handed_over and any(limit.active for limit in grown))
+
+    @precondition(lambda self: self.current() and self.is_settled())
     @rule(nth=which, way=which)
     def give_the_id_of_another_request(self, nth: int, way: int) -> None:
         lease_id = self.among(self.current(), nth)
@@ -574,9 +583,7 @@ class Lives(RuleBasedStateMachine):
     @rule(nth=which)
     def die(self, nth: int) -> None:
         """The process of somebody who waits."""
-        lease_id = self.among(list(self.looks), nth)
-        del self.looks[lease_id]
-        self.deaf.discard(lease_id)
+        del self.looks[self.among(list(self.looks), nth)]
 
     @precondition(lambda self: self.current())
     @rule(nth=which)

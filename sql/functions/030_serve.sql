@@ -453,7 +453,8 @@ comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
--- Puts a request in line.
+-- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
+-- now may be by then.
 create or replace function pglimits._enqueue(
   state pglimits.states, request pglimits._request, slots integer, arrival timestamptz, looks_at timestamptz,
   now timestamptz)
@@ -470,8 +471,8 @@ begin
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
                               holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate,
-          cardinality(request.slots) > 1, request.lease_duration, request.holder, request.channel,
-          now + pglimits._liveness(), looks_at);
+          cardinality(request.slots) > 1 or array_position(request.places, null) is not null, request.lease_duration,
+          request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
     state.head_rank := request.rank;
     state.head_arrival := arrival;

@@ -116,7 +116,6 @@ class Lease:
     expires_at: int
     duration: int
     claimed: bool = True
-    handed_over: bool = False
     whole: bool = True
     number: int = 0
 
@@ -318,7 +317,7 @@ class Model:
         self.numbers += 1
         kept = {place: Part(slots) for place, slots in parts.items()}
         self.leases[request.lease_id] = Lease(
-            request, kept, self.now, ends, request.duration, claimed, not claimed, number=self.numbers
+            request, kept, self.now, ends, request.duration, claimed, number=self.numbers
         )  # fmt: skip
 
     def give_back(self, place: Place, given_up: list[Sleeper]) -> None:
@@ -468,7 +467,9 @@ class Model:
 
     def enqueue(self, request: Request, place: Place, parts: Parts, mine: Waiter | None) -> Answer:
         arrival = self.now if mine is None else mine.arrival
-        waiter = Waiter(request, parts[place], arrival, len(parts) > 1, self.now + LIVENESS)
+        # What is not enforced now may be when it can go.
+        several = len(parts) > 1 or None in self.named[request.lease_id]
+        waiter = Waiter(request, parts[place], arrival, several, self.now + LIVENESS)
         place.line.append(waiter)
         place.line.sort(key=Waiter.order)
         return Answer("queued", position=self.waiting(place).index(waiter) + 1)

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from limiter_model import LIVENESS, SECOND, Answer, Lease, Limit, Model, Request, Sleeper, Waiter, Wrong
+from limiter_model import LIVENESS, SECOND, Answer, Limit, Model, Request, Sleeper, Waiter, Wrong
 from sqltest import Clock, Session, check_consistent
 
 EXAMPLES = os.environ.get("PGLIMITS_MODEL_EXAMPLES")
@@ -484,7 +484,7 @@ class Lives(RuleBasedStateMachine):
             self.request(part, wait=wait, for_rate=for_rate, priority=0 if for_rate else priority)
             for part, wait, for_rate, priority in asked
         ]
-        held = [lease.request.lease_id for lease in self.model.live_leases() if self.is_repeatable(lease)]
+        held = [lease.request.lease_id for lease in self.model.live_leases() if lease.whole]
         if again is not None and held:
             requests.insert(again % len(requests), self.asked[self.among(held, again)])
         if several is not None:
@@ -502,18 +502,11 @@ class Lives(RuleBasedStateMachine):
         lease_id = self.among(list(self.asked), nth)
         lease = self.model.live(lease_id)
         passed = self.model.passed.get(lease_id)
-        if lease_id in self.model.lost or (lease is not None and not self.is_repeatable(lease)):
+        if lease_id in self.model.lost or (lease is not None and not lease.whole):
             return
         # It is remembered for a while.
         if passed is None or passed.at + LIVENESS > self.model.now:
             self.ask([self.asked[lease_id]], way)
-
-    def is_repeatable(self, lease: Lease) -> bool:
-        """Whether it is still what its request asked for, as far as that can be told from the lease."""
-        request = lease.request
-        enforced = {limit for name in request.names if (limit := self.model.find(name, request.lease_id))}
-        grown = enforced - {place.limit for place in lease.parts}
-        return lease.whole and not (lease.handed_over and any(limit.active for limit in grown))
 
     @precondition(lambda self: self.current() and self.is_settled())
     @rule(nth=which, way=which)

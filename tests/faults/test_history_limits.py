@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,8 @@ def on_one_and_on_many(run: Run, kinds: Sequence[str] = ("sync", "async", "sql")
 
 
 def test_statements_and_waits_for_locks_are_cut_short_inside_of_our_functions(run: Run) -> None:
-    impatient = make_conninfo(run.dsn, options="-c statement_timeout=30 -c lock_timeout=5")
-    on_one_and_on_many(run, dsn=impatient)
+    on_one_and_on_many(run, dsn=make_conninfo(run.dsn, options="-c statement_timeout=30"))
+    run.workers((*ONE, *MANY), dsn=make_conninfo(run.dsn, options="-c statement_timeout=30 -c lock_timeout=5"))
 
     def keep_locked() -> None:
         with psycopg.connect(run.dsn) as connection:
@@ -187,28 +188,30 @@ def test_the_disk_is_full_now_and_then(small_disk: Run) -> None:
 def let_files_grow_to(size: int, server: Cluster) -> None:
     """Set a limit of the server's processes. Done by a process of its user: root may not be able to."""
     owner = server.place.data.stat()
+    try:
+        first = psutil.Process(server.running.pid)
+        pids = [first.pid, *(child.pid for child in first.children())]
+    except psutil.NoSuchProcess:
+        return  # it has ended itself
     pid = os.fork()
-    if pid == 0:
+    if pid == 0:  # imports nothing, as that user may not be able to read it
         code = 1
         try:
             if os.geteuid() == 0:
                 os.setgroups([])
                 os.setgid(owner.st_gid)
                 os.setuid(owner.st_uid)
-            first = psutil.Process(server.running.pid)
-            for process in (first, *first.children()):
-                with contextlib.suppress(psutil.Error, OSError):
-                    _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
-                    process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
-            code = 0
-        except psutil.NoSuchProcess:  # it has ended itself
+            for process in pids:
+                with contextlib.suppress(OSError):
+                    _, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+                    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
             code = 0
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
 
 
-@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_FSIZE"), reason="needs prlimit, which Linux has")
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit, which Linux has")
 def test_files_may_grow_no_further_now_and_then(run: Run) -> None:
     """A quota: as a full disk, which not everybody can have."""
     on_one_and_on_many(run, limiter={"on_unavailable": "wait"})

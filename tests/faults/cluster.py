@@ -43,6 +43,11 @@ class Cluster:
     def dsn(self) -> str:
         return f"host={self.place.sockets} port={PORT} user={USER} dbname=postgres"
 
+    @property
+    def pid(self) -> int:
+        """Its first process. Raises FileNotFoundError where it does not run."""
+        return int((self.place.data / "postmaster.pid").read_text().split()[0])
+
     def stop(self) -> None:
         """End it in good order: connections are cut, nothing is lost."""
         end(self.place, GENTLY)
@@ -53,8 +58,7 @@ class Cluster:
 
     def kill(self) -> None:
         """Kill its first process (SIGKILL), and wait until the others have noticed."""
-        pid = (self.place.data / "postmaster.pid").read_text().split()[0]
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
         end(self.place, CRASH)
 
     def restart(self, how: str = "stop") -> None:

@@ -44,7 +44,7 @@ def test_statements_and_waits_for_locks_are_cut_short_inside_of_our_functions(ru
 
     def keep_locked() -> None:
         with psycopg.connect(run.dsn) as connection:
-            connection.execute("select pglimits.acquire(array['database', 'licence'], keys => array['', ''])")
+            connection.execute("select from pglimits.states for update")
             connection.execute("select pg_sleep(0.2)")
             connection.rollback()
 
@@ -189,9 +189,9 @@ def let_files_grow_to(size: int, server: Cluster) -> None:
     """Set a limit of the server's processes. Done by a process of its user: root may not be able to."""
     owner = server.place.data.stat()
     try:
-        first = psutil.Process(server.running.pid)
+        first = psutil.Process(server.pid)
         pids = [first.pid, *(child.pid for child in first.children())]
-    except psutil.NoSuchProcess:
+    except (FileNotFoundError, psutil.NoSuchProcess):
         return  # it has ended itself
     pid = os.fork()
     if pid == 0:  # imports nothing, as that user may not be able to read it

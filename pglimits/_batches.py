@@ -120,10 +120,10 @@ class Ticket:
         self.waker = waker
         self.patience = patience
         self.batches: Batches | None = None
-        # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
-        self.alone = False
         # Sent before, and nobody knows what became of that.
         self.again = False
+        # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
+        self.alone = False
         self.not_before = 0.0
         self.tries = 0
         self.abandoned = False

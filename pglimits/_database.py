@@ -477,20 +477,22 @@ def answering(
 ) -> Iterator[None]:
     """No statement of this block waits for its answer for more than ``within`` seconds, nor beyond ``until``.
 
-    Whoever waits forever for a connection whose packets get lost does so without an error. And an interrupt leaves the
-    connection as it is: psycopg would cancel the statement and, interrupted again, close the connection, so that nobody
-    could tell any longer when the server is done with it.
+    Whoever waits forever for a connection whose packets get lost does so without an error. And an interrupt that strikes
+    a thread leaves the connection as it is: psycopg would cancel the statement and, interrupted again, close the
+    connection, so that nobody could tell any longer when the server is done with it. Where a task is cancelled psycopg
+    does cancel the statement, and waits for its end: a connection of a pool goes back there at once.
     """
     if within is None and until is None:
         yield
         return
     dead_at = math.inf if within is None else time.monotonic() + within
-    wait: Any = waiting.wait if isinstance(connection, psycopg.Connection) else waiting.wait_async
     last = math.inf if until is None else until
 
     def wait_in_time(generator: Generator[Any, Any, T], interval: float = _LOOKS_EVERY, **options: Any) -> Any:
         bounded = _in_time(connection, generator, dead_at, last)
-        return wait(bounded, connection.pgconn.socket, interval=interval, **options)
+        if isinstance(connection, psycopg.AsyncConnection):
+            return psycopg.AsyncConnection.wait(connection, bounded, interval=interval, **options)
+        return waiting.wait(bounded, connection.pgconn.socket, interval=interval, **options)
 
     connection.wait = wait_in_time  # type: ignore[attr-defined]
     try:

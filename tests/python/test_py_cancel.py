@@ -14,6 +14,7 @@ from typing import Any
 import poolers
 import psycopg
 import pytest
+from psycopg_pool import AsyncConnectionPool
 from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, value, waiting
 
 from pglimits import AcquireTimeout, AsyncLimiter, Lease, Limiter
@@ -466,6 +467,32 @@ def test_an_interrupt_leaves_the_connection_as_it_is_to_hear_when_the_server_is_
     )
     child.expect("False ACTIVE")
     child.end()
+
+
+def test_a_connection_of_a_pool_goes_back_there_when_the_server_is_done_with_what_was_cancelled(
+    dsn: str, limiter: Limiter, conn: Connection, connect: Any
+) -> None:
+    limiter.create("database", 1)
+    limiter.release(limiter.acquire("database"))
+
+    async def main() -> None:
+        async with (
+            AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool,
+            AsyncLimiter(pool=pool) as tasks,
+        ):
+            locker = connect(autocommit=False)
+            locker.execute("select from pglimits.states for update")
+            asks = asyncio.create_task(tasks.acquire("database", timeout_seconds=5))
+            await until(lambda: _blocked(conn) == 1)
+            (sends,) = [task for task in asyncio.all_tasks() if "lead_in_loop" in repr(task.get_coro())]
+            sends.cancel()
+            await asyncio.gather(sends, return_exceptions=True)
+            assert pool.get_stats().get("returns_bad", 0) == 0
+            locker.rollback()
+            await tasks.release(await asks)
+
+    run(main())
+    assert nothing_left(conn)
 
 
 HAMMER = """

@@ -477,10 +477,10 @@ def answering(
 ) -> Iterator[None]:
     """No statement of this block waits for its answer for more than ``within`` seconds, nor beyond ``until``.
 
-    Whoever waits forever for a connection whose packets get lost does so without an error. And an interrupt that strikes
-    a thread leaves the connection as it is: psycopg would cancel the statement and, interrupted again, close the
-    connection, so that nobody could tell any longer when the server is done with it. Where a task is cancelled psycopg
-    does cancel the statement, and waits for its end: a connection of a pool goes back there at once.
+    Whoever waits forever for a connection whose packets get lost does so without an error. And an interrupt that
+    strikes a thread leaves the connection as it is: psycopg would cancel the statement and, interrupted again, close
+    the connection, so that nobody could tell any longer when the server is done with it. Where a task is cancelled
+    psycopg does cancel the statement, and waits for its end: a connection of a pool goes back there at once.
     """
     if within is None and until is None:
         yield

@@ -525,10 +525,12 @@ declare
       then 'priority must be an integer'
     when kind @@ 'strict exists($.lease_duration ? (@.type() == "array" || @.type() == "object" || @.type() == "boolean"))'
       then 'lease_duration must be an interval'
-    when kind @@ 'strict exists($.strict ? (@.type() == "array" || @.type() == "object" || @.type() == "number" && @ != 0 && @ != 1 ||
+    when kind @@ 'strict exists($.strict ? (@.type() == "array" || @.type() == "object" ||
+                                            @.type() == "number" && @ != 0 && @ != 1 ||
                                             @.type() == "string" && !(@ like_regex "^(true|false)$")))'
       then 'strict must be a boolean'
-    when kind @@ 'strict exists($.for_rate ? (@.type() == "array" || @.type() == "object" || @.type() == "number" && @ != 0 && @ != 1 ||
+    when kind @@ 'strict exists($.for_rate ? (@.type() == "array" || @.type() == "object" ||
+                                              @.type() == "number" && @ != 0 && @ != 1 ||
                                               @.type() == "string" && !(@ like_regex "^(true|false)$")))'
       then 'for_rate must be a boolean'
   end;

@@ -21,7 +21,8 @@ declare
   removed integer;
   problem text := case
     when max_keys is null or max_keys < 1 then format('max_keys must be at least 1, not %s', coalesce(max_keys::text, 'null'))
-    when idle is null or extract(epoch from idle) < 0 then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
+    when idle is null or extract(epoch from idle) < 0
+      then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
   end;
 begin
   if pg_is_in_recovery() then
@@ -66,7 +67,8 @@ begin
     end if;
     perform pglimits._save(state, was, now);
   end loop;
-  keys := pglimits._sweep_idle_keys(max_keys, now - make_interval(secs => least(extract(epoch from idle), 3e10)::double precision), now);
+  keys := pglimits._sweep_idle_keys(
+    max_keys, now - make_interval(secs => least(extract(epoch from idle), 3e10)::double precision), now);
   return next;
 end $$;
 

@@ -141,13 +141,16 @@ class Worker:
 
     def steps(self, ask: Ask, lease: Held) -> Iterator[float]:
         """Hold a lease: how long to sleep, again and again. Says what is known of it."""
-        fences = [fence for fence in lease.fences if fence is not None]
-        self.say_held(ask, "granted", lease, lease_id=str(lease.id), fences=fences)
+        self.say_granted(ask, lease)
         until = time.monotonic() + ask.hold
         while (left := until - time.monotonic()) > 0:
             yield min(left, 0.02)
             self.say_held(ask, "still", lease)
         self.say_held(ask, "leaving", lease)
+
+    def say_granted(self, ask: Ask, lease: Held) -> None:
+        fences = [fence for fence in lease.fences if fence is not None]
+        self.say_held(ask, "granted", lease, lease_id=str(lease.id), fences=fences)
 
     def say_held(self, ask: Ask, what: str, lease: Held, **more: Any) -> None:
         at = time.time()  # before it is known: what is not lost after it was not lost then

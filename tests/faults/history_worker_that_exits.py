@@ -19,8 +19,7 @@ KEPT: list[Any] = []
 
 def keep(worker: Worker, ask: Ask, lease: Any) -> None:
     KEPT.append(lease)
-    fences = [fence for fence in lease.fences if fence is not None]
-    worker.say_held(ask, "granted", lease, lease_id=str(lease.id), fences=fences)
+    worker.say_granted(ask, lease)
 
 
 def take_in_threads(worker: Worker) -> None:

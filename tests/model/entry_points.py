@@ -152,30 +152,26 @@ def _micros(value: float | None) -> int | None:
     return None if value is None else round(value * SECOND)
 
 
-def hot(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire_hot."""
-
-    def call(request: Request) -> Reply:
-        row = s.one(
-            "call pglimits.acquire_hot(%s, %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::uuid, %s)",
+def _call(s: Session, procedure: str, request: Request) -> Reply:
+    return _read(
+        s.one(
+            f"call pglimits.{procedure}(%s, %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::uuid, %s)",
             request.names[0], request.slots[0], request.keys[0], interval(request.duration), interval(request.wait),
             request.priority, json.dumps(request.holder), request.lease_id, request.strict,
-        )  # fmt: skip
-        return _read(row)
+        )
+    )  # fmt: skip
 
-    return [attempt(lambda: call(request)) for request in requests]
+
+def hot(s: Session, requests: Sequence[Request]) -> list[Reply]:
+    """acquire_hot."""
+    return [attempt(lambda: _call(s, "acquire_hot", request)) for request in requests]
 
 
 def wait_in_sql(s: Session, requests: Sequence[Request]) -> list[Reply]:
     """acquire_wait, where there is nothing to wait for."""
 
     def call(request: Request) -> Reply:
-        row = s.one(
-            "call pglimits.acquire_wait(%s, %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::uuid, %s)",
-            request.names[0], request.slots[0], request.keys[0], interval(request.duration), interval(request.wait),
-            request.priority, json.dumps(request.holder), request.lease_id, request.strict,
-        )  # fmt: skip
-        reply = _read(row)
+        reply = _call(s, "acquire_wait", request)
         if reply["status"] != "granted":
             del reply["expires_at"]
         return reply

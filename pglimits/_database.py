@@ -239,7 +239,7 @@ class Database:
         if isinstance(error, psycopg.Error) and not error.sqlstate and isinstance(translate(error), LimiterUnavailable):
             # If one connection has gone stale, so have the others.
             self._drop_idle()
-        if _is_stale(error):
+        if _is_stale(error) or connection.info.transaction_status == TransactionStatus.INERROR:
             self._drop(connection)
         elif not connection.closed:
             idle.append(connection)
@@ -257,8 +257,10 @@ class Database:
         with answering(connection, within, until):
             self.check(connection)
             # Another connection may have been opened before this one found out that there is a pooler.
+            if sql in _sql.MEET_ALL_KEYS:
+                connection.execute(_begin(connection))
             rows = run(connection, sql, params, prepare=False if self.pooled else None)
-            if not connection.autocommit:
+            if not connection.autocommit or sql in _sql.MEET_ALL_KEYS:
                 connection.commit()
         return rows
 
@@ -370,8 +372,12 @@ class Database:
             if not self.checked:
                 await cursor.execute(_sql.VERSION.encode(), prepare=False)
                 self.check_on((await cursor.fetchall())[0], connection.info.backend_pid)
+            if sql in _sql.MEET_ALL_KEYS:
+                await connection.execute(_begin(connection))
             await cursor.execute(sql.encode(), params, prepare=False if self.pooled else None)
             rows: list[Row] = await cursor.fetchall()
+            if sql in _sql.MEET_ALL_KEYS:
+                await connection.commit()
             return rows
 
     async def _connect_in_loop(self) -> psycopg.AsyncConnection[Row]:
@@ -536,6 +542,10 @@ def answer(pgconn: PGconn, within: float) -> list[PGresult]:
                 pgconn.consume_input()
             else:
                 raise NoAnswer("the server did not answer")
+
+
+def _begin(connection: psycopg.BaseConnection[Any]) -> bytes:
+    return (_sql.BEGIN if connection.autocommit else _sql.GO_ON).encode()
 
 
 def run(connection: psycopg.Connection[Any], sql: str, params: Sequence[object], prepare: bool | None) -> list[Row]:

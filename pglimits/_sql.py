@@ -1,4 +1,4 @@
-"""Every SQL statement of the wrapper: calls of pglimits.*, and nothing else.
+"""Every SQL statement of the wrapper: calls of pglimits.*, and what goes around them.
 
 Intervals travel as seconds and rows in binary, so that no setting of a session (DateStyle, IntervalStyle, TimeZone)
 can change what is read.
@@ -48,6 +48,12 @@ CREATE = "select pglimits.create_limit(%s, %s::int, %s::float8, %s::bool, %s::in
 UPDATE = "select pglimits.update_limit(%s, %s::int, %s::float8, %s::bool, %s::int, %s::text, %s::text)"
 DELETE = "select pglimits.delete_limit(%s)"
 RESET = "select pglimits.reset(%s, %s::text)"
+MEET_ALL_KEYS = {UPDATE, DELETE, RESET}
+"""Refused but in read committed: a snapshot does not show the keys that were used first since."""
+BEGIN = "begin isolation level read committed"
+GO_ON = "set transaction isolation level read committed"
+"""The same where psycopg has begun the transaction."""
+
 ADJUST = "select pglimits.adjust(%s, %s::int, %s)"
 SWEEP = "select s.leases, s.waiters, s.keys from pglimits.sweep() s"
 PEEK = """

@@ -75,6 +75,26 @@ end $$;
 
 comment on function pglimits._refuse_standby() is 'Raises the error of a standby, 25006.';
 
+-- Called by whatever has to meet all keys of a limit, those too that others use for the first time just now.
+create or replace function pglimits._refuse_snapshot(what text)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise exception using errcode = '25001',
+      message = format('%s has to be called in a read committed transaction, not in a %s one', what,
+                       current_setting('transaction_isolation')),
+      detail = 'A snapshot does not show the keys of a limit that were used first since it was taken.',
+      hint = 'begin isolation level read committed;';
+  end if;
+end $$;
+
+comment on function pglimits._refuse_snapshot(text) is
+  'Raises 25001 in a transaction that goes by one snapshot (repeatable read, serializable).';
+
 -- What is wrong with a name (or a key, which may be empty), or null.
 create or replace function pglimits._name_error(argument text, value text, may_be_empty boolean default false)
 returns text

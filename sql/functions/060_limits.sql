@@ -106,6 +106,7 @@ begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
+  perform pglimits._refuse_snapshot('update_limit');
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -258,6 +259,7 @@ begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
+  perform pglimits._refuse_snapshot('delete_limit');
   -- First of all, so that a limit created under this name while this commits starts above its fences.
   perform from pglimits.meta m for update;
   select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
@@ -386,6 +388,7 @@ begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
+  perform pglimits._refuse_snapshot('reset');
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;

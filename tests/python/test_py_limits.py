@@ -26,6 +26,7 @@ from wrappertest import (
     in_thread,
     nothing_left,
     open_api,
+    open_every,
     value,
     waiting,
 )
@@ -437,6 +438,28 @@ def test_durable_says_whether_commits_wait_for_the_disk(
     assert "off" not in (acquiring | releasing) if durable else acquiring == releasing == {"off"}
     # And it stays with that transaction.
     assert value(conn, "show synchronous_commit") == "on"
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_limits_are_changed_whatever_isolation_level_transactions_have_by_default(
+    dsn: str, conn: Connection, autocommit: bool
+) -> None:
+    """What changes a limit has to meet what others commit meanwhile, and goes in read committed."""
+    conn.execute(f"alter database {conn.info.dbname} set default_transaction_isolation = 'serializable'".encode())
+    with open_every(dsn, autocommit=autocommit) as apis:
+        for api in apis.values():
+            api.create("database", 1)
+            api.update("database", limit=3, new_name="other")
+            for _ in range(2):
+                with pytest.raises(LimitNotFound):
+                    api.update("database", limit=4)
+            lease = api.acquire("other", 3)
+            assert api.reset("other") == 1
+            assert api.get("other").held == 0
+            assert not api.release(lease)
+            api.delete("other")
+            assert api.list() == []
+        assert value(conn, "select count(*) from pg_stat_activity where state ~ '^idle in transaction'") == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"row_factory": dict_row}, {"autocommit": True}, {"prepare_threshold": 0}])

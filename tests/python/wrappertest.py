@@ -145,9 +145,9 @@ def open_api(kind: str, **options: Any) -> Iterator[Api]:
 
 
 @contextlib.contextmanager
-def open_every(dsn: str) -> Iterator[dict[str, Api]]:
+def open_every(dsn: str, autocommit: bool = True) -> Iterator[dict[str, Api]]:
     """Limiters of all kinds on a database, by what to call them: with its DSN, and with pools of the caller's."""
-    options: dict[str, Any] = {"min_size": 1, "max_size": 3, "open": False, "kwargs": {"autocommit": True}}
+    options: dict[str, Any] = {"min_size": 1, "max_size": 3, "open": False, "kwargs": {"autocommit": autocommit}}
     with contextlib.ExitStack() as opened:
         pool: ConnectionPool[Any] = opened.enter_context(ConnectionPool(dsn, **options))
         loop = opened.enter_context(event_loop())

@@ -43,9 +43,15 @@ CALLS = {
     "watch": (f"select status from pglimits.watch(array['{WAITER}']::uuid[])", "queued"),
     "peek": ("select status from pglimits.peek('free')", "granted"),
     "adjust": ("select (round(pglimits.adjust('rate', 2)) > 1)::text", "true"),
-    "update_limit": ("select pglimits.update_limit('full', 2)::text", ""),
     "sweep": ("select leases::text from pglimits.sweep()", "0"),
 }  # fmt: skip
+MEET_ALL_KEYS = {
+    "update_limit": "select pglimits.update_limit('full', 2)",
+    "delete_limit": "select pglimits.delete_limit('full')",
+    "reset": "select pglimits.reset('full')",
+    "reset one key": "select pglimits.reset('full', '')",
+}
+"""A snapshot does not show the keys that were used first since."""
 
 PLACES = {
     "a statement": "{call}",
@@ -126,6 +132,33 @@ def test_every_call_works_everywhere_and_what_is_rolled_back_has_not_happened(
                 assert perform(session, place, call) == expected, (place, call)
                 assert contents(world) == before, f"{call} in {place} is seen before its commit"
             assert contents(world) == before, (place, call)
+
+
+def test_what_has_to_meet_all_keys_of_a_limit_works_in_every_place(world: Session, db: Db) -> None:
+    session = db.session()
+    before = contents(world)
+    for place in PLACES:
+        for name, call in MEET_ALL_KEYS.items():
+            with rolled_back(session):
+                perform(session, place, f"{call}::text")
+                assert contents(session) != before, (place, name)
+            assert contents(world) == before, (place, name)
+
+
+@pytest.mark.parametrize("level", SNAPSHOTS)
+def test_what_has_to_meet_all_keys_of_a_limit_is_refused_where_a_snapshot_may_not_show_them(
+    world: Session, db: Db, level: str
+) -> None:
+    session = db.session()
+    before = contents(world)
+    for name, call in MEET_ALL_KEYS.items():
+        with rolled_back(session, level), fails("25001", name.split()[0], "read committed", level):
+            session.value(call)
+        session.run(f"set default_transaction_isolation = '{level}'")
+        with fails("25001", name.split()[0]):
+            session.value(call)
+        session.run("reset default_transaction_isolation")
+        assert contents(world) == before, name
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -419,7 +452,7 @@ def test_in_a_parallel_worker_a_call_that_changes_something_fails_and_changes_no
     setting = "debug_parallel_query" if session.connection.info.server_version >= 160000 else "force_parallel_mode"
     session.run(f"set {setting} = on; set parallel_setup_cost = 0; set min_parallel_table_scan_size = 0")
     before = contents(world)
-    for name in ("acquire", "join a queue", "rate_limit", "renew", "release", "adjust", "update_limit"):
+    for name in ("acquire", "join a queue", "rate_limit", "renew", "release", "adjust"):
         # Ours say that they are not safe there; somebody says it of his own.
         session.run(
             "create or replace function f() returns text language plpgsql parallel safe as"
@@ -486,48 +519,3 @@ def test_the_defaults_of_a_role_or_a_database_are_those_of_its_transactions(worl
         assert session.acquire("free").status == "granted"
     finally:
         world.run(f"alter database {world.connection.info.dbname} reset all; drop role isolation_role")
-
-
-# Whoever changes a limit has to meet all of its keys, and a snapshot does not show those that were used first since.
-
-_UNSEEN = "a key that was used first since the snapshot is not met"
-
-
-@pytest.mark.xfail(strict=True, reason=_UNSEEN)
-@pytest.mark.parametrize("level", SNAPSHOTS)
-def test_a_limit_is_deleted_with_the_keys_that_an_old_snapshot_does_not_show(db: Db, s: Session, level: str) -> None:
-    s.create("database", 1)
-    other = db.session()
-    other.run(f"begin isolation level {level}")
-    other.value("select count(*) from pglimits.states")
-    s.acquire("database", key="new")
-    waiter = s.queue("database", key="new")
-    try:
-        other.delete("database")
-        other.run("commit")
-    except psycopg.Error:
-        other.run("rollback")
-        s.delete("database")
-    check_consistent(s)
-    assert s.value("select count(*) from pglimits.leases") == s.value("select count(*) from pglimits.queue") == 0
-    assert s.watch_one(waiter).status == "retry"
-
-
-@pytest.mark.xfail(strict=True, reason=_UNSEEN)
-@pytest.mark.parametrize("level", SNAPSHOTS)
-def test_a_limit_that_grows_grants_those_who_wait_where_an_old_snapshot_does_not_show_them(
-    db: Db, s: Session, level: str
-) -> None:
-    s.create("database", 1)
-    other = db.session()
-    other.run(f"begin isolation level {level}")
-    other.value("select count(*) from pglimits.states")
-    s.acquire("database", key="new")
-    waiter = s.queue("database", key="new")
-    try:
-        other.update("database", limit=2)
-        other.run("commit")
-    except psycopg.Error:
-        other.run("rollback")
-        s.update("database", limit=2)
-    assert s.value("select count(*) from pglimits.leases where lease_id = %s", waiter) == 1

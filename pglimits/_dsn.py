@@ -36,6 +36,8 @@ def resolve(dsn: str | None = None) -> Target:
         InvalidArgument: the DSN cannot be read.
         EmbeddedUnavailable: there is no DSN and no PostgreSQL to embed.
     """
+    if dsn is not None and not isinstance(dsn, str):
+        raise InvalidArgument(f"dsn must be a string, not {type(dsn).__name__}")
     for source, value in (
         ("argument", dsn),
         ("PGLIMITS_DSN", os.environ.get("PGLIMITS_DSN")),
@@ -56,8 +58,10 @@ def _normal(dsn: str, source: str) -> str:
     if separator and scheme.split("+")[0] in ("postgres", "postgresql"):
         dsn = f"postgresql://{rest}"
     try:
+        if "\x00" in dsn:
+            raise UnicodeError
         given = conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
+    except (psycopg.ProgrammingError, UnicodeError):
         what = "dsn" if source == "argument" else source
         # Not with what libpq says: it quotes what it was given, and a password may be in that.
         raise InvalidArgument(

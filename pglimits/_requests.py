@@ -131,7 +131,7 @@ def engine_of(
     if on_unavailable not in ("raise", "wait", "allow"):
         raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {on_unavailable!r}")
     if pool is None:
-        return engine_for(resolve(_arguments.optional_text("dsn", dsn)).conninfo, durable, user)
+        return engine_for(resolve(dsn).conninfo, durable, user)
     if dsn is not None:
         raise InvalidArgument("dsn and pool must not be given both")
     if not isinstance(pool, kind_of_pool):

@@ -514,6 +514,12 @@ def test_a_bad_dsn_in_the_environment_names_its_variable(bare_environment: pytes
         Limiter()
 
 
+@pytest.mark.parametrize("bad", ["host=\udcff", "postgresql://\udcff/x", "postgresql://host/%ff", "host=h\0", "host"])
+def test_what_is_no_dsn_is_an_error_of_the_argument(bare_environment: pytest.MonkeyPatch, bad: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"^dsn is not a PostgreSQL connection string"):
+        Limiter(bad)
+
+
 def test_a_password_in_a_bad_dsn_is_not_told(bare_environment: pytest.MonkeyPatch) -> None:
     for bad in ("postgresql://me:s3cret@[host/db", "host=x password=s3cret nonsense"):
         with pytest.raises(InvalidArgument) as caught:

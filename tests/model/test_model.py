@@ -555,7 +555,11 @@ class Lives(RuleBasedStateMachine):
     def release(self, nths: list[int], known: bool, way: int) -> None:
         lease_ids = [lease.request.lease_id for lease in self.model.live_leases()]
         if not lease_ids or known:
-            lease_ids = list(self.asked)
+            # Where a turn that has come is still remembered is looked for what is due, as everywhere.
+            settled = self.is_settled()
+            lease_ids = [lease_id for lease_id in self.asked if settled or lease_id not in self.model.passed]
+        if not lease_ids:
+            return
         self.end(sorted({self.among(lease_ids, nth) for nth in nths}), way)
 
     def end(self, lease_ids: list[UUID], way: int) -> None:

@@ -9,22 +9,27 @@ select
   c.max_waiters, c.description, c.created_at, c.updated_at
 from (select pglimits._now() as now) clock
 cross join pglimits.configs c
+cross join lateral (
+  select c.decayed + c.slot_decay_per_second::numeric * extract(epoch from clock.now - c.decayed_at) as decayed
+) v
 left join lateral (
   select
     sum(k.held - case when k.next_expiry > clock.now then 0 else coalesce((
       select sum(l.slots) from pglimits.leases l
       where l.limit_id = k.limit_id and l.key = k.key
         and l.expires_at >= k.next_expiry and l.expires_at <= clock.now), 0) end) as held,
-    sum(greatest(k.booked - (c.decayed + c.slot_decay_per_second::numeric
-                             * extract(epoch from clock.now - c.decayed_at)), 0))
+    -- Pinned turns that have come are charged: each when it came.
+    sum(greatest(case when k.pinned = 0 then k.booked else (
+      select greatest(k.booked + coalesce(sum(p.slots), 0), max(p.turn + p.following))
+      from (select q.turn, q.slots, sum(q.slots) over (order by q.turn desc, q.lease_id desc) as following
+            from pglimits.queue q
+            where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end - v.decayed, 0))
       filter (where c.slot_decay_per_second > 0) as level
   from pglimits.states k where k.limit_id = c.limit_id
 ) s on true
 left join lateral (
   select count(*) as waiting from pglimits.queue q
-  where q.limit_id = c.limit_id and q.expires_at > clock.now
-    and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
-                                                * extract(epoch from clock.now - c.decayed_at))
+  where q.limit_id = c.limit_id and q.expires_at > clock.now and (q.turn is null or q.turn > v.decayed)
 ) w on true;
 
 comment on view pglimits.limits is

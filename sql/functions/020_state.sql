@@ -259,6 +259,23 @@ end $$;
 comment on function pglimits._unpin(pglimits.states, numeric, uuid) is
   'Books the pinned turns up to a given one.';
 
+-- The first of all where the level is to be changed: what is booked later than its turn would take as long again to decay.
+create or replace function pglimits._unpin(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if state.pinned > 0 then
+    return pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._unpin(pglimits.states, pglimits.configs, timestamptz) is
+  'Books the pinned turns that have come.';
+
 -- Whether a concurrency request fits now, and if not, from when on time alone may make it fit.
 create or replace function pglimits._fits_at(
   state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
@@ -359,6 +376,42 @@ end $$;
 
 comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
   'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
+
+-- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead. live: which were live.
+create or replace function pglimits._withdraw(
+  inout state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz, out live uuid[])
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  left_line bigint;
+  unpinned bigint;
+  turns numeric[];
+  slots numeric[];
+begin
+  with gone as (
+    delete from pglimits.queue q
+    where q.lease_id = any (lease_ids)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
+  )
+  select count(*) filter (where g.turn is null),
+         coalesce(array_agg(g.lease_id) filter (where g.expires_at > now and (g.turn is null or g.turn > decayed)), '{}'),
+         array_agg(g.turn) filter (where g.turn > decayed and not g.pinned),
+         array_agg(g.slots) filter (where g.turn > decayed and not g.pinned),
+         count(*) filter (where g.pinned)
+  into left_line, live, turns, slots, unpinned from gone g;
+  state.waiting := state.waiting - left_line;
+  state.pinned := state.pinned - unpinned;
+  if turns is not null then
+    state := pglimits._close_gaps(state, config, now, turns, slots);
+  end if;
+end $$;
+
+comment on function pglimits._withdraw(pglimits.states, pglimits.configs, uuid[], timestamptz) is
+  'Takes requests out of the queue of a (limit, key) and gives their turns back. Returns the state, and which were live.';
 
 -- Removes sleepers of a rate limit whose process died before their turn. Who died after it has used its turn.
 create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
@@ -588,7 +641,7 @@ begin
     state := pglimits._take_expired(state, now);
   end if;
   if state.pinned > 0 then
-    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    state := pglimits._unpin(state, config, now);
   end if;
   if now >= state.next_death then
     state := pglimits._bury_sleepers(state, config, now);

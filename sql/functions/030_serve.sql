@@ -952,6 +952,7 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   served pglimits._served;
+  withdrawn record;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -997,6 +998,16 @@ begin
     end if;
     at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
                else pglimits._locate(request, places) end;
+    if mine.turn is not null and mine.several
+       and exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.called) then
+      -- One of its limits was changed: it gives back what it still has on the others, and asks as if for the first time.
+      for p in 1 .. cardinality(at) loop
+        select * into withdrawn from pglimits._withdraw(
+          states[at[p]], configs[at[p]], array[request.lease_id], now);
+        states[at[p]] := withdrawn.state;
+      end loop;
+      mine := null;
+    end if;
     at_mine := case when mine.lease_id is not null
                     then array_position(places.labels, mine.limit_id || ' ' || mine.key) end;
     if mine.lease_id is not null

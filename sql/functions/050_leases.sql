@@ -217,12 +217,8 @@ declare
   config pglimits.configs;
   now timestamptz := pglimits._now();
   freed bigint;
-  left_line bigint;
-  unpinned bigint;
   live uuid[];
-  live_waiters uuid[];
-  turns numeric[];
-  slots numeric[];
+  withdrawn record;
 begin
   if state.limit_id is null then
     return array[]::uuid[];
@@ -230,7 +226,7 @@ begin
   select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
   if state.pinned > 0 then
     -- A turn that has come stays booked.
-    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    state := pglimits._unpin(state, config, now);
   end if;
 
   if cardinality(lease_ids) > 1 then
@@ -251,25 +247,9 @@ begin
   state.held := state.held - freed;
 
   if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
-    with gone as (
-      delete from pglimits.queue q
-      where q.lease_id = any (lease_ids)
-        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-      returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
-    )
-    select count(*) filter (where g.turn is null),
-           coalesce(array_agg(g.lease_id) filter (
-             where g.expires_at > now and (g.turn is null or g.turn > pglimits._decayed(config, now))), '{}'),
-           array_agg(g.turn) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
-           array_agg(g.slots) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
-           count(*) filter (where g.pinned)
-    into left_line, live_waiters, turns, slots, unpinned from gone g;
-    state.waiting := state.waiting - left_line;
-    state.pinned := state.pinned - unpinned;
-    live := live || live_waiters;
-    if turns is not null then
-      state := pglimits._close_gaps(state, config, now, turns, slots);
-    end if;
+    select * into withdrawn from pglimits._withdraw(state, config, lease_ids, now);
+    state := withdrawn.state;
+    live := live || withdrawn.live;
   end if;
 
   if config.active and (state.waiting > 0 or now >= state.next_look) then
@@ -365,7 +345,7 @@ begin
          case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
          null, null,
          case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
-         case when q.turn is not null then pglimits._until(c, q.turn, now) end,
+         case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
   where q.lease_id = any (lease_ids)
@@ -380,8 +360,8 @@ comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
 retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
-request over several limits has been called). ends_in: how long the lease, or the place in line, lasts without another
-call.$$;
+request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
+line, lasts without another call.$$;
 
 -- Whether a waiter may go on sleeping. Reads its own row and nothing else.
 create or replace function pglimits.may_sleep(lease_id uuid)

@@ -167,7 +167,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   was pglimits.states := pglimits._lock(new.limit_id, key);
-  state pglimits.states := was;
+  state pglimits.states := pglimits._unpin(was, new, now);
+  decayed numeric := pglimits._decayed(new, now);
+  grown integer := new."limit" - old."limit";
   turns numeric[];
   slots numeric[];
   left_line bigint;
@@ -175,6 +177,9 @@ declare
   told text;
 begin
   if not new.active then
+    state.booked := state.booked - coalesce((
+      select sum(q.slots) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
     state.pinned := 0;
@@ -185,23 +190,35 @@ begin
   end if;
 
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
-  update pglimits.queue q set turn = greatest(q.turn - (new."limit" - old."limit"), pglimits._decayed(new, now))
-  where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
-    and q.expires_at < 'infinity' and not q.pinned and new."limit" <> old."limit";
-  -- Whoever can never be granted now is sent away to ask again, and gets the error.
+  update pglimits.queue q set turn = greatest(q.turn - grown, decayed)
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
+    and q.expires_at < 'infinity' and not q.pinned and not q.several and grown <> 0;
+  -- Whoever can never be granted now is sent away to ask again, and gets the error. And so is who sleeps over several limits:
+  -- its turns on the others are for a moment that was reckoned by this one. Of that a turn is left that has come, so that it
+  -- sees that it was called.
   with hopeless as (
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
       and case when q.turn is null
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
-               else q.turn > pglimits._decayed(new, now) and q.expires_at < 'infinity'
+               else q.turn > decayed and q.expires_at < 'infinity' and not q.several
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
     returning q.turn, q.slots, q.pinned, pglimits._tell(q.channel, q.lease_id)
+  ), called as (
+    update pglimits.queue q set turn = decayed, pinned = false, called = true
+    from (
+      select b.lease_id, b.turn, b.pinned from pglimits.queue b
+      where b.limit_id = state.limit_id and b.key = state.key and b.turn > decayed and b.expires_at < 'infinity'
+        and b.several and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
+    ) b
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning greatest(b.turn - grown, decayed + 0.000001), q.slots, b.pinned, pglimits._tell(q.channel, q.lease_id)
   )
   select array_agg(h.turn) filter (where not h.pinned and h.turn is not null),
          array_agg(h.slots) filter (where not h.pinned and h.turn is not null),
          count(*) filter (where h.turn is null), count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from hopeless h;
+  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from called) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
   if turns is not null then
@@ -209,8 +226,7 @@ begin
   end if;
   for told in
     select distinct q.channel from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
-      and q.channel is not null
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
   loop
     perform pglimits._tell(told, null);
   end loop;
@@ -324,7 +340,7 @@ begin
   elsif config.slot_decay_per_second = 0 then
     perform pglimits._fail('NoSlotDecay', format('limit %L has no slot_decay_per_second: it has no level', name));
   end if;
-  state := pglimits._add_to_level(was, config, slots, now);
+  state := pglimits._add_to_level(pglimits._unpin(was, config, now), config, slots, now);
   if config.active then
     state := pglimits._settle(state, config, now);
   end if;
@@ -406,7 +422,7 @@ begin
     )
     select count(*) filter (where g.expires_at > now) into ended_here from gone g;
     ended := ended + ended_here;
-    state := was;
+    state := pglimits._unpin(was, config, now);
     state.held := 0;
     state.next_expiry := timestamptz 'infinity';
     state := pglimits._add_to_level(state, config, -state.booked, now);

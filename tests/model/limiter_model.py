@@ -606,6 +606,7 @@ class Model:
             changed.description = description or None
         for place in changed.places.values():
             if not changed.active:
+                place.level -= sum(sleeper.slots for sleeper in place.sleepers)
                 self.send_away(place)
                 continue
             for sleeper in place.sleepers:

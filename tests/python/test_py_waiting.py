@@ -379,6 +379,25 @@ def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(
     assert value(conn, "select clock_timestamp() >= %s", [turn])
 
 
+@pytest.mark.parametrize("changed", ["slow", "fast"])
+def test_a_sleeper_on_several_limits_sleeps_anew_when_one_of_them_is_changed(
+    api: Api, conn: Connection, wait_until: WaitUntil, changed: str
+) -> None:
+    api.create("slow", 1, slot_decay_per_second=0.001)
+    api.create("fast", 1, slot_decay_per_second=1000)
+    api.rate_limit("slow")
+    sleeps = api.start("rate_limit", ["slow", "fast"])
+    wait_until(lambda: waiting(conn) == 2)
+    before = value(conn, "select arrival from pglimits.queue where turn is not null order by arrival desc limit 1")
+    api.update(changed, limit=2)
+    if changed == "fast":
+        asked_again = "select count(*) from pglimits.queue where arrival > %s and turn is not null and not called"
+        wait_until(lambda: value(conn, asked_again, [before]) == 2)
+        api.update("slow", slot_decay_per_second=1000)
+    sleeps.result(30)
+    assert waiting(conn) == 0
+
+
 def test_a_sleeper_on_a_limit_that_lost_its_decay_gets_the_error(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:

@@ -287,7 +287,9 @@ def test_no_setting_of_a_session_changes_what_it_is_answered(db: Db, s: Session)
                 session.run("select pglimits.release('{0'::text)")
             assert session.renew(first.lease_id, "1 day") is True
             assert session.release(first.lease_id) is True
+            session.run("begin isolation level read committed")
             session.update(database, limit=3)
+            session.run("commit")
             session.sweep("0")
             assert answers[0].lease_id in [row.lease_id for row in s.holders(database)]
             session.run(f"reset {setting}")

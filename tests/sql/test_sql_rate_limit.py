@@ -646,6 +646,65 @@ def test_a_reservation_over_several_limits_is_given_back_on_each(clock: Clock, s
     assert seconds(s.rate_limit("one", wait=None).wait) <= 1
 
 
+@pytest.mark.parametrize("change", [{"slot_decay_per_second": 0.1}, {"slot_decay_per_second": 4}, {"limit": 3}])
+@pytest.mark.parametrize("changed", ["one", "two"])
+def test_who_sleeps_over_several_limits_asks_again_when_one_is_changed(
+    clock: Clock, db: Db, s: Session, change: dict[str, Any], changed: str
+) -> None:
+    """Its turns on the others are for a moment that was reckoned by this one."""
+    clock.freeze()
+    s.create("one", 2, 1)
+    s.create("two", 2, 1)
+    s.rate_limit("one", slots=2)
+    names, lease_id = ["one", "two"], uuid4()
+    answer = s.rate_limit(names, slots=[2, 2], wait=None, channel="pglimits_t", lease_id=lease_id)
+    assert seconds(answer.wait) == 2
+    listener = db.session().connection
+    listener.execute("listen pglimits_t")
+    s.update(changed, **change)
+    assert str(lease_id) in [each.payload for each in listener.notifies(timeout=20, stop_after=1)]
+    assert "retry" in {row.status for row in s.watch(lease_id)}
+    answer = s.rate_limit(names, slots=[2, 2], wait=None, channel="pglimits_t", lease_id=lease_id)
+    assert {row.status for row in s.watch(lease_id)} == {"granted"}
+    goes_at = seconds(answer.wait)
+    assert goes_at == (2 if changed == "two" else {0.1: 20, 4: 0.5}.get(change.get("slot_decay_per_second", 0), 1))
+    # It takes its slots when it goes, not before.
+    clock.advance(goes_at)
+    for name in names:
+        limit = s.limit(name)
+        if (name, limit.limit) == ("one", 3):
+            continue
+        wait = seconds(s.rate_limit(name, slots=limit.limit, wait=None).wait)
+        assert wait == pytest.approx(2 / limit.slot_decay_per_second, abs=0.00001)
+    db.consistent()
+
+
+def test_a_turn_that_has_come_on_a_faster_limit_decays_from_when_it_came(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("fast", 1, 1)
+    s.create("slow", 1, 0.5)
+    s.rate_limit("slow")
+    assert seconds(s.rate_limit(["fast", "slow"], wait=None).wait) == 2
+    clock.advance(2)
+    assert s.limit("fast").level == 1
+    clock.advance(0.75)
+    assert s.limit("fast").level == 0.25
+    clock.advance(60)
+    assert s.limit("fast").level == 0
+    assert s.adjust("fast", 0) == 0
+
+
+def test_a_limit_that_is_deactivated_keeps_nothing_for_those_whom_it_lets_through(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 1)
+    s.rate_limit("api")
+    sleeping(s, 3)
+    assert s.limit("api").level == 4
+    s.update("api", active=False)
+    s.update("api", active=True)
+    assert s.limit("api").level == 1
+
+
 # What cannot be.
 
 

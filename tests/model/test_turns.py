@@ -1,0 +1,304 @@
+"""Turns reserved ahead, on one and on several rate limits, against a bucket for each of them.
+
+Where a turn is to lie among others that may move, may not be told, or are bound to a slower limit, the product decides.
+Whatever it decides, nobody may go too fast for the bucket of any limit; and as long as nobody has given up a turn that
+others may lie behind, nobody may be given one that lies later than behind everybody else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+from uuid import UUID
+
+import hypothesis.strategies as st
+import pytest
+from entry_points import CHANNEL, START, interval, micros
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from limiter_model import SECOND
+from sqltest import Clock, Session, check_consistent
+from test_model import EXAMPLES
+
+NAMES = ("one", "two", "three")
+LOOK = 3 * SECOND
+
+names = st.sampled_from(NAMES)
+rates = st.sampled_from(["1", "2", "4", "0.5", "0.125", "2.5"]).map(Fraction)
+limits = st.sampled_from([1, 2, 3, 5])
+waits = st.sampled_from([0, 3 * SECOND, 9 * SECOND, None, None])
+asked_for = st.dictionaries(names, st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=3)
+which = st.integers(0, 30)
+pauses = st.one_of(st.integers(1, 3 * SECOND), st.sampled_from([SECOND, 5 * SECOND, 12 * SECOND, 60 * SECOND]))
+
+
+@dataclass(eq=False)
+class Bucket:
+    most: int
+    rate: Fraction
+    active: bool = True
+    # What has gone and has not decayed; with what was added by adjust.
+    gone: Fraction = Fraction(0)
+    level: Fraction = Fraction(0)
+
+    def decay(self, passed: int) -> None:
+        decayed = self.rate * Fraction(passed, SECOND)
+        self.gone = max(self.gone - decayed, Fraction(0))
+        self.level = max(self.level - decayed, Fraction(0))
+
+    def go(self, slots: int) -> None:
+        assert self.gone + slots <= self.most + self.rate / SECOND, "too fast"  # turns are whole microseconds
+        self.gone += slots
+        self.level += slots
+
+    def last_turn(self, now: int, others: list[tuple[int, int]], slots: int) -> int:
+        """When there is room for so many slots behind all others, who go at these times with these slots."""
+        level, at = self.level, now
+        for goes_at, their_slots in sorted(others):
+            level = max(level - self.rate * Fraction(goes_at - at, SECOND), Fraction(0)) + their_slots
+            at = goes_at
+        too_much = max(level + slots - self.most, Fraction(0))
+        return at + math.ceil(too_much * SECOND / self.rate)
+
+
+@dataclass(eq=False)
+class Sleeper:
+    lease_id: UUID
+    slots: dict[str, int]
+    wait: int | None
+    told: bool
+    goes_at: int
+    alive: bool = True
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+class Turns(RuleBasedStateMachine):
+    s: ClassVar[Session]
+    clock: ClassVar[Clock]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for table in ("configs", "keys", "states", "leases", "queue"):
+            self.s.run(f"delete from pglimits.{table}")
+        self.now = 0
+        self.clock.freeze(START)
+        self.buckets: dict[str, Bucket] = {}
+        self.sleepers: list[Sleeper] = []
+        self.ids = 0
+        # Whether all that was booked is for somebody who sleeps, or has gone.
+        self.exact = True
+
+    @initialize(given=st.lists(st.tuples(limits, rates), min_size=3, max_size=3))
+    def begin(self, given: list[tuple[int, Fraction]]) -> None:
+        for name, (most, rate) in zip(NAMES, given, strict=True):
+            self.s.create(name, most, float(rate))
+            self.buckets[name] = Bucket(most, rate)
+
+    # Asking.
+
+    def ask(self, sleeper: Sleeper) -> Any:
+        return self.s.rate_limit(
+            list(sleeper.slots), slots=list(sleeper.slots.values()), wait=interval(sleeper.wait),
+            lease_id=sleeper.lease_id, channel=CHANNEL if sleeper.told else None,
+        )  # fmt: skip
+
+    def enforced(self, sleeper: Sleeper) -> dict[str, int]:
+        return {name: slots for name, slots in sleeper.slots.items() if self.buckets[name].active}
+
+    def reserve(self, sleeper: Sleeper) -> None:
+        parts = self.enforced(sleeper)
+        if any(slots > self.buckets[name].most for name, slots in parts.items()):
+            return
+        latest = self.latest(parts)
+        answer = self.ask(sleeper)
+        if not parts:
+            assert answer.status == "unlimited"
+            return
+        found = micros(answer.wait if answer.status == "granted" else answer.retry_after)
+        assert answer.status in ("granted", "refused")
+        assert found is not None
+        assert self.now + found <= latest + 1 or not self.exact, "later than behind everybody"
+        if answer.status == "refused":
+            assert sleeper.wait is not None
+            assert found > sleeper.wait
+            return
+        assert sleeper.wait is None or found <= sleeper.wait
+        sleeper.parts, sleeper.goes_at = parts, self.now + found
+        self.sleepers.append(sleeper)
+        self.let_go()
+
+    def latest(self, parts: dict[str, int]) -> int:
+        at = self.now
+        for _ in range(20):
+            before = at
+            for name, slots in parts.items():
+                others = [
+                    (max(each.goes_at, self.now), each.parts[name]) for each in self.sleepers if name in each.parts
+                ]
+                at = max(at, self.buckets[name].last_turn(self.now, others, slots))
+            if at == before:
+                break
+        return at
+
+    # Time.
+
+    def let_go(self) -> None:
+        for sleeper in [each for each in self.sleepers if each.goes_at <= self.now]:
+            self.sleepers.remove(sleeper)
+            for name, slots in sleeper.parts.items():
+                if sleeper.alive:
+                    self.buckets[name].go(slots)
+
+    def look(self) -> None:
+        """Who can be told looks."""
+        told = {each.lease_id: each for each in self.sleepers if each.told and each.alive}
+        rows: dict[UUID, list[Any]] = {}
+        for row in self.s.all("select * from pglimits.watch(%s::uuid[])", list(told)) if told else []:
+            rows.setdefault(row.lease_id, []).append(row)
+        assert rows.keys() == told.keys()
+        again = []
+        for lease_id, sleeper in told.items():
+            if any(row.status == "retry" for row in rows[lease_id]):
+                again.append(sleeper)
+            else:
+                assert {row.status for row in rows[lease_id]} == {"granted"}
+                sleeper.goes_at = self.now + max(micros(row.wait) or 0 for row in rows[lease_id])
+        for sleeper in again:
+            self.sleepers.remove(sleeper)
+        for sleeper in again:
+            sleeper.wait, self.exact = None, False
+            self.reserve(sleeper)
+        self.let_go()
+        if again:
+            self.look()
+
+    @invariant()
+    def all_is_as_it_should_be(self) -> None:
+        if not self.buckets:
+            return
+        self.look()
+        if not self.sleepers:
+            levels = {name: self.s.limit(name).level for name in NAMES}
+            for name, bucket in self.buckets.items():
+                assert levels[name] >= float(bucket.gone) - 1e-5, "what has gone was not charged"
+                assert not self.exact or levels[name] <= float(bucket.level) + 1e-5, "more was charged than has gone"
+            self.exact = self.exact or not any(levels.values())
+
+    def teardown(self) -> None:
+        self.pass_time(60 * SECOND)
+        check_consistent(self.s)
+
+    def pass_time(self, pause: int) -> None:
+        until = self.now + pause
+        while self.now < until:
+            at = min([until, self.now + LOOK, *(each.goes_at for each in self.sleepers if each.goes_at > self.now)])
+            for bucket in self.buckets.values():
+                bucket.decay(at - self.now)
+            self.now = at
+            self.clock.freeze(START + (interval(at) or interval(0)))  # type: ignore[operator]
+            self.let_go()
+            self.look()
+
+    # The steps.
+
+    @rule(slots=asked_for, wait=waits, told=st.sampled_from([True, True, False]))
+    def rate_limit(self, slots: dict[str, int], wait: int | None, told: bool) -> None:
+        self.ids += 1
+        self.reserve(Sleeper(UUID(int=self.ids), slots, wait, told, 0))
+
+    @precondition(lambda self: self.sleepers)
+    @rule(nth=which)
+    def ask_again(self, nth: int) -> None:
+        sleeper = self.sleepers[nth % len(self.sleepers)]
+        if sleeper.parts and sleeper.parts == self.enforced(sleeper) and sleeper.alive:
+            answer = self.ask(sleeper)
+            assert answer.status == "granted"
+            if sleeper.told:
+                assert self.now + (micros(answer.wait) or 0) == sleeper.goes_at
+
+    @precondition(lambda self: self.sleepers)
+    @rule(nth=which)
+    def give_up(self, nth: int) -> None:
+        sleeper = self.sleepers[nth % len(self.sleepers)]
+        if self.s.release(sleeper.lease_id):
+            self.sleepers.remove(sleeper)
+            self.exact = False
+        else:
+            assert not sleeper.alive or not sleeper.parts
+
+    @precondition(lambda self: any(each.told and each.alive for each in self.sleepers))
+    @rule(nth=which)
+    def die(self, nth: int) -> None:
+        mortal = [each for each in self.sleepers if each.told and each.alive]
+        mortal[nth % len(mortal)].alive = False
+        self.exact = False
+
+    @rule(pause=pauses)
+    def time_passes(self, pause: int) -> None:
+        self.pass_time(pause)
+
+    def may_be_put_off(self, name: str) -> bool:
+        """Whether everybody who sleeps for it can be told."""
+        return all(each.told for each in self.sleepers if name in each.parts)
+
+    @rule(name=names, rate=rates)
+    def change_the_rate(self, name: str, rate: Fraction) -> None:
+        bucket = self.buckets[name]
+        if self.may_be_put_off(name):
+            self.s.update(name, slot_decay_per_second=float(rate))
+            bucket.rate = rate
+
+    @rule(name=names, most=limits)
+    def change_the_limit(self, name: str, most: int) -> None:
+        bucket = self.buckets[name]
+        wanted = [each.parts[name] for each in self.sleepers if name in each.parts]
+        if self.may_be_put_off(name) and most >= max(wanted, default=0):
+            self.s.update(name, limit=most)
+            bucket.most = most
+
+    @rule(name=names)
+    def turn_off_or_on(self, name: str) -> None:
+        bucket = self.buckets[name]
+        bucket.active = not bucket.active
+        self.s.update(name, active=bucket.active)
+        if not bucket.active:
+            for each in self.sleepers:
+                slots = each.parts.pop(name, 0)
+                self.exact = self.exact and not slots
+
+    @rule(name=names, slots=st.integers(0, 3))
+    def adjust(self, name: str, slots: int) -> None:
+        if self.buckets[name].active:
+            self.s.adjust(name, slots)
+            self.buckets[name].level += slots
+            # It may fill a gap that was left in front of a turn.
+            self.exact = self.exact and not (slots and self.sleepers)
+
+
+@pytest.mark.timeout(0 if EXAMPLES else 300)
+def test_over_several_limits_nobody_is_too_fast_or_later_than_needs_be(
+    clock: Clock, connect: Callable[..., Any]
+) -> None:
+    session = Session(connect())
+    session.run("set synchronous_commit = off")
+    here = type("TurnsHere", (Turns,), {"s": session, "clock": clock})
+    profile = settings(
+        max_examples=int(EXAMPLES or 40),
+        stateful_step_count=50,
+        deadline=None,
+        derandomize=EXAMPLES is None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    run_state_machine_as_test(here, settings=profile)

@@ -63,8 +63,9 @@ def outage(server: Any, dsn: str, conn: Connection, wait_until: WaitUntil) -> Ou
             try:
                 admin.execute(
                     "select pg_terminate_backend(pid, 10000) from pg_stat_activity"
-                    " where datname = %s and application_name = 'pglimits'",
-                    [name],
+                    # A pooler has connections that it has not lent to anybody yet.
+                    " where datname = %s and (application_name = 'pglimits' or %s and pid <> %s)",
+                    [name, poolers.MODE is not None, conn.info.backend_pid],
                 )
                 yield
             finally:

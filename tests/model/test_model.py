@@ -6,7 +6,6 @@ ones each time (pytest's --hypothesis-seed repeats a run).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +16,6 @@ import entry_points
 import hypothesis.strategies as st
 import pytest
 from entry_points import CHANNEL, START, attempt, interval, micros, moment, ways
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -27,9 +25,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from limiter_model import LIVENESS, SECOND, Answer, Limit, Model, Request, Sleeper, Waiter, Wrong
+from machines import EXAMPLES, PROFILE, empty
 from sqltest import Clock, Session, check_consistent
 
-EXAMPLES = os.environ.get("PGLIMITS_MODEL_EXAMPLES")
 TICK = 1000
 LOOK = 3 * SECOND
 
@@ -67,10 +65,7 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        for table in ("configs", "keys", "states", "leases", "queue"):
-            # Not truncate, after which every plan is made anew.
-            self.s.run(f"delete from pglimits.{table}")
-        self.s.run("update pglimits.meta set fence_floor = 0")
+        empty(self.s)
         self.clock.freeze(START)
         self.told.clear()
         self.model = Model()
@@ -639,13 +634,4 @@ def test_the_functions_do_what_the_model_does(clock: Clock, connect: Callable[..
     session.connection.add_notify_handler(lambda notify: told.append(notify.payload.split(" ")[0]))
     session.run(f"listen {CHANNEL}")
     here = type("LivesHere", (Lives,), {"s": session, "clock": clock, "told": told})
-    profile = settings(
-        max_examples=int(EXAMPLES or 40),
-        stateful_step_count=50,
-        deadline=None,
-        derandomize=EXAMPLES is None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    run_state_machine_as_test(here, settings=profile)
+    run_state_machine_as_test(here, settings=PROFILE)

@@ -17,7 +17,6 @@ from uuid import UUID
 import hypothesis.strategies as st
 import pytest
 from entry_points import CHANNEL, START, interval, micros
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -27,8 +26,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from limiter_model import SECOND
+from machines import EXAMPLES, PROFILE, empty
 from sqltest import Clock, Session, check_consistent
-from test_model import EXAMPLES
 
 NAMES = ("one", "two", "three")
 LOOK = 3 * SECOND
@@ -88,8 +87,7 @@ class Turns(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        for table in ("configs", "keys", "states", "leases", "queue"):
-            self.s.run(f"delete from pglimits.{table}")
+        empty(self.s)
         self.now = 0
         self.clock.freeze(START)
         self.buckets: dict[str, Bucket] = {}
@@ -292,13 +290,4 @@ def test_over_several_limits_nobody_is_too_fast_or_later_than_needs_be(
     session = Session(connect())
     session.run("set synchronous_commit = off")
     here = type("TurnsHere", (Turns,), {"s": session, "clock": clock})
-    profile = settings(
-        max_examples=int(EXAMPLES or 40),
-        stateful_step_count=50,
-        deadline=None,
-        derandomize=EXAMPLES is None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    run_state_machine_as_test(here, settings=profile)
+    run_state_machine_as_test(here, settings=PROFILE)

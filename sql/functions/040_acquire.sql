@@ -498,11 +498,34 @@ end $$;
 comment on function pglimits.peek(text, integer, text, interval, integer, boolean, boolean) is
   'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
 
+-- What can be read as an interval only PostgreSQL can tell, and by an error that names nothing. This is not called where one is
+-- written as the clients do it: an exception block is a subtransaction.
+create or replace function pglimits._check_interval(argument text, value jsonb)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  problem boolean := jsonb_typeof(value) in ('array', 'object');  -- '[1]' can be read as an interval
+begin
+  begin
+    perform (value #>> '{}')::interval;
+  exception when data_exception then
+    problem := true;
+  end;
+  if problem then
+    perform pglimits._fail('InvalidArgument', format('%s must be an interval, not %s', argument, left(value::text, 60)));
+  end if;
+end $$;
+
+comment on function pglimits._check_interval(text, jsonb) is 'Raises InvalidArgument where a member of a request is no interval.';
+
 -- What requests of a batch have in common, if its members are of the types that they are read as. Else an error that names one.
 create or replace function pglimits._typed(kind jsonb)
 returns jsonb
 language plpgsql
-immutable
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -535,45 +558,15 @@ declare
 begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
+  elsif kind @@ 'strict exists($.lease_duration ? (@.type() != "null" && @.type() != "string" ||
+                        !(@ like_regex "^[0-9]{1,9}[.][0-9]{6} s$")))' then
+    perform pglimits._check_interval('lease_duration', kind -> 'lease_duration');
   end if;
   return kind;
 end $$;
 
 comment on function pglimits._typed(jsonb) is
   'What requests of a batch have in common. Raises InvalidArgument where a member is of the wrong type.';
-
--- What PostgreSQL can read as an interval only PostgreSQL can tell, and by an error, which would name nothing. Where each is
--- written as the clients do it, this is not called: an exception block is a subtransaction.
-create or replace function pglimits._check_intervals(requests jsonb)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  member record;
-  problem boolean;
-begin
-  for member in
-    select m.key, m.value, m.value #>> '{}' as text, jsonb_typeof(m.value) as type
-    from jsonb_array_elements(requests) as e(request) cross join lateral jsonb_each(e.request) m
-    where m.key in ('wait', 'lease_duration')
-  loop
-    begin
-      perform member.text::interval;
-      problem := member.type in ('array', 'object');  -- '[1]' can be read as an interval
-    exception when data_exception then
-      problem := true;
-    end;
-    if problem then
-      perform pglimits._fail('InvalidArgument',
-        format('%s must be an interval, not %s', member.key, left(member.value::text, 60)));
-    end if;
-  end loop;
-end $$;
-
-comment on function pglimits._check_intervals(jsonb) is
-  'Raises InvalidArgument where wait or lease_duration is no interval in one of the requests of a batch.';
 
 -- Checks the requests of a batch. Most of them ask alike: what is the same is checked once, and copied for each who asks; where
 -- that has found something, or what is each one's own may be wrong, each is checked by itself.
@@ -675,11 +668,9 @@ begin
   elsif requests @? 'strict $[*] ? (exists(@.lease_id ? (@.type() != "null" && (@.type() != "string" ||
                      !(@ like_regex "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$" flag "i")))))' then
     perform pglimits._fail('InvalidArgument', 'lease_id must be a UUID in each of requests');
-  elsif requests @? 'strict $[*] ? (
-          exists(@.wait ? (@.type() != "null" && @.type() != "string" || !(@ like_regex "^[0-9]{1,9}[.][0-9]{6} s$"))) ||
-          exists(@.lease_duration ?
-                 (@.type() != "null" && @.type() != "string" || !(@ like_regex "^[0-9]{1,9}[.][0-9]{6} s$"))))' then
-    perform pglimits._check_intervals(requests);
+  elsif requests @? 'strict $[*] ? (exists(@.wait ? (@.type() != "null" && @.type() != "string" ||
+                     !(@ like_regex "^[0-9]{1,9}[.][0-9]{6} s$"))))' then
+    perform pglimits._check_interval('wait', e.request -> 'wait') from jsonb_array_elements(requests) as e(request);
   end if;
   lock_timeout := pglimits._for_this_call(durable, patience);
   return query select a.* from pglimits._answer_many(requests) a;

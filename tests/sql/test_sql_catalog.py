@@ -359,7 +359,7 @@ def test_limit_and_key_are_part_of_every_hot_tables_primary_key_and_nothing_reac
 
 def test_no_function_has_a_subtransaction_and_only_those_of_cron_have_dynamic_sql(s: Session) -> None:
     for row in routines(s):
-        if row.name != "_check_intervals":  # not called for what clients send
+        if row.name != "_check_interval":  # not called for what clients send
             assert not re.search(r"^\s*exception\s*$|exception\s+when", row.source, re.MULTILINE), row.signature
         if not row.name.startswith(("cron_", "_cron_")):
             assert not re.search(r"^\s*execute\s", row.source, re.MULTILINE), row.signature

@@ -8,7 +8,7 @@ they allow it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -356,11 +356,13 @@ class Model:
             raise Wrong(*codes)
         return {place: parts[place] for place in sorted(parts, key=Place.order)}
 
-    def ask(self, requests: list[Request], refused: Mapping[UUID, int | None] | None = None) -> list[Answer]:
+    def ask(
+        self, requests: list[Request], refused: Mapping[UUID, int | None] | None = None, full: Collection[UUID] = ()
+    ) -> list[Answer]:
         """Answers requests in their order, as of one moment.
 
         refused: who was refused, with its retry_after, in case that it was certain before the others of its batch took
-        anything: that takes no lock.
+        anything: that takes no lock. full: who was told that the queue is full, likewise.
         """
         checked: list[Parts | Wrong] = []
         for request in requests:
@@ -371,20 +373,25 @@ class Model:
         touched = [place for parts in checked if not isinstance(parts, Wrong) for place in parts]
         for place in touched:
             self.settle(place)
+        news = [
+            (request, parts)
+            for request, parts in zip(requests, checked, strict=True)
+            if not isinstance(parts, Wrong) and parts and not self.is_known(request.lease_id)
+        ]
         certain = {
             request.lease_id: refusal
-            for request, parts in zip(requests, checked, strict=True)
-            if not isinstance(parts, Wrong)
-            and parts
-            and not self.is_known(request.lease_id)
-            and (refusal := self.refusal(request, parts, None)) is not None
+            for request, parts in news
+            if (refusal := self.refusal(request, parts, None)) is not None
         }
+        certainly_full = {request.lease_id for request, parts in news if self.finds_it_full(request, parts)} & {*full}
         answers = []
         for request, parts in zip(requests, checked, strict=True):
             try:
                 if isinstance(parts, Wrong):
                     raise parts
                 refusal = certain.get(request.lease_id)
+                if request.lease_id in certainly_full:
+                    raise Wrong("PL006")
                 if refusal and refused and refused.get(request.lease_id, -1) == refusal.retry_after:
                     answers.append(refusal)
                     continue
@@ -417,10 +424,10 @@ class Model:
             return Answer("unlimited")
         if (refusal := self.refusal(request, parts, mine)) is not None:
             return refusal
+        if mine is None and self.finds_it_full(request, parts):
+            raise Wrong("PL006")
         blocked = self.blocked(request, parts, mine)
         if blocked:
-            if mine is None and self.is_full(blocked[0]):
-                raise Wrong("PL006")
             return self.enqueue(request, blocked[0], parts, mine)
         if request.for_rate:
             return self.reserve(request, parts)
@@ -436,6 +443,14 @@ class Model:
             if self.is_behind(request.priority, mine, place)
             or not (place.limit.most if request.for_rate else self.has_room(place, slots))
         ]
+
+    def finds_it_full(self, request: Request, parts: Parts) -> bool:
+        """Whether it would have to wait, in line or for its turn, where no more may."""
+        if self.refusal(request, parts, None) is not None:
+            return False
+        blocked = self.blocked(request, parts, None)
+        ahead = request.for_rate and any(self.turn_in(place, slots) for place, slots in parts.items())
+        return any(self.is_full(place) for place in (blocked[:1] or (parts if ahead else ())))
 
     def refusal(self, request: Request, parts: Parts, mine: Waiter | None) -> Answer | None:
         """Why it may not go, and may not wait so long; with the time after which it might go, if time alone will do."""
@@ -458,8 +473,6 @@ class Model:
 
     def reserve(self, request: Request, parts: Parts) -> Answer:
         wait = max(self.turn_in(place, slots) for place, slots in parts.items())
-        if wait > 0 and any(self.is_full(place) for place in parts):
-            raise Wrong("PL006")
         assert wait == 0 or len(parts) == 1, "turns ahead on several limits are for the model of turns"
         for place, slots in parts.items():
             self.take_turn(place, request, slots, self.now, self.now + LIVENESS)

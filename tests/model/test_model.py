@@ -93,7 +93,8 @@ class Lives(RuleBasedStateMachine):
             for each, reply in zip(requests, replies, strict=True)
             if reply["status"] == "refused" and len(requests) > 1
         }
-        answers = self.model.ask(requests, refused)
+        full = {each.lease_id for each, reply in zip(requests, replies, strict=True) if reply.get("code") == "PL006"}
+        answers = self.model.ask(requests, refused, full)
         for request, answer, reply in zip(requests, answers, replies, strict=True):
             self.agree(request, answer, reply, request.lease_id in lost)
             self.asked[request.lease_id] = request

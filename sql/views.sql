@@ -18,12 +18,17 @@ left join lateral (
       select sum(l.slots) from pglimits.leases l
       where l.limit_id = k.limit_id and l.key = k.key
         and l.expires_at >= k.next_expiry and l.expires_at <= clock.now), 0) end) as held,
-    -- Pinned turns that have come are charged: each when it came.
+    -- Without the turns of the dead. Pinned turns that have come are charged: each when it came.
     sum(greatest(case when k.pinned = 0 then k.booked else (
       select greatest(k.booked + coalesce(sum(p.slots), 0), max(p.turn + p.following))
       from (select q.turn, q.slots, sum(q.slots) over (order by q.turn desc, q.lease_id desc) as following
             from pglimits.queue q
-            where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end - v.decayed, 0))
+            where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end
+      - case when k.next_death > clock.now then 0 else coalesce((
+        select sum(q.slots) from pglimits.queue q
+        where q.limit_id = k.limit_id and q.key = k.key and q.turn > v.decayed and q.expires_at <= clock.now
+          and not q.pinned), 0) end
+      - v.decayed, 0))
       filter (where c.slot_decay_per_second > 0) as level
   from pglimits.states k where k.limit_id = c.limit_id
 ) s on true

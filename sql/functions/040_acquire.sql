@@ -34,7 +34,7 @@ begin
       if not settled then
         return null;
       end if;
-      state := pglimits._as_settled(state, now);
+      state := pglimits._as_settled(state, config, now);
     end if;
     states[p] := state;
     configs[p] := config;
@@ -72,37 +72,56 @@ end $$;
 
 comment on function pglimits._unused(bigint, text) is 'The state of a key that was never used.';
 
--- A state as it would be without the leases that have ended and the waiters that have died by now.
-create or replace function pglimits._as_settled(state pglimits.states, now timestamptz)
+-- A state as _settle would leave it, as far as it can be told without writing.
+create or replace function pglimits._as_settled(state pglimits.states, config pglimits.configs, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  decayed numeric := pglimits._decayed(config, now);
   head record;
+  goes boolean;
 begin
   state.held := state.held - (
     select coalesce(sum(l.slots), 0) from pglimits.leases l
     where l.limit_id = state.limit_id and l.key = state.key
       and l.expires_at >= state.next_expiry and l.expires_at <= now);
-  if state.waiting > 0 then
-    select q.rank, q.arrival into head from pglimits.queue q
+  if now >= state.next_death then
+    state.booked := state.booked - (
+      select coalesce(sum(q.slots), 0) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now and not q.pinned);
+  end if;
+  if state.waiting = 0 then
+    return state;
+  end if;
+  for head in
+    select q.rank, q.arrival, q.slots, q.several, q.for_rate from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at > now
       and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-    order by q.rank, q.arrival limit 1;
-    if found then
-      state.head_rank := head.rank;
-      state.head_arrival := head.arrival;
-    else
-      state.waiting := 0;
+    order by q.rank, q.arrival
+  loop
+    state.head_rank := head.rank;
+    state.head_arrival := head.arrival;
+    goes := not head.several and case
+      when head.for_rate then config."limit" > 0
+      else pglimits._fits_at(state, config, head.slots, now) = '-infinity' end;
+    if not goes then
+      return state;
+    elsif not head.for_rate then
+      state.held := state.held + head.slots;
     end if;
-  end if;
+    if config.slot_decay_per_second > 0 then
+      state.booked := greatest(state.booked, decayed) + head.slots;
+    end if;
+  end loop;
+  state.waiting := 0;
   return state;
 end $$;
 
-comment on function pglimits._as_settled(pglimits.states, timestamptz) is
-  'A state as it would be without ended leases and dead waiters. For looking only.';
+comment on function pglimits._as_settled(pglimits.states, pglimits.configs, timestamptz) is
+  'A state without ended leases and the dead, with those granted who can go. For looking only.';
 
 -- The answer to a request that is certain without a lock, a row or a transaction id: it is wrong, or it cannot be granted
 -- and may not wait (at all, or that long, or because the queue is full). Else its status is null: the locks will tell.

@@ -107,6 +107,11 @@ declare
   waits boolean;
 begin
   perform pglimits._check_ids(lease_ids);
+  if exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1) then
+    -- All states before any lease: delete_limit locks the state of one limit, and then such leases on the others.
+    perform pglimits._lock(p.limit_id, p.key)
+    from (select distinct l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) order by 1, 2) p;
+  end if;
   for attempt in 1 .. 5 loop
     waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
     for place in
@@ -317,8 +322,7 @@ begin
   if waits then
     -- Never waits for a row: one that is locked is being granted or removed right now.
     update pglimits.queue q
-    set expires_at = case when q.expires_at = 'infinity' then q.expires_at else now + pglimits._liveness() end,
-        looks_at = due.looks_at
+    set expires_at = now + pglimits._liveness(), looks_at = due.looks_at
     from (
       select w.lease_id, w.limit_id, w.key, least(
         now + pglimits._liveness() * 0.3,
@@ -329,7 +333,7 @@ begin
       cross join lateral (
         select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
         where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
-      where w.lease_id = any (lease_ids) and w.expires_at > now
+      where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < 'infinity'
         and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
       for update of w skip locked
     ) due

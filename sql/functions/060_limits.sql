@@ -195,7 +195,7 @@ begin
     and q.expires_at < 'infinity' and not q.pinned and not q.several and grown <> 0;
   -- Whoever can never be granted now is sent away to ask again, and gets the error. And so is who sleeps over several limits:
   -- its turns on the others are for a moment that was reckoned by this one. Of that a turn is left that has come, so that it
-  -- sees that it was called.
+  -- sees that it was called. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
   with hopeless as (
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
@@ -203,22 +203,26 @@ begin
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
                else q.turn > decayed and q.expires_at < 'infinity' and not q.several
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots, q.pinned, pglimits._tell(q.channel, q.lease_id)
-  ), called as (
-    update pglimits.queue q set turn = decayed, pinned = false, called = true
+    returning q.turn, q.slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
+  ), moved as (
+    update pglimits.queue q
+    set turn = case when b.deaf then pglimits._decayed(new, q.looks_at) else decayed end, pinned = b.deaf, called = not b.deaf
     from (
-      select b.lease_id, b.turn, b.pinned from pglimits.queue b
-      where b.limit_id = state.limit_id and b.key = state.key and b.turn > decayed and b.expires_at < 'infinity'
-        and b.several and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
+      select x.lease_id, x.turn, x.pinned, x.expires_at = 'infinity' as deaf from pglimits.queue x
+      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed
+        and (x.several or x.expires_at = 'infinity')
+        and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-    returning greatest(b.turn - grown, decayed + 0.000001), q.slots, b.pinned, pglimits._tell(q.channel, q.lease_id)
+    returning greatest(b.turn - grown, decayed + 0.000001), q.slots, b.pinned, q.pinned,
+              case when not b.deaf then pglimits._tell(q.channel, q.lease_id) end
   )
-  select array_agg(h.turn) filter (where not h.pinned and h.turn is not null),
-         array_agg(h.slots) filter (where not h.pinned and h.turn is not null),
-         count(*) filter (where h.turn is null), count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from called) h;
+  select array_agg(h.turn) filter (where not h.was_pinned and h.turn is not null),
+         array_agg(h.slots) filter (where not h.was_pinned and h.turn is not null),
+         count(*) filter (where h.turn is null),
+         count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned)
+  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from moved) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
   if turns is not null then
@@ -288,9 +292,9 @@ begin
     perform pglimits._send_away(gone.limit_id, state.key);
     gone.fence_floor := greatest(gone.fence_floor, state.version);
   end loop;
-  -- A lease on other limits too goes on there.
+  -- In the order in which renew locks them. A lease on other limits too goes on there.
   perform from pglimits.leases l
-  where l.parts > 1 and l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
+  where l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
   order by l.limit_id, l.key, l.lease_id for update;
   update pglimits.leases l set parts = l.parts - d.dropped
   from (select x.lease_id, count(*)::integer as dropped from pglimits.leases x
@@ -416,6 +420,9 @@ begin
     continue when was.limit_id is null;
     now := pglimits._now();
     select c.* into config from pglimits.configs c where c.limit_id = of_limit;
+    -- In the order in which renew locks them.
+    perform from pglimits.leases l
+    where l.limit_id = of_limit and l.key = used_key order by l.lease_id for update;
     with gone as (
       delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key
       returning l.expires_at

@@ -186,6 +186,10 @@ class Model:
     def sleeping(self, place: Place) -> list[Sleeper]:
         return [sleeper for sleeper in place.sleepers if sleeper.at_most_until > self.now]
 
+    def lost_level(self, place: Place) -> int:
+        """The slots of those who sleep and are dead."""
+        return sum(sleeper.slots for sleeper in place.sleepers if sleeper.at_most_until <= self.now)
+
     def waiter(self, lease_id: UUID) -> tuple[Place, Waiter] | None:
         found = [(p, w) for p in self.places() for w in p.line if w.request.lease_id == lease_id]
         assert len(found) <= 1

@@ -265,7 +265,7 @@ class Lives(RuleBasedStateMachine):
         places = limit.places.values()
         assert row.held == sum(model.held(place) for place in places)
         assert row.waiting == sum(len(model.waiting(place)) + len(model.sleeping(place)) for place in places)
-        level = sum(place.level for place in places) if limit.rate else 0
+        level = sum(max(place.level - model.lost_level(place), Fraction(0)) for place in places) if limit.rate else 0
         assert row.level == pytest.approx(float(level), rel=1e-12, abs=1e-9)
 
     def see_holders(self, rows: list[Any]) -> None:

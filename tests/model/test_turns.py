@@ -245,14 +245,16 @@ class Turns(RuleBasedStateMachine):
     def time_passes(self, pause: int) -> None:
         self.pass_time(pause)
 
-    def may_be_put_off(self, name: str) -> bool:
-        """Whether everybody who sleeps for it can be told."""
-        return all(each.told for each in self.sleepers if name in each.parts)
+    def may_change(self, name: str, is_less: bool) -> bool:
+        """Whether nobody sleeps for it who would have to be told of less."""
+        deaf = any(not each.told and name in each.parts for each in self.sleepers)
+        self.exact = self.exact and not deaf
+        return not (deaf and is_less)
 
     @rule(name=names, rate=rates)
     def change_the_rate(self, name: str, rate: Fraction) -> None:
         bucket = self.buckets[name]
-        if self.may_be_put_off(name):
+        if self.may_change(name, rate < bucket.rate):
             self.s.update(name, slot_decay_per_second=float(rate))
             bucket.rate = rate
 
@@ -260,7 +262,7 @@ class Turns(RuleBasedStateMachine):
     def change_the_limit(self, name: str, most: int) -> None:
         bucket = self.buckets[name]
         wanted = [each.parts[name] for each in self.sleepers if name in each.parts]
-        if self.may_be_put_off(name) and most >= max(wanted, default=0):
+        if self.may_change(name, most < bucket.most) and most >= max(wanted, default=0):
             self.s.update(name, limit=most)
             bucket.most = most
 

@@ -486,3 +486,42 @@ def test_a_queue_that_is_bounded_while_a_call_waits_for_its_lock_is_bounded_for_
     owner.run("commit")
     with fails("PL006", "api"):
         call.result(30)
+
+
+# Leases and limits that end at the same time.
+
+
+def test_a_release_of_several_limits_and_the_deletion_of_one_do_not_wait_for_each_other(db: Db, s: Session) -> None:
+    s.create("a", 1)
+    s.create("b", 2)
+    lease_id = s.acquire(["a", "b"]).lease_id
+    holder = db.session()
+    holder.run("begin")
+    holder.acquire("b")
+    deleting, _ = db.start_blocked(lambda session: session.delete("b"))
+    releasing, _ = db.start_blocked(lambda session: session.release(lease_id))
+    holder.run("commit")
+    deleting.result(timeout=20)
+    assert releasing.result(timeout=20) is True
+    assert s.holders() == []
+    db.consistent()
+
+
+@pytest.mark.parametrize("end", ["reset", "delete"])
+def test_a_renewal_of_many_and_the_end_of_all_do_not_wait_for_each_other(db: Db, s: Session, end: str) -> None:
+    s.create("many", 10)
+    first, second = sorted(uuid4() for _ in range(2))
+    s.acquire("many", lease_id=first, lease_duration="900 seconds")
+    s.acquire("many", lease_id=second, lease_duration="100 seconds")
+    renewing = db.session()
+    renewing.run("begin")
+    assert renewing.renew(first)
+    both, _ = db.start_blocked(
+        lambda session: session.all("select renewed from pglimits.renew(%s::uuid[])", [first, second])
+    )
+    ending, _ = db.start_blocked(lambda session: getattr(session, end)("many"))
+    renewing.run("commit")
+    assert [row.renewed for row in both.result(timeout=20)] == [True, True]
+    ending.result(timeout=20)
+    assert s.holders() == []
+    db.consistent()

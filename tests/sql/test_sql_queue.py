@@ -698,3 +698,18 @@ def test_a_waiter_keeps_its_place_through_a_renaming_also_when_it_asks_by_the_ol
     assert (again.status, again.position) == ("queued", 1)
     s.release(holder.lease_id)
     assert s.acquire("a", lease_id=waiter.lease_id, wait=None).status == "granted"
+
+
+@pytest.mark.parametrize("priority", [0, 5])
+def test_a_peek_reckons_with_those_who_are_granted_first_what_has_come_free(
+    clock: Clock, s: Session, priority: int
+) -> None:
+    clock.freeze()
+    s.create("database", 2)
+    s.acquire("database", slots=2, lease_duration="1 second")
+    s.queue("database")
+    clock.advance(2)
+    assert s.peek("database", slots=2, priority=priority).status == "refused"
+    assert s.peek("database", slots=1, priority=priority).status == "granted"
+    assert s.acquire("database", slots=2, priority=priority).status == "refused"
+    assert s.acquire("database", slots=1, priority=priority).status == "granted"

@@ -456,6 +456,17 @@ def test_nobody_goes_too_fast_whatever_is_given_up_adjusted_or_held(
     never_too_fast(grants, limit, rate)
 
 
+def test_the_level_and_peek_do_not_count_the_turns_of_the_dead(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 1 / 64)
+    s.rate_limit("api")
+    sleeping(s, 1)
+    clock.advance(11)
+    assert s.limit("api").level == 1 - 11 / 64
+    peeked = s.peek("api", wait=None, for_rate=True)
+    assert seconds(peeked.wait) == seconds(s.rate_limit("api", wait=None).wait) == 64 - 11
+
+
 # A rate changed meanwhile.
 
 
@@ -677,6 +688,33 @@ def test_who_sleeps_over_several_limits_asks_again_when_one_is_changed(
         wait = seconds(s.rate_limit(name, slots=limit.limit, wait=None).wait)
         assert wait == pytest.approx(2 / limit.slot_decay_per_second, abs=0.00001)
     db.consistent()
+
+
+@pytest.mark.parametrize("change", [{"slot_decay_per_second": 50}, {"limit": 8}])
+def test_who_gave_no_channel_goes_at_the_time_it_knows_and_is_charged_then(
+    clock: Clock, s: Session, change: dict[str, Any]
+) -> None:
+    clock.freeze()
+    s.create("api", 5, 0.5)
+    s.rate_limit("api", slots=5)
+    deaf = s.rate_limit("api", slots=5, wait=None)
+    assert seconds(deaf.wait) == 10
+    s.update("api", **change)
+    clock.advance(10)
+    assert s.limit("api").level == 5
+    answer = s.rate_limit("api", slots=5, wait=None)
+    assert seconds(answer.wait) == {50: 0.1}.get(change.get("slot_decay_per_second", 0), 4)
+
+
+def test_nobody_sleeps_any_longer_for_a_limit_that_has_lost_its_decay(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 0.1, max_waiters=1)
+    s.rate_limit("api")
+    s.rate_limit("api", wait=None)
+    s.update("api", slot_decay_per_second=0)
+    assert s.limit("api").waiting == 0
+    s.acquire("api")
+    assert s.acquire("api", wait=None).status == "queued"
 
 
 def test_a_turn_that_has_come_on_a_faster_limit_decays_from_when_it_came(clock: Clock, s: Session) -> None:

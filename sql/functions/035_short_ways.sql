@@ -36,9 +36,14 @@ begin
   end if;
   if wait = interval '0' then
     -- They may be refused, and that takes no lock.
+    now := pglimits._now();
     select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
            s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
-             and least(s.next_expiry, s.next_look) > pglimits._now()
+             and s.next_look > now
+             and (s.next_expiry > now or not exists (  -- it was renewed
+               select from pglimits.leases l
+               where l.limit_id = c.limit_id and l.key = _take_alike.key
+                 and l.expires_at >= s.next_expiry and l.expires_at <= now))
              and not (chosen and pglimits._are_known(lease_ids)) as are_refused
     into state from pglimits.configs c
     cross join lateral (

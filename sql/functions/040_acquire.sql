@@ -16,6 +16,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  found_state record;
   state pglimits.states;
   config pglimits.configs;
   states pglimits.states[];
@@ -25,16 +26,23 @@ declare
 begin
   for p in 1 .. cardinality(request.keys) loop
     select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
-    select s.* into state from pglimits.states s
+    -- In one statement, so that what has ended was not taken out in between. A lease that was renewed has not ended.
+    select s as state,
+           s.next_look <= now or s.next_expiry <= now and exists (
+             select from pglimits.leases l
+             where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
+    into found_state
+    from pglimits.states s
     where s.limit_id = request.limit_ids[p] and s.key = request.keys[p]
     order by s.version desc limit 1;
     if not found then
       state := pglimits._unused(request.limit_ids[p], request.keys[p]);
-    elsif now >= least(state.next_expiry, state.next_look) then
-      if not settled then
-        return null;
-      end if;
-      state := pglimits._as_settled(state, config, now);
+    elsif not found_state.is_due then
+      state := found_state.state;
+    elsif settled then
+      state := pglimits._as_settled(found_state.state, config, now);
+    else
+      return null;
     end if;
     states[p] := state;
     configs[p] := config;

@@ -90,6 +90,26 @@ def test_a_refusal_writes_nothing_takes_no_transaction_id_and_waits_for_nobody(
     other.run("rollback")
 
 
+@pytest.mark.parametrize(
+    "request_of",
+    [lambda s: s.acquire("database").status, lambda s: s.acquire(["database", "other"]).status],
+    ids=["one", "several"],
+)
+def test_a_refusal_costs_nothing_either_once_a_lease_has_been_renewed_beyond_its_first_end(
+    db: Db, s: Session, request_of: Callable[[Session], str]
+) -> None:
+    s.create("database", 1)
+    s.create("other", 1)
+    lease = s.acquire("database", lease_duration="1 second")
+    assert s.renew(lease.lease_id, "1 hour")
+    db.wait_until(lambda: s.value("select clock_timestamp() > %s", lease.expires_at))
+    s.run("set lock_timeout = '50ms'")
+    with changes_nothing(db.session()):
+        s.run("begin read only")
+        assert request_of(s) == "refused"
+        s.run("rollback")
+
+
 def test_a_full_queue_refuses_without_waiting_for_a_lock(db: Db, s: Session) -> None:
     s.create("database", 1, max_waiters=1)
     s.serves("database", 1)

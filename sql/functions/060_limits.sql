@@ -241,7 +241,9 @@ end $$;
 comment on function pglimits._apply_change(text, pglimits.configs, pglimits.configs, timestamptz) is
   'Applies a change of a limit to those who wait on one of its keys.';
 
--- Empties a queue: everybody in it is told, and asks again.
+-- Empties a queue: everybody in it is told, and asks again. Who sleeps over several limits is called on the others, so that it
+-- does so before its turn there. A row that is locked is being moved or removed right now, and is not waited for: its state
+-- comes first.
 create or replace function pglimits._send_away(limit_id bigint, key text)
 returns void
 language plpgsql
@@ -253,8 +255,15 @@ declare
 begin
   for waiter in
     delete from pglimits.queue q where q.limit_id = _send_away.limit_id and q.key = _send_away.key
-    returning q.channel, q.lease_id
+    returning q.channel, q.lease_id, q.several and q.turn is not null as sleeps_elsewhere
   loop
+    if waiter.sleeps_elsewhere then
+      update pglimits.queue q set called = true
+      from (select o.lease_id, o.limit_id, o.key from pglimits.queue o
+            where o.lease_id = waiter.lease_id and o.expires_at < 'infinity' for update skip locked) o
+      where q.lease_id = o.lease_id
+        and q.limit_id is not distinct from o.limit_id and q.key is not distinct from o.key;
+    end if;
     perform pglimits._tell(waiter.channel, waiter.lease_id);
   end loop;
 end $$;

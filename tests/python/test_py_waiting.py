@@ -410,14 +410,16 @@ def test_a_sleeper_on_a_limit_that_lost_its_decay_gets_the_error(
         sleeps.result(30)
 
 
+@pytest.mark.parametrize("names", [["api"], ["api", "fast"]])
 @pytest.mark.parametrize("change", ["delete", "deactivate"])
 def test_a_sleeper_goes_at_once_when_its_limit_is_no_longer_enforced(
-    api: Api, conn: Connection, wait_until: WaitUntil, change: str
+    api: Api, conn: Connection, wait_until: WaitUntil, change: str, names: list[str]
 ) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
+    api.create("fast", 1, slot_decay_per_second=1000)
     api.rate_limit("api")
-    sleeps = api.start("rate_limit", "api")
-    wait_until(lambda: waiting(conn) == 1)
+    sleeps = api.start("rate_limit", names)
+    wait_until(lambda: waiting(conn) == len(names))
     if change == "delete":
         api.delete("api")
     else:

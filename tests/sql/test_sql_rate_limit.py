@@ -690,6 +690,26 @@ def test_who_sleeps_over_several_limits_asks_again_when_one_is_changed(
     db.consistent()
 
 
+@pytest.mark.parametrize("end", ["deactivate", "delete"])
+def test_who_sleeps_over_several_limits_goes_as_soon_as_the_others_let_it_when_one_is_no_longer_enforced(
+    clock: Clock, s: Session, end: str
+) -> None:
+    clock.freeze()
+    s.create("slow", 1, 0.1)
+    s.create("fast", 1, 1)
+    s.rate_limit(["slow", "fast"])
+    lease_id = uuid4()
+    assert seconds(s.rate_limit(["slow", "fast"], wait=None, channel="pglimits_t", lease_id=lease_id).wait) == 10
+    if end == "delete":
+        s.delete("slow")
+    else:
+        s.update("slow", active=False)
+    assert [row.status for row in s.watch(lease_id)] == ["retry"]
+    assert seconds(s.rate_limit(["slow", "fast"], wait=None, channel="pglimits_t", lease_id=lease_id).wait) == 1
+    assert [row.status for row in s.watch(lease_id)] == ["granted"]
+    assert s.limit("fast").level == 2
+
+
 @pytest.mark.parametrize("change", [{"slot_decay_per_second": 50}, {"limit": 8}])
 def test_who_gave_no_channel_goes_at_the_time_it_knows_and_is_charged_then(
     clock: Clock, s: Session, change: dict[str, Any]

@@ -54,6 +54,21 @@ comment on function pglimits._argument_error(
   text[], integer[], text[], interval, interval, integer, jsonb, boolean, text) is
   'What is wrong with the arguments of a request, or null.';
 
+-- Whether a request waits for a limit, holds slots of it, or had a turn on it a moment ago.
+create or replace function pglimits._is_at(lease_id uuid, limit_id bigint)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from pglimits.queue q where q.lease_id = _is_at.lease_id and q.limit_id = _is_at.limit_id)
+      or exists (select from pglimits.leases l
+                 where l.lease_id = _is_at.lease_id and l.limit_id = _is_at.limit_id and l.expires_at > pglimits._now());
+end $$;
+
+comment on function pglimits._is_at(uuid, bigint) is 'Whether a request waits for a limit, holds slots of it, or had a turn on it.';
+
 -- Checks what a caller passes and finds its limits. Raises nothing: what is wrong comes back in error and message,
 -- so that one bad request in a batch spoils no other.
 create or replace function pglimits._check_request(
@@ -71,6 +86,7 @@ declare
   part_slots integer[] := array[]::integer[];
   places integer[] := array[]::integer[];
   config pglimits.configs;
+  renamed pglimits.configs;
   key text;
   amount integer;
   place integer;
@@ -93,13 +109,15 @@ begin
     select c.* into config from pglimits.configs c where c.name = names[i];
     if not found then
       message := pglimits._name_error('name', names[i]);
-      if lease_id is not null and message is null then
-        -- It may have been renamed since this was first asked.
-        select c.* into config from pglimits.configs c
-        where c.former_name = names[i]
-          and (exists (select from pglimits.queue q where q.lease_id = _check_request.lease_id and q.limit_id = c.limit_id)
-               or exists (
-                 select from pglimits.leases l where l.lease_id = _check_request.lease_id and l.limit_id = c.limit_id));
+    end if;
+    if lease_id is not null and message is null then
+      -- It may have been renamed since this was first asked, and another may have the name by now.
+      select c.* into renamed from pglimits.former_names f join pglimits.configs c on c.limit_id = f.limit_id
+      where f.name = names[i] and pglimits._is_at(lease_id, f.limit_id)
+        and (config.limit_id is null or not pglimits._is_at(lease_id, config.limit_id))
+      order by f.limit_id limit 1;
+      if found then
+        config := renamed;
       end if;
     end if;
     if key <> '' is not false then

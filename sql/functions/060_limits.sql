@@ -140,9 +140,11 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, former_name = case when new.name = old.name then c.former_name else old.name end,
-      updated_at = now
+      decayed_at = new.decayed_at, updated_at = now
   where c.limit_id = old.limit_id;
+  if new.name <> old.name then
+    insert into pglimits.former_names (name, limit_id) values (old.name, old.limit_id) on conflict do nothing;
+  end if;
 
   for waited_for in
     select distinct q.key from pglimits.queue q where q.limit_id = old.limit_id order by q.key
@@ -312,6 +314,7 @@ begin
   delete from pglimits.leases l where l.limit_id = gone.limit_id;
   delete from pglimits.states s where s.limit_id = gone.limit_id;
   delete from pglimits.keys k where k.limit_id = gone.limit_id;
+  delete from pglimits.former_names f where f.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
 end $$;

@@ -25,19 +25,23 @@ create table pglimits.configs (
   decayed numeric not null default 0,
   decayed_at timestamptz not null,
   fence_floor bigint not null,
-  former_name text collate "C",
   created_at timestamptz not null,
   updated_at timestamptz not null
 );
-create index configs_former_name on pglimits.configs (former_name) where former_name is not null;
 comment on table pglimits.configs is
   'One row per limit: what its owner decided. Changed rarely, read by every request after it has locked a state.';
 comment on column pglimits.configs.decayed is
   'Virtual time at decayed_at: the slots that had decayed since the limit was created. See _decayed().';
-comment on column pglimits.configs.former_name is
-  'The name before the last renaming: who asked under it, and waits or holds, asks again under it.';
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
+
+create table pglimits.former_names (
+  name text collate "C" not null,
+  limit_id bigint not null,
+  primary key (name, limit_id)
+);
+comment on table pglimits.former_names is
+  'Names that a limit had before it was renamed: who asked under one, and waits or holds, asks again under it.';
 
 create table pglimits.keys (
   limit_id bigint not null,

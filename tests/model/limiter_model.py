@@ -38,7 +38,7 @@ class Limit:
     description: str | None
     number: int
     fence_floor: int
-    former_name: str | None = None
+    former_names: set[str] = field(default_factory=set)
     places: dict[str, Place] = field(default_factory=dict)
 
     def place(self, key: str) -> Place:
@@ -209,13 +209,14 @@ class Model:
         return bound is not None and len(self.waiting(place)) + len(self.sleeping(place)) >= bound
 
     def find(self, name: str, lease_id: UUID | None) -> Limit | None:
-        """The limit of that name; who waits, holds or had a turn may also use the name before the last renaming."""
-        if name in self.limits:
-            return self.limits[name]
-        for limit in self.limits.values():
-            if limit.former_name == name and lease_id is not None and self.is_at(limit, lease_id):
+        """The limit of that name; or, for who waits, holds or had a turn, the one that had that name then."""
+        named = self.limits.get(name)
+        if lease_id is None or (named is not None and self.is_at(named, lease_id)):
+            return named
+        for limit in sorted(self.limits.values(), key=lambda limit: limit.number):
+            if name in limit.former_names and self.is_at(limit, lease_id):
                 return limit
-        return None
+        return named
 
     def is_at(self, limit: Limit, lease_id: UUID) -> bool:
         """Whether that id holds slots of a limit, waits for them, or had a turn."""
@@ -611,7 +612,8 @@ class Model:
             if new_name in self.limits:
                 raise Wrong("PL003")
             del self.limits[name]
-            changed.name, changed.former_name = new_name, name
+            changed.name = new_name
+            changed.former_names.add(name)
             self.limits[new_name] = changed
         grown = 0 if limit is None else limit - changed.most
         changed.most += grown

@@ -20,7 +20,7 @@ PROFILE = settings(
 
 
 def empty(s: Session) -> None:
-    for table in ("configs", "keys", "states", "leases", "queue"):
+    for table in ("configs", "former_names", "keys", "states", "leases", "queue"):
         # Not truncate, after which every plan is made anew.
         s.run(f"delete from pglimits.{table}")
     s.run("update pglimits.meta set fence_floor = 0")

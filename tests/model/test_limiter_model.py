@@ -97,12 +97,14 @@ def test_who_had_a_turn_may_ask_again_by_the_former_name() -> None:
     assert ask(model, 2, for_rate=True).status == "unlimited"
 
 
-def test_the_id_of_a_turn_is_in_use_also_when_its_name_stands_for_nothing_enforced() -> None:
+def test_who_had_a_turn_had_it_on_the_limit_that_had_the_name_then() -> None:
     model = limiter(1, "0.5")
     ask(model, 1, for_rate=True)
     model.update("it", new_name="other")
     model.create("it", 1, Fraction(1), False, None, None)
-    assert ask(model, 1, for_rate=True).codes == ("PL001",)
+    model.update("other", new_name="another")
+    assert ask(model, 1, for_rate=True) == Answer("granted", wait=0)
+    assert ask(model, 2, for_rate=True).status == "unlimited"
 
 
 def test_a_fence_that_does_not_rise_is_noticed() -> None:

@@ -308,18 +308,23 @@ def test_a_waiter_that_became_too_wide_is_told(api: Api, conn: Connection, wait_
     api.release(holder)
 
 
+@pytest.mark.parametrize("names", ["database", ["database", "other"]])
 def test_a_waiter_stays_in_its_queue_while_the_limit_is_renamed(
-    api: Api, conn: Connection, wait_until: WaitUntil
+    api: Api, conn: Connection, wait_until: WaitUntil, names: Any
 ) -> None:
     api.create("database", 1)
+    api.create("other", 1)
     holder = api.acquire("database")
-    waits = api.start("acquire", "database", strict=True)
+    waits = api.start("acquire", names, strict=True)
     wait_until(lambda: waiting(conn) == 1)
-    api.update("database", new_name="renamed")
+    for name, new_name in (("database", "second"), ("second", "renamed")):
+        api.update(name, new_name=new_name)
+        api.create(name, 1)
     assert waiting(conn, "renamed") == 1
     api.release(holder)
     lease = waits.result(30)
     assert held(conn, "renamed") == 1
+    assert held(conn, "database") == 0
     assert api.release(lease)
 
 

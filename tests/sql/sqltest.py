@@ -274,7 +274,7 @@ def tables(session: Session) -> dict[str, list[Any]]:
     """Everything that is stored, to see that nothing was changed (xmin sees a rewrite of the same)."""
     return {
         table: session.all(f"select x.xmin::text, x::text from pglimits.{table} x order by x::text")
-        for table in ("meta", "configs", "states", "leases", "queue")
+        for table in ("meta", "configs", "former_names", "states", "leases", "queue")
     }
 
 

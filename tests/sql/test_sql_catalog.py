@@ -25,7 +25,7 @@ PUBLIC = {
     },
 }  # fmt: skip
 VIEWS = {"limits", "holders", "waiters"}
-TABLES = {"meta", "configs", "states", "leases", "queue"}
+TABLES = {"meta", "configs", "former_names", "states", "leases", "queue"}
 
 
 def routines(s: Session) -> list[Any]:

@@ -584,3 +584,25 @@ def test_nothing_depends_on_the_sweep_to_tell_an_ended_lease(clock: Clock, s: Se
     assert s.limit("database").held == 0
     assert s.peek("database").status == "granted"
     assert s.acquire("database", lease_id=uuid4()).status == "granted"
+
+
+def test_whoever_waits_or_holds_goes_on_under_the_name_it_asked_by_however_often_that_is_changed_and_reused(
+    s: Session,
+) -> None:
+    s.create("first", 1)
+    held, waits = uuid4(), uuid4()
+    s.acquire("first", lease_id=held)
+    s.acquire("first", wait=None, lease_id=waits)
+    for name, new_name in (("first", "second"), ("second", "third")):
+        s.update(name, new_name=new_name)
+        s.create(name, 1)
+    assert s.acquire("first", lease_id=held).status == "granted"
+    assert s.acquire("first", wait=None, lease_id=waits).status == "queued"
+    assert s.acquire("third", wait=None, lease_id=waits).status == "queued"
+    assert [row.name for row in (*s.holders(), *s.waiters())] == ["third", "third"]
+    assert s.acquire("first").status == "granted"
+    s.release(held)
+    assert s.acquire("first", lease_id=waits).status == "granted"
+    s.delete("third")
+    assert s.acquire("first", lease_id=waits).status == "refused"
+    assert s.value("select count(*) from pglimits.former_names where name = 'first'") == 0

@@ -1,14 +1,100 @@
 -- Installs or upgrades pglimits in the database you are connected to: psql -f sql/install.sql
--- One transaction; safe to repeat, and safe when several run it at once.
+-- One transaction; safe to repeat, and safe when several run it at once. An upgrade gives just what a new installation
+-- gives. Tables change by numbered migrations; functions and views are created or replaced each time, and those that are
+-- gone from here are dropped. What cannot be replaced (another type of result, other names of arguments, a column of a
+-- view less) a migration has to drop before, if it exists.
 \set ON_ERROR_STOP on
 \set QUIET on
-set client_min_messages = notice;
 begin;
+-- Begins an installation or an upgrade, in a transaction that is open: one at a time, whatever the caller's settings are,
+-- and in the name of the role that owns the schema, so that all of it belongs to one, and nobody's functions run as another.
+set transaction isolation level read committed, read write;
 set local search_path = pg_catalog;
-select pg_advisory_xact_lock(7210911204761542) \g /dev/null
+set local lock_timeout = 0;
+set local statement_timeout = 0;
 set local client_min_messages = warning;
+
+do $$
+begin
+  perform pg_advisory_xact_lock(7210911204761542);
+end $$;
+
 create schema if not exists pglimits;
-set local client_min_messages = notice;
+
+do $$
+declare
+  owner constant name := (select pg_get_userbyid(n.nspowner) from pg_namespace n where n.nspname = 'pglimits');
+begin
+  if owner <> current_user and not pg_has_role(owner, 'member') then
+    raise exception using
+      errcode = 'insufficient_privilege',
+      message = format('the schema pglimits belongs to the role %I here: install as that role, or as a member of it', owner);
+  elsif owner <> current_user then
+    perform set_config('role', owner, true);
+  end if;
+  perform set_config('pglimits.version_before', '', true);
+  if to_regprocedure('pglimits.version()') is not null then
+    perform set_config('pglimits.version_before', pglimits.version(), true);
+  end if;
+end $$;
+create or replace function pglimits.version()
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select '0.1.0'
+$$;
+
+comment on function pglimits.version() is 'The version of pglimits that is installed in this database.';
+-- Refuses to go back to an older version. Then waits until nobody is at work here, so that every transaction is served by
+-- one version alone. While it waits it steps aside again and again: it never keeps others waiting for longer than 0.2
+-- seconds for each lock, and it gives up after a while.
+do $$
+declare
+  before constant text := nullif(current_setting('pglimits.version_before'), '');
+  number_before constant integer[] := string_to_array(substring(before from '[0-9]+(?:[.][0-9]+)*'), '.');
+  number constant integer[] := string_to_array(substring(pglimits.version() from '[0-9]+(?:[.][0-9]+)*'), '.');
+  views text[];
+  relations text;
+  holders text;
+begin
+  if number_before > number then
+    raise exception using
+      errcode = 'PL008',
+      message = format('the database has pglimits %s, which is newer than this one, %s: pip install --upgrade pglimits',
+                       before, pglimits.version());
+  end if;
+  select array_agg(c.oid::regclass::text) filter (where c.relkind = 'v'), string_agg(c.oid::regclass::text, ', ')
+  into views, relations
+  from pg_class c where c.relnamespace = 'pglimits'::regnamespace and c.relkind in ('r', 'v');
+
+  for attempt in 1 .. 20 loop
+    begin
+      set local lock_timeout = '200ms';
+      if before <> pglimits.version() and relations is not null then
+        execute 'lock table ' || relations || ' in access exclusive mode';
+      end if;
+      -- To be replaced by the same they are locked too, alone: lock table would lock what they read as well.
+      for i in 1 .. coalesce(cardinality(views), 0) loop
+        execute format('alter view %s owner to current_user', views[i]);
+      end loop;
+      set local lock_timeout = '10s';  -- nothing that comes may wait for long either: others wait for us now
+      return;
+    exception when lock_not_available or deadlock_detected then
+      null;
+    end;
+    perform pg_sleep(0.2);
+  end loop;
+  select string_agg(distinct coalesce('session ' || l.pid, 'a prepared transaction'), ', ') into holders
+  from pg_locks l join pg_class c on c.oid = l.relation
+  where l.database = (select d.oid from pg_database d where d.datname = current_database())
+    and c.relnamespace = 'pglimits'::regnamespace and l.granted and l.pid is distinct from pg_backend_pid();
+  raise exception using
+    errcode = 'lock_not_available',
+    message = format('an open transaction keeps pglimits locked (%s): nothing was changed; end it, or try again later',
+                     coalesce(holders, 'it has ended by now'));
+end $$;
 
 select to_regclass('pglimits.meta') is null as fresh \gset
 \if :fresh
@@ -20,7 +106,8 @@ select schema_version as installed from pglimits.meta \gset
 select :installed > 1 as too_new, :installed < 1 as need_0001 \gset
 \if :too_new
 do $$ begin
-  raise exception 'this database has a newer schema of pglimits than this script knows; install the newer pglimits';
+  raise exception using errcode = 'PL008',
+    message = 'this database has a newer schema of pglimits than this script knows: pip install --upgrade pglimits';
 end $$;
 \endif
 \if :need_0001
@@ -51,19 +138,23 @@ create table pglimits.configs (
   decayed numeric not null default 0,
   decayed_at timestamptz not null,
   fence_floor bigint not null,
-  former_name text collate "C",
   created_at timestamptz not null,
   updated_at timestamptz not null
 );
-create index configs_former_name on pglimits.configs (former_name) where former_name is not null;
 comment on table pglimits.configs is
   'One row per limit: what its owner decided. Changed rarely, read by every request after it has locked a state.';
 comment on column pglimits.configs.decayed is
   'Virtual time at decayed_at: the slots that had decayed since the limit was created. See _decayed().';
-comment on column pglimits.configs.former_name is
-  'The name before the last renaming: who asked under it, and waits or holds, asks again under it.';
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
+
+create table pglimits.former_names (
+  name text collate "C" not null,
+  limit_id bigint not null,
+  primary key (name, limit_id)
+);
+comment on table pglimits.former_names is
+  'Names that a limit had before it was renamed: who asked under one, and waits or holds, asks again under it.';
 
 create table pglimits.keys (
   limit_id bigint not null,
@@ -318,7 +409,8 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 -- The clock, the errors, and the checks of what callers pass.
 --
 -- The bodies of the smallest functions are not strings: names in them are looked up once, when the function is made, so they
--- need no search_path, and PostgreSQL puts them in place of their calls, which then cost nothing.
+-- need no search_path, and PostgreSQL puts them in place of their calls, which then cost nothing. All others name pg_temp, last:
+-- where a search_path does not name it, the names of types are looked up there before all else, in what the caller planted.
 
 -- The one clock. Read after the lock is held, never before.
 create or replace function pglimits._now()
@@ -344,7 +436,7 @@ create or replace function pglimits.errors()
 returns table (code text, kind text, meaning text)
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   values
     ('PL001', 'InvalidArgument', 'an argument is of the wrong form; nothing was changed'),
@@ -353,7 +445,8 @@ as $$
     ('PL004', 'SlotsExceedLimit', 'more slots were asked for than the limit has; waiting would not help'),
     ('PL005', 'NoSlotDecay', 'the limit has no slot_decay_per_second, so it is not a rate limit'),
     ('PL006', 'QueueFull', 'max_waiters requests wait already'),
-    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here')
+    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here'),
+    ('PL008', 'VersionMismatch', 'the database has a newer pglimits than the one that is to be installed')
 $$;
 
 comment on function pglimits.errors() is 'Lists the errors of pglimits: SQLSTATE, kind and meaning.';
@@ -362,7 +455,7 @@ create or replace function pglimits._fail(kind text, message text, hint text def
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   error_code text := (select e.code from pglimits.errors() e where e.kind = _fail.kind);
@@ -375,12 +468,47 @@ end $$;
 
 comment on function pglimits._fail(text, text, text) is 'Raises an error of the given kind.';
 
+-- Called where a standby would otherwise answer, or fail in the words of whatever statement it cannot execute.
+create or replace function pglimits._refuse_standby()
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = '25006',
+    message = 'this server is a standby: it can show limits, but neither grant nor change anything',
+    hint = 'Connect to the primary, for example with target_session_attrs=read-write.';
+end $$;
+
+comment on function pglimits._refuse_standby() is 'Raises the error of a standby, 25006.';
+
+-- Called by whatever has to meet all keys of a limit, those too that others use for the first time just now.
+create or replace function pglimits._refuse_snapshot(what text)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise exception using errcode = '25001',
+      message = format('%s has to be called in a read committed transaction, not in a %s one', what,
+                       current_setting('transaction_isolation')),
+      detail = 'A snapshot does not show the keys of a limit that were used first since it was taken.',
+      hint = 'begin isolation level read committed;';
+  end if;
+end $$;
+
+comment on function pglimits._refuse_snapshot(text) is
+  'Raises 25001 in a transaction that goes by one snapshot (repeatable read, serializable).';
+
 -- What is wrong with a name (or a key, which may be empty), or null.
 create or replace function pglimits._name_error(argument text, value text, may_be_empty boolean default false)
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if value is null then
@@ -390,7 +518,7 @@ begin
   elsif length(value) > 200 or value = '' then
     return format('%s must have %s to 200 characters, not %s: %L', argument,
                   case when may_be_empty then 0 else 1 end, length(value), left(value, 40));
-  elsif value ~ '[\u0001-\u001f\u007f-\u009f]' then
+  elsif value ~ e'[\\u0001-\\u001f\\u007f-\\u009f]' then  -- as it stands, whatever standard_conforming_strings is
     return format('%s must not contain control characters: %s', argument, to_json(value));
   elsif not may_be_empty and value ~ '[/%&><]' then
     return format('%s must not contain any of / %% & > <: %L', argument, value);
@@ -402,14 +530,15 @@ comment on function pglimits._name_error(text, text, boolean) is
   'What is wrong with a name or a key, or null. Names: 1 to 200 characters, no control character, none of / % & > <. '
   'Keys: 0 to 200 characters, no control character.';
 
--- What is wrong with a lease duration, or null.
+-- What is wrong with a lease duration, or null. It is looked at in seconds, as it is used: compared as intervals, a year has
+-- 360 days.
 create or replace function pglimits._duration_error(lease_duration interval)
 returns text
 language sql
 stable
 return case
   when lease_duration is null then 'lease_duration must not be null'
-  when lease_duration < interval '1 second' or lease_duration > interval '366 days'
+  when extract(epoch from lease_duration) not between 1 and 31622400
     then 'lease_duration must be from 1 second to 366 days, not ' || lease_duration
 end;
 
@@ -420,7 +549,7 @@ create or replace function pglimits._limit_id(name text)
 returns bigint
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   found_id bigint;
@@ -453,12 +582,24 @@ comment on function pglimits._decayed(pglimits.configs, timestamptz) is
   'Virtual time of a limit at a moment: the slots that had decayed since it was created. A turn, a place in virtual '
   'time, is worth the same however the rate changes. After GCRA, the virtual scheduling algorithm of ITU-T I.371.';
 
+-- Turns that came a while ago are kept for those who ask again because they did not hear of theirs. Up to this virtual time
+-- that is long enough; null while a changed rate makes it hard to tell.
+create or replace function pglimits._forgotten(config pglimits.configs, now timestamptz)
+returns numeric
+language sql
+immutable
+return case when config.decayed_at <= now - pglimits._liveness()
+            then pglimits._decayed(config, now - pglimits._liveness()) end;
+
+comment on function pglimits._forgotten(pglimits.configs, timestamptz) is
+  'The virtual time up to which turns that have come need not be remembered any more; null: none is known.';
+
 -- How long until a virtual time, rounded up so that nobody who sleeps just that long is early.
 create or replace function pglimits._until(config pglimits.configs, turn numeric, at timestamptz)
 returns interval
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   slots numeric := turn - pglimits._decayed(config, at);
@@ -480,7 +621,7 @@ create or replace function pglimits._lock(limit_id bigint, key text)
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state pglimits.states;
@@ -507,7 +648,7 @@ create or replace function pglimits._create_state(limit_id bigint, key text)
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   floor bigint;
@@ -533,7 +674,7 @@ create or replace function pglimits._save(state pglimits.states, was pglimits.st
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if state is not distinct from was then
@@ -558,7 +699,7 @@ create or replace function pglimits._tell(
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if channel is not null then
@@ -579,7 +720,7 @@ create or replace function pglimits._find_turn(
 returns pglimits._turn
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   found_turn pglimits._turn;
@@ -613,7 +754,7 @@ create or replace function pglimits._leaves_room(
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   pin record;
@@ -644,7 +785,7 @@ create or replace function pglimits._book(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   at pglimits._turn := pglimits._find_turn(state, config, slots, not_before);
@@ -664,7 +805,7 @@ create or replace function pglimits._unpin(state pglimits.states, up_to_turn num
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   pin record;
@@ -687,13 +828,30 @@ end $$;
 comment on function pglimits._unpin(pglimits.states, numeric, uuid) is
   'Books the pinned turns up to a given one.';
 
+-- The first of all where the level is to be changed: what is booked later than its turn would take as long again to decay.
+create or replace function pglimits._unpin(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if state.pinned > 0 then
+    return pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._unpin(pglimits.states, pglimits.configs, timestamptz) is
+  'Books the pinned turns that have come.';
+
 -- Whether a concurrency request fits now, and if not, from when on time alone may make it fit.
 create or replace function pglimits._fits_at(
   state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   fits_at timestamptz := timestamptz '-infinity';
@@ -725,7 +883,7 @@ create or replace function pglimits._close_gaps(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
@@ -747,7 +905,8 @@ begin
   state.booked := state.booked - fixed_slots;
 
   if state.pinned = 0 then
-    update pglimits.queue q set turn = q.turn - b.given_up
+    -- A turn that comes by it comes now, and is remembered from now on.
+    update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
     from (
       select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
       from (
@@ -787,12 +946,48 @@ end $$;
 comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
   'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
 
--- Removes sleepers of a rate limit whose process died.
+-- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead. live: which were live.
+create or replace function pglimits._withdraw(
+  inout state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz, out live uuid[])
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  left_line bigint;
+  unpinned bigint;
+  turns numeric[];
+  slots numeric[];
+begin
+  with gone as (
+    delete from pglimits.queue q
+    where q.lease_id = any (lease_ids)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
+  )
+  select count(*) filter (where g.turn is null),
+         coalesce(array_agg(g.lease_id) filter (where g.expires_at > now and (g.turn is null or g.turn > decayed)), '{}'),
+         array_agg(g.turn) filter (where g.turn > decayed and not g.pinned),
+         array_agg(g.slots) filter (where g.turn > decayed and not g.pinned),
+         count(*) filter (where g.pinned)
+  into left_line, live, turns, slots, unpinned from gone g;
+  state.waiting := state.waiting - left_line;
+  state.pinned := state.pinned - unpinned;
+  if turns is not null then
+    state := pglimits._close_gaps(state, config, now, turns, slots);
+  end if;
+end $$;
+
+comment on function pglimits._withdraw(pglimits.states, pglimits.configs, uuid[], timestamptz) is
+  'Takes requests out of the queue of a (limit, key) and gives their turns back. Returns the state, and which were live.';
+
+-- Removes sleepers of a rate limit whose process died before their turn. Who died after it has used its turn.
 create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
@@ -802,11 +997,11 @@ declare
 begin
   with dead as (
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.expires_at <= now
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now
     returning q.turn, q.slots, q.pinned
   )
-  select array_agg(d.turn) filter (where d.turn > decayed and not d.pinned),
-         array_agg(d.slots) filter (where d.turn > decayed and not d.pinned),
+  select array_agg(d.turn) filter (where not d.pinned),
+         array_agg(d.slots) filter (where not d.pinned),
          count(*) filter (where d.pinned)
   into turns, slots, unpinned from dead d;
   state.pinned := state.pinned - unpinned;
@@ -815,8 +1010,7 @@ begin
   end if;
   state.next_death := coalesce((
     select min(q.expires_at) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key
-      and q.turn > greatest(state.passed, decayed)), 'infinity');
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 'infinity');
   return state;
 end $$;
 
@@ -828,7 +1022,7 @@ create or replace function pglimits._take_expired(state pglimits.states, now tim
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   freed bigint;
@@ -862,7 +1056,7 @@ create or replace function pglimits._advance(state pglimits.states, config pglim
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   head pglimits.queue;
@@ -948,7 +1142,7 @@ create or replace function pglimits._take_slots(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if config.slot_decay_per_second > 0 then
@@ -975,7 +1169,7 @@ create or replace function pglimits._hand_over(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   ends timestamptz;
@@ -1009,14 +1203,14 @@ create or replace function pglimits._settle(state pglimits.states, config pglimi
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if now >= state.next_expiry then
     state := pglimits._take_expired(state, now);
   end if;
   if state.pinned > 0 then
-    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    state := pglimits._unpin(state, config, now);
   end if;
   if now >= state.next_death then
     state := pglimits._bury_sleepers(state, config, now);
@@ -1054,7 +1248,7 @@ create or replace function pglimits._argument_error(
 returns text
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   fault constant text := case
@@ -1074,12 +1268,28 @@ begin
   if fault is null then
     return null;
   end if;
-  return format(fault, cardinality(names), slots, keys, wait, left(channel, 60), priority, length(holder::text));
+  return format(fault, cardinality(names), left(slots::text, 60), left(keys::text, 60), wait, left(channel, 60),
+                priority, length(holder::text));
 end $$;
 
 comment on function pglimits._argument_error(
   text[], integer[], text[], interval, interval, integer, jsonb, boolean, text) is
   'What is wrong with the arguments of a request, or null.';
+
+-- Whether a request waits for a limit, holds slots of it, or had a turn on it a moment ago.
+create or replace function pglimits._is_at(lease_id uuid, limit_id bigint)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from pglimits.queue q where q.lease_id = _is_at.lease_id and q.limit_id = _is_at.limit_id)
+      or exists (select from pglimits.leases l
+                 where l.lease_id = _is_at.lease_id and l.limit_id = _is_at.limit_id and l.expires_at > pglimits._now());
+end $$;
+
+comment on function pglimits._is_at(uuid, bigint) is 'Whether a request waits for a limit, holds slots of it, or had a turn on it.';
 
 -- Checks what a caller passes and finds its limits. Raises nothing: what is wrong comes back in error and message,
 -- so that one bad request in a batch spoils no other.
@@ -1089,7 +1299,7 @@ create or replace function pglimits._check_request(
 returns pglimits._request
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- The parts.
@@ -1098,6 +1308,7 @@ declare
   part_slots integer[] := array[]::integer[];
   places integer[] := array[]::integer[];
   config pglimits.configs;
+  renamed pglimits.configs;
   key text;
   amount integer;
   place integer;
@@ -1120,13 +1331,15 @@ begin
     select c.* into config from pglimits.configs c where c.name = names[i];
     if not found then
       message := pglimits._name_error('name', names[i]);
-      if lease_id is not null and message is null then
-        -- It may have been renamed since this was first asked.
-        select c.* into config from pglimits.configs c
-        where c.former_name = names[i]
-          and (exists (select from pglimits.queue q where q.lease_id = _check_request.lease_id and q.limit_id = c.limit_id)
-               or exists (
-                 select from pglimits.leases l where l.lease_id = _check_request.lease_id and l.limit_id = c.limit_id));
+    end if;
+    if lease_id is not null and message is null then
+      -- It may have been renamed since this was first asked, and another may have the name by now.
+      select c.* into renamed from pglimits.former_names f join pglimits.configs c on c.limit_id = f.limit_id
+      where f.name = names[i] and pglimits._is_at(lease_id, f.limit_id)
+        and (config.limit_id is null or not pglimits._is_at(lease_id, config.limit_id))
+      order by f.limit_id limit 1;
+      if found then
+        config := renamed;
       end if;
     end if;
     if key <> '' is not false then
@@ -1202,7 +1415,7 @@ create or replace function pglimits._impossible(
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if for_rate and slot_decay_per_second = 0 then
@@ -1221,7 +1434,7 @@ create or replace function pglimits._in_lock_order(request pglimits._request)
 returns pglimits._request
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   new_places integer[];
@@ -1246,14 +1459,13 @@ create or replace function pglimits._answer_again(request pglimits._request, now
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
   lease record;
   part integer;
 begin
-  perform pglimits._claim(array[request.lease_id], now);
   answer.status := 'granted';
   answer.lease_id := request.lease_id;
   answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);
@@ -1262,7 +1474,6 @@ begin
       select p.part
       from unnest(request.limit_ids, request.keys, request.slots) with ordinality as p(limit_id, key, slots, part)
       where p.limit_id = lease.limit_id and p.key = lease.key and p.slots = lease.slots);
-    answer.expires_at := lease.expires_at;
     if part is null then
       -- Unless its limit has been deactivated meanwhile, and so is no part of the request any longer.
       if exists (select from pglimits.configs c where c.limit_id = lease.limit_id and c.active) then
@@ -1283,6 +1494,8 @@ begin
   then
     return pglimits._in_use(request);
   end if;
+  perform pglimits._claim(array[request.lease_id], now);
+  answer.expires_at := (select max(l.expires_at) from pglimits.leases l where l.lease_id = request.lease_id);
   return answer;
 end $$;
 
@@ -1294,7 +1507,7 @@ create or replace function pglimits._in_use(request pglimits._request)
 returns pglimits._answer
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -1313,7 +1526,7 @@ create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- Never waits for a row: whoever has it locked claims it, renews it or ends it right now.
@@ -1339,7 +1552,7 @@ create or replace function pglimits._survey(
 returns pglimits._findings
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   findings pglimits._findings;
@@ -1408,7 +1621,7 @@ create or replace function pglimits._common_turn(
 returns timestamptz
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   go_at timestamptz := now;
@@ -1442,12 +1655,12 @@ create or replace function pglimits._take_turn(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
   decayed numeric := pglimits._decayed(config, now);
-  forget numeric := pglimits._decayed(config, now - pglimits._liveness());
+  forget numeric := pglimits._forgotten(config, now);
   turn numeric := pglimits._decayed(config, now + turn_in);
   pinned boolean := several and turn_in > interval '0'
     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
@@ -1480,14 +1693,15 @@ comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
--- Puts a request in line.
+-- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
+-- now may be by then.
 create or replace function pglimits._enqueue(
   state pglimits.states, request pglimits._request, slots integer, arrival timestamptz, looks_at timestamptz,
   now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if arrival is null then
@@ -1497,8 +1711,8 @@ begin
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
                               holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate,
-          cardinality(request.slots) > 1, request.lease_duration, request.holder, request.channel,
-          now + pglimits._liveness(), looks_at);
+          cardinality(request.slots) > 1 or array_position(request.places, null) is not null, request.lease_duration,
+          request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
     state.head_rank := request.rank;
     state.head_arrival := arrival;
@@ -1516,7 +1730,7 @@ create or replace function pglimits._lengthen(state pglimits.states, waiters big
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end,
@@ -1534,7 +1748,7 @@ create or replace function pglimits._bury_waiters(state pglimits.states, now tim
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   buried integer;
@@ -1565,7 +1779,7 @@ create or replace function pglimits._leave(state pglimits.states, mine pglimits.
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from pglimits.queue q
@@ -1584,7 +1798,7 @@ create or replace function pglimits._queue_full(state pglimits.states, config pg
 returns text
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if config.max_waiters <= (
@@ -1609,7 +1823,7 @@ create or replace function pglimits._may_not_wait(
 returns text
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   problem text;
@@ -1633,7 +1847,7 @@ create or replace function pglimits._gather(requests pglimits._request[])
 returns pglimits._places
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   places pglimits._places;
@@ -1663,7 +1877,7 @@ create or replace function pglimits._locate(request pglimits._request, places pg
 returns integer[]
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   at integer[] := array[]::integer[];
@@ -1682,7 +1896,7 @@ create or replace function pglimits._lock_all(places pglimits._places)
 returns pglimits.states[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   states pglimits.states[];
@@ -1709,7 +1923,7 @@ create or replace function pglimits._note_fence(fences bigint[], places integer[
 returns bigint[]
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   for n in 1 .. cardinality(places) loop
@@ -1728,7 +1942,7 @@ create or replace function pglimits._turn_in(lease_id uuid, now timestamptz)
 returns interval
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select max(case when q.turn is not null then pglimits._until(c, q.turn, now) end)
@@ -1745,7 +1959,7 @@ create or replace function pglimits._take(
 returns pglimits._decision
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -1788,7 +2002,7 @@ create or replace function pglimits._decide(
 returns pglimits._decision
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   findings pglimits._findings := pglimits._survey(request, at, states, configs, mine, now);
@@ -1847,7 +2061,7 @@ create or replace function pglimits._serve_runs(
 returns pglimits._served
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   served pglimits._served;
@@ -1959,7 +2173,7 @@ create or replace function pglimits._serve(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   places pglimits._places := pglimits._gather(requests);
@@ -1978,6 +2192,7 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   served pglimits._served;
+  withdrawn record;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -2023,6 +2238,16 @@ begin
     end if;
     at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
                else pglimits._locate(request, places) end;
+    if mine.turn is not null and mine.several
+       and exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.called) then
+      -- One of its limits was changed: it gives back what it still has on the others, and asks as if for the first time.
+      for p in 1 .. cardinality(at) loop
+        select * into withdrawn from pglimits._withdraw(
+          states[at[p]], configs[at[p]], array[request.lease_id], now);
+        states[at[p]] := withdrawn.state;
+      end loop;
+      mine := null;
+    end if;
     at_mine := case when mine.lease_id is not null
                     then array_position(places.labels, mine.limit_id || ' ' || mine.key) end;
     if mine.lease_id is not null
@@ -2062,7 +2287,7 @@ create or replace function pglimits._take_alike(
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   wanted constant bigint := slots::bigint * cardinality(lease_ids);
@@ -2070,6 +2295,9 @@ declare
   now timestamptz;
   ends timestamptz;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
      or pglimits._argument_fault(lease_duration, wait, priority, holders -> 0, strict, channel) is not null
   then
@@ -2082,9 +2310,14 @@ begin
   end if;
   if wait = interval '0' then
     -- They may be refused, and that takes no lock.
+    now := pglimits._now();
     select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
            s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
-             and least(s.next_expiry, s.next_look) > pglimits._now()
+             and s.next_look > now
+             and (s.next_expiry > now or not exists (  -- it was renewed
+               select from pglimits.leases l
+               where l.limit_id = c.limit_id and l.key = _take_alike.key
+                 and l.expires_at >= s.next_expiry and l.expires_at <= now))
              and not (chosen and pglimits._are_known(lease_ids)) as are_refused
     into state from pglimits.configs c
     cross join lateral (
@@ -2141,7 +2374,7 @@ create or replace function pglimits._turns_alike(
   channel text, out status text, out waits double precision[], out retry_after interval)
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   wanted constant numeric := slots::bigint * cardinality(lease_ids);
@@ -2152,8 +2385,12 @@ declare
   decayed numeric;
   base numeric;
   last_in interval;
+  noted boolean;
   forget numeric;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if (slots >= 1 and current_setting('transaction_isolation') = 'read committed') is not true
      or pglimits._argument_fault('1 second', wait, 0, holders -> 0, strict, channel) is not null
   then
@@ -2209,14 +2446,15 @@ begin
   if last_in > wait then
     return;
   end if;
-  forget := case when chosen or last_in > interval '0' then pglimits._decayed(config, now - pglimits._liveness()) end;
+  noted := chosen or last_in > interval '0';
+  forget := case when noted then pglimits._forgotten(config, now) end;
   update pglimits.states s
   set version = s.version + 1, booked = base + wanted, passed = greatest(s.passed, forget), changed_at = now,
       next_death = case when last_in > interval '0' then least(s.next_death, now + alive_for) else s.next_death end,
       next_look = case when last_in > interval '0' then least(s.next_look, now + alive_for) else s.next_look end
   where s.limit_id = state.limit_id and s.key = _turns_alike.key and s.version = state.version;
   status := 'granted';
-  if forget is null then
+  if not noted then
     waits := array_fill(0::double precision, array[cardinality(lease_ids)]);
     return;
   end if;
@@ -2248,7 +2486,7 @@ create or replace function pglimits._not_each_its_own(lease_ids uuid[], holders 
 returns boolean
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from jsonb_array_elements(holders) as h(holder) where length(h.holder::text) > 8000)
@@ -2263,7 +2501,7 @@ create or replace function pglimits._are_known(lease_ids uuid[])
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
@@ -2277,7 +2515,7 @@ create or replace function pglimits._release_alike(lease_ids uuid[])
 returns uuid[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state record;
@@ -2285,6 +2523,9 @@ declare
   freed bigint;
   live uuid[];
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if cardinality(lease_ids) > 1 then
     if (select count(*) = cardinality(lease_ids) and min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key)
         from pglimits.leases l where l.lease_id = any (lease_ids)) is not true
@@ -2332,7 +2573,7 @@ comment on function pglimits._release_alike(uuid[]) is
 -- index scans only: a sequential or bitmap scan, chosen while a table had one page, would walk all the dead versions of the
 -- next hour. And with jit = off, since such plans look expensive enough to be compiled.
 -- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a
--- plan made on empty tables may take the index on (limit_id, key, …) instead, and walk all that was ever there. For the same
+-- plan made on empty tables may take the index on (limit_id, key, ...) instead, and walk all that was ever there. For the same
 -- reason whether its turn is null is asked of the row that was found, never in the where clause: two indexes have just such rows.
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
@@ -2341,9 +2582,10 @@ create or replace function pglimits._glance(request pglimits._request, settled b
 returns pglimits._findings
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
+  found_state record;
   state pglimits.states;
   config pglimits.configs;
   states pglimits.states[];
@@ -2353,16 +2595,23 @@ declare
 begin
   for p in 1 .. cardinality(request.keys) loop
     select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
-    select s.* into state from pglimits.states s
+    -- In one statement, so that what has ended was not taken out in between. A lease that was renewed has not ended.
+    select s as state,
+           s.next_look <= now or s.next_expiry <= now and exists (
+             select from pglimits.leases l
+             where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
+    into found_state
+    from pglimits.states s
     where s.limit_id = request.limit_ids[p] and s.key = request.keys[p]
     order by s.version desc limit 1;
     if not found then
       state := pglimits._unused(request.limit_ids[p], request.keys[p]);
-    elsif now >= least(state.next_expiry, state.next_look) then
-      if not settled then
-        return null;
-      end if;
-      state := pglimits._as_settled(state, now);
+    elsif not found_state.is_due then
+      state := found_state.state;
+    elsif settled then
+      state := pglimits._as_settled(found_state.state, config, now);
+    else
+      return null;
     end if;
     states[p] := state;
     configs[p] := config;
@@ -2383,7 +2632,7 @@ create or replace function pglimits._unused(limit_id bigint, key text)
 returns pglimits.states
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   state pglimits.states;
@@ -2400,37 +2649,56 @@ end $$;
 
 comment on function pglimits._unused(bigint, text) is 'The state of a key that was never used.';
 
--- A state as it would be without the leases that have ended and the waiters that have died by now.
-create or replace function pglimits._as_settled(state pglimits.states, now timestamptz)
+-- A state as _settle would leave it, as far as it can be told without writing.
+create or replace function pglimits._as_settled(state pglimits.states, config pglimits.configs, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
+  decayed numeric := pglimits._decayed(config, now);
   head record;
+  goes boolean;
 begin
   state.held := state.held - (
     select coalesce(sum(l.slots), 0) from pglimits.leases l
     where l.limit_id = state.limit_id and l.key = state.key
       and l.expires_at >= state.next_expiry and l.expires_at <= now);
-  if state.waiting > 0 then
-    select q.rank, q.arrival into head from pglimits.queue q
+  if now >= state.next_death then
+    state.booked := state.booked - (
+      select coalesce(sum(q.slots), 0) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now and not q.pinned);
+  end if;
+  if state.waiting = 0 then
+    return state;
+  end if;
+  for head in
+    select q.rank, q.arrival, q.slots, q.several, q.for_rate from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at > now
       and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-    order by q.rank, q.arrival limit 1;
-    if found then
-      state.head_rank := head.rank;
-      state.head_arrival := head.arrival;
-    else
-      state.waiting := 0;
+    order by q.rank, q.arrival
+  loop
+    state.head_rank := head.rank;
+    state.head_arrival := head.arrival;
+    goes := not head.several and case
+      when head.for_rate then config."limit" > 0
+      else pglimits._fits_at(state, config, head.slots, now) = '-infinity' end;
+    if not goes then
+      return state;
+    elsif not head.for_rate then
+      state.held := state.held + head.slots;
     end if;
-  end if;
+    if config.slot_decay_per_second > 0 then
+      state.booked := greatest(state.booked, decayed) + head.slots;
+    end if;
+  end loop;
+  state.waiting := 0;
   return state;
 end $$;
 
-comment on function pglimits._as_settled(pglimits.states, timestamptz) is
-  'A state as it would be without ended leases and dead waiters. For looking only.';
+comment on function pglimits._as_settled(pglimits.states, pglimits.configs, timestamptz) is
+  'A state without ended leases and the dead, with those granted who can go. For looking only.';
 
 -- The answer to a request that is certain without a lock, a row or a transaction id: it is wrong, or it cannot be granted
 -- and may not wait (at all, or that long, or because the queue is full). Else its status is null: the locks will tell.
@@ -2438,7 +2706,7 @@ create or replace function pglimits._answer_at_once(request pglimits._request)
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   answer pglimits._answer;
@@ -2478,7 +2746,7 @@ create or replace function pglimits._answer_all(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   served pglimits._request[];
@@ -2519,11 +2787,15 @@ create or replace function pglimits._answer(request pglimits._request)
 returns pglimits._answer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  answer pglimits._answer := pglimits._answer_at_once(request);
+  answer pglimits._answer;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  answer := pglimits._answer_at_once(request);
   if answer.status is null then
     answer := (pglimits._serve(array[request]))[1];
   end if;
@@ -2548,7 +2820,7 @@ create or replace function pglimits._position(lease_id uuid)
 returns integer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   mine pglimits.queue;
@@ -2597,7 +2869,7 @@ returns pglimits.acquired
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2642,7 +2914,7 @@ returns pglimits.acquired_one
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2677,7 +2949,7 @@ returns pglimits.reserved
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2714,7 +2986,7 @@ returns pglimits.reserved
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2752,7 +3024,7 @@ returns pglimits.peeked
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2777,7 +3049,9 @@ begin
     when findings.fits_at is null then 'granted'
     when findings.blocked_at is not null and coalesce(wait > interval '0', true) then 'queued'
     else 'refused' end;
-  if peeked.status = 'granted' then
+  if peeked.status in ('granted', 'queued') and findings.queue_full is not null then
+    perform pglimits._fail('QueueFull', findings.queue_full);
+  elsif peeked.status = 'granted' then
     peeked.wait := findings.turn_in;
   elsif findings.fits_at < 'infinity' then
     peeked.retry_after := findings.fits_at - now;
@@ -2807,7 +3081,7 @@ returns pglimits.peeked
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2820,13 +3094,83 @@ end $$;
 comment on function pglimits.peek(text, integer, text, interval, integer, boolean, boolean) is
   'What acquire (for_rate: rate_limit) on one limit would answer now. Changes nothing and waits for nobody.';
 
+-- What can be read as an interval only PostgreSQL can tell, and by an error that names nothing. This is not called where one is
+-- written as the clients do it: an exception block is a subtransaction.
+create or replace function pglimits._check_interval(argument text, value jsonb)
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  problem boolean := jsonb_typeof(value) in ('array', 'object');  -- '[1]' can be read as an interval
+begin
+  begin
+    perform (value #>> '{}')::interval;
+  exception when data_exception then
+    problem := true;
+  end;
+  if problem then
+    perform pglimits._fail('InvalidArgument', format('%s must be an interval, not %s', argument, left(value::text, 60)));
+  end if;
+end $$;
+
+comment on function pglimits._check_interval(text, jsonb) is 'Raises InvalidArgument where a member of a request is no interval.';
+
+-- What requests of a batch have in common, if its members are of the types that they are read as. Else an error that names one.
+create or replace function pglimits._typed(kind jsonb)
+returns jsonb
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- Numbers and booleans may be written as strings. What a path cannot tell, because a member is not there, is no fault.
+  problem constant text := case
+    when kind @@ 'strict exists($.names ? (@.type() != "null" && (@.type() != "array" ||
+                             exists(@[*] ? (@.type() == "array" || @.type() == "object")))))'
+      then 'names must be an array of strings'
+    when kind @@ 'strict exists($.keys ? (@.type() != "null" && (@.type() != "array" ||
+                             exists(@[*] ? (@.type() == "array" || @.type() == "object")))))'
+      then 'keys must be an array of strings'
+    when kind @@ 'strict exists($.slots ? (@.type() != "null" && (@.type() != "array" ||
+                             exists(@[*] ? (@.type() != "number" && @.type() != "null" && @.type() != "string" ||
+                                            @.type() == "string" && !(@ like_regex "^[-+]?[0-9]{1,9}$") ||
+                                            @ < -2147483648 || @ > 2147483647 || @ != @.floor())))))'
+      then 'slots must be an array of integers'
+    when kind @@ 'strict exists($.priority ? (@.type() != "number" && @.type() != "null" && @.type() != "string" ||
+                                              @.type() == "string" && !(@ like_regex "^[-+]?[0-9]{1,9}$") ||
+                                              @ < -2147483648 || @ > 2147483647 || @ != @.floor()))'
+      then 'priority must be an integer'
+    when kind @@ 'strict exists($.strict ? (@.type() == "array" || @.type() == "object" ||
+                                            @.type() == "number" && @ != 0 && @ != 1 ||
+                                            @.type() == "string" && !(@ like_regex "^(true|false)$")))'
+      then 'strict must be a boolean'
+    when kind @@ 'strict exists($.for_rate ? (@.type() == "array" || @.type() == "object" ||
+                                              @.type() == "number" && @ != 0 && @ != 1 ||
+                                              @.type() == "string" && !(@ like_regex "^(true|false)$")))'
+      then 'for_rate must be a boolean'
+  end;
+begin
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
+  elsif kind @@ 'strict exists($.lease_duration ? (@.type() != "null" && @.type() != "string" ||
+                        !(@ like_regex "^[0-9]{1,9}[.][0-9]{6} s$")))' then
+    perform pglimits._check_interval('lease_duration', kind -> 'lease_duration');
+  end if;
+  return kind;
+end $$;
+
+comment on function pglimits._typed(jsonb) is
+  'What requests of a batch have in common. Raises InvalidArgument where a member is of the wrong type.';
+
 -- Checks the requests of a batch. Most of them ask alike: what is the same is checked once, and copied for each who asks; where
 -- that has found something, or what is each one's own may be wrong, each is checked by itself.
 create or replace function pglimits._check_requests(requests jsonb)
 returns pglimits._request[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   checked pglimits._request[];
@@ -2840,7 +3184,7 @@ begin
            coalesce(r.lease_duration, '5 minutes') as lease_duration, coalesce(r.priority, 0) as priority,
            coalesce(r.strict, false) as strict, r.channel, coalesce(r.for_rate, false) as for_rate
     from (select distinct a.kind from asked a) k
-    cross join lateral jsonb_to_record(k.kind) as r(
+    cross join lateral jsonb_to_record(pglimits._typed(k.kind)) as r(
       names text[], slots integer[], keys text[], lease_duration interval, priority integer, strict boolean,
       channel text, for_rate boolean)
   ), models as materialized (
@@ -2872,11 +3216,14 @@ returns table (
   wait interval, missing text[], error text, message text)
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   checked pglimits._request[] := pglimits._check_requests(requests);
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if checked is null then
     return;
   elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
@@ -2900,7 +3247,7 @@ returns table (
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -2909,11 +3256,17 @@ as $$
 declare
   lock_timeout text;
 begin
-  if requests is null or jsonb_typeof(requests) <> 'array' then
+  if requests is null or jsonb_typeof(requests) <> 'array' or requests @? 'strict $[*] ? (@.type() != "object")' then
     perform pglimits._fail('InvalidArgument', 'requests must be an array of objects');
   elsif jsonb_array_length(requests) > 10000 then
     perform pglimits._fail('InvalidArgument',
       format('requests must be at most 10000, not %s', jsonb_array_length(requests)));
+  elsif requests @? 'strict $[*] ? (exists(@.lease_id ? (@.type() != "null" && (@.type() != "string" ||
+                     !(@ like_regex "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$" flag "i")))))' then
+    perform pglimits._fail('InvalidArgument', 'lease_id must be a UUID in each of requests');
+  elsif requests @? 'strict $[*] ? (exists(@.wait ? (@.type() != "null" && @.type() != "string" ||
+                     !(@ like_regex "^[0-9]{1,9}[.][0-9]{6} s$"))))' then
+    perform pglimits._check_interval('wait', e.request -> 'wait') from jsonb_array_elements(requests) as e(request);
   end if;
   lock_timeout := pglimits._for_this_call(durable, patience);
   return query select a.* from pglimits._answer_many(requests) a;
@@ -2952,7 +3305,7 @@ returns jsonb
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3022,14 +3375,14 @@ create or replace function pglimits._for_this_call(durable boolean, patience int
 returns text
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   before text;
 begin
   if durable is null then
     perform pglimits._fail('InvalidArgument', 'durable must not be null');
-  elsif patience <= interval '0' or patience > interval '20 days' then
+  elsif extract(epoch from patience) <= 0 or extract(epoch from patience) > 1728000 then
     perform pglimits._fail('InvalidArgument', format('patience must be above 0 and at most 20 days, not %s', patience));
   end if;
   if not durable then
@@ -3053,15 +3406,22 @@ create or replace function pglimits._check_ids(lease_ids uuid[])
 returns void
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
+declare
+  problem constant text := case
+    when lease_ids is null then 'lease_ids must not be null'
+    when array_ndims(lease_ids) > 1 then 'lease_ids must be a flat array'
+    when array_position(lease_ids, null) is not null then 'lease_ids must not contain null'
+  end;
 begin
-  if lease_ids is null or array_position(lease_ids, null) is not null then
-    perform pglimits._fail('InvalidArgument', 'lease_ids must not be null, nor contain null');
+  if problem is not null then
+    perform pglimits._fail('InvalidArgument', problem);
   end if;
 end $$;
 
-comment on function pglimits._check_ids(uuid[]) is 'Raises InvalidArgument for a null list of lease ids, or a null in it.';
+comment on function pglimits._check_ids(uuid[]) is
+  'Raises InvalidArgument for a list of lease ids that is null or nested, and for a null in it.';
 
 -- Renews leases. Needs no state: it only moves an end further away. Rows are locked in the order of
 -- (limit id, key, lease id), as everywhere.
@@ -3070,7 +3430,7 @@ returns table (lease_id uuid, renewed boolean, expires_at timestamptz)
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3083,6 +3443,9 @@ declare
   seconds constant double precision := extract(epoch from renew.lease_duration);
   problem text := case when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   perform pglimits._check_ids(lease_ids);
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
@@ -3115,7 +3478,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3137,7 +3500,7 @@ create or replace function pglimits._release(lease_ids uuid[])
 returns uuid[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   place record;
@@ -3145,6 +3508,11 @@ declare
   waits boolean;
 begin
   perform pglimits._check_ids(lease_ids);
+  if exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1) then
+    -- All states before any lease: delete_limit locks the state of one limit, and then such leases on the others.
+    perform pglimits._lock(p.limit_id, p.key)
+    from (select distinct l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) order by 1, 2) p;
+  end if;
   for attempt in 1 .. 5 loop
     waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
     for place in
@@ -3173,7 +3541,7 @@ returns uuid[]
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3186,10 +3554,11 @@ begin
   if (durable and patience is null) is not true then
     perform pglimits._for_this_call(durable, patience);
   end if;
-  ended := coalesce(pglimits._release_alike(lease_ids), pglimits._release(lease_ids));
+  ended := pglimits._release_alike(lease_ids);
   if cardinality(ended) = cardinality(lease_ids) then
     return array[]::uuid[];
   end if;
+  ended := coalesce(ended, pglimits._release(lease_ids));
   return array(select distinct u.id from unnest(lease_ids) as u(id) where u.id <> all (ended));
 end $$;
 
@@ -3203,7 +3572,7 @@ returns table (lease_id uuid, released boolean)
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3225,7 +3594,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3246,7 +3615,7 @@ create or replace function pglimits._release_at(limit_id bigint, key text, lease
 returns uuid[]
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   was pglimits.states := pglimits._lock(limit_id, key);
@@ -3254,12 +3623,8 @@ declare
   config pglimits.configs;
   now timestamptz := pglimits._now();
   freed bigint;
-  left_line bigint;
-  unpinned bigint;
   live uuid[];
-  live_waiters uuid[];
-  turns numeric[];
-  slots numeric[];
+  withdrawn record;
 begin
   if state.limit_id is null then
     return array[]::uuid[];
@@ -3267,7 +3632,7 @@ begin
   select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
   if state.pinned > 0 then
     -- A turn that has come stays booked.
-    state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    state := pglimits._unpin(state, config, now);
   end if;
 
   if cardinality(lease_ids) > 1 then
@@ -3288,25 +3653,9 @@ begin
   state.held := state.held - freed;
 
   if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
-    with gone as (
-      delete from pglimits.queue q
-      where q.lease_id = any (lease_ids)
-        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-      returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
-    )
-    select count(*) filter (where g.turn is null),
-           coalesce(array_agg(g.lease_id) filter (
-             where g.expires_at > now and (g.turn is null or g.turn > pglimits._decayed(config, now))), '{}'),
-           array_agg(g.turn) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
-           array_agg(g.slots) filter (where g.turn > pglimits._decayed(config, now) and not g.pinned),
-           count(*) filter (where g.pinned)
-    into left_line, live_waiters, turns, slots, unpinned from gone g;
-    state.waiting := state.waiting - left_line;
-    state.pinned := state.pinned - unpinned;
-    live := live || live_waiters;
-    if turns is not null then
-      state := pglimits._close_gaps(state, config, now, turns, slots);
-    end if;
+    select * into withdrawn from pglimits._withdraw(state, config, lease_ids, now);
+    state := withdrawn.state;
+    live := live || withdrawn.live;
   end if;
 
   if config.active and (state.waiting > 0 or now >= state.next_look) then
@@ -3329,7 +3678,7 @@ returns table (
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3344,6 +3693,9 @@ declare
   config pglimits.configs;
   now timestamptz := pglimits._now();
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   perform pglimits._check_ids(lease_ids);
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
@@ -3371,8 +3723,7 @@ begin
   if waits then
     -- Never waits for a row: one that is locked is being granted or removed right now.
     update pglimits.queue q
-    set expires_at = case when q.expires_at = 'infinity' then q.expires_at else now + pglimits._liveness() end,
-        looks_at = due.looks_at
+    set expires_at = now + pglimits._liveness(), looks_at = due.looks_at
     from (
       select w.lease_id, w.limit_id, w.key, least(
         now + pglimits._liveness() * 0.3,
@@ -3383,7 +3734,7 @@ begin
       cross join lateral (
         select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
         where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
-      where w.lease_id = any (lease_ids) and w.expires_at > now
+      where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < 'infinity'
         and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
       for update of w skip locked
     ) due
@@ -3399,7 +3750,7 @@ begin
          case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
          null, null,
          case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
-         case when q.turn is not null then pglimits._until(c, q.turn, now) end,
+         case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
   where q.lease_id = any (lease_ids)
@@ -3414,8 +3765,8 @@ comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
 retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
-request over several limits has been called). ends_in: how long the lease, or the place in line, lasts without another
-call.$$;
+request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
+line, lasts without another call.$$;
 
 -- Whether a waiter may go on sleeping. Reads its own row and nothing else.
 create or replace function pglimits.may_sleep(lease_id uuid)
@@ -3423,7 +3774,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3440,7 +3791,7 @@ comment on function pglimits.may_sleep(uuid) is
   'Whether a queued request has nothing to do yet. Cheap: reads its own row only. False: call watch.';
 
 -- Waits in plain SQL. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits,
--- so everything in it is qualified, the operators too.
+-- so everything in it is qualified, the operators and the types too.
 create or replace procedure pglimits.acquire_wait(
   name text,
   slots integer default 1,
@@ -3458,11 +3809,11 @@ create or replace procedure pglimits.acquire_wait(
 language plpgsql
 as $$
 declare
-  request_id uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
-  started timestamptz := pg_catalog.clock_timestamp();
+  request_id pg_catalog.uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
+  started pg_catalog.timestamptz := pg_catalog.clock_timestamp();
   remaining interval := wait;
   answer pglimits.acquired_one;
-  news record;
+  news pg_catalog.record;
 begin
   -- Fails at once, with nothing taken, where a transaction is open around the call.
   commit;
@@ -3513,10 +3864,11 @@ create or replace function pglimits._uuid(lease_id text)
 returns uuid
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if lease_id is null or lease_id !~* '^\{?([0-9a-f]{4}-?){8}\}?$' then
+  if lease_id is null
+     or lease_id !~* '^(([0-9a-f]{4}-?){7}[0-9a-f]{4}|[{]([0-9a-f]{4}-?){7}[0-9a-f]{4}[}])$' then
     perform pglimits._fail('InvalidArgument', format('lease_id must be a UUID, not %L', left(lease_id, 60)));
   end if;
   return lease_id::uuid;
@@ -3529,7 +3881,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3546,7 +3898,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3566,9 +3918,12 @@ returns void
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if current_setting('synchronous_commit') = 'off' then
     perform set_config('synchronous_commit', 'on', true);
   end if;
@@ -3641,7 +3996,7 @@ create or replace function pglimits._check_limit(
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   problem text := case
@@ -3674,7 +4029,7 @@ returns void
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3690,6 +4045,9 @@ declare
          when max_waiters < 0 then format('max_waiters must be at least 0, or null for no bound, not %s', max_waiters)
     end);
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -3697,7 +4055,7 @@ begin
   insert into pglimits.configs (name, "limit", slot_decay_per_second, active, max_waiters, description,
                                 decayed_at, fence_floor, created_at, updated_at)
   select create_limit.name, create_limit."limit", create_limit.slot_decay_per_second, create_limit.active,
-         create_limit.max_waiters, create_limit.description, now, m.fence_floor, now, now
+         create_limit.max_waiters, nullif(create_limit.description, ''), now, m.fence_floor, now, now
   from (select x.fence_floor from pglimits.meta x for share) m
   on conflict do nothing;
   if not found then
@@ -3723,7 +4081,7 @@ returns void
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3736,6 +4094,10 @@ declare
   now timestamptz;
   problem text := case when new_name is not null then pglimits._name_error('new_name', new_name) end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._refuse_snapshot('update_limit');
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -3769,9 +4131,11 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, former_name = case when new.name = old.name then c.former_name else old.name end,
-      updated_at = now
+      decayed_at = new.decayed_at, updated_at = now
   where c.limit_id = old.limit_id;
+  if new.name <> old.name then
+    insert into pglimits.former_names (name, limit_id) values (old.name, old.limit_id) on conflict do nothing;
+  end if;
 
   for waited_for in
     select distinct q.key from pglimits.queue q where q.limit_id = old.limit_id order by q.key
@@ -3792,11 +4156,13 @@ create or replace function pglimits._apply_change(
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   was pglimits.states := pglimits._lock(new.limit_id, key);
-  state pglimits.states := was;
+  state pglimits.states := pglimits._unpin(was, new, now);
+  decayed numeric := pglimits._decayed(new, now);
+  grown integer := new."limit" - old."limit";
   turns numeric[];
   slots numeric[];
   left_line bigint;
@@ -3804,6 +4170,9 @@ declare
   told text;
 begin
   if not new.active then
+    state.booked := state.booked - coalesce((
+      select sum(q.slots) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
     state.pinned := 0;
@@ -3813,24 +4182,40 @@ begin
     return;
   end if;
 
-  -- Turns lie where the level will have come down to the limit: as the limit moves, so do they.
-  update pglimits.queue q set turn = q.turn - (new."limit" - old."limit")
-  where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
-    and q.expires_at < 'infinity' and not q.pinned and new."limit" <> old."limit";
-  -- Whoever can never be granted now is sent away to ask again, and gets the error.
+  -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
+  update pglimits.queue q set turn = greatest(q.turn - grown, decayed)
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
+    and q.expires_at < 'infinity' and not q.pinned and not q.several and grown <> 0;
+  -- Whoever can never be granted now is sent away to ask again, and gets the error. And so is who sleeps over several limits:
+  -- its turns on the others are for a moment that was reckoned by this one. Of that a turn is left that has come, so that it
+  -- sees that it was called. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
   with hopeless as (
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
       and case when q.turn is null
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
-               else q.turn > pglimits._decayed(new, now) and q.expires_at < 'infinity'
+               else q.turn > decayed and q.expires_at < 'infinity' and not q.several
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots, q.pinned, pglimits._tell(q.channel, q.lease_id)
+    returning q.turn, q.slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
+  ), moved as (
+    update pglimits.queue q
+    set turn = case when b.deaf then pglimits._decayed(new, q.looks_at) else decayed end, pinned = b.deaf, called = not b.deaf
+    from (
+      select x.lease_id, x.turn, x.pinned, x.expires_at = 'infinity' as deaf from pglimits.queue x
+      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed
+        and (x.several or x.expires_at = 'infinity')
+        and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
+    ) b
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning greatest(b.turn - grown, decayed + 0.000001), q.slots, b.pinned, q.pinned,
+              case when not b.deaf then pglimits._tell(q.channel, q.lease_id) end
   )
-  select array_agg(h.turn) filter (where not h.pinned and h.turn is not null),
-         array_agg(h.slots) filter (where not h.pinned and h.turn is not null),
-         count(*) filter (where h.turn is null), count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from hopeless h;
+  select array_agg(h.turn) filter (where not h.was_pinned and h.turn is not null),
+         array_agg(h.slots) filter (where not h.was_pinned and h.turn is not null),
+         count(*) filter (where h.turn is null),
+         count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned)
+  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from moved) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
   if turns is not null then
@@ -3838,8 +4223,7 @@ begin
   end if;
   for told in
     select distinct q.channel from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > pglimits._decayed(new, now)
-      and q.channel is not null
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
   loop
     perform pglimits._tell(told, null);
   end loop;
@@ -3850,20 +4234,29 @@ end $$;
 comment on function pglimits._apply_change(text, pglimits.configs, pglimits.configs, timestamptz) is
   'Applies a change of a limit to those who wait on one of its keys.';
 
--- Empties a queue: everybody in it is told, and asks again.
+-- Empties a queue: everybody in it is told, and asks again. Who sleeps over several limits is called on the others, so that it
+-- does so before its turn there. A row that is locked is being moved or removed right now, and is not waited for: its state
+-- comes first.
 create or replace function pglimits._send_away(limit_id bigint, key text)
 returns void
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   waiter record;
 begin
   for waiter in
     delete from pglimits.queue q where q.limit_id = _send_away.limit_id and q.key = _send_away.key
-    returning q.channel, q.lease_id
+    returning q.channel, q.lease_id, q.several and q.turn is not null as sleeps_elsewhere
   loop
+    if waiter.sleeps_elsewhere then
+      update pglimits.queue q set called = true
+      from (select o.lease_id, o.limit_id, o.key from pglimits.queue o
+            where o.lease_id = waiter.lease_id and o.expires_at < 'infinity' for update skip locked) o
+      where q.lease_id = o.lease_id
+        and q.limit_id is not distinct from o.limit_id and q.key is not distinct from o.key;
+    end if;
     perform pglimits._tell(waiter.channel, waiter.lease_id);
   end loop;
 end $$;
@@ -3875,7 +4268,7 @@ returns void
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3885,6 +4278,10 @@ declare
   gone pglimits.configs;
   state record;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._refuse_snapshot('delete_limit');
   -- First of all, so that a limit created under this name while this commits starts above its fences.
   perform from pglimits.meta m for update;
   select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
@@ -3897,9 +4294,9 @@ begin
     perform pglimits._send_away(gone.limit_id, state.key);
     gone.fence_floor := greatest(gone.fence_floor, state.version);
   end loop;
-  -- A lease on other limits too goes on there.
+  -- In the order in which renew locks them. A lease on other limits too goes on there.
   perform from pglimits.leases l
-  where l.parts > 1 and l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
+  where l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
   order by l.limit_id, l.key, l.lease_id for update;
   update pglimits.leases l set parts = l.parts - d.dropped
   from (select x.lease_id, count(*)::integer as dropped from pglimits.leases x
@@ -3908,6 +4305,7 @@ begin
   delete from pglimits.leases l where l.limit_id = gone.limit_id;
   delete from pglimits.states s where s.limit_id = gone.limit_id;
   delete from pglimits.keys k where k.limit_id = gone.limit_id;
+  delete from pglimits.former_names f where f.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
 end $$;
@@ -3921,7 +4319,7 @@ returns double precision
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -3935,6 +4333,9 @@ declare
   problem text := coalesce(case when slots is null then 'slots must not be null' end,
                            pglimits._name_error('key', key, true));
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -3946,7 +4347,7 @@ begin
   elsif config.slot_decay_per_second = 0 then
     perform pglimits._fail('NoSlotDecay', format('limit %L has no slot_decay_per_second: it has no level', name));
   end if;
-  state := pglimits._add_to_level(was, config, slots, now);
+  state := pglimits._add_to_level(pglimits._unpin(was, config, now), config, slots, now);
   if config.active then
     state := pglimits._settle(state, config, now);
   end if;
@@ -3965,7 +4366,7 @@ create or replace function pglimits._add_to_level(
 returns pglimits.states
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
@@ -3990,7 +4391,7 @@ returns integer
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -4007,6 +4408,10 @@ declare
   used_key text;
   problem text := case when key is not null then pglimits._name_error('key', key, true) end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._refuse_snapshot('reset');
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -4018,15 +4423,19 @@ begin
     continue when was.limit_id is null;
     now := pglimits._now();
     select c.* into config from pglimits.configs c where c.limit_id = of_limit;
-    delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key;
-    get diagnostics ended_here = row_count;
+    -- In the order in which renew locks them.
+    perform from pglimits.leases l
+    where l.limit_id = of_limit and l.key = used_key order by l.lease_id for update;
+    with gone as (
+      delete from pglimits.leases l where l.limit_id = of_limit and l.key = used_key
+      returning l.expires_at
+    )
+    select count(*) filter (where g.expires_at > now) into ended_here from gone g;
     ended := ended + ended_here;
-    state := was;
+    state := pglimits._unpin(was, config, now);
     state.held := 0;
     state.next_expiry := timestamptz 'infinity';
-    if config.slot_decay_per_second > 0 then
-      state := pglimits._add_to_level(state, config, -state.booked, now);
-    end if;
+    state := pglimits._add_to_level(state, config, -state.booked, now);
     if config.active then
       state := pglimits._settle(state, config, now);
     end if;
@@ -4047,7 +4456,7 @@ returns table (leases integer, waiters integer, keys integer)
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -4062,9 +4471,13 @@ declare
   removed integer;
   problem text := case
     when max_keys is null or max_keys < 1 then format('max_keys must be at least 1, not %s', coalesce(max_keys::text, 'null'))
-    when idle is null or idle < interval '0' then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
+    when idle is null or extract(epoch from idle) < 0
+      then format('idle must not be negative, not %s', coalesce(idle::text, 'null'))
   end;
 begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
@@ -4077,7 +4490,7 @@ begin
       select l.limit_id, l.key from pglimits.leases l where l.expires_at <= now
       union
       select q.limit_id, q.key from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
-      where q.expires_at <= now or q.turn <= pglimits._decayed(c, now - pglimits._liveness())
+      where q.expires_at <= now or q.turn <= pglimits._forgotten(c, now)
     ) due
     order by due.limit_id, due.key limit max_keys
   loop
@@ -4085,7 +4498,7 @@ begin
     continue when was.limit_id is null;
     select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
     state := pglimits._take_expired(was, now);
-    leases := leases + (was.held - state.held);
+    leases := least(leases::bigint + (was.held - state.held), 2147483647);
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn is null and q.expires_at <= now;
     get diagnostics removed = row_count;
@@ -4096,7 +4509,7 @@ begin
     end if;
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
-      and q.turn <= pglimits._decayed(config, now - pglimits._liveness());
+      and q.turn <= pglimits._forgotten(config, now);
     get diagnostics removed = row_count;
     waiters := waiters + removed;
     if config.active then
@@ -4104,7 +4517,8 @@ begin
     end if;
     perform pglimits._save(state, was, now);
   end loop;
-  keys := pglimits._sweep_idle_keys(max_keys, now - least(idle, interval '1000 years'), now);
+  keys := pglimits._sweep_idle_keys(
+    max_keys, now - make_interval(secs => least(extract(epoch from idle), 3e10)::double precision), now);
   return next;
 end $$;
 
@@ -4118,7 +4532,7 @@ create or replace function pglimits._sweep_idle_keys(max_keys integer, idle_sinc
 returns integer
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   config pglimits.configs;
@@ -4165,11 +4579,11 @@ create or replace function pglimits._cron_schedule(every interval, extension_ver
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   seconds numeric := extract(epoch from every);
-  parts integer[] := (regexp_match(extension_version, '^(\d+)\.(\d+)'))::integer[];
+  parts integer[] := (regexp_match(extension_version, '^([0-9]+)[.]([0-9]+)'))::integer[];
   minutes integer;
 begin
   if every is null or seconds < 1 or seconds > 86400 then
@@ -4193,7 +4607,7 @@ returns text
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -4229,7 +4643,7 @@ returns boolean
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set jit = off
@@ -4255,23 +4669,13 @@ create or replace function pglimits._cron_job()
 returns text
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return 'pglimits sweep ' || current_database();
 end $$;
 
 comment on function pglimits._cron_job() is 'The name of the job in pg_cron.';
-create or replace function pglimits.version()
-returns text
-language sql
-immutable
-set search_path = ''
-as $$
-  select '0.1.0'
-$$;
-
-comment on function pglimits.version() is 'The version of pglimits that is installed in this database.';
 -- What anybody may see who may see anything. Decay and expiry are applied as of now, whatever has been taken out yet.
 
 create or replace view pglimits.limits as
@@ -4283,22 +4687,32 @@ select
   c.max_waiters, c.description, c.created_at, c.updated_at
 from (select pglimits._now() as now) clock
 cross join pglimits.configs c
+cross join lateral (
+  select c.decayed + c.slot_decay_per_second::numeric * extract(epoch from clock.now - c.decayed_at) as decayed
+) v
 left join lateral (
   select
     sum(k.held - case when k.next_expiry > clock.now then 0 else coalesce((
       select sum(l.slots) from pglimits.leases l
       where l.limit_id = k.limit_id and l.key = k.key
         and l.expires_at >= k.next_expiry and l.expires_at <= clock.now), 0) end) as held,
-    sum(greatest(k.booked - (c.decayed + c.slot_decay_per_second::numeric
-                             * extract(epoch from clock.now - c.decayed_at)), 0))
+    -- Without the turns of the dead. Pinned turns that have come are charged: each when it came.
+    sum(greatest(case when k.pinned = 0 then k.booked else (
+      select greatest(k.booked + coalesce(sum(p.slots), 0), max(p.turn + p.following))
+      from (select q.turn, q.slots, sum(q.slots) over (order by q.turn desc, q.lease_id desc) as following
+            from pglimits.queue q
+            where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end
+      - case when k.next_death > clock.now then 0 else coalesce((
+        select sum(q.slots) from pglimits.queue q
+        where q.limit_id = k.limit_id and q.key = k.key and q.turn > v.decayed and q.expires_at <= clock.now
+          and not q.pinned), 0) end
+      - v.decayed, 0))
       filter (where c.slot_decay_per_second > 0) as level
   from pglimits.states k where k.limit_id = c.limit_id
 ) s on true
 left join lateral (
   select count(*) as waiting from pglimits.queue q
-  where q.limit_id = c.limit_id and q.expires_at > clock.now
-    and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
-                                                * extract(epoch from clock.now - c.decayed_at))
+  where q.limit_id = c.limit_id and q.expires_at > clock.now and (q.turn is null or q.turn > v.decayed)
 ) w on true;
 
 comment on view pglimits.limits is
@@ -4329,7 +4743,34 @@ where q.expires_at > clock.now
 
 comment on view pglimits.waiters is
   'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue.';
+-- Drops what an older version had and this one has not: the views and routines that were not written in this transaction.
+-- Those that are as they were keep their grants, and whatever of yours is built on them.
+do $$
+declare
+  views text;
+  routines text;
+  dependents text;
+begin
+  select string_agg(c.oid::regclass::text, ', ') into views from pg_class c
+  where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'v' and c.xmin <> pg_current_xact_id()::xid;
+  select string_agg(p.oid::regprocedure::text, ', ') into routines from pg_proc p
+  where p.pronamespace = 'pglimits'::regnamespace and p.xmin <> pg_current_xact_id()::xid;
+  if views is not null then
+    execute 'drop view ' || views;
+  end if;
+  if routines is not null then
+    execute 'drop routine ' || routines;
+  end if;
+exception when dependent_objects_still_exist then
+  get stacked diagnostics dependents = pg_exception_detail;
+  raise exception using
+    errcode = 'dependent_objects_still_exist',
+    message = format('something of yours is built on what pglimits %s no longer has (%s): nothing was changed; drop it, '
+                     'upgrade, and create it anew', pglimits.version(), replace(dependents, E'\n', '; '));
+end $$;
 -- Who may what. Nothing for PUBLIC; pglimits_user acquires, pglimits_reader looks, pglimits_admin does everything.
+
+set local client_min_messages = notice;  -- what could not be done has to be said
 
 revoke all on schema pglimits from public;
 revoke all on all tables in schema pglimits from public;
@@ -4371,6 +4812,9 @@ begin
 
   foreach wanted in array needed loop
     continue when not exists (select from pg_catalog.pg_roles r where r.rolname = wanted);
+    -- What an older version granted goes.
+    execute format('revoke all on all tables in schema pglimits from %I', wanted);
+    execute format('revoke all on all routines in schema pglimits from %I', wanted);
     execute format('grant usage on schema pglimits to %I', wanted);
     for routine, routine_name in
       select p.oid::pg_catalog.regprocedure, p.proname from pg_catalog.pg_proc p
@@ -4392,3 +4836,4 @@ comment on schema pglimits is 'Concurrency limits and rate limits, as SQL functi
 commit;
 select 'pglimits ' || pglimits.version() || ' is installed in ' || current_database() as done \gset
 \echo :done
+

@@ -619,14 +619,15 @@ begin
       names text[], slots integer[], keys text[], lease_duration interval, priority integer, strict boolean,
       channel text, for_rate boolean)
   ), models as materialized (
-    select k.*, pglimits._check_request(k.names, k.slots, k.keys, k.lease_duration, null, k.priority, null, null,
-                                        k.strict, k.channel, k.for_rate) as model
+    select k.*, exists (select from pglimits.former_names f where f.name = any (k.names)) as were_others,
+           pglimits._check_request(k.names, k.slots, k.keys, k.lease_duration, null, k.priority, null, null,
+                                   k.strict, k.channel, k.for_rate) as model
     from kinds k
   )
   select array_agg(
     case
-      when (m.model).error is null and (m.model).missing is null and coalesce(a.wait >= interval '0', true)
-           and coalesce(length(a.holder::text) <= 8000, true)
+      when (m.model).error is null and (m.model).missing is null and not m.were_others
+           and coalesce(a.wait >= interval '0', true) and coalesce(length(a.holder::text) <= 8000, true)
       then row(coalesce(a.lease_id, gen_random_uuid()), (m.model).for_rate, (m.model).limit_ids, (m.model).keys,
                (m.model).slots, (m.model).places, (m.model).rank, (m.model).lease_duration, a.wait, a.holder,
                (m.model).channel, a.lease_id is not null, (m.model).bounded, null, null, null)::pglimits._request

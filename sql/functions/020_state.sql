@@ -377,15 +377,17 @@ end $$;
 comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
   'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
 
--- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead. live: which were live.
+-- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead.
 create or replace function pglimits._withdraw(
-  inout state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz, out live uuid[])
+  state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz)
+returns pglimits._withdrawn
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
+  live uuid[];
   left_line bigint;
   unpinned bigint;
   turns numeric[];
@@ -408,6 +410,7 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, config, now, turns, slots);
   end if;
+  return row(state, live)::pglimits._withdrawn;
 end $$;
 
 comment on function pglimits._withdraw(pglimits.states, pglimits.configs, uuid[], timestamptz) is

@@ -970,7 +970,7 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   served pglimits._served;
-  withdrawn record;
+  withdrawn pglimits._withdrawn;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -1020,8 +1020,7 @@ begin
        and exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.called) then
       -- One of its limits was changed: it gives back what it still has on the others, and asks as if for the first time.
       for p in 1 .. cardinality(at) loop
-        select * into withdrawn from pglimits._withdraw(
-          states[at[p]], configs[at[p]], array[request.lease_id], now);
+        withdrawn := pglimits._withdraw(states[at[p]], configs[at[p]], array[request.lease_id], now);
         states[at[p]] := withdrawn.state;
       end loop;
       mine := null;

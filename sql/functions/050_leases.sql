@@ -223,7 +223,7 @@ declare
   now timestamptz := pglimits._now();
   freed bigint;
   live uuid[];
-  withdrawn record;
+  withdrawn pglimits._withdrawn;
 begin
   if state.limit_id is null then
     return array[]::uuid[];
@@ -252,7 +252,7 @@ begin
   state.held := state.held - freed;
 
   if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
-    select * into withdrawn from pglimits._withdraw(state, config, lease_ids, now);
+    withdrawn := pglimits._withdraw(state, config, lease_ids, now);
     state := withdrawn.state;
     live := live || withdrawn.live;
   end if;

@@ -234,6 +234,12 @@ create type pglimits._decision as (
 );
 comment on type pglimits._decision is 'What becomes of a request, and of the states that it touches.';
 
+create type pglimits._withdrawn as (
+  state pglimits.states,
+  live uuid[]
+);
+comment on type pglimits._withdrawn is 'A state without requests that were taken out of its queue, and which of them were live.';
+
 create type pglimits._served as (
   answers pglimits._answer[],
   states pglimits.states[]

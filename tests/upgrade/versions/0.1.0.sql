@@ -347,6 +347,12 @@ create type pglimits._decision as (
 );
 comment on type pglimits._decision is 'What becomes of a request, and of the states that it touches.';
 
+create type pglimits._withdrawn as (
+  state pglimits.states,
+  live uuid[]
+);
+comment on type pglimits._withdrawn is 'A state without requests that were taken out of its queue, and which of them were live.';
+
 create type pglimits._served as (
   answers pglimits._answer[],
   states pglimits.states[]
@@ -946,15 +952,17 @@ end $$;
 comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
   'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
 
--- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead. live: which were live.
+-- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead.
 create or replace function pglimits._withdraw(
-  inout state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz, out live uuid[])
+  state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz)
+returns pglimits._withdrawn
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed numeric := pglimits._decayed(config, now);
+  live uuid[];
   left_line bigint;
   unpinned bigint;
   turns numeric[];
@@ -977,6 +985,7 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, config, now, turns, slots);
   end if;
+  return row(state, live)::pglimits._withdrawn;
 end $$;
 
 comment on function pglimits._withdraw(pglimits.states, pglimits.configs, uuid[], timestamptz) is
@@ -2192,7 +2201,7 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   served pglimits._served;
-  withdrawn record;
+  withdrawn pglimits._withdrawn;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -2242,8 +2251,7 @@ begin
        and exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.called) then
       -- One of its limits was changed: it gives back what it still has on the others, and asks as if for the first time.
       for p in 1 .. cardinality(at) loop
-        select * into withdrawn from pglimits._withdraw(
-          states[at[p]], configs[at[p]], array[request.lease_id], now);
+        withdrawn := pglimits._withdraw(states[at[p]], configs[at[p]], array[request.lease_id], now);
         states[at[p]] := withdrawn.state;
       end loop;
       mine := null;
@@ -3625,7 +3633,7 @@ declare
   now timestamptz := pglimits._now();
   freed bigint;
   live uuid[];
-  withdrawn record;
+  withdrawn pglimits._withdrawn;
 begin
   if state.limit_id is null then
     return array[]::uuid[];
@@ -3654,7 +3662,7 @@ begin
   state.held := state.held - freed;
 
   if state.waiting > 0 or state.pinned > 0 or state.next_death < 'infinity' or freed = 0 then
-    select * into withdrawn from pglimits._withdraw(state, config, lease_ids, now);
+    withdrawn := pglimits._withdraw(state, config, lease_ids, now);
     state := withdrawn.state;
     live := live || withdrawn.live;
   end if;

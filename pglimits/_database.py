@@ -258,7 +258,7 @@ class Database:
             self.check(connection)
             # Another connection may have been opened before this one found out that there is a pooler.
             if sql in _sql.MEET_ALL_KEYS:
-                connection.execute(_begin(connection))
+                connection.execute(_begin(connection), prepare=False)
             rows = run(connection, sql, params, prepare=False if self.pooled else None)
             if not connection.autocommit or sql in _sql.MEET_ALL_KEYS:
                 connection.commit()
@@ -373,7 +373,7 @@ class Database:
                 await cursor.execute(_sql.VERSION.encode(), prepare=False)
                 self.check_on((await cursor.fetchall())[0], connection.info.backend_pid)
             if sql in _sql.MEET_ALL_KEYS:
-                await connection.execute(_begin(connection))
+                await connection.execute(_begin(connection), prepare=False)
             await cursor.execute(sql.encode(), params, prepare=False if self.pooled else None)
             rows: list[Row] = await cursor.fetchall()
             if sql in _sql.MEET_ALL_KEYS:

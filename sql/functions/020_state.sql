@@ -643,9 +643,7 @@ begin
   if now >= state.next_expiry then
     state := pglimits._take_expired(state, now);
   end if;
-  if state.pinned > 0 then
-    state := pglimits._unpin(state, config, now);
-  end if;
+  state := pglimits._unpin(state, config, now);
   if now >= state.next_death then
     state := pglimits._bury_sleepers(state, config, now);
   end if;

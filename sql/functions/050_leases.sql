@@ -229,10 +229,8 @@ begin
     return array[]::uuid[];
   end if;
   select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
-  if state.pinned > 0 then
-    -- A turn that has come stays booked.
-    state := pglimits._unpin(state, config, now);
-  end if;
+  -- A turn that has come stays booked.
+  state := pglimits._unpin(state, config, now);
 
   if cardinality(lease_ids) > 1 then
     -- In the order in which renew locks them.

@@ -166,7 +166,8 @@ comment on column pglimits.queue.pinned is
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
 comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
 comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
-comment on column pglimits.queue.looks_at is 'When its process was told to look again.';
+comment on column pglimits.queue.looks_at is
+  'When its process was told to look again; of a turn without a channel: when it was told to go, and will.';
 
 -- What travels between the functions.
 

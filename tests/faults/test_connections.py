@@ -473,6 +473,18 @@ def test_everything_works_behind_pgbouncer_by_polling_which_is_said_once(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_changes_a_limit_prepares_nothing_behind_pgbouncer(bouncer: str, conn: Connection, kind: str) -> None:
+    with open_api(kind, dsn=bouncer) as one, open_api(kind, dsn=bouncer) as other:
+        one.create("database", 1)
+        for limit in range(2, 20):
+            one.update("database", limit=limit)
+            other.update("database", limit=limit)
+        assert other.get("database").limit == 19
+    with psycopg.connect(bouncer, prepare_threshold=None) as connection:
+        assert connection.execute("select name from pg_prepared_statements").fetchall() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_session_of_the_server_is_left_to_hear_of_waiters_behind_pgbouncer(
     bouncer: str, conn: Connection, kind: str, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
 ) -> None:

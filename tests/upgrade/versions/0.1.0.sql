@@ -279,7 +279,8 @@ comment on column pglimits.queue.pinned is
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
 comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
 comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
-comment on column pglimits.queue.looks_at is 'When its process was told to look again.';
+comment on column pglimits.queue.looks_at is
+  'When its process was told to look again; of a turn without a channel: when it was told to go, and will.';
 
 -- What travels between the functions.
 
@@ -1218,9 +1219,7 @@ begin
   if now >= state.next_expiry then
     state := pglimits._take_expired(state, now);
   end if;
-  if state.pinned > 0 then
-    state := pglimits._unpin(state, config, now);
-  end if;
+  state := pglimits._unpin(state, config, now);
   if now >= state.next_death then
     state := pglimits._bury_sleepers(state, config, now);
   end if;
@@ -3639,10 +3638,8 @@ begin
     return array[]::uuid[];
   end if;
   select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
-  if state.pinned > 0 then
-    -- A turn that has come stays booked.
-    state := pglimits._unpin(state, config, now);
-  end if;
+  -- A turn that has come stays booked.
+  state := pglimits._unpin(state, config, now);
 
   if cardinality(lease_ids) > 1 then
     -- In the order in which renew locks them.

@@ -47,8 +47,8 @@ end $$;
 comment on function pglimits._until(pglimits.configs, numeric, timestamptz) is
   'How long from a moment until a virtual time; zero when it has passed, null when it never comes.';
 
--- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
-create or replace function pglimits._lock(limit_id bigint, key text)
+-- Locks the state of a (limit, key) and returns it. Null where there is none: it was never used, or has been swept or deleted.
+create or replace function pglimits._lock_used(limit_id bigint, key text)
 returns pglimits.states
 language plpgsql
 volatile
@@ -59,46 +59,89 @@ declare
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     -- Its snapshot may be older than the last change of the limit: then this is a serialization failure.
-    perform from pglimits.configs c where c.limit_id = _lock.limit_id for share;
+    perform from pglimits.configs c where c.limit_id = _lock_used.limit_id for share;
   end if;
-  loop
-    select s.* into state from pglimits.states s
-    where s.limit_id = _lock.limit_id and s.key = _lock.key
-    order by s.version desc limit 1 for update;
-    exit when found;
-    exit when not pglimits._create_state(limit_id, key);
-  end loop;
+  select s.* into state from pglimits.states s
+  where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+  order by s.version desc limit 1 for update;
   return state;
 end $$;
 
-comment on function pglimits._lock(bigint, text) is
-  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+comment on function pglimits._lock_used(bigint, text) is
+  'Locks and returns the state of a (limit, key); null where there is none.';
 
--- Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.
-create or replace function pglimits._create_state(limit_id bigint, key text)
-returns boolean
+-- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
+create or replace function pglimits._lock(limit_id bigint, key text, beside_another boolean default false)
+returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  floor bigint;
+  state pglimits.states;
 begin
-  -- Shared with other first users, not with update_limit, which has to meet every state of the limit.
-  select c.fence_floor into floor from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
-  if not found then
-    return false;
+  loop
+    state := pglimits._lock_used(limit_id, key);
+    exit when state.limit_id is not null;
+    exit when not pglimits._create_state(limit_id, key, beside_another);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._lock(bigint, text, boolean) is
+  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone. beside_another: '
+  'the caller has a state of this limit locked already.';
+
+-- Locks every state of a limit whose config the caller has locked. Who has one of them locked may add a later one without
+-- a lock of the config; so each is looked for when the one before it has been locked.
+create or replace function pglimits._lock_every(limit_id bigint)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  last_key text := '';
+begin
+  perform from pglimits.states s where s.limit_id = _lock_every.limit_id and s.key = '' for update;
+  loop
+    select s.key into last_key from pglimits.states s
+    where s.limit_id = _lock_every.limit_id and s.key > last_key
+    order by s.key limit 1 for update;
+    exit when not found;
+  end loop;
+end $$;
+
+comment on function pglimits._lock_every(bigint) is
+  'Locks every state of a limit whose config is locked, in the order of their keys.';
+
+-- Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.
+create or replace function pglimits._create_state(limit_id bigint, key text, beside_another boolean)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not beside_another then
+    -- Shared with other first users, not with update_limit, which has to meet every state of the limit. Who has another one of
+    -- them locked does not wait for the config: whoever has that may be waiting for the other state, and comes here later.
+    perform from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
+    if not found then
+      return false;
+    end if;
   end if;
   insert into pglimits.keys (limit_id, key) values (_create_state.limit_id, _create_state.key) on conflict do nothing;
   if found then
     insert into pglimits.states (limit_id, key, version, changed_at)
-    values (_create_state.limit_id, _create_state.key, floor, pglimits._now());
+    select c.limit_id, _create_state.key, c.fence_floor, pglimits._now()
+    from pglimits.configs c where c.limit_id = _create_state.limit_id;
   end if;
   return true;
 end $$;
 
-comment on function pglimits._create_state(bigint, text) is
-  'Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.';
+comment on function pglimits._create_state(bigint, text, boolean) is
+  'Creates the state of a (limit, key), unless somebody else does. False when the limit is gone. beside_another: as for _lock.';
 
 -- Writes a state back if it differs from what was locked.
 create or replace function pglimits._save(state pglimits.states, was pglimits.states, now timestamptz)
@@ -541,7 +584,7 @@ begin
 
     if fits_at = '-infinity' and head.several then
       -- Granting it here would take locks out of order. It keeps its place until it has tried for itself.
-      if not head.called then
+      if not head.called and head.kept_until is null then
         update pglimits.queue q set called = true
         where q.lease_id = head.lease_id
           and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;

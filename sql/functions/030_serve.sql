@@ -62,7 +62,8 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from pglimits.queue q where q.lease_id = _is_at.lease_id and q.limit_id = _is_at.limit_id)
+  return exists (select from pglimits.queue q
+                 where q.lease_id = _is_at.lease_id and _is_at.limit_id = any (q.limit_id || q.limit_ids))
       or exists (select from pglimits.leases l
                  where l.lease_id = _is_at.lease_id and l.limit_id = _is_at.limit_id and l.expires_at > pglimits._now());
 end $$;
@@ -471,25 +472,43 @@ comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
+-- How often limits have been changed, in the order of their ids. One that was deleted is missing.
+create or replace function pglimits._changes(limit_ids bigint[])
+returns integer[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(select c.changes from pglimits.configs c where c.limit_id = any (limit_ids) order by c.limit_id);
+end $$;
+
+comment on function pglimits._changes(bigint[]) is
+  'How often limits have been changed, in the order of their ids, without those that are gone.';
+
 -- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
 -- now may be by then.
 create or replace function pglimits._enqueue(
-  state pglimits.states, request pglimits._request, slots integer, arrival timestamptz, looks_at timestamptz,
+  state pglimits.states, request pglimits._request, slots integer, mine pglimits.queue, looks_at timestamptz,
   now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  arrival timestamptz := mine.arrival;
+  several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null;
 begin
   if arrival is null then
     arrival := greatest(now, state.last_arrival + interval '1 microsecond');
     state.last_arrival := arrival;
   end if;
-  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
-                              holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate,
-          cardinality(request.slots) > 1 or array_position(request.places, null) is not null, request.lease_duration,
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, limit_ids, seen, in_vain,
+                              lease_duration, holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
+          case when several then request.limit_ids end, case when several then pglimits._changes(request.limit_ids) end,
+          case when mine.called then mine.in_vain + 1 else coalesce(mine.in_vain, 0) end, request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
     state.head_rank := request.rank;
@@ -500,8 +519,8 @@ begin
 end $$;
 
 comment on function pglimits._enqueue(
-  pglimits.states, pglimits._request, integer, timestamptz, timestamptz, timestamptz) is
-  'Puts a request in line: at its arrival, or, if that is null, behind everybody of its priority.';
+  pglimits.states, pglimits._request, integer, pglimits.queue, timestamptz, timestamptz) is
+  'Puts a request in line: where it arrived if it has a place (mine) already, or behind everybody of its priority.';
 
 -- Notes that so many more stand in line, none of whom dies before the liveness of a waiter is over.
 create or replace function pglimits._lengthen(state pglimits.states, waiters bigint, now timestamptz)
@@ -552,24 +571,79 @@ end $$;
 comment on function pglimits._bury_waiters(pglimits.states, timestamptz) is
   'Takes dead waiters out of the line, and notes when the next of them can die.';
 
--- Takes a request out of the line.
-create or replace function pglimits._leave(state pglimits.states, mine pglimits.queue)
-returns pglimits.states
+-- Until when a request that was called, and found another of its limits taken, keeps its place where it was called: nobody
+-- goes before it there, so that it has this one when the other comes free. Else, where all its limits are always busy, it
+-- would never find them free at the same moment. The third time that it is called in vain, if it is the first to have what it
+-- still needs, and for no longer than it has waited itself: nobody is kept waiting by a request whose other limit is slow.
+create or replace function pglimits._keeps_until(
+  mine pglimits.queue, needed pglimits.states, config pglimits.configs, now timestamptz)
+returns timestamptz
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case
+    when mine.called and mine.in_vain >= 2 and config."limit" > 0
+         and (needed.waiting > 0 and (needed.head_rank, needed.head_arrival) < (mine.rank, mine.arrival)) is not true
+      then now + (now - mine.arrival)
+    else now
+  end;
+end $$;
+
+comment on function pglimits._keeps_until(pglimits.queue, pglimits.states, pglimits.configs, timestamptz) is
+  'Until when a request over several limits keeps the place where it was called in vain; now: it does not.';
+
+-- The next moment at which a request gives up one of the places that it keeps.
+create or replace function pglimits._kept_until(lease_id uuid, now timestamptz)
+returns timestamptz
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  return (select min(q.kept_until) from pglimits.queue q where q.lease_id = _kept_until.lease_id and q.kept_until > now);
+end $$;
+
+comment on function pglimits._kept_until(uuid, timestamptz) is
+  'When a request next gives up one of the places that it keeps; null: it keeps none.';
+
+-- Takes a request out of the line, unless it keeps its place there: until the given moment if it was called there, or for as
+-- long as it was going to if it keeps it already. Null: it keeps none.
+create or replace function pglimits._leave(
+  state pglimits.states, lease_id uuid, keep_until timestamptz, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  lives_until timestamptz;
+begin
+  if keep_until is not null then
+    update pglimits.queue q
+    set kept_until = coalesce(q.kept_until, keep_until), called = false,
+        expires_at = least(now + pglimits._liveness(), coalesce(q.kept_until, keep_until))
+    where q.lease_id = _leave.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+      and (q.called and keep_until > now or q.kept_until > now)
+    returning q.expires_at into lives_until;
+    if found then
+      state.next_look := least(state.next_look, lives_until);
+      return state;
+    end if;
+  end if;
   delete from pglimits.queue q
-  where q.lease_id = mine.lease_id
-    and q.limit_id is not distinct from mine.limit_id and q.key is not distinct from mine.key;
+  where q.lease_id = _leave.lease_id
+    and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
   if found then
     state.waiting := state.waiting - 1;
   end if;
   return state;
 end $$;
 
-comment on function pglimits._leave(pglimits.states, pglimits.queue) is 'Takes a waiting request out of the queue.';
+comment on function pglimits._leave(pglimits.states, uuid, timestamptz, timestamptz) is
+  'Takes a waiting request out of the queue of a (limit, key), or has it keep its place there.';
 
 -- Why one more may not wait on a (limit, key), or null.
 create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
@@ -679,17 +753,9 @@ as $$
 declare
   states pglimits.states[];
 begin
-  if cardinality(places.keys) > 1 then
-    -- What is used for the first time is created before any state is locked: that takes locks of configs.
-    for i in 1 .. cardinality(places.keys) loop
-      if not exists (select from pglimits.states s
-                     where s.limit_id = places.limit_ids[i] and s.key = places.keys[i]) then
-        perform pglimits._create_state(places.limit_ids[i], places.keys[i]);
-      end if;
-    end loop;
-  end if;
   for i in 1 .. coalesce(cardinality(places.keys), 0) loop
-    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
+    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i],
+                                i > 1 and (states[i - 1]).limit_id is not distinct from places.limit_ids[i]);
   end loop;
   return states;
 end $$;
@@ -786,11 +852,18 @@ declare
   findings pglimits._findings := pglimits._survey(request, at, states, configs, mine, now);
   may_wait boolean := findings.blocked_at is not null and coalesce(request.wait > interval '0', true);
   answer pglimits._answer;
+  keep_until timestamptz;
 begin
   answer.lease_id := request.lease_id;
   -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
   if at_mine is not null and mine.turn is null then
-    states[at_mine] := pglimits._leave(states[at_mine], mine);
+    if may_wait and findings.impossible is null then
+      keep_until := pglimits._keeps_until(mine, states[findings.blocked_at], configs[findings.blocked_at], now);
+    end if;
+    for p in 1 .. cardinality(at) loop
+      states[at[p]] := pglimits._leave(
+        states[at[p]], request.lease_id, case when at[p] <> findings.blocked_at then keep_until end, now);
+    end loop;
   end if;
   if mine.lease_id is null and request.bounded and (findings.fits_at is null or may_wait) then
     findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
@@ -813,11 +886,13 @@ begin
   elsif findings.fits_at is null then
     return pglimits._take(request, at, states, configs, findings, now);
   elsif may_wait then
-    findings.looks_at := least(findings.looks_at, now + pglimits._liveness() * 0.3);
+    findings.looks_at := least(
+      findings.looks_at, now + pglimits._liveness() * 0.3,
+      case when keep_until is not null then pglimits._kept_until(request.lease_id, now) end);
     answer.status := 'queued';
     answer.retry_after := greatest(findings.looks_at - now, interval '0');
     states[findings.blocked_at] := pglimits._enqueue(
-      states[findings.blocked_at], request, request.slots[array_position(at, findings.blocked_at)], mine.arrival,
+      states[findings.blocked_at], request, request.slots[array_position(at, findings.blocked_at)], mine,
       findings.looks_at, now);
   else
     answer.status := 'refused';
@@ -1012,7 +1087,8 @@ begin
     end if;
     mine := null;
     if request.lease_id = any (queued) then
-      select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
+      select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id
+      order by q.turn nulls last, q.kept_until nulls first limit 1;
     end if;
     at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
                else pglimits._locate(request, places) end;

@@ -259,7 +259,8 @@ declare
   state pglimits.states;
   now timestamptz := pglimits._now();
 begin
-  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id order by q.turn nulls first limit 1;
+  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id
+  order by q.turn nulls first, q.kept_until nulls first limit 1;
   if mine.lease_id is null or mine.turn is not null then
     return null;
   end if;

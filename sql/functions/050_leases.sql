@@ -109,7 +109,7 @@ begin
   perform pglimits._check_ids(lease_ids);
   if exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1) then
     -- All states before any lease: delete_limit locks the state of one limit, and then such leases on the others.
-    perform pglimits._lock(p.limit_id, p.key)
+    perform pglimits._lock_used(p.limit_id, p.key)
     from (select distinct l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) order by 1, 2) p;
   end if;
   for attempt in 1 .. 5 loop
@@ -217,7 +217,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  was pglimits.states := pglimits._lock(limit_id, key);
+  was pglimits.states := pglimits._lock_used(limit_id, key);
   state pglimits.states := was;
   config pglimits.configs;
   now timestamptz := pglimits._now();
@@ -304,7 +304,7 @@ begin
                     where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
       order by p.limit_id, p.key
     loop
-      was := pglimits._lock(place.limit_id, place.key);
+      was := pglimits._lock_used(place.limit_id, place.key);
       continue when was.limit_id is null;
       now := pglimits._now();
       select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
@@ -320,7 +320,7 @@ begin
   if waits then
     -- Never waits for a row: one that is locked is being granted or removed right now.
     update pglimits.queue q
-    set expires_at = now + pglimits._liveness(), looks_at = due.looks_at
+    set expires_at = least(now + pglimits._liveness(), q.kept_until), looks_at = due.looks_at
     from (
       select w.lease_id, w.limit_id, w.key, least(
         now + pglimits._liveness() * 0.3,
@@ -331,7 +331,7 @@ begin
       cross join lateral (
         select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
         where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
-      where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < 'infinity'
+      where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < coalesce(w.kept_until, 'infinity')
         and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
       for update of w skip locked
     ) due
@@ -344,18 +344,20 @@ begin
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
-         case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
+         case when q.expires_at <= now or q.called or q.several and pglimits._is_outdated(q) then 'retry'
+              when q.turn is null then 'queued' else 'granted' end,
          null, null,
-         case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
+         case when q.turn is null then greatest(
+           least(q.looks_at, case when q.several then pglimits._kept_until(q.lease_id, now) end) - now, interval '0') end,
          case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
-  where q.lease_id = any (lease_ids)
+  where q.lease_id = any (lease_ids) and q.kept_until is null
   union all
   select asked.id, 'retry', null, null, null, null, null
   from (select distinct u.id from unnest(lease_ids) as u(id)) asked
   where not exists (select from pglimits.leases l where l.lease_id = asked.id and l.expires_at > now)
-    and not exists (select from pglimits.queue q where q.lease_id = asked.id);
+    and not exists (select from pglimits.queue q where q.lease_id = asked.id and q.kept_until is null);
 end $$;
 
 comment on function pglimits.watch(uuid[]) is
@@ -364,6 +366,20 @@ of a turn on several): granted (a lease begins its full duration; a turn comes a
 retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
 request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
 line, lasts without another call.$$;
+
+-- Whether one of the limits of a waiting request was changed since it asked, also one for which it does not stand in line.
+create or replace function pglimits._is_outdated(waiter pglimits.queue)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return waiter.seen <> pglimits._changes(waiter.limit_ids);
+end $$;
+
+comment on function pglimits._is_outdated(pglimits.queue) is
+  'Whether one of the limits of a waiting request over several was changed since it asked.';
 
 -- Whether a waiter may go on sleeping. Reads its own row and nothing else.
 create or replace function pglimits.may_sleep(lease_id uuid)

@@ -123,7 +123,7 @@ begin
   if new_name <> old.name and exists (select from pglimits.configs c where c.name = new_name) then
     perform pglimits._fail('LimitExists', format('there is a limit named %L already', new_name));
   end if;
-  perform from pglimits.states s where s.limit_id = old.limit_id order by s.key for update;
+  perform pglimits._lock_every(old.limit_id);
   now := pglimits._now();
 
   new := old;
@@ -140,7 +140,7 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, updated_at = now
+      decayed_at = new.decayed_at, changes = c.changes + 1, updated_at = now
   where c.limit_id = old.limit_id;
   if new.name <> old.name then
     insert into pglimits.former_names (name, limit_id) values (old.name, old.limit_id) on conflict do nothing;
@@ -151,6 +151,7 @@ begin
   loop
     perform pglimits._apply_change(waited_for, old, new, now);
   end loop;
+  perform pglimits._tell_elsewhere(old.limit_id);
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
@@ -272,6 +273,28 @@ end $$;
 
 comment on function pglimits._send_away(bigint, text) is 'Empties the queue of a (limit, key) and tells everybody who was in it.';
 
+-- Tells those who need slots of a limit that was changed, and stand in line for another one: they look, find that it was
+-- changed, and ask again.
+create or replace function pglimits._tell_elsewhere(limit_id bigint)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  told text;
+begin
+  for told in
+    select distinct q.channel from pglimits.queue q
+    where _tell_elsewhere.limit_id = any (q.limit_ids) and q.channel is not null
+  loop
+    perform pglimits._tell(told, null);
+  end loop;
+end $$;
+
+comment on function pglimits._tell_elsewhere(bigint) is
+  'Tells those who wait for several limits, this one among them, that it was changed.';
+
 create or replace function pglimits.delete_limit(name text)
 returns void
 language plpgsql
@@ -297,8 +320,9 @@ begin
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
+  perform pglimits._lock_every(gone.limit_id);
   for state in
-    select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key for update
+    select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key
   loop
     perform pglimits._send_away(gone.limit_id, state.key);
     gone.fence_floor := greatest(gone.fence_floor, state.version);
@@ -317,6 +341,7 @@ begin
   delete from pglimits.former_names f where f.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
+  perform pglimits._tell_elsewhere(gone.limit_id);
 end $$;
 
 comment on function pglimits.delete_limit(text) is
@@ -428,7 +453,7 @@ begin
     select s.key from pglimits.states s
     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key
   loop
-    was := pglimits._lock(of_limit, used_key);
+    was := pglimits._lock_used(of_limit, used_key);
     continue when was.limit_id is null;
     now := pglimits._now();
     select c.* into config from pglimits.configs c where c.limit_id = of_limit;

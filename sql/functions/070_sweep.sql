@@ -44,7 +44,7 @@ begin
     ) due
     order by due.limit_id, due.key limit max_keys
   loop
-    was := pglimits._lock(place.limit_id, place.key);
+    was := pglimits._lock_used(place.limit_id, place.key);
     continue when was.limit_id is null;
     select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
     state := pglimits._take_expired(was, now);

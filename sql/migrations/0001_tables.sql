@@ -25,6 +25,7 @@ create table pglimits.configs (
   decayed numeric not null default 0,
   decayed_at timestamptz not null,
   fence_floor bigint not null,
+  changes integer not null default 0,
   created_at timestamptz not null,
   updated_at timestamptz not null
 );
@@ -34,6 +35,7 @@ comment on column pglimits.configs.decayed is
   'Virtual time at decayed_at: the slots that had decayed since the limit was created. See _decayed().';
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
+comment on column pglimits.configs.changes is 'How often it was changed: a request that waits for several limits notices by this.';
 
 create table pglimits.former_names (
   name text collate "C" not null,
@@ -139,7 +141,11 @@ create table pglimits.queue (
   pinned boolean not null default false,
   for_rate boolean not null,
   several boolean not null,
+  limit_ids bigint[],
+  seen integer[],
   called boolean not null default false,
+  in_vain integer not null default 0,
+  kept_until timestamptz,
   lease_duration interval not null,
   holder jsonb,
   channel text,
@@ -164,7 +170,12 @@ comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves
 comment on column pglimits.queue.pinned is
   'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
+comment on column pglimits.queue.limit_ids is 'All the limits of such a request that are enforced.';
+comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
 comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
+comment on column pglimits.queue.in_vain is 'How often it was called, and found another of its limits taken.';
+comment on column pglimits.queue.kept_until is
+  'Called in vain too often, it waits on another limit now, and until then nobody behind it goes before it here.';
 comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
 comment on column pglimits.queue.looks_at is
   'When its process was told to look again; of a turn without a channel: when it was told to go, and will.';

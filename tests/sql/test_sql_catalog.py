@@ -291,7 +291,7 @@ def test_the_hot_row_is_found_from_the_live_end_of_its_index(db: Db, s: Session)
     )
     s.run("vacuum analyze pglimits.states")
     assert "Index Scan Backward using states_pkey" in plan(s, query)
-    (lock,) = [row for row in routines(s) if row.name == "_lock"]
+    (lock,) = [row for row in routines(s) if row.name == "_lock_used"]
     assert "order by s.version desc limit 1 for update" in " ".join(lock.source.split())
 
 

@@ -373,6 +373,32 @@ def test_changes_of_a_limit_and_first_uses_of_its_keys_do_not_deadlock(db: Db, s
     db.consistent()
 
 
+@pytest.mark.parametrize("change", ["update", "delete"])
+def test_a_sweep_under_a_request_for_several_keys_and_a_change_of_the_limit_do_not_deadlock(
+    db: Db, s: Session, change: str
+) -> None:
+    s.create("database", 2)
+    s.serves("database", 1, key="busy")
+    assert s.release(s.acquire("database", key="idle").lease_id)
+    # A sweep, by hand: it removes the key when the request has looked, and is over before the change begins.
+    sweeper = db.session()
+    sweeper.run("begin")
+    for table in ("states", "keys"):
+        sweeper.run(f"delete from pglimits.{table} where key = 'idle'")
+    request, _ = db.start_blocked(lambda session: session.acquire(["database", "database"], keys=["busy", "idle"]))
+    changer, _ = db.start_blocked(
+        lambda session: session.update("database", limit=1) if change == "update" else session.delete("database")
+    )
+    sweeper.run("commit")
+    assert request.result(timeout=60).status == "granted"
+    changer.result(timeout=60)
+    if change == "update":
+        assert s.limit("database").held == 3
+        assert s.acquire("database", key="idle").status == "refused"
+    else:
+        assert s.value("select count(*) from pglimits.states") == 0
+
+
 def test_watch_and_release_do_not_deadlock(db: Db, s: Session) -> None:
     s.create("first", 1)
     s.create("second", 1)

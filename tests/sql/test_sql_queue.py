@@ -673,6 +673,211 @@ def test_a_called_request_over_several_limits_that_died_does_not_hold_the_next_u
     assert status == "granted"
 
 
+class Busy:
+    """Limits of one slot that somebody holds, and for which others wait, all the time; and a request that needs all of them."""
+
+    def __init__(self, s: Session, clock: Clock, *names: str) -> None:
+        self.s, self.clock, self.names = s, clock, names
+        clock.freeze()
+        for name in names:
+            full(s, name)
+        self.wide = s.queue(list(names))
+        clock.advance(1)
+        self.others = {name: s.queue(name) for name in names}
+
+    def where(self) -> str:
+        """For which limit the request stands in line without having it."""
+        return next(name for name in self.names if self.wide in self.line(name) and name not in self.kept())
+
+    def line(self, name: str) -> list[UUID]:
+        return [row.lease_id for row in self.s.waiters(name)]
+
+    def kept(self) -> list[str]:
+        return [
+            row.name
+            for row in self.s.all(
+                "select c.name from pglimits.queue q join pglimits.configs c using (limit_id) where q.kept_until is not null"
+            )
+        ]
+
+    def free(self, name: str) -> None:
+        """Whoever holds that limit is done; somebody else waits for it at once."""
+        self.clock.advance(1)
+        (holder,) = self.s.holders(name)
+        assert self.s.release(holder.lease_id)
+        self.watch()
+        self.others[name] = self.s.queue(name)
+
+    def watch(self) -> None:
+        self.s.watch(self.wide, *self.others.values())
+
+    def ask(self) -> str:
+        status = self.s.acquire(list(self.names), wait=None, lease_id=self.wide).status
+        self.watch()
+        return str(status)
+
+    def call_in_vain(self) -> str:
+        """Free the limit for which it stands in line; the next one is taken. Returns which it was."""
+        called_by = self.where()
+        self.free(called_by)
+        assert self.s.watch_one(self.wide).status == "retry"
+        assert self.ask() == "queued"
+        return called_by
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c"]])
+def test_a_request_over_several_limits_that_are_always_busy_is_not_starved(
+    db: Db, clock: Clock, s: Session, names: list[str]
+) -> None:
+    busy = Busy(s, clock, *names)
+    for _ in range(3 * len(names)):
+        busy.free(busy.where())
+        if busy.ask() == "granted":
+            break
+    assert {row.name for row in s.holders() if row.lease_id == busy.wide} == set(names)
+    assert busy.kept() == []
+    db.consistent()
+
+
+def test_a_request_that_is_called_in_vain_keeps_nobody_waiting_the_first_two_times(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(2):
+        called_by = busy.call_in_vain()
+        assert s.limit(called_by).held == 1, "the next in line has it"
+    called_by = busy.call_in_vain()
+    assert (s.limit(called_by).held, busy.kept()) == (0, [called_by])
+    assert s.acquire(called_by).status == "refused"
+    assert s.watch_one(busy.others[called_by]).status == "queued"
+
+
+def test_a_place_that_is_kept_is_given_up_after_as_long_as_was_waited_before(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(3):
+        called_by = busy.call_in_vain()
+    row = s.watch_one(busy.wide)
+    assert (row.status, seconds(row.retry_after)) == ("queued", 3)
+    s.acquire(["a", "b"], wait=None, lease_id=busy.wide)
+    clock.advance(3.9)
+    busy.watch()
+    assert s.limit(called_by).held == 0
+    clock.advance(0.1)
+    busy.watch()
+    assert s.limit(called_by).held == 1
+    assert (busy.wide in busy.line("a")) + (busy.wide in busy.line("b")) == 1
+
+
+@pytest.mark.parametrize("waited", [4, 40])
+def test_a_place_that_is_kept_goes_with_its_process(clock: Clock, s: Session, waited: int) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(waited - 4):
+        clock.advance(1)
+        busy.watch()
+    for _ in range(3):
+        called_by = busy.call_in_vain()
+    assert s.limit(called_by).held == 0
+    for _ in range(10):
+        clock.advance(1)
+        s.watch(*busy.others.values())
+    assert s.limit(called_by).held == 1
+
+
+def test_a_place_that_is_kept_lives_as_long_as_its_process_calls_in(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(36):
+        clock.advance(1)
+        busy.watch()
+    for _ in range(3):
+        called_by = busy.call_in_vain()
+    for _ in range(39):
+        clock.advance(1)
+        busy.watch()
+        assert s.limit(called_by).held == 0
+    clock.advance(1)
+    busy.watch()
+    assert s.limit(called_by).held == 1
+
+
+def test_no_place_is_kept_for_a_limit_that_is_shut(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(2):
+        busy.call_in_vain()
+    (other,) = {"a", "b"} - {busy.where()}
+    s.update(other, limit=0)
+    called_by = busy.call_in_vain()
+    assert (s.limit(called_by).held, busy.kept()) == (1, [])
+
+
+def test_no_place_is_kept_while_somebody_else_is_first_for_the_other_limit(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(2):
+        busy.call_in_vain()
+    (other,) = {"a", "b"} - {busy.where()}
+    s.queue(other, priority=1)
+    called_by = busy.call_in_vain()
+    assert (s.limit(called_by).held, busy.kept()) == (1, [])
+
+
+def test_a_request_that_keeps_a_place_can_be_taken_back(db: Db, clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    for _ in range(3):
+        called_by = busy.call_in_vain()
+    assert s.release(busy.wide)
+    assert s.limit(called_by).held == 1
+    assert busy.wide not in busy.line("a") + busy.line("b")
+    db.consistent()
+
+
+# Several limits, of which one is changed for which they do not stand in line.
+
+
+@pytest.mark.parametrize(
+    ("change", "sqlstate"),
+    [
+        pytest.param(lambda s: s.update("two", limit=1), "PL004", id="too small"),
+        pytest.param(lambda s: s.delete("two"), "PL002", id="gone"),
+    ],
+)
+def test_who_waits_for_several_limits_is_told_what_becomes_of_the_others(
+    db: Db, s: Session, change: Callable[[Session], None], sqlstate: str
+) -> None:
+    full(s, "one", 2)
+    s.create("two", 2)
+    listener = db.session().connection
+    listener.execute("listen pglimits_m")
+    asked = {"slots": [1, 2], "strict": True, "channel": "pglimits_m"}
+    waiter = s.queue(["one", "two"], **asked)
+    assert s.watch_one(waiter).status == "queued"
+    change(s)
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == [""]
+    assert s.watch_one(waiter).status == "retry"
+    with fails(sqlstate, "two"):
+        s.acquire(["one", "two"], wait=None, lease_id=waiter, **asked)
+    db.consistent()
+
+
+def test_who_waits_for_several_limits_keeps_its_place_when_another_one_is_changed(s: Session) -> None:
+    full(s, "one")
+    s.create("two", 2)
+    waiter = s.queue(["one", "two"])
+    behind = s.queue("one")
+    s.update("two", limit=1)
+    assert s.watch_one(waiter).status == "retry"
+    assert s.acquire(["one", "two"], wait=None, lease_id=waiter).position == 1
+    assert [row.status for row in s.watch(waiter, behind)] == ["queued", "queued"]
+
+
+def test_who_waits_for_several_limits_goes_on_over_all_of_them_when_another_one_is_renamed(s: Session) -> None:
+    (holder,) = full(s, "one")
+    s.create("two", 1)
+    waiter = s.queue(["one", "two"])
+    s.update("two", new_name="three")
+    assert s.acquire(["one", "two"], wait=None, lease_id=waiter, strict=True).status == "queued"
+    s.release(holder)
+    answer = s.acquire(["one", "two"], wait=None, lease_id=waiter, strict=True)
+    assert answer.status == "granted"
+    assert s.limit("three").held == 1
+
+
 def test_acquire_behind_waiters_of_a_rate_limit_and_the_other_way_round_keep_their_order(
     clock: Clock, s: Session
 ) -> None:

@@ -70,6 +70,23 @@ end $$;
 comment on function pglimits._lock_used(bigint, text) is
   'Locks and returns the state of a (limit, key); null where there is none.';
 
+-- Locks the states of several (limit, key)s, in their order, as far as they have any. Who needs more than one does so before it
+-- touches a lease or a waiter of any of them: delete_limit holds the states of one limit, and touches its leases on others.
+create or replace function pglimits._lock_several(limit_ids bigint[], keys text[])
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._lock_used(p.limit_id, p.key)
+  from (select distinct u.limit_id, u.key collate "C" as key
+        from unnest(limit_ids, keys) as u(limit_id, key) order by 1, 2) p;
+end $$;
+
+comment on function pglimits._lock_several(bigint[], text[]) is
+  'Locks the states of several (limit, key)s, in their order, where there are any.';
+
 -- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
 create or replace function pglimits._lock(limit_id bigint, key text, beside_another boolean default false)
 returns pglimits.states

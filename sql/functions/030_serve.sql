@@ -504,10 +504,11 @@ begin
     arrival := greatest(now, state.last_arrival + interval '1 microsecond');
     state.last_arrival := arrival;
   end if;
-  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, limit_ids, seen, in_vain,
-                              lease_duration, holder, channel, expires_at, looks_at)
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, limit_ids, keys, seen,
+                              in_vain, lease_duration, holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
-          case when several then request.limit_ids end, case when several then pglimits._changes(request.limit_ids) end,
+          case when several then request.limit_ids end, case when several then request.keys end,
+          case when several then pglimits._changes(request.limit_ids) end,
           case when mine.called then mine.in_vain + 1 else coalesce(mine.in_vain, 0) end, request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
@@ -573,8 +574,10 @@ comment on function pglimits._bury_waiters(pglimits.states, timestamptz) is
 
 -- Until when a request that was called, and found another of its limits taken, keeps its place where it was called: nobody
 -- goes before it there, so that it has this one when the other comes free. Else, where all its limits are always busy, it
--- would never find them free at the same moment. The third time that it is called in vain, if it is the first to have what it
--- still needs, and for no longer than it has waited itself: nobody is kept waiting by a request whose other limit is slow.
+-- would never find them free at the same moment. From the third time on that it is called in vain, at first for a moment, each
+-- time for twice as long, and never for longer than it has waited: so the faster of its limits is the one that it soon finds
+-- free while it keeps the other, and neither stands still for much longer than that takes. Null: it keeps none, as others are
+-- first to have what it still needs, or nobody is.
 create or replace function pglimits._keeps_until(
   mine pglimits.queue, needed pglimits.states, config pglimits.configs, now timestamptz)
 returns timestamptz
@@ -583,16 +586,17 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return case
-    when mine.called and mine.in_vain >= 2 and config."limit" > 0
-         and (needed.waiting > 0 and (needed.head_rank, needed.head_arrival) < (mine.rank, mine.arrival)) is not true
-      then now + (now - mine.arrival)
-    else now
-  end;
+  if config."limit" = 0 or needed.waiting > 0 and (needed.head_rank, needed.head_arrival) < (mine.rank, mine.arrival) then
+    return null;
+  elsif mine.called and mine.in_vain >= 2 then
+    return now + least(now - mine.arrival, interval '100 milliseconds' * 2 ^ least(mine.in_vain - 2, 30));
+  end if;
+  return now;
 end $$;
 
 comment on function pglimits._keeps_until(pglimits.queue, pglimits.states, pglimits.configs, timestamptz) is
-  'Until when a request over several limits keeps the place where it was called in vain; now: it does not.';
+  'Until when a request over several limits keeps the place where it was called in vain; now: only those that it keeps '
+  'already; null: none.';
 
 -- The next moment at which a request gives up one of the places that it keeps.
 create or replace function pglimits._kept_until(lease_id uuid, now timestamptz)
@@ -630,6 +634,7 @@ begin
     returning q.expires_at into lives_until;
     if found then
       state.next_look := least(state.next_look, lives_until);
+      state.next_waiter_death := least(state.next_waiter_death, lives_until);
       return state;
     end if;
   end if;
@@ -657,7 +662,7 @@ begin
     select count(*) from (
       select from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.expires_at > now
-        and (q.turn is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+        and (q.turn is null and q.kept_until is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
              or q.turn > pglimits._decayed(config, now))
       limit config.max_waiters) live)
   then

@@ -102,18 +102,29 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  limit_ids bigint[];
+  keys text[];
   place record;
   ended uuid[] := array[]::uuid[];
   waits boolean;
 begin
   perform pglimits._check_ids(lease_ids);
-  if exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1) then
-    -- All states before any lease: delete_limit locks the state of one limit, and then such leases on the others.
-    perform pglimits._lock_used(p.limit_id, p.key)
-    from (select distinct l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) order by 1, 2) p;
-  end if;
   for attempt in 1 .. 5 loop
     waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+    select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
+    from (
+      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+      union
+      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
+      union
+      -- Where a waiter for several limits may move to.
+      select o.limit_id, o.key
+      from pglimits.queue q cross join lateral unnest(q.limit_ids, q.keys) as o(limit_id, key)
+      where waits and q.lease_id = any (lease_ids)
+    ) p;
+    if cardinality(keys) > 1 then
+      perform pglimits._lock_several(limit_ids, keys);
+    end if;
     for place in
       select here.limit_id, here.key, array_agg(here.lease_id) as lease_ids
       from (
@@ -125,7 +136,7 @@ begin
     loop
       ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
-    -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
+    -- A waiter may have asked for other limits while we waited for a lock: look where it is now.
     exit when not waits;
   end loop;
   return ended;
@@ -284,7 +295,8 @@ as $$
 #variable_conflict use_column
 declare
   waits boolean;
-  place record;
+  limit_ids bigint[];
+  keys text[];
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -297,17 +309,19 @@ begin
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
   if waits then
-    for place in
-      select p.limit_id, p.key
-      from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
-      where now >= (select s.next_look from pglimits.states s
-                    where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
-      order by p.limit_id, p.key
-    loop
-      was := pglimits._lock_used(place.limit_id, place.key);
+    select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
+    into limit_ids, keys
+    from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
+    where now >= (select s.next_look from pglimits.states s
+                  where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
+    if cardinality(keys) > 1 then
+      perform pglimits._lock_several(limit_ids, keys);
+    end if;
+    for i in 1 .. coalesce(cardinality(keys), 0) loop
+      was := pglimits._lock_used(limit_ids[i], keys[i]);
       continue when was.limit_id is null;
       now := pglimits._now();
-      select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+      select c.* into config from pglimits.configs c where c.limit_id = limit_ids[i];
       if config.active and now >= was.next_look then
         state := pglimits._settle(was, config, now);
         perform pglimits._save(state, was, now);
@@ -332,7 +346,9 @@ begin
         select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
         where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
       where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < coalesce(w.kept_until, 'infinity')
-        and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
+        and case when w.kept_until is null
+                 then w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7
+                 else w.expires_at < now + pglimits._liveness() * 0.9 end
       for update of w skip locked
     ) due
     where q.lease_id = due.lease_id
@@ -381,7 +397,7 @@ end $$;
 comment on function pglimits._is_outdated(pglimits.queue) is
   'Whether one of the limits of a waiting request over several was changed since it asked.';
 
--- Whether a waiter may go on sleeping. Reads its own row and nothing else.
+-- Whether a waiter may go on sleeping. Reads its own row and no state.
 create or replace function pglimits.may_sleep(lease_id uuid)
 returns boolean
 language plpgsql
@@ -397,11 +413,12 @@ begin
   return exists (
     select from pglimits.queue q
     where q.lease_id = may_sleep.lease_id
-      and case when q.turn is null then not q.called and q.looks_at > pglimits._now() end);
+      and case when q.turn is null and q.kept_until is null
+               then not q.called and q.looks_at > pglimits._now() and not (q.several and pglimits._is_outdated(q)) end);
 end $$;
 
 comment on function pglimits.may_sleep(uuid) is
-  'Whether a queued request has nothing to do yet. Cheap: reads its own row only. False: call watch.';
+  'Whether a queued request has nothing to do yet. Cheap: reads its own row, and no state. False: call watch.';
 
 -- Waits in plain SQL. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits,
 -- so everything in it is qualified, the operators and the types too.

@@ -439,6 +439,7 @@ declare
   ended integer := 0;
   ended_here integer;
   of_limit bigint := pglimits._limit_id(name);
+  used_keys text[];
   used_key text;
   problem text := case when key is not null then pglimits._name_error('key', key, true) end;
 begin
@@ -449,10 +450,10 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
-  for used_key in
-    select s.key from pglimits.states s
-    where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key
-  loop
+  used_keys := array(select s.key from pglimits.states s
+                     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key);
+  perform pglimits._lock_several(array_fill(of_limit, array[cardinality(used_keys)]), used_keys);
+  foreach used_key in array used_keys loop
     was := pglimits._lock_used(of_limit, used_key);
     continue when was.limit_id is null;
     now := pglimits._now();

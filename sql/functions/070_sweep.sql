@@ -13,7 +13,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  place record;
+  limit_ids bigint[];
+  due_keys text[];
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -34,7 +35,9 @@ begin
   leases := 0;
   waiters := 0;
   keys := 0;
-  for place in
+  select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
+  into limit_ids, due_keys
+  from (
     select due.limit_id, due.key
     from (
       select l.limit_id, l.key from pglimits.leases l where l.expires_at <= now
@@ -43,10 +46,12 @@ begin
       where q.expires_at <= now or q.turn <= pglimits._forgotten(c, now)
     ) due
     order by due.limit_id, due.key limit max_keys
-  loop
-    was := pglimits._lock_used(place.limit_id, place.key);
+  ) p;
+  perform pglimits._lock_several(limit_ids, due_keys);
+  for i in 1 .. coalesce(cardinality(due_keys), 0) loop
+    was := pglimits._lock_used(limit_ids[i], due_keys[i]);
     continue when was.limit_id is null;
-    select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+    select c.* into config from pglimits.configs c where c.limit_id = limit_ids[i];
     state := pglimits._take_expired(was, now);
     leases := least(leases::bigint + (was.held - state.held), 2147483647);
     delete from pglimits.queue q

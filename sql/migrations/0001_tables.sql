@@ -142,6 +142,7 @@ create table pglimits.queue (
   for_rate boolean not null,
   several boolean not null,
   limit_ids bigint[],
+  keys text[],
   seen integer[],
   called boolean not null default false,
   in_vain integer not null default 0,
@@ -170,7 +171,7 @@ comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves
 comment on column pglimits.queue.pinned is
   'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
-comment on column pglimits.queue.limit_ids is 'All the limits of such a request that are enforced.';
+comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
 comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
 comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
 comment on column pglimits.queue.in_vain is 'How often it was called, and found another of its limits taken.';

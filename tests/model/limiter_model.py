@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, TypeAlias
 from uuid import UUID
 
 SECOND = 1_000_000
 LIVENESS = 10 * SECOND
+# For how long a place in line is kept at first.
+KEPT = SECOND // 10
 # A sign of life may be written down only when so much of the last one is used up.
 SURELY_ALIVE = 7 * SECOND
 
@@ -76,7 +78,13 @@ class Waiter:
     arrival: int
     several: bool
     alive_until: int
+    # Of one over several: all the limits that it needs; whether one of them was changed since it asked; whether it was
+    # called, how often in vain; and until when it keeps this place while it waits for another limit.
+    over: frozenset[Limit] = frozenset()
+    outdated: bool = False
     called: bool = False
+    in_vain: int = 0
+    kept_until: int | None = None
 
     def order(self) -> tuple[int, int]:
         return (-self.request.priority, self.arrival)
@@ -191,9 +199,14 @@ class Model:
         return sum(sleeper.slots for sleeper in place.sleepers if sleeper.at_most_until <= self.now)
 
     def waiter(self, lease_id: UUID) -> tuple[Place, Waiter] | None:
-        found = [(p, w) for p in self.places() for w in p.line if w.request.lease_id == lease_id]
+        found = [(p, w) for p, w in self.in_line(lease_id) if w.kept_until is None]
         assert len(found) <= 1
         return found[0] if found else None
+
+    def in_line(self, lease_id: UUID) -> list[tuple[Place, Waiter]]:
+        """Where it waits, and where it keeps its place meanwhile."""
+        found = [(p, w) for p in self.places() for w in p.line if w.request.lease_id == lease_id]
+        return sorted(found, key=lambda each: each[1].kept_until is not None)
 
     def sleeper(self, lease_id: UUID) -> tuple[Place, Sleeper] | None:
         found = [(p, w) for p in self.places() for w in p.sleepers if w.request.lease_id == lease_id]
@@ -206,7 +219,8 @@ class Model:
 
     def is_full(self, place: Place) -> bool:
         bound = place.limit.max_waiters
-        return bound is not None and len(self.waiting(place)) + len(self.sleeping(place)) >= bound
+        waiting = [waiter for waiter in self.waiting(place) if waiter.kept_until is None]
+        return bound is not None and len(waiting) + len(self.sleeping(place)) >= bound
 
     def find(self, name: str, lease_id: UUID | None) -> Limit | None:
         """The limit of that name; or, for who waits, holds or had a turn, the one that had that name then."""
@@ -220,11 +234,14 @@ class Model:
 
     def is_at(self, limit: Limit, lease_id: UUID) -> bool:
         """Whether that id holds slots of a limit, waits for them, or had a turn."""
-        lease, in_line, asleep = self.leases.get(lease_id), self.waiter(lease_id), self.sleeper(lease_id)
+        lease, asleep = self.leases.get(lease_id), self.sleeper(lease_id)
         places = [] if lease is None else [*lease.parts]
         places += self.passed[lease_id].parts if lease_id in self.passed else []
-        places += [found[0] for found in (in_line, asleep) if found is not None]
-        return any(place.limit is limit for place in places)
+        places += [asleep[0]] if asleep is not None else []
+        in_line = self.in_line(lease_id)
+        return any(place.limit is limit for place in places) or any(
+            place.limit is limit or limit in waiter.over for place, waiter in in_line
+        )
 
     def is_behind(self, priority: int, mine: Waiter | None, place: Place) -> bool:
         """Whether somebody in line goes before: a newcomer passes only those of lower priority."""
@@ -275,11 +292,12 @@ class Model:
         self.give_back(place, [each for each in place.sleepers if each.at_most_until <= self.now])
         for dead in [each for each in place.line if each.alive_until <= self.now]:
             place.line.remove(dead)
-            self.lost[dead.request.lease_id] = dead.arrival
+            if dead.kept_until is None:
+                self.lost[dead.request.lease_id] = dead.arrival
         while place.line and self.goes(place):
             head = place.line[0]
             if head.several:
-                head.called = True
+                head.called = head.kept_until is None
                 return
             self.hand_over(place, place.line.pop(0))
 
@@ -290,7 +308,9 @@ class Model:
 
     def is_idle(self, place: Place) -> bool:
         """Whether something is free that the head of the line waits for, and it was not told."""
-        return place.limit.active and bool(place.line) and not place.line[0].called and self.goes(place)
+        if not place.limit.active or not place.line or place.line[0].kept_until is not None:
+            return False
+        return not place.line[0].called and self.goes(place)
 
     @staticmethod
     def is_hopeless(place: Place, each: Waiter | Sleeper) -> bool:
@@ -420,11 +440,13 @@ class Model:
                 raise Wrong("PL001")
             return Answer("granted", wait=0)
         mine: Waiter | None = None
-        if (in_line := self.waiter(request.lease_id)) is not None:
-            at, mine = in_line
+        if in_line := self.in_line(request.lease_id):
+            at, mine = in_line[0]
             if mine.request.for_rate != request.for_rate or parts.get(at) != mine.slots:
                 raise Wrong("PL001")
-            at.line.remove(mine)
+            again = replace(mine, in_vain=mine.in_vain + mine.called)
+            self.leave(request, in_line, self.blocked(request, parts, mine))
+            mine = again
         if not parts:
             return Answer("unlimited")
         if (refusal := self.refusal(request, parts, mine)) is not None:
@@ -439,6 +461,23 @@ class Model:
         ends = self.now + request.duration
         self.take_slots(request, parts, ends, claimed=True)
         return Answer("granted", expires_at=ends, places=self.named[request.lease_id])
+
+    def leave(self, request: Request, in_line: list[tuple[Place, Waiter]], blocked: list[Place]) -> None:
+        """Its places in line go, but for those that it keeps while it waits on.
+
+        If it is first to have what it still needs, that is where it was called in vain for the third time, or more.
+        """
+        waits = blocked and request.may_wait() and blocked[0].limit.most > 0
+        for place, waiter in in_line:
+            first = waits and not any(each.order() < waiter.order() for each in blocked[0].line)
+            if first and place is not blocked[0]:
+                if waiter.called and waiter.in_vain >= 2:
+                    waiter.kept_until = self.now + min(self.now - waiter.arrival, KEPT * 2 ** (waiter.in_vain - 2))
+                waiter.called = False
+                if waiter.kept_until is not None and waiter.kept_until > self.now:
+                    waiter.alive_until = min(self.now + LIVENESS, waiter.kept_until)
+                    continue
+            place.line.remove(waiter)
 
     def blocked(self, request: Request, parts: Parts, mine: Waiter | None) -> list[Place]:
         """Where it would have to stand in line."""
@@ -487,7 +526,10 @@ class Model:
         arrival = self.now if mine is None else mine.arrival
         # What is not enforced now may be when it can go.
         several = len(parts) > 1 or None in self.named[request.lease_id]
-        waiter = Waiter(request, parts[place], arrival, several, self.now + LIVENESS)
+        over = frozenset(each.limit for each in parts) if several else frozenset()
+        waiter = Waiter(request, parts[place], arrival, several, self.now + LIVENESS, over)
+        if mine is not None:
+            waiter.in_vain = mine.in_vain
         place.line.append(waiter)
         place.line.sort(key=Waiter.order)
         return Answer("queued", position=self.waiting(place).index(waiter) + 1)
@@ -529,7 +571,10 @@ class Model:
                 sleeper.at_most_until = self.now + LIVENESS
                 found[lease_id] = "granted"
             elif in_line is not None:
-                found[lease_id] = "retry" if in_line[1].called else "queued"
+                for _, kept in self.in_line(lease_id)[1:]:
+                    if self.now < kept.alive_until < self.now + LIVENESS * 9 // 10:
+                        kept.alive_until = min(self.now + LIVENESS, kept.kept_until or 0)
+                found[lease_id] = "retry" if in_line[1].called or in_line[1].outdated else "queued"
             else:
                 found[lease_id] = "granted" if lease_id in self.passed else "retry"
         return found
@@ -634,6 +679,13 @@ class Model:
             self.give_back(place, [each for each in place.sleepers if self.is_hopeless(place, each)])
             place.line = [each for each in place.line if not self.is_hopeless(place, each)]
             self.settle(place)
+        self.outdate(changed)
+
+    def outdate(self, changed: Limit) -> None:
+        """Those who wait for several limits notice that one was changed, whichever they stand in line for."""
+        for place in self.places():
+            for waiter in place.line:
+                waiter.outdated = waiter.outdated or changed in waiter.over
 
     def send_away(self, place: Place) -> None:
         for passed in self.passed.values():
@@ -650,6 +702,7 @@ class Model:
         for place in limit.places.values():
             self.send_away(place)
         del self.limits[name]
+        self.outdate(limit)
 
     def adjust(self, name: str, slots: int, key: str) -> Fraction:
         limit = self.get(name)

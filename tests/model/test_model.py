@@ -438,6 +438,40 @@ class Lives(RuleBasedStateMachine):
     def wait_for_several(self, wait: int | None, slots: int) -> None:
         self.ask([self.request([("a", "", slots), ("b", "", 1)], wait=wait)])
 
+    @rule(nth=which, priority=st.sampled_from([0, 0, 1]), times=st.integers(1, 4))
+    def wait_for_several_that_are_busy(self, nth: int, priority: int, times: int) -> None:
+        """It is called again and again, while others take all that it needs."""
+        busy = [
+            (limit.name, key, limit.most) for limit in self.model.limits.values() for key in ("", "k") if limit.most
+        ]
+        if len(busy) < 2:
+            return
+        both = [busy[nth % len(busy)], busy[(nth + 1) % len(busy)]]
+        lease_id = self.call_in_vain(both, None, priority)
+        for _ in range(times):
+            lease_id = self.call_in_vain(both, lease_id, priority)
+
+    def ask_a_tick_later(self, request: Request) -> None:
+        """Arrivals in one moment on different limits are not told apart."""
+        self.pump()
+        self.move_to(self.model.now + TICK)
+        self.find_dead()
+        self.ask([request])
+
+    def call_in_vain(self, both: list[tuple[str, str, int]], wide: UUID | None, priority: int) -> UUID:
+        for part in both:
+            self.ask_a_tick_later(self.request([part], wait=None))
+        if wide is None:
+            request = self.request([(name, key, 1) for name, key, _ in both], wait=None, priority=priority)
+            self.ask_a_tick_later(request)
+            return request.lease_id
+        found = self.model.waiter(wide)
+        held = [each.request.lease_id for each in self.model.live_leases() if found and found[0] in each.parts]
+        if held:
+            self.end(held, 0)
+        self.the_same_is_to_be_seen()
+        return wide
+
     @rule(name=rated, key=keys, slots=few, wait=waits, way=which, look_first=st.booleans())
     def rate_limit(self, name: str, key: str, slots: int, wait: int | None, way: int, look_first: bool) -> None:
         self.ask_newly(self.request([(name, key, slots)], wait=wait, for_rate=True), way, look_first)

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from sqltest import Db, Session, changes_nothing, fails
+from sqltest import Clock, Db, Session, changes_nothing, fails
 
 THREADS = 8
 
@@ -397,6 +397,64 @@ def test_a_sweep_under_a_request_for_several_keys_and_a_change_of_the_limit_do_n
         assert s.acquire("database", key="idle").status == "refused"
     else:
         assert s.value("select count(*) from pglimits.states") == 0
+
+
+def meet(db: Db, held: tuple[str, str], *works: Callable[[Session], object]) -> None:
+    """They come one after the other, while somebody holds the state of a (limit, key); none of them may fail then."""
+    holder = db.session()
+    holder.run("begin")
+    lock_state(holder, *held)
+    started = [db.start_blocked(work)[0] for work in works[:-1]]
+    last, session = db.start(works[-1])
+    db.wait_until(lambda: last.done() or db.blocked(session.pid))
+    holder.run("rollback")
+    assert [each for each in map(outcome, [*started, last]) if isinstance(each, psycopg.Error)] == []
+    db.consistent()
+
+
+@pytest.mark.parametrize("how", ["sweep", "watch"])
+def test_who_looks_after_several_limits_and_a_deletion_do_not_deadlock(
+    db: Db, clock: Clock, s: Session, how: str
+) -> None:
+    s.create("a", 1)
+    s.create("b", 1)
+    s.serves(["a", "b"], 1, lease_duration="1 second")
+    waiters = [s.queue("a"), s.queue("b")]
+    clock.advance(2)
+    meet(
+        db,
+        ("b", ""),
+        lambda session: session.delete("b"),
+        lambda session: session.sweep() if how == "sweep" else session.watch(*waiters),
+    )
+
+
+def test_a_reset_a_request_and_a_deletion_do_not_deadlock(db: Db, s: Session) -> None:
+    s.create("a", 2)
+    s.create("b", 2)
+    s.serves(["a", "b"], 1, keys=["1", ""])
+    s.serves("a", 1, key="2")
+    meet(
+        db,
+        ("a", "2"),
+        lambda session: session.acquire(["a", "b"], keys=["2", ""]),
+        lambda session: session.reset("a"),
+        lambda session: session.delete("b"),
+    )
+
+
+def test_a_release_of_leases_and_of_a_place_in_line_and_a_request_do_not_deadlock(db: Db, s: Session) -> None:
+    for name in ("a", "b", "c"):
+        s.create(name, 1)
+    s.serves("a", 1)
+    (lease,) = s.serves(["b", "c"], 1)
+    waiter = s.queue("a")
+    meet(
+        db,
+        ("c", ""),
+        lambda session: session.all("select * from pglimits.release(%s::uuid[])", [lease.lease_id, waiter]),
+        lambda session: session.acquire(["a", "b"], wait="1 minute"),
+    )
 
 
 def test_watch_and_release_do_not_deadlock(db: Db, s: Session) -> None:

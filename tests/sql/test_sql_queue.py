@@ -674,7 +674,7 @@ def test_a_called_request_over_several_limits_that_died_does_not_hold_the_next_u
 
 
 class Busy:
-    """Limits of one slot that somebody holds, and for which others wait, all the time; and a request that needs all of them."""
+    """Limits of one slot that are always held, with others waiting; and a request that needs all of them."""
 
     def __init__(self, s: Session, clock: Clock, *names: str) -> None:
         self.s, self.clock, self.names = s, clock, names
@@ -696,7 +696,8 @@ class Busy:
         return [
             row.name
             for row in self.s.all(
-                "select c.name from pglimits.queue q join pglimits.configs c using (limit_id) where q.kept_until is not null"
+                "select c.name from pglimits.queue q join pglimits.configs c using (limit_id)"
+                " where q.kept_until is not null"
             )
         ]
 
@@ -716,8 +717,13 @@ class Busy:
         self.watch()
         return str(status)
 
-    def call_in_vain(self) -> str:
-        """Free the limit for which it stands in line; the next one is taken. Returns which it was."""
+    def call_in_vain(self, before: int = 0) -> str:
+        """Free the limit for which it stands in line; the next one is taken. Returns which it was.
+
+        before: as if it had been called in vain so often already.
+        """
+        if before:
+            self.s.run("update pglimits.queue set in_vain = %s where lease_id = %s", before, self.wide)
         called_by = self.where()
         self.free(called_by)
         assert self.s.watch_one(self.wide).status == "retry"
@@ -730,7 +736,7 @@ def test_a_request_over_several_limits_that_are_always_busy_is_not_starved(
     db: Db, clock: Clock, s: Session, names: list[str]
 ) -> None:
     busy = Busy(s, clock, *names)
-    for _ in range(3 * len(names)):
+    for _ in range(12 * len(names)):
         busy.free(busy.where())
         if busy.ask() == "granted":
             break
@@ -750,45 +756,54 @@ def test_a_request_that_is_called_in_vain_keeps_nobody_waiting_the_first_two_tim
     assert s.watch_one(busy.others[called_by]).status == "queued"
 
 
-def test_a_place_that_is_kept_is_given_up_after_as_long_as_was_waited_before(clock: Clock, s: Session) -> None:
+@pytest.mark.parametrize(
+    ("in_vain", "kept_for"),
+    [
+        pytest.param(2, 0.1, id="for a moment"),
+        pytest.param(5, 0.8, id="then longer"),
+        pytest.param(40, 2, id="as it has waited"),
+    ],
+)
+def test_a_place_is_kept_for_longer_each_time_but_never_for_longer_than_was_waited(
+    clock: Clock, s: Session, in_vain: int, kept_for: float
+) -> None:
     busy = Busy(s, clock, "a", "b")
-    for _ in range(3):
-        called_by = busy.call_in_vain()
+    called_by = busy.call_in_vain(before=in_vain)
     row = s.watch_one(busy.wide)
-    assert (row.status, seconds(row.retry_after)) == ("queued", 3)
+    assert (row.status, seconds(row.retry_after)) == ("queued", kept_for)
     s.acquire(["a", "b"], wait=None, lease_id=busy.wide)
-    clock.advance(3.9)
+    clock.advance(kept_for - 0.001)
     busy.watch()
     assert s.limit(called_by).held == 0
-    clock.advance(0.1)
+    clock.advance(0.001)
     busy.watch()
     assert s.limit(called_by).held == 1
     assert (busy.wide in busy.line("a")) + (busy.wide in busy.line("b")) == 1
 
 
-@pytest.mark.parametrize("waited", [4, 40])
-def test_a_place_that_is_kept_goes_with_its_process(clock: Clock, s: Session, waited: int) -> None:
+def test_a_place_that_is_kept_lives_and_dies_with_its_process(clock: Clock, s: Session) -> None:
     busy = Busy(s, clock, "a", "b")
-    for _ in range(waited - 4):
+    for _ in range(38):
         clock.advance(1)
         busy.watch()
-    for _ in range(3):
-        called_by = busy.call_in_vain()
-    assert s.limit(called_by).held == 0
+    called_by = busy.call_in_vain(before=20)
+    for _ in range(20):
+        clock.advance(1)
+        busy.watch()
+        assert s.limit(called_by).held == 0, "kept for as long as was waited before"
     for _ in range(10):
         clock.advance(1)
         s.watch(*busy.others.values())
     assert s.limit(called_by).held == 1
 
 
-def test_a_place_that_is_kept_lives_as_long_as_its_process_calls_in(clock: Clock, s: Session) -> None:
+def test_a_place_that_is_kept_ends_after_its_time_though_its_process_calls_in(clock: Clock, s: Session) -> None:
     busy = Busy(s, clock, "a", "b")
-    for _ in range(36):
+    for _ in range(18):
         clock.advance(1)
         busy.watch()
-    for _ in range(3):
-        called_by = busy.call_in_vain()
-    for _ in range(39):
+    called_by = busy.call_in_vain(before=20)
+    for _ in range(19):
         clock.advance(1)
         busy.watch()
         assert s.limit(called_by).held == 0
@@ -797,30 +812,54 @@ def test_a_place_that_is_kept_lives_as_long_as_its_process_calls_in(clock: Clock
     assert s.limit(called_by).held == 1
 
 
+def test_a_place_is_not_kept_on_when_what_is_still_needed_is_shut(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    called_by = busy.call_in_vain(before=20)
+    assert busy.kept() == [called_by]
+    s.update(busy.where(), limit=0)
+    assert s.watch_one(busy.wide).status == "retry"
+    assert busy.ask() == "queued"
+    assert (s.limit(called_by).held, busy.kept()) == (1, [])
+
+
+def test_a_place_that_is_kept_does_not_fill_the_queue(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    called_by = busy.call_in_vain(before=20)
+    waiting = len(busy.line(called_by)) - 1
+    s.update(called_by, max_waiters=waiting + 1)
+    assert s.acquire(called_by, wait=None).status == "queued"
+    with fails("PL006"):
+        s.acquire(called_by, wait=None)
+
+
+def test_a_called_request_may_not_sleep_on_though_it_keeps_a_place_elsewhere(clock: Clock, s: Session) -> None:
+    busy = Busy(s, clock, "a", "b")
+    busy.call_in_vain(before=20)
+    assert s.value("select pglimits.may_sleep(%s)", busy.wide)
+    busy.free(busy.where())
+    assert not s.value("select pglimits.may_sleep(%s)", busy.wide)
+
+
 def test_no_place_is_kept_for_a_limit_that_is_shut(clock: Clock, s: Session) -> None:
     busy = Busy(s, clock, "a", "b")
-    for _ in range(2):
-        busy.call_in_vain()
     (other,) = {"a", "b"} - {busy.where()}
     s.update(other, limit=0)
-    called_by = busy.call_in_vain()
+    assert busy.ask() == "queued"
+    called_by = busy.call_in_vain(before=20)
     assert (s.limit(called_by).held, busy.kept()) == (1, [])
 
 
 def test_no_place_is_kept_while_somebody_else_is_first_for_the_other_limit(clock: Clock, s: Session) -> None:
     busy = Busy(s, clock, "a", "b")
-    for _ in range(2):
-        busy.call_in_vain()
     (other,) = {"a", "b"} - {busy.where()}
     s.queue(other, priority=1)
-    called_by = busy.call_in_vain()
+    called_by = busy.call_in_vain(before=20)
     assert (s.limit(called_by).held, busy.kept()) == (1, [])
 
 
 def test_a_request_that_keeps_a_place_can_be_taken_back(db: Db, clock: Clock, s: Session) -> None:
     busy = Busy(s, clock, "a", "b")
-    for _ in range(3):
-        called_by = busy.call_in_vain()
+    called_by = busy.call_in_vain(before=20)
     assert s.release(busy.wide)
     assert s.limit(called_by).held == 1
     assert busy.wide not in busy.line("a") + busy.line("b")

@@ -138,6 +138,7 @@ create table pglimits.configs (
   decayed numeric not null default 0,
   decayed_at timestamptz not null,
   fence_floor bigint not null,
+  changes integer not null default 0,
   created_at timestamptz not null,
   updated_at timestamptz not null
 );
@@ -147,6 +148,7 @@ comment on column pglimits.configs.decayed is
   'Virtual time at decayed_at: the slots that had decayed since the limit was created. See _decayed().';
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
+comment on column pglimits.configs.changes is 'How often it was changed: a request that waits for several limits notices by this.';
 
 create table pglimits.former_names (
   name text collate "C" not null,
@@ -252,7 +254,12 @@ create table pglimits.queue (
   pinned boolean not null default false,
   for_rate boolean not null,
   several boolean not null,
+  limit_ids bigint[],
+  keys text[],
+  seen integer[],
   called boolean not null default false,
+  in_vain integer not null default 0,
+  kept_until timestamptz,
   lease_duration interval not null,
   holder jsonb,
   channel text,
@@ -277,7 +284,12 @@ comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves
 comment on column pglimits.queue.pinned is
   'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
+comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
+comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
 comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
+comment on column pglimits.queue.in_vain is 'How often it was called, and found another of its limits taken.';
+comment on column pglimits.queue.kept_until is
+  'Called in vain too often, it waits on another limit now, and until then nobody behind it goes before it here.';
 comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
 comment on column pglimits.queue.looks_at is
   'When its process was told to look again; of a turn without a channel: when it was told to go, and will.';
@@ -623,8 +635,8 @@ end $$;
 comment on function pglimits._until(pglimits.configs, numeric, timestamptz) is
   'How long from a moment until a virtual time; zero when it has passed, null when it never comes.';
 
--- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
-create or replace function pglimits._lock(limit_id bigint, key text)
+-- Locks the state of a (limit, key) and returns it. Null where there is none: it was never used, or has been swept or deleted.
+create or replace function pglimits._lock_used(limit_id bigint, key text)
 returns pglimits.states
 language plpgsql
 volatile
@@ -635,46 +647,106 @@ declare
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     -- Its snapshot may be older than the last change of the limit: then this is a serialization failure.
-    perform from pglimits.configs c where c.limit_id = _lock.limit_id for share;
+    perform from pglimits.configs c where c.limit_id = _lock_used.limit_id for share;
   end if;
-  loop
-    select s.* into state from pglimits.states s
-    where s.limit_id = _lock.limit_id and s.key = _lock.key
-    order by s.version desc limit 1 for update;
-    exit when found;
-    exit when not pglimits._create_state(limit_id, key);
-  end loop;
+  select s.* into state from pglimits.states s
+  where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+  order by s.version desc limit 1 for update;
   return state;
 end $$;
 
-comment on function pglimits._lock(bigint, text) is
-  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+comment on function pglimits._lock_used(bigint, text) is
+  'Locks and returns the state of a (limit, key); null where there is none.';
 
--- Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.
-create or replace function pglimits._create_state(limit_id bigint, key text)
-returns boolean
+-- Locks the states of several (limit, key)s, in their order, as far as they have any. Who needs more than one does so before it
+-- touches a lease or a waiter of any of them: delete_limit holds the states of one limit, and touches its leases on others.
+create or replace function pglimits._lock_several(limit_ids bigint[], keys text[])
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._lock_used(p.limit_id, p.key)
+  from (select distinct u.limit_id, u.key collate "C" as key
+        from unnest(limit_ids, keys) as u(limit_id, key) order by 1, 2) p;
+end $$;
+
+comment on function pglimits._lock_several(bigint[], text[]) is
+  'Locks the states of several (limit, key)s, in their order, where there are any.';
+
+-- Locks the state of a (limit, key) and returns it; creates it at its first use. Null when the limit is gone.
+create or replace function pglimits._lock(limit_id bigint, key text, beside_another boolean default false)
+returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  floor bigint;
+  state pglimits.states;
 begin
-  -- Shared with other first users, not with update_limit, which has to meet every state of the limit.
-  select c.fence_floor into floor from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
-  if not found then
-    return false;
+  loop
+    state := pglimits._lock_used(limit_id, key);
+    exit when state.limit_id is not null;
+    exit when not pglimits._create_state(limit_id, key, beside_another);
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._lock(bigint, text, boolean) is
+  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone. beside_another: '
+  'the caller has a state of this limit locked already.';
+
+-- Locks every state of a limit whose config the caller has locked. Who has one of them locked may add a later one without
+-- a lock of the config; so each is looked for when the one before it has been locked.
+create or replace function pglimits._lock_every(limit_id bigint)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  last_key text := '';
+begin
+  perform from pglimits.states s where s.limit_id = _lock_every.limit_id and s.key = '' for update;
+  loop
+    select s.key into last_key from pglimits.states s
+    where s.limit_id = _lock_every.limit_id and s.key > last_key
+    order by s.key limit 1 for update;
+    exit when not found;
+  end loop;
+end $$;
+
+comment on function pglimits._lock_every(bigint) is
+  'Locks every state of a limit whose config is locked, in the order of their keys.';
+
+-- Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.
+create or replace function pglimits._create_state(limit_id bigint, key text, beside_another boolean)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not beside_another then
+    -- Shared with other first users, not with update_limit, which has to meet every state of the limit. Who has another one of
+    -- them locked does not wait for the config: whoever has that may be waiting for the other state, and comes here later.
+    perform from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
+    if not found then
+      return false;
+    end if;
   end if;
   insert into pglimits.keys (limit_id, key) values (_create_state.limit_id, _create_state.key) on conflict do nothing;
   if found then
     insert into pglimits.states (limit_id, key, version, changed_at)
-    values (_create_state.limit_id, _create_state.key, floor, pglimits._now());
+    select c.limit_id, _create_state.key, c.fence_floor, pglimits._now()
+    from pglimits.configs c where c.limit_id = _create_state.limit_id;
   end if;
   return true;
 end $$;
 
-comment on function pglimits._create_state(bigint, text) is
-  'Creates the state of a (limit, key), unless somebody else does. False when the limit is gone.';
+comment on function pglimits._create_state(bigint, text, boolean) is
+  'Creates the state of a (limit, key), unless somebody else does. False when the limit is gone. beside_another: as for _lock.';
 
 -- Writes a state back if it differs from what was locked.
 create or replace function pglimits._save(state pglimits.states, was pglimits.states, now timestamptz)
@@ -1117,7 +1189,7 @@ begin
 
     if fits_at = '-infinity' and head.several then
       -- Granting it here would take locks out of order. It keeps its place until it has tried for itself.
-      if not head.called then
+      if not head.called and head.kept_until is null then
         update pglimits.queue q set called = true
         where q.lease_id = head.lease_id
           and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
@@ -1292,7 +1364,8 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from pglimits.queue q where q.lease_id = _is_at.lease_id and q.limit_id = _is_at.limit_id)
+  return exists (select from pglimits.queue q
+                 where q.lease_id = _is_at.lease_id and _is_at.limit_id = any (q.limit_id || q.limit_ids))
       or exists (select from pglimits.leases l
                  where l.lease_id = _is_at.lease_id and l.limit_id = _is_at.limit_id and l.expires_at > pglimits._now());
 end $$;
@@ -1701,25 +1774,44 @@ comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
+-- How often limits have been changed, in the order of their ids. One that was deleted is missing.
+create or replace function pglimits._changes(limit_ids bigint[])
+returns integer[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return array(select c.changes from pglimits.configs c where c.limit_id = any (limit_ids) order by c.limit_id);
+end $$;
+
+comment on function pglimits._changes(bigint[]) is
+  'How often limits have been changed, in the order of their ids, without those that are gone.';
+
 -- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
 -- now may be by then.
 create or replace function pglimits._enqueue(
-  state pglimits.states, request pglimits._request, slots integer, arrival timestamptz, looks_at timestamptz,
+  state pglimits.states, request pglimits._request, slots integer, mine pglimits.queue, looks_at timestamptz,
   now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  arrival timestamptz := mine.arrival;
+  several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null;
 begin
   if arrival is null then
     arrival := greatest(now, state.last_arrival + interval '1 microsecond');
     state.last_arrival := arrival;
   end if;
-  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, lease_duration,
-                              holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate,
-          cardinality(request.slots) > 1 or array_position(request.places, null) is not null, request.lease_duration,
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, limit_ids, keys, seen,
+                              in_vain, lease_duration, holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
+          case when several then request.limit_ids end, case when several then request.keys end,
+          case when several then pglimits._changes(request.limit_ids) end,
+          case when mine.called then mine.in_vain + 1 else coalesce(mine.in_vain, 0) end, request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
     state.head_rank := request.rank;
@@ -1730,8 +1822,8 @@ begin
 end $$;
 
 comment on function pglimits._enqueue(
-  pglimits.states, pglimits._request, integer, timestamptz, timestamptz, timestamptz) is
-  'Puts a request in line: at its arrival, or, if that is null, behind everybody of its priority.';
+  pglimits.states, pglimits._request, integer, pglimits.queue, timestamptz, timestamptz) is
+  'Puts a request in line: where it arrived if it has a place (mine) already, or behind everybody of its priority.';
 
 -- Notes that so many more stand in line, none of whom dies before the liveness of a waiter is over.
 create or replace function pglimits._lengthen(state pglimits.states, waiters bigint, now timestamptz)
@@ -1782,24 +1874,83 @@ end $$;
 comment on function pglimits._bury_waiters(pglimits.states, timestamptz) is
   'Takes dead waiters out of the line, and notes when the next of them can die.';
 
--- Takes a request out of the line.
-create or replace function pglimits._leave(state pglimits.states, mine pglimits.queue)
-returns pglimits.states
+-- Until when a request that was called, and found another of its limits taken, keeps its place where it was called: nobody
+-- goes before it there, so that it has this one when the other comes free. Else, where all its limits are always busy, it
+-- would never find them free at the same moment. From the third time on that it is called in vain, at first for a moment, each
+-- time for twice as long, and never for longer than it has waited: so the faster of its limits is the one that it soon finds
+-- free while it keeps the other, and neither stands still for much longer than that takes. Null: it keeps none, as others are
+-- first to have what it still needs, or nobody is.
+create or replace function pglimits._keeps_until(
+  mine pglimits.queue, needed pglimits.states, config pglimits.configs, now timestamptz)
+returns timestamptz
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if config."limit" = 0 or needed.waiting > 0 and (needed.head_rank, needed.head_arrival) < (mine.rank, mine.arrival) then
+    return null;
+  elsif mine.called and mine.in_vain >= 2 then
+    return now + least(now - mine.arrival, interval '100 milliseconds' * 2 ^ least(mine.in_vain - 2, 30));
+  end if;
+  return now;
+end $$;
+
+comment on function pglimits._keeps_until(pglimits.queue, pglimits.states, pglimits.configs, timestamptz) is
+  'Until when a request over several limits keeps the place where it was called in vain; now: only those that it keeps '
+  'already; null: none.';
+
+-- The next moment at which a request gives up one of the places that it keeps.
+create or replace function pglimits._kept_until(lease_id uuid, now timestamptz)
+returns timestamptz
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  return (select min(q.kept_until) from pglimits.queue q where q.lease_id = _kept_until.lease_id and q.kept_until > now);
+end $$;
+
+comment on function pglimits._kept_until(uuid, timestamptz) is
+  'When a request next gives up one of the places that it keeps; null: it keeps none.';
+
+-- Takes a request out of the line, unless it keeps its place there: until the given moment if it was called there, or for as
+-- long as it was going to if it keeps it already. Null: it keeps none.
+create or replace function pglimits._leave(
+  state pglimits.states, lease_id uuid, keep_until timestamptz, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  lives_until timestamptz;
+begin
+  if keep_until is not null then
+    update pglimits.queue q
+    set kept_until = coalesce(q.kept_until, keep_until), called = false,
+        expires_at = least(now + pglimits._liveness(), coalesce(q.kept_until, keep_until))
+    where q.lease_id = _leave.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+      and (q.called and keep_until > now or q.kept_until > now)
+    returning q.expires_at into lives_until;
+    if found then
+      state.next_look := least(state.next_look, lives_until);
+      state.next_waiter_death := least(state.next_waiter_death, lives_until);
+      return state;
+    end if;
+  end if;
   delete from pglimits.queue q
-  where q.lease_id = mine.lease_id
-    and q.limit_id is not distinct from mine.limit_id and q.key is not distinct from mine.key;
+  where q.lease_id = _leave.lease_id
+    and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
   if found then
     state.waiting := state.waiting - 1;
   end if;
   return state;
 end $$;
 
-comment on function pglimits._leave(pglimits.states, pglimits.queue) is 'Takes a waiting request out of the queue.';
+comment on function pglimits._leave(pglimits.states, uuid, timestamptz, timestamptz) is
+  'Takes a waiting request out of the queue of a (limit, key), or has it keep its place there.';
 
 -- Why one more may not wait on a (limit, key), or null.
 create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
@@ -1813,7 +1964,7 @@ begin
     select count(*) from (
       select from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.expires_at > now
-        and (q.turn is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+        and (q.turn is null and q.kept_until is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
              or q.turn > pglimits._decayed(config, now))
       limit config.max_waiters) live)
   then
@@ -1909,17 +2060,9 @@ as $$
 declare
   states pglimits.states[];
 begin
-  if cardinality(places.keys) > 1 then
-    -- What is used for the first time is created before any state is locked: that takes locks of configs.
-    for i in 1 .. cardinality(places.keys) loop
-      if not exists (select from pglimits.states s
-                     where s.limit_id = places.limit_ids[i] and s.key = places.keys[i]) then
-        perform pglimits._create_state(places.limit_ids[i], places.keys[i]);
-      end if;
-    end loop;
-  end if;
   for i in 1 .. coalesce(cardinality(places.keys), 0) loop
-    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i]);
+    states[i] := pglimits._lock(places.limit_ids[i], places.keys[i],
+                                i > 1 and (states[i - 1]).limit_id is not distinct from places.limit_ids[i]);
   end loop;
   return states;
 end $$;
@@ -2016,11 +2159,18 @@ declare
   findings pglimits._findings := pglimits._survey(request, at, states, configs, mine, now);
   may_wait boolean := findings.blocked_at is not null and coalesce(request.wait > interval '0', true);
   answer pglimits._answer;
+  keep_until timestamptz;
 begin
   answer.lease_id := request.lease_id;
   -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
   if at_mine is not null and mine.turn is null then
-    states[at_mine] := pglimits._leave(states[at_mine], mine);
+    if may_wait and findings.impossible is null then
+      keep_until := pglimits._keeps_until(mine, states[findings.blocked_at], configs[findings.blocked_at], now);
+    end if;
+    for p in 1 .. cardinality(at) loop
+      states[at[p]] := pglimits._leave(
+        states[at[p]], request.lease_id, case when at[p] <> findings.blocked_at then keep_until end, now);
+    end loop;
   end if;
   if mine.lease_id is null and request.bounded and (findings.fits_at is null or may_wait) then
     findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
@@ -2043,11 +2193,13 @@ begin
   elsif findings.fits_at is null then
     return pglimits._take(request, at, states, configs, findings, now);
   elsif may_wait then
-    findings.looks_at := least(findings.looks_at, now + pglimits._liveness() * 0.3);
+    findings.looks_at := least(
+      findings.looks_at, now + pglimits._liveness() * 0.3,
+      case when keep_until is not null then pglimits._kept_until(request.lease_id, now) end);
     answer.status := 'queued';
     answer.retry_after := greatest(findings.looks_at - now, interval '0');
     states[findings.blocked_at] := pglimits._enqueue(
-      states[findings.blocked_at], request, request.slots[array_position(at, findings.blocked_at)], mine.arrival,
+      states[findings.blocked_at], request, request.slots[array_position(at, findings.blocked_at)], mine,
       findings.looks_at, now);
   else
     answer.status := 'refused';
@@ -2242,7 +2394,8 @@ begin
     end if;
     mine := null;
     if request.lease_id = any (queued) then
-      select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id order by q.turn nulls last limit 1;
+      select q.* into mine from pglimits.queue q where q.lease_id = request.lease_id
+      order by q.turn nulls last, q.kept_until nulls first limit 1;
     end if;
     at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
                else pglimits._locate(request, places) end;
@@ -2835,7 +2988,8 @@ declare
   state pglimits.states;
   now timestamptz := pglimits._now();
 begin
-  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id order by q.turn nulls first limit 1;
+  select q.* into mine from pglimits.queue q where q.lease_id = _position.lease_id
+  order by q.turn nulls first, q.kept_until nulls first limit 1;
   if mine.lease_id is null or mine.turn is not null then
     return null;
   end if;
@@ -3511,18 +3665,29 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  limit_ids bigint[];
+  keys text[];
   place record;
   ended uuid[] := array[]::uuid[];
   waits boolean;
 begin
   perform pglimits._check_ids(lease_ids);
-  if exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1) then
-    -- All states before any lease: delete_limit locks the state of one limit, and then such leases on the others.
-    perform pglimits._lock(p.limit_id, p.key)
-    from (select distinct l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) order by 1, 2) p;
-  end if;
   for attempt in 1 .. 5 loop
     waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+    select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
+    from (
+      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+      union
+      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
+      union
+      -- Where a waiter for several limits may move to.
+      select o.limit_id, o.key
+      from pglimits.queue q cross join lateral unnest(q.limit_ids, q.keys) as o(limit_id, key)
+      where waits and q.lease_id = any (lease_ids)
+    ) p;
+    if cardinality(keys) > 1 then
+      perform pglimits._lock_several(limit_ids, keys);
+    end if;
     for place in
       select here.limit_id, here.key, array_agg(here.lease_id) as lease_ids
       from (
@@ -3534,7 +3699,7 @@ begin
     loop
       ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
-    -- A waiter for several limits may have moved on while we waited for a lock: look where it is now.
+    -- A waiter may have asked for other limits while we waited for a lock: look where it is now.
     exit when not waits;
   end loop;
   return ended;
@@ -3626,7 +3791,7 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  was pglimits.states := pglimits._lock(limit_id, key);
+  was pglimits.states := pglimits._lock_used(limit_id, key);
   state pglimits.states := was;
   config pglimits.configs;
   now timestamptz := pglimits._now();
@@ -3693,7 +3858,8 @@ as $$
 #variable_conflict use_column
 declare
   waits boolean;
-  place record;
+  limit_ids bigint[];
+  keys text[];
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -3706,17 +3872,19 @@ begin
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
   if waits then
-    for place in
-      select p.limit_id, p.key
-      from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
-      where now >= (select s.next_look from pglimits.states s
-                    where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1)
-      order by p.limit_id, p.key
-    loop
-      was := pglimits._lock(place.limit_id, place.key);
+    select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
+    into limit_ids, keys
+    from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
+    where now >= (select s.next_look from pglimits.states s
+                  where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
+    if cardinality(keys) > 1 then
+      perform pglimits._lock_several(limit_ids, keys);
+    end if;
+    for i in 1 .. coalesce(cardinality(keys), 0) loop
+      was := pglimits._lock_used(limit_ids[i], keys[i]);
       continue when was.limit_id is null;
       now := pglimits._now();
-      select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+      select c.* into config from pglimits.configs c where c.limit_id = limit_ids[i];
       if config.active and now >= was.next_look then
         state := pglimits._settle(was, config, now);
         perform pglimits._save(state, was, now);
@@ -3729,7 +3897,7 @@ begin
   if waits then
     -- Never waits for a row: one that is locked is being granted or removed right now.
     update pglimits.queue q
-    set expires_at = now + pglimits._liveness(), looks_at = due.looks_at
+    set expires_at = least(now + pglimits._liveness(), q.kept_until), looks_at = due.looks_at
     from (
       select w.lease_id, w.limit_id, w.key, least(
         now + pglimits._liveness() * 0.3,
@@ -3740,8 +3908,10 @@ begin
       cross join lateral (
         select h.head_rank, h.head_arrival, h.next_look from pglimits.states h
         where h.limit_id = w.limit_id and h.key = w.key order by h.version desc limit 1) s
-      where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < 'infinity'
-        and (w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7)
+      where w.lease_id = any (lease_ids) and w.expires_at > now and w.expires_at < coalesce(w.kept_until, 'infinity')
+        and case when w.kept_until is null
+                 then w.looks_at <= now + interval '1 second' or w.expires_at < now + pglimits._liveness() * 0.7
+                 else w.expires_at < now + pglimits._liveness() * 0.9 end
       for update of w skip locked
     ) due
     where q.lease_id = due.lease_id
@@ -3753,18 +3923,20 @@ begin
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
-         case when q.expires_at <= now or q.called then 'retry' when q.turn is null then 'queued' else 'granted' end,
+         case when q.expires_at <= now or q.called or q.several and pglimits._is_outdated(q) then 'retry'
+              when q.turn is null then 'queued' else 'granted' end,
          null, null,
-         case when q.turn is null then greatest(q.looks_at - now, interval '0') end,
+         case when q.turn is null then greatest(
+           least(q.looks_at, case when q.several then pglimits._kept_until(q.lease_id, now) end) - now, interval '0') end,
          case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
-  where q.lease_id = any (lease_ids)
+  where q.lease_id = any (lease_ids) and q.kept_until is null
   union all
   select asked.id, 'retry', null, null, null, null, null
   from (select distinct u.id from unnest(lease_ids) as u(id)) asked
   where not exists (select from pglimits.leases l where l.lease_id = asked.id and l.expires_at > now)
-    and not exists (select from pglimits.queue q where q.lease_id = asked.id);
+    and not exists (select from pglimits.queue q where q.lease_id = asked.id and q.kept_until is null);
 end $$;
 
 comment on function pglimits.watch(uuid[]) is
@@ -3774,7 +3946,21 @@ retry_after), or retry (ask again with the same lease_id: the limit was changed 
 request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
 line, lasts without another call.$$;
 
--- Whether a waiter may go on sleeping. Reads its own row and nothing else.
+-- Whether one of the limits of a waiting request was changed since it asked, also one for which it does not stand in line.
+create or replace function pglimits._is_outdated(waiter pglimits.queue)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return waiter.seen <> pglimits._changes(waiter.limit_ids);
+end $$;
+
+comment on function pglimits._is_outdated(pglimits.queue) is
+  'Whether one of the limits of a waiting request over several was changed since it asked.';
+
+-- Whether a waiter may go on sleeping. Reads its own row and no state.
 create or replace function pglimits.may_sleep(lease_id uuid)
 returns boolean
 language plpgsql
@@ -3790,11 +3976,12 @@ begin
   return exists (
     select from pglimits.queue q
     where q.lease_id = may_sleep.lease_id
-      and case when q.turn is null then not q.called and q.looks_at > pglimits._now() end);
+      and case when q.turn is null and q.kept_until is null
+               then not q.called and q.looks_at > pglimits._now() and not (q.several and pglimits._is_outdated(q)) end);
 end $$;
 
 comment on function pglimits.may_sleep(uuid) is
-  'Whether a queued request has nothing to do yet. Cheap: reads its own row only. False: call watch.';
+  'Whether a queued request has nothing to do yet. Cheap: reads its own row, and no state. False: call watch.';
 
 -- Waits in plain SQL. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits,
 -- so everything in it is qualified, the operators and the types too.
@@ -4120,7 +4307,7 @@ begin
   if new_name <> old.name and exists (select from pglimits.configs c where c.name = new_name) then
     perform pglimits._fail('LimitExists', format('there is a limit named %L already', new_name));
   end if;
-  perform from pglimits.states s where s.limit_id = old.limit_id order by s.key for update;
+  perform pglimits._lock_every(old.limit_id);
   now := pglimits._now();
 
   new := old;
@@ -4137,7 +4324,7 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, updated_at = now
+      decayed_at = new.decayed_at, changes = c.changes + 1, updated_at = now
   where c.limit_id = old.limit_id;
   if new.name <> old.name then
     insert into pglimits.former_names (name, limit_id) values (old.name, old.limit_id) on conflict do nothing;
@@ -4148,6 +4335,7 @@ begin
   loop
     perform pglimits._apply_change(waited_for, old, new, now);
   end loop;
+  perform pglimits._tell_elsewhere(old.limit_id);
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
@@ -4269,6 +4457,28 @@ end $$;
 
 comment on function pglimits._send_away(bigint, text) is 'Empties the queue of a (limit, key) and tells everybody who was in it.';
 
+-- Tells those who need slots of a limit that was changed, and stand in line for another one: they look, find that it was
+-- changed, and ask again.
+create or replace function pglimits._tell_elsewhere(limit_id bigint)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  told text;
+begin
+  for told in
+    select distinct q.channel from pglimits.queue q
+    where _tell_elsewhere.limit_id = any (q.limit_ids) and q.channel is not null
+  loop
+    perform pglimits._tell(told, null);
+  end loop;
+end $$;
+
+comment on function pglimits._tell_elsewhere(bigint) is
+  'Tells those who wait for several limits, this one among them, that it was changed.';
+
 create or replace function pglimits.delete_limit(name text)
 returns void
 language plpgsql
@@ -4294,8 +4504,9 @@ begin
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
+  perform pglimits._lock_every(gone.limit_id);
   for state in
-    select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key for update
+    select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key
   loop
     perform pglimits._send_away(gone.limit_id, state.key);
     gone.fence_floor := greatest(gone.fence_floor, state.version);
@@ -4314,6 +4525,7 @@ begin
   delete from pglimits.former_names f where f.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
+  perform pglimits._tell_elsewhere(gone.limit_id);
 end $$;
 
 comment on function pglimits.delete_limit(text) is
@@ -4411,6 +4623,7 @@ declare
   ended integer := 0;
   ended_here integer;
   of_limit bigint := pglimits._limit_id(name);
+  used_keys text[];
   used_key text;
   problem text := case when key is not null then pglimits._name_error('key', key, true) end;
 begin
@@ -4421,11 +4634,11 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
-  for used_key in
-    select s.key from pglimits.states s
-    where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key
-  loop
-    was := pglimits._lock(of_limit, used_key);
+  used_keys := array(select s.key from pglimits.states s
+                     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key);
+  perform pglimits._lock_several(array_fill(of_limit, array[cardinality(used_keys)]), used_keys);
+  foreach used_key in array used_keys loop
+    was := pglimits._lock_used(of_limit, used_key);
     continue when was.limit_id is null;
     now := pglimits._now();
     select c.* into config from pglimits.configs c where c.limit_id = of_limit;
@@ -4469,7 +4682,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  place record;
+  limit_ids bigint[];
+  due_keys text[];
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -4490,7 +4704,9 @@ begin
   leases := 0;
   waiters := 0;
   keys := 0;
-  for place in
+  select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
+  into limit_ids, due_keys
+  from (
     select due.limit_id, due.key
     from (
       select l.limit_id, l.key from pglimits.leases l where l.expires_at <= now
@@ -4499,10 +4715,12 @@ begin
       where q.expires_at <= now or q.turn <= pglimits._forgotten(c, now)
     ) due
     order by due.limit_id, due.key limit max_keys
-  loop
-    was := pglimits._lock(place.limit_id, place.key);
+  ) p;
+  perform pglimits._lock_several(limit_ids, due_keys);
+  for i in 1 .. coalesce(cardinality(due_keys), 0) loop
+    was := pglimits._lock_used(limit_ids[i], due_keys[i]);
     continue when was.limit_id is null;
-    select c.* into config from pglimits.configs c where c.limit_id = place.limit_id;
+    select c.* into config from pglimits.configs c where c.limit_id = limit_ids[i];
     state := pglimits._take_expired(was, now);
     leases := least(leases::bigint + (was.held - state.held), 2147483647);
     delete from pglimits.queue q

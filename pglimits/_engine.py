@@ -215,7 +215,8 @@ class Engine:
 
                 answer = ticket.answer
                 out_of_touch = False
-                taken = answer.status in ("granted", "queued")
+                # Who was in line, and may not wait on since a limit was changed, may still stand there.
+                taken = answer.status in ("granted", "queued") or (answer.error is not None and waiter is not None)
                 if answer.error is not None:
                     raise BY_KIND.get(answer.error, PglimitsError)(answer.message or answer.error)
                 self._warn_missing(answer.missing)

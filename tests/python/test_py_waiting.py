@@ -308,6 +308,52 @@ def test_a_waiter_that_became_too_wide_is_told(api: Api, conn: Connection, wait_
     api.release(holder)
 
 
+def test_a_waiter_over_several_limits_is_told_what_becomes_of_one_for_which_it_does_not_stand_in_line(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("first", 1)
+    for name in ("narrowed", "gone"):
+        api.create(name, 2)
+    lease = api.acquire("first")
+    too_wide = api.start("acquire", {"first": 1, "narrowed": 2})
+    strict = api.start("acquire", ["first", "gone"], strict=True)
+    wait_until(lambda: waiting(conn) == 2 and is_watched(conn))
+    api.update("narrowed", limit=1)
+    with pytest.raises(SlotsExceedLimit, match="narrowed"):
+        too_wide.result(30)
+    api.delete("gone")
+    with pytest.raises(LimitNotFound, match="gone"):
+        strict.result(30)
+    wait_until(lambda: waiting(conn) == 0)
+    assert api.release(lease)
+    assert nothing_left(conn)
+
+
+def test_a_request_over_limits_that_others_never_leave_free_has_its_turn(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    names = ("first", "second")
+    for name in names:
+        api.create(name, 1)
+    done = threading.Event()
+
+    def keep_busy(name: str) -> None:
+        while not done.is_set():
+            lease = api.acquire(name)
+            done.wait(0.01)
+            api.release(lease)
+
+    busy = [in_thread(keep_busy, name) for name in names for _ in range(4)]
+    try:
+        wait_until(lambda: waiting(conn) >= 4)
+        assert api.release(api.acquire(names, timeout_seconds=60))
+    finally:
+        done.set()
+        for each in busy:
+            each.result(30)
+    assert nothing_left(conn)
+
+
 @pytest.mark.parametrize("names", ["database", ["database", "other"]])
 def test_a_waiter_stays_in_its_queue_while_the_limit_is_renamed(
     api: Api, conn: Connection, wait_until: WaitUntil, names: Any

@@ -111,18 +111,20 @@ begin
   perform pglimits._check_ids(lease_ids);
   for attempt in 1 .. 5 loop
     waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
-    select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
-    from (
-      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
-      union
-      select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
-      union
-      -- Where a waiter for several limits may move to.
-      select o.limit_id, o.key
-      from pglimits.queue q cross join lateral unnest(q.limit_ids, q.keys) as o(limit_id, key)
-      where waits and q.lease_id = any (lease_ids)
-    ) p;
-    if cardinality(keys) > 1 then
+    if waits or cardinality(lease_ids) > 1
+       or exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1)
+    then
+      select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
+      from (
+        select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+        union
+        select q.limit_id, q.key from pglimits.queue q where waits and q.lease_id = any (lease_ids)
+        union
+        -- Where a waiter for several limits may move to.
+        select o.limit_id, o.key
+        from pglimits.queue q cross join lateral unnest(q.limit_ids, q.keys) as o(limit_id, key)
+        where waits and q.lease_id = any (lease_ids)
+      ) p;
       perform pglimits._lock_several(limit_ids, keys);
     end if;
     for place in

@@ -160,6 +160,11 @@ class Lives(RuleBasedStateMachine):
         self.clock.freeze(START + (interval(now) or interval(0)))  # type: ignore[operator]
         self.model.move_to(now)
 
+    def tick(self) -> None:
+        """Arrivals in one moment on different limits are not told apart."""
+        self.move_to(self.model.now + TICK)
+        self.find_dead()
+
     def find_dead(self) -> None:
         """The model is told which sleepers are alive of those that may be."""
         unsure = self.model.unsure()
@@ -238,6 +243,7 @@ class Lives(RuleBasedStateMachine):
                 elif status == "retry" and was_looking:
                     again.append(lease_id)
         for lease_id in again:
+            self.tick()
             self.ask([self.asked[lease_id]])
 
     # What is to be seen.
@@ -452,10 +458,8 @@ class Lives(RuleBasedStateMachine):
             lease_id = self.call_in_vain(both, lease_id, priority)
 
     def ask_a_tick_later(self, request: Request) -> None:
-        """Arrivals in one moment on different limits are not told apart."""
         self.pump()
-        self.move_to(self.model.now + TICK)
-        self.find_dead()
+        self.tick()
         self.ask([request])
 
     def call_in_vain(self, both: list[tuple[str, str, int]], wide: UUID | None, priority: int) -> UUID:

@@ -45,11 +45,14 @@ class Terminal:
         return self.plain
 
     def interrupt(self) -> None:
-        """Press ctrl-C until the command ends: Python misses one that comes right before it begins to read."""
+        """Press ctrl-C until the command ends: Python misses one that comes right before it begins to read.
+
+        Not before it has had time to end: one that comes while Python itself is on its way out is not the command's.
+        """
         with contextlib.suppress(OSError):  # Linux, when the last process on the terminal is gone
             while True:
                 self.type("\x03")
-                while select.select([self.fd], [], [], 0.5)[0]:
+                while select.select([self.fd], [], [], 10)[0]:
                     piece = os.read(self.fd, 4096)
                     if not piece:
                         return

@@ -64,4 +64,5 @@ where q.expires_at > clock.now
                                               * extract(epoch from clock.now - c.decayed_at));
 
 comment on view pglimits.waiters is
-  'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue.';
+  'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue. '
+  'A request over several limits has a row for each where it has a turn or a place in line.';

@@ -204,6 +204,22 @@ end $$;
 comment on function pglimits._tell(text, uuid, bigint, timestamptz) is
   'Notifies a waiting process about one of its requests (null: about all of them), and how it was granted, if it was.';
 
+-- Tells those who sleep towards a turn to look.
+create or replace function pglimits._tell_sleepers(state pglimits.states, decayed numeric)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._tell(w.channel, null)
+  from (select distinct q.channel from pglimits.queue q
+        where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed) w;
+end $$;
+
+comment on function pglimits._tell_sleepers(pglimits.states, numeric) is
+  'Notifies those who sleep towards a turn on a rate limit that lies beyond a virtual time.';
+
 -- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
 -- booked, nor by the turns pinned further ahead, between which it may find room.
 create or replace function pglimits._find_turn(
@@ -382,7 +398,6 @@ declare
   fixed bigint;
   fixed_slots bigint;
   sleeper record;
-  told text;
 begin
   state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
   with pins as (
@@ -425,12 +440,7 @@ begin
         and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     end loop;
   end if;
-  for told in
-    select distinct q.channel from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
-  loop
-    perform pglimits._tell(told, null);
-  end loop;
+  perform pglimits._tell_sleepers(state, decayed);
   return state;
 end $$;
 

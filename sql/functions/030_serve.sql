@@ -509,7 +509,7 @@ begin
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
           case when several then request.limit_ids end, case when several then request.keys end,
           case when several then pglimits._changes(request.limit_ids) end,
-          case when mine.called then mine.in_vain + 1 else coalesce(mine.in_vain, 0) end, request.lease_duration,
+          coalesce(mine.in_vain + mine.called::integer, 0), request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
     state.head_rank := request.rank;

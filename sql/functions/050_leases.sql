@@ -311,8 +311,7 @@ begin
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
   if waits then
-    select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
-    into limit_ids, keys
+    select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
     from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
     where now >= (select s.next_look from pglimits.states s
                   where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
@@ -362,11 +361,12 @@ begin
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
-         case when q.expires_at <= now or q.called or q.several and pglimits._is_outdated(q) then 'retry'
+         case when q.expires_at <= now or q.called or q.limit_ids is not null and pglimits._is_outdated(q) then 'retry'
               when q.turn is null then 'queued' else 'granted' end,
          null, null,
          case when q.turn is null then greatest(
-           least(q.looks_at, case when q.several then pglimits._kept_until(q.lease_id, now) end) - now, interval '0') end,
+           least(q.looks_at, case when q.limit_ids is not null then pglimits._kept_until(q.lease_id, now) end) - now,
+           interval '0') end,
          case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
@@ -416,7 +416,7 @@ begin
     select from pglimits.queue q
     where q.lease_id = may_sleep.lease_id
       and case when q.turn is null and q.kept_until is null
-               then not q.called and q.looks_at > pglimits._now() and not (q.several and pglimits._is_outdated(q)) end);
+               then not q.called and q.looks_at > pglimits._now() and not (q.limit_ids is not null and pglimits._is_outdated(q)) end);
 end $$;
 
 comment on function pglimits.may_sleep(uuid) is

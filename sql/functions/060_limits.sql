@@ -177,7 +177,6 @@ declare
   slots numeric[];
   left_line bigint;
   unpinned bigint;
-  told text;
 begin
   if not new.active then
     state.booked := state.booked - coalesce((
@@ -231,12 +230,7 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
-  for told in
-    select distinct q.channel from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
-  loop
-    perform pglimits._tell(told, null);
-  end loop;
+  perform pglimits._tell_sleepers(state, decayed);
   state := pglimits._settle(state, new, now);
   perform pglimits._save(state, was, now);
 end $$;
@@ -281,15 +275,9 @@ language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  told text;
 begin
-  for told in
-    select distinct q.channel from pglimits.queue q
-    where _tell_elsewhere.limit_id = any (q.limit_ids) and q.channel is not null
-  loop
-    perform pglimits._tell(told, null);
-  end loop;
+  perform pglimits._tell(w.channel, null)
+  from (select distinct q.channel from pglimits.queue q where _tell_elsewhere.limit_id = any (q.limit_ids)) w;
 end $$;
 
 comment on function pglimits._tell_elsewhere(bigint) is
@@ -451,7 +439,7 @@ begin
     perform pglimits._fail('InvalidArgument', problem);
   end if;
   used_keys := array(select s.key from pglimits.states s
-                     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key);
+                     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key));
   perform pglimits._lock_several(array_fill(of_limit, array[cardinality(used_keys)]), used_keys);
   foreach used_key in array used_keys loop
     was := pglimits._lock_used(of_limit, used_key);

@@ -35,8 +35,7 @@ begin
   leases := 0;
   waiters := 0;
   keys := 0;
-  select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
-  into limit_ids, due_keys
+  select array_agg(p.limit_id), array_agg(p.key) into limit_ids, due_keys
   from (
     select due.limit_id, due.key
     from (
@@ -59,9 +58,7 @@ begin
     get diagnostics removed = row_count;
     state.waiting := state.waiting - removed;
     waiters := waiters + removed;
-    if state.pinned > 0 then
-      state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
-    end if;
+    state := pglimits._unpin(state, config, now);
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
       and q.turn <= pglimits._forgotten(config, now);

@@ -453,28 +453,25 @@ class Lives(RuleBasedStateMachine):
         if len(busy) < 2:
             return
         both = [busy[nth % len(busy)], busy[(nth + 1) % len(busy)]]
-        lease_id = self.call_in_vain(both, None, priority)
+        self.take_all(both)
+        wide = self.request([(name, key, 1) for name, key, _ in both], wait=None, priority=priority)
+        self.ask_a_tick_later(wide)
         for _ in range(times):
-            lease_id = self.call_in_vain(both, lease_id, priority)
+            self.take_all(both)
+            found = self.model.waiter(wide.lease_id)
+            held = [each.request.lease_id for each in self.model.live_leases() if found and found[0] in each.parts]
+            if held:
+                self.end(held, 0)
+            self.the_same_is_to_be_seen()
+
+    def take_all(self, parts: list[tuple[str, str, int]]) -> None:
+        for part in parts:
+            self.ask_a_tick_later(self.request([part], wait=None))
 
     def ask_a_tick_later(self, request: Request) -> None:
         self.pump()
         self.tick()
         self.ask([request])
-
-    def call_in_vain(self, both: list[tuple[str, str, int]], wide: UUID | None, priority: int) -> UUID:
-        for part in both:
-            self.ask_a_tick_later(self.request([part], wait=None))
-        if wide is None:
-            request = self.request([(name, key, 1) for name, key, _ in both], wait=None, priority=priority)
-            self.ask_a_tick_later(request)
-            return request.lease_id
-        found = self.model.waiter(wide)
-        held = [each.request.lease_id for each in self.model.live_leases() if found and found[0] in each.parts]
-        if held:
-            self.end(held, 0)
-        self.the_same_is_to_be_seen()
-        return wide
 
     @rule(name=rated, key=keys, slots=few, wait=waits, way=which, look_first=st.booleans())
     def rate_limit(self, name: str, key: str, slots: int, wait: int | None, way: int, look_first: bool) -> None:

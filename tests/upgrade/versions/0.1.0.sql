@@ -792,6 +792,22 @@ end $$;
 comment on function pglimits._tell(text, uuid, bigint, timestamptz) is
   'Notifies a waiting process about one of its requests (null: about all of them), and how it was granted, if it was.';
 
+-- Tells those who sleep towards a turn to look.
+create or replace function pglimits._tell_sleepers(state pglimits.states, decayed numeric)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._tell(w.channel, null)
+  from (select distinct q.channel from pglimits.queue q
+        where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed) w;
+end $$;
+
+comment on function pglimits._tell_sleepers(pglimits.states, numeric) is
+  'Notifies those who sleep towards a turn on a rate limit that lies beyond a virtual time.';
+
 -- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
 -- booked, nor by the turns pinned further ahead, between which it may find room.
 create or replace function pglimits._find_turn(
@@ -970,7 +986,6 @@ declare
   fixed bigint;
   fixed_slots bigint;
   sleeper record;
-  told text;
 begin
   state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
   with pins as (
@@ -1013,12 +1028,7 @@ begin
         and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     end loop;
   end if;
-  for told in
-    select distinct q.channel from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
-  loop
-    perform pglimits._tell(told, null);
-  end loop;
+  perform pglimits._tell_sleepers(state, decayed);
   return state;
 end $$;
 
@@ -1811,7 +1821,7 @@ begin
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
           case when several then request.limit_ids end, case when several then request.keys end,
           case when several then pglimits._changes(request.limit_ids) end,
-          case when mine.called then mine.in_vain + 1 else coalesce(mine.in_vain, 0) end, request.lease_duration,
+          coalesce(mine.in_vain + mine.called::integer, 0), request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
   if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
     state.head_rank := request.rank;
@@ -3874,8 +3884,7 @@ begin
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
   if waits then
-    select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
-    into limit_ids, keys
+    select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
     from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
     where now >= (select s.next_look from pglimits.states s
                   where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
@@ -3925,11 +3934,12 @@ begin
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
-         case when q.expires_at <= now or q.called or q.several and pglimits._is_outdated(q) then 'retry'
+         case when q.expires_at <= now or q.called or q.limit_ids is not null and pglimits._is_outdated(q) then 'retry'
               when q.turn is null then 'queued' else 'granted' end,
          null, null,
          case when q.turn is null then greatest(
-           least(q.looks_at, case when q.several then pglimits._kept_until(q.lease_id, now) end) - now, interval '0') end,
+           least(q.looks_at, case when q.limit_ids is not null then pglimits._kept_until(q.lease_id, now) end) - now,
+           interval '0') end,
          case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
@@ -3979,7 +3989,7 @@ begin
     select from pglimits.queue q
     where q.lease_id = may_sleep.lease_id
       and case when q.turn is null and q.kept_until is null
-               then not q.called and q.looks_at > pglimits._now() and not (q.several and pglimits._is_outdated(q)) end);
+               then not q.called and q.looks_at > pglimits._now() and not (q.limit_ids is not null and pglimits._is_outdated(q)) end);
 end $$;
 
 comment on function pglimits.may_sleep(uuid) is
@@ -4363,7 +4373,6 @@ declare
   slots numeric[];
   left_line bigint;
   unpinned bigint;
-  told text;
 begin
   if not new.active then
     state.booked := state.booked - coalesce((
@@ -4417,12 +4426,7 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
-  for told in
-    select distinct q.channel from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.channel is not null
-  loop
-    perform pglimits._tell(told, null);
-  end loop;
+  perform pglimits._tell_sleepers(state, decayed);
   state := pglimits._settle(state, new, now);
   perform pglimits._save(state, was, now);
 end $$;
@@ -4467,15 +4471,9 @@ language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  told text;
 begin
-  for told in
-    select distinct q.channel from pglimits.queue q
-    where _tell_elsewhere.limit_id = any (q.limit_ids) and q.channel is not null
-  loop
-    perform pglimits._tell(told, null);
-  end loop;
+  perform pglimits._tell(w.channel, null)
+  from (select distinct q.channel from pglimits.queue q where _tell_elsewhere.limit_id = any (q.limit_ids)) w;
 end $$;
 
 comment on function pglimits._tell_elsewhere(bigint) is
@@ -4637,7 +4635,7 @@ begin
     perform pglimits._fail('InvalidArgument', problem);
   end if;
   used_keys := array(select s.key from pglimits.states s
-                     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key) order by s.key);
+                     where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key));
   perform pglimits._lock_several(array_fill(of_limit, array[cardinality(used_keys)]), used_keys);
   foreach used_key in array used_keys loop
     was := pglimits._lock_used(of_limit, used_key);
@@ -4706,8 +4704,7 @@ begin
   leases := 0;
   waiters := 0;
   keys := 0;
-  select array_agg(p.limit_id order by p.limit_id, p.key), array_agg(p.key order by p.limit_id, p.key)
-  into limit_ids, due_keys
+  select array_agg(p.limit_id), array_agg(p.key) into limit_ids, due_keys
   from (
     select due.limit_id, due.key
     from (
@@ -4730,9 +4727,7 @@ begin
     get diagnostics removed = row_count;
     state.waiting := state.waiting - removed;
     waiters := waiters + removed;
-    if state.pinned > 0 then
-      state := pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
-    end if;
+    state := pglimits._unpin(state, config, now);
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
       and q.turn <= pglimits._forgotten(config, now);
@@ -4968,7 +4963,8 @@ where q.expires_at > clock.now
                                               * extract(epoch from clock.now - c.decayed_at));
 
 comment on view pglimits.waiters is
-  'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue.';
+  'Every live waiter, in the order in which they go on: those asleep until a reserved turn, then the queue. '
+  'A request over several limits has a row for each where it has a turn or a place in line.';
 -- Drops what an older version had and this one has not: the views and routines that were not written in this transaction.
 -- Those that are as they were keep their grants, and whatever of yours is built on them.
 do $$

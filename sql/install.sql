@@ -31,6 +31,7 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 
 \ir functions/010_basics.sql
 \ir functions/020_state.sql
+\ir functions/025_turns.sql
 \ir functions/030_serve.sql
 \ir functions/035_short_ways.sql
 \ir functions/040_acquire.sql

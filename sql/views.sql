@@ -25,9 +25,12 @@ left join lateral (
             from pglimits.queue q
             where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end
       - case when k.next_death > clock.now then 0 else coalesce((
-        select sum(q.slots) from pglimits.queue q
+        select sum(q.slots + least(q.gap, 0)) from pglimits.queue q
         where q.limit_id = k.limit_id and q.key = k.key and q.turn > v.decayed and q.expires_at <= clock.now
           and not q.pinned), 0) end
+      - coalesce((
+        select sum(q.gap) from pglimits.queue q
+        where q.limit_id = k.limit_id and q.key = k.key and q.gap > 0 and q.turn > v.decayed and not q.pinned), 0)
       - v.decayed, 0))
       filter (where c.slot_decay_per_second > 0) as level
   from pglimits.states k where k.limit_id = c.limit_id

@@ -394,84 +394,6 @@ comment on function pglimits._survey(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
   'What stands in the way of a request. See the type pglimits._findings.';
 
--- The first moment from now on at which every rate limit of a request has a turn for it.
-create or replace function pglimits._common_turn(
-  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
-returns timestamptz
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  go_at timestamptz := now;
-  later timestamptz := now;
-  config pglimits.configs;
-begin
-  loop
-    for p in 1 .. cardinality(at) loop
-      config := configs[at[p]];
-      continue when config.active is not true;
-      later := greatest(later, now + pglimits._until(config, (pglimits._find_turn(
-        states[at[p]], config, request.slots[p], pglimits._decayed(config, go_at))).turn, now));
-    end loop;
-    -- A turn that one limit has put off may not be free on the others.
-    exit when later = go_at or cardinality(at) = 1;
-    go_at := later;
-  end loop;
-  return later;
-end $$;
-
-comment on function pglimits._common_turn(
-  pglimits._request, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
-  'The first moment from now on at which every rate limit of a request has a turn for it.';
-
--- Takes a turn on a rate limit. The level rises at once; but if another limit of the request is slower, so that the turn
--- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used,
--- and kept back until then, they would be missing to others.
-create or replace function pglimits._take_turn(
-  state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
-  several boolean, now timestamptz)
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
-  decayed numeric := pglimits._decayed(config, now);
-  forget numeric := pglimits._forgotten(config, now);
-  turn numeric := pglimits._decayed(config, now + turn_in);
-  pinned boolean := several and turn_in > interval '0'
-    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
-begin
-  if pinned then
-    state.pinned := state.pinned + 1;
-  else
-    state := pglimits._book(state, config, slots, decayed);
-    turn := greatest(state.booked - config."limit", decayed);
-  end if;
-  if turn_in = interval '0' and not request.chosen then
-    return state;
-  end if;
-  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
-  delete from pglimits.queue q
-  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
-  state.passed := greatest(state.passed, forget);
-  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several,
-                              lease_duration, holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, turn, pinned, true, several,
-          request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
-  if turn_in > interval '0' then
-    state.next_death := least(state.next_death, alive_until);
-    state.next_look := least(state.next_look, alive_until);
-  end if;
-  return state;
-end $$;
-
-comment on function pglimits._take_turn(
-  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
-  'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
-
 -- How often limits have been changed, in the order of their ids. One that was deleted is missing.
 create or replace function pglimits._changes(limit_ids bigint[])
 returns integer[]
@@ -1050,7 +972,6 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   served pglimits._served;
-  withdrawn pglimits._withdrawn;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -1097,15 +1018,6 @@ begin
     end if;
     at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
                else pglimits._locate(request, places) end;
-    if mine.turn is not null and mine.several
-       and exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.called) then
-      -- One of its limits was changed: it gives back what it still has on the others, and asks as if for the first time.
-      for p in 1 .. cardinality(at) loop
-        withdrawn := pglimits._withdraw(states[at[p]], configs[at[p]], array[request.lease_id], now);
-        states[at[p]] := withdrawn.state;
-      end loop;
-      mine := null;
-    end if;
     at_mine := case when mine.lease_id is not null
                     then array_position(places.labels, mine.limit_id || ' ' || mine.key) end;
     if mine.lease_id is not null

@@ -98,7 +98,7 @@ begin
       and l.expires_at >= state.next_expiry and l.expires_at <= now);
   if now >= state.next_death then
     state.booked := state.booked - (
-      select coalesce(sum(q.slots), 0) from pglimits.queue q
+      select coalesce(sum(q.slots + q.gap), 0) from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now and not q.pinned);
   end if;
   if state.waiting = 0 then

@@ -104,6 +104,8 @@ as $$
 declare
   limit_ids bigint[];
   keys text[];
+  asleep pglimits._places;
+  around pglimits._places;
   place record;
   ended uuid[] := array[]::uuid[];
   waits boolean;
@@ -125,7 +127,11 @@ begin
         from pglimits.queue q cross join lateral unnest(q.limit_ids, q.keys) as o(limit_id, key)
         where waits and q.lease_id = any (lease_ids)
       ) p;
-      perform pglimits._lock_several(limit_ids, keys);
+      select array_agg(q.limit_id), array_agg(q.key) into asleep.limit_ids, asleep.keys
+      from pglimits.queue q
+      where waits and q.lease_id = any (lease_ids) and case when q.turn is null then false else true end;
+      around := pglimits._around(asleep);
+      perform pglimits._lock_several(limit_ids || around.limit_ids, keys || around.keys);
     end if;
     for place in
       select here.limit_id, here.key, array_agg(here.lease_id) as lease_ids
@@ -138,6 +144,7 @@ begin
     loop
       ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
+    perform pglimits._rearrange_at(around);
     -- A waiter may have asked for other limits while we waited for a lock: look where it is now.
     exit when not waits;
   end loop;
@@ -299,6 +306,7 @@ declare
   waits boolean;
   limit_ids bigint[];
   keys text[];
+  moving pglimits._places;
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -315,8 +323,9 @@ begin
     from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
     where now >= (select s.next_look from pglimits.states s
                   where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
-    if cardinality(keys) > 1 then
-      perform pglimits._lock_several(limit_ids, keys);
+    moving := pglimits._moving(lease_ids, now);
+    if moving.keys is not null or cardinality(keys) > 1 then
+      perform pglimits._lock_several(limit_ids || moving.limit_ids, keys || moving.keys);
     end if;
     for i in 1 .. coalesce(cardinality(keys), 0) loop
       was := pglimits._lock_used(limit_ids[i], keys[i]);
@@ -328,6 +337,7 @@ begin
         perform pglimits._save(state, was, now);
       end if;
     end loop;
+    perform pglimits._rearrange_at(moving);
   end if;
 
   now := pglimits._now();
@@ -361,13 +371,15 @@ begin
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
-         case when q.expires_at <= now or q.called or q.limit_ids is not null and pglimits._is_outdated(q) then 'retry'
-              when q.turn is null then 'queued' else 'granted' end,
+         case when q.expires_at <= now then 'retry'
+              when q.turn is not null then case when pglimits._until(c, q.turn, now) is null then 'retry' else 'granted' end
+              when q.called or q.limit_ids is not null and pglimits._is_outdated(q) then 'retry'
+              else 'queued' end,
          null, null,
          case when q.turn is null then greatest(
            least(q.looks_at, case when q.limit_ids is not null then pglimits._kept_until(q.lease_id, now) end) - now,
            interval '0') end,
-         case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
+         case when q.turn is not null then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
   where q.lease_id = any (lease_ids) and q.kept_until is null
@@ -384,6 +396,33 @@ of a turn on several): granted (a lease begins its full duration; a turn comes a
 retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
 request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
 line, lasts without another call.$$;
+
+-- Where some of these sleep behind somebody who may move up, or has to move, or may be found dead.
+create or replace function pglimits._moving(lease_ids uuid[], now timestamptz)
+returns pglimits._places
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  here pglimits._places;
+begin
+  select array_agg(p.limit_id), array_agg(p.key) into here.limit_ids, here.keys
+  from (
+    select q.limit_id, q.key, bool_or(q.limit_ids is not null and q.expires_at < 'infinity' and pglimits._is_outdated(q)) as moves
+    from pglimits.queue q
+    where q.lease_id = any (lease_ids) and case when q.turn is null then false else true end
+    group by q.limit_id, q.key
+  ) p
+  where p.moves
+     or exists (select from pglimits.queue o where o.limit_id = p.limit_id and o.key = p.key and o.called and o.turn is not null)
+     or now >= (select s.next_death from pglimits.states s
+                where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
+  return pglimits._around(here);
+end $$;
+
+comment on function pglimits._moving(uuid[], timestamptz) is
+  'The (limit, key)s that are needed to move those behind whom some of these sleep; null if nobody moves.';
 
 -- Whether one of the limits of a waiting request was changed since it asked, also one for which it does not stand in line.
 create or replace function pglimits._is_outdated(waiter pglimits.queue)

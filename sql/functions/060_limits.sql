@@ -97,6 +97,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
+  of_limit bigint;
+  around pglimits._places;
   old pglimits.configs;
   new pglimits.configs;
   waited_for text;
@@ -116,14 +118,18 @@ begin
     perform from pglimits.meta m for update;
   end if;
   -- First the config, then every state: whoever decided by the old config has committed, whoever comes sees the new.
-  select c.* into old from pglimits.configs c where c.limit_id = pglimits._limit_id(update_limit.name) for update;
+  of_limit := pglimits._limit_id(update_limit.name);
+  around := pglimits._around_limit(of_limit);
+  perform pglimits._lock_beside(around, of_limit, true);
+  select c.* into old from pglimits.configs c where c.limit_id = of_limit for update;
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
   if new_name <> old.name and exists (select from pglimits.configs c where c.name = new_name) then
     perform pglimits._fail('LimitExists', format('there is a limit named %L already', new_name));
   end if;
-  perform pglimits._lock_every(old.limit_id);
+  perform pglimits._lock_every(of_limit);
+  perform pglimits._lock_beside(around, of_limit, false);
   now := pglimits._now();
 
   new := old;
@@ -151,7 +157,8 @@ begin
   loop
     perform pglimits._apply_change(waited_for, old, new, now);
   end loop;
-  perform pglimits._tell_elsewhere(old.limit_id);
+  perform pglimits._rearrange_at(around);
+  perform pglimits._tell_elsewhere(of_limit);
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
@@ -177,11 +184,12 @@ declare
   slots numeric[];
   left_line bigint;
   unpinned bigint;
+  over_several boolean;
+  shift integer;
 begin
   if not new.active then
-    state.booked := state.booked - coalesce((
-      select sum(q.slots) from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
+    state.booked := state.booked - pglimits._reserved(state, decayed);
+    state.added := 0;
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
     state.pinned := 0;
@@ -191,13 +199,28 @@ begin
     return;
   end if;
 
+  -- Who sleeps over several limits moves when all changes are made; those behind it with it.
+  with moves as (
+    update pglimits.queue q
+    set called = true, pinned = false, gap = case when q.pinned then -q.slots else q.gap end,
+        turn = case when q.pinned then greatest(
+          pglimits._decayed(new, now + pglimits._until(old, q.turn, now)), decayed + 0.000001) else q.turn end
+    from (select x.lease_id, x.pinned from pglimits.queue x
+          where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.several and x.expires_at < 'infinity'
+            and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)) b
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning b.pinned
+  )
+  select count(*) > 0, state.pinned - count(*) filter (where m.pinned) into over_several, state.pinned from moves m;
+  shift := case when over_several then 0 else grown end;
+  state.added_behind := state.added_behind - shift;
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
-  update pglimits.queue q set turn = greatest(q.turn - grown, decayed)
+  update pglimits.queue q set called = over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
-    and q.expires_at < 'infinity' and not q.pinned and not q.several and grown <> 0;
-  -- Whoever can never be granted now is sent away to ask again, and gets the error. And so is who sleeps over several limits:
-  -- its turns on the others are for a moment that was reckoned by this one. Of that a turn is left that has come, so that it
-  -- sees that it was called. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
+    and q.expires_at < 'infinity' and not q.several and grown <> 0;
+  -- Whoever can never be granted now is sent away to ask again, and gets the error. Who cannot be told of anything goes at the
+  -- moment that it was told at first, and is pinned there.
   with hopeless as (
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
@@ -205,26 +228,23 @@ begin
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
                else q.turn > decayed and q.expires_at < 'infinity' and not q.several
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
-  ), moved as (
-    update pglimits.queue q
-    set turn = case when b.deaf then pglimits._decayed(new, q.looks_at) else decayed end, pinned = b.deaf, called = not b.deaf
+    returning q.turn, q.slots + q.gap as slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
+  ), deaf as (
+    update pglimits.queue q set turn = pglimits._decayed(new, q.looks_at), pinned = true, gap = 0
     from (
-      select x.lease_id, x.turn, x.pinned, x.expires_at = 'infinity' as deaf from pglimits.queue x
-      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed
-        and (x.several or x.expires_at = 'infinity')
+      select x.lease_id, x.turn, x.pinned, x.slots + x.gap as slots from pglimits.queue x
+      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.expires_at = 'infinity'
         and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-    returning greatest(b.turn - grown, decayed + 0.000001), q.slots, b.pinned, q.pinned,
-              case when not b.deaf then pglimits._tell(q.channel, q.lease_id) end
+    returning greatest(b.turn - shift, decayed), b.slots, b.pinned, true, null::void
   )
   select array_agg(h.turn) filter (where not h.was_pinned and h.turn is not null),
          array_agg(h.slots) filter (where not h.was_pinned and h.turn is not null),
          count(*) filter (where h.turn is null),
          count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from moved) h;
+  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from deaf) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
   if turns is not null then
@@ -238,9 +258,7 @@ end $$;
 comment on function pglimits._apply_change(text, pglimits.configs, pglimits.configs, timestamptz) is
   'Applies a change of a limit to those who wait on one of its keys.';
 
--- Empties a queue: everybody in it is told, and asks again. Who sleeps over several limits is called on the others, so that it
--- does so before its turn there. A row that is locked is being moved or removed right now, and is not waited for: its state
--- comes first.
+-- Empties a queue: everybody in it is told, and asks again. Who sleeps over several limits goes on for the others.
 create or replace function pglimits._send_away(limit_id bigint, key text)
 returns void
 language plpgsql
@@ -252,23 +270,16 @@ declare
 begin
   for waiter in
     delete from pglimits.queue q where q.limit_id = _send_away.limit_id and q.key = _send_away.key
-    returning q.channel, q.lease_id, q.several and q.turn is not null as sleeps_elsewhere
+    returning q.channel, q.lease_id
   loop
-    if waiter.sleeps_elsewhere then
-      update pglimits.queue q set called = true
-      from (select o.lease_id, o.limit_id, o.key from pglimits.queue o
-            where o.lease_id = waiter.lease_id and o.expires_at < 'infinity' for update skip locked) o
-      where q.lease_id = o.lease_id
-        and q.limit_id is not distinct from o.limit_id and q.key is not distinct from o.key;
-    end if;
     perform pglimits._tell(waiter.channel, waiter.lease_id);
   end loop;
 end $$;
 
 comment on function pglimits._send_away(bigint, text) is 'Empties the queue of a (limit, key) and tells everybody who was in it.';
 
--- Tells those who need slots of a limit that was changed, and stand in line for another one: they look, find that it was
--- changed, and ask again.
+-- Tells those who need slots of a limit that was changed, and wait for others too: they look, find that it was changed, and ask
+-- again, or move to another turn.
 create or replace function pglimits._tell_elsewhere(limit_id bigint)
 returns void
 language plpgsql
@@ -295,6 +306,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
+  of_limit bigint;
+  around pglimits._places;
   gone pglimits.configs;
   state record;
 begin
@@ -304,11 +317,15 @@ begin
   perform pglimits._refuse_snapshot('delete_limit');
   -- First of all, so that a limit created under this name while this commits starts above its fences.
   perform from pglimits.meta m for update;
-  select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
+  of_limit := pglimits._limit_id(delete_limit.name);
+  around := pglimits._around_limit(of_limit);
+  perform pglimits._lock_beside(around, of_limit, true);
+  select c.* into gone from pglimits.configs c where c.limit_id = of_limit for update;
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
-  perform pglimits._lock_every(gone.limit_id);
+  perform pglimits._lock_every(of_limit);
+  perform pglimits._lock_beside(around, of_limit, false);
   for state in
     select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key
   loop
@@ -329,7 +346,8 @@ begin
   delete from pglimits.former_names f where f.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
-  perform pglimits._tell_elsewhere(gone.limit_id);
+  perform pglimits._rearrange_at(around);
+  perform pglimits._tell_elsewhere(of_limit);
 end $$;
 
 comment on function pglimits.delete_limit(text) is
@@ -348,6 +366,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
+  here pglimits._places;
+  around pglimits._places;
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -361,7 +381,13 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
-  was := pglimits._lock(pglimits._limit_id(name), key);
+  here.limit_ids := array[pglimits._limit_id(name)];
+  here.keys := array[key];
+  if slots < 0 then
+    around := pglimits._around(here);
+    perform pglimits._lock_several(around.limit_ids, around.keys);
+  end if;
+  was := pglimits._lock(here.limit_ids[1], key);
   now := pglimits._now();
   select c.* into config from pglimits.configs c where c.limit_id = was.limit_id;
   if config.limit_id is null then
@@ -374,7 +400,11 @@ begin
     state := pglimits._settle(state, config, now);
   end if;
   perform pglimits._save(state, was, now);
-  return greatest(state.booked - pglimits._decayed(config, now), 0);
+  perform pglimits._rearrange_at(around);
+  return (
+    select greatest(s.booked - pglimits._gaps(s, pglimits._decayed(config, now)) - pglimits._decayed(config, now), 0)
+    from pglimits.states s
+    where s.limit_id = here.limit_ids[1] and s.key = adjust.key order by s.version desc limit 1);
 end $$;
 
 comment on function pglimits.adjust(text, integer, text) is
@@ -382,7 +412,8 @@ $$Adds slots to the level of a rate limit after the fact (an estimate was 500 to
 or takes them off, never below zero. Past the limit, later callers wait longer. Returns the new level in slots.
 Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
 
--- Raises the level, or lowers it by what was used; what sleepers have reserved stays reserved, only earlier.
+-- Raises the level behind those who sleep, or lowers it: by what was added behind them, then by what was used before they came.
+-- What they have reserved stays reserved, only earlier.
 create or replace function pglimits._add_to_level(
   state pglimits.states, config pglimits.configs, slots numeric, now timestamptz)
 returns pglimits.states
@@ -391,18 +422,32 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  decayed numeric := pglimits._decayed(config, now);
+  decayed constant numeric := pglimits._decayed(config, now);
+  last_turn numeric;
+  behind numeric;
   used numeric;
 begin
   state.booked := greatest(state.booked, decayed);
+  if state.added_behind <= decayed then
+    state.added := 0;
+  end if;
   if slots >= 0 then
     state.booked := state.booked + slots;
+    last_turn := (select max(q.turn) from pglimits.queue q
+                  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned);
+    if last_turn is not null then
+      state.added := state.added + slots;
+      state.added_behind := last_turn;
+    end if;
     return state;
   end if;
-  used := state.booked - decayed - coalesce((
-    select sum(q.slots) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
-  return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[least(-slots, greatest(used, 0))]);
+  used := greatest(state.booked - decayed - pglimits._reserved(state, decayed) - state.added, 0);
+  behind := least(-slots, state.added);
+  state.added := state.added - behind;
+  last_turn := (select min(q.turn) from pglimits.queue q
+                where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned);
+  return pglimits._close_gaps(
+    state, config, now, array[decayed, coalesce(last_turn, 'Infinity')], array[least(-slots - behind, used), behind]);
 end $$;
 
 comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is
@@ -428,6 +473,8 @@ declare
   ended_here integer;
   of_limit bigint := pglimits._limit_id(name);
   used_keys text[];
+  places pglimits._places;
+  around pglimits._places;
   used_key text;
   problem text := case when key is not null then pglimits._name_error('key', key, true) end;
 begin
@@ -440,7 +487,10 @@ begin
   end if;
   used_keys := array(select s.key from pglimits.states s
                      where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key));
-  perform pglimits._lock_several(array_fill(of_limit, array[cardinality(used_keys)]), used_keys);
+  places.limit_ids := array_fill(of_limit, array[cardinality(used_keys)]);
+  places.keys := used_keys;
+  around := pglimits._around(places);
+  perform pglimits._lock_several(places.limit_ids || around.limit_ids, places.keys || around.keys);
   foreach used_key in array used_keys loop
     was := pglimits._lock_used(of_limit, used_key);
     continue when was.limit_id is null;
@@ -464,6 +514,7 @@ begin
     end if;
     perform pglimits._save(state, was, now);
   end loop;
+  perform pglimits._rearrange_at(around);
   return ended;
 end $$;
 

@@ -61,6 +61,8 @@ create table pglimits.states (
   held integer not null default 0,
   booked numeric not null default 0,
   pinned integer not null default 0,
+  added numeric not null default 0,
+  added_behind numeric not null default 0,
   next_expiry timestamptz not null default 'infinity',
   waiting integer not null default 0,
   head_rank integer not null default 0,
@@ -89,6 +91,9 @@ comment on column pglimits.states.booked is
   'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
 comment on column pglimits.states.pinned is
   'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
+comment on column pglimits.states.added is
+  'Part of booked: what adjust has added while some slept, who keep their turns. It lies behind the turn added_behind; when that '
+  'has come, it is no longer told apart.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
 comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
@@ -139,6 +144,7 @@ create table pglimits.queue (
   arrival timestamptz not null,
   turn numeric,
   pinned boolean not null default false,
+  gap numeric not null default 0,
   for_rate boolean not null,
   several boolean not null,
   limit_ids bigint[],
@@ -162,6 +168,9 @@ create table pglimits.queue (
 create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where turn is null;
 create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
 create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
+create index queue_asleep_over_several on pglimits.queue (limit_id, key) where turn is not null and limit_ids is not null;
+create index queue_gaps on pglimits.queue (limit_id, key) where gap > 0;
+create index queue_called on pglimits.queue (limit_id, key) where called and turn is not null;
 comment on table pglimits.queue is
   'Who waits. Without a turn: in line for slots. With a turn: has its place on a rate limit and sleeps until then.';
 comment on column pglimits.queue.rank is 'The priority, negated, so that the index is read in one direction.';
@@ -170,10 +179,14 @@ comment on column pglimits.queue.arrival is
 comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves by itself when the rate changes.';
 comment on column pglimits.queue.pinned is
   'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
+comment on column pglimits.queue.gap is
+  'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
+  'than where those before it end.';
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
 comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
 comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
-comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
+comment on column pglimits.queue.called is
+  'In line: such a request was woken and has not tried again yet. With a turn: it may move up, or has to move. See _rearrange().';
 comment on column pglimits.queue.in_vain is 'How often it was called, and found another of its limits taken.';
 comment on column pglimits.queue.kept_until is
   'Called in vain too often, it waits on another limit now, and until then nobody behind it goes before it here.';
@@ -258,6 +271,23 @@ create type pglimits._served as (
   states pglimits.states[]
 );
 comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
+
+create type pglimits._sleeper as (
+  lease_id uuid,
+  deaf boolean,
+  elsewhere boolean,
+  channel text,
+  at integer[],
+  turns numeric[],
+  slots integer[],
+  pinned boolean[],
+  booked numeric[],
+  goes_in numeric
+);
+comment on type pglimits._sleeper is
+  'Who sleeps towards turns on some locked states (at). turns, slots, pinned, booked: of each, where and how many; whether it is pinned there; and '
+  'what it takes of what is booked there. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds '
+  'until it goes.';
 
 create type pglimits._turn as (
   turn numeric,

@@ -43,6 +43,13 @@ SEVERAL = (
     {"slots": {"gpu": 1}, "keys": ["a", "b"]},
 )
 RATE = ({"slots": {"api": 1}, "rate": True}, {"slots": {"api": 2}, "rate": True})
+RATES = (
+    {"slots": {"api": 1, "mails": 1}, "rate": True},
+    {"slots": {"api": 1, "tokens": 3}, "rate": True},
+    {"slots": {"tokens": 7, "mails": 1, "api": 2}, "rate": True},
+    {"slots": {"mails": 1}, "rate": True},
+    {"slots": {"tokens": 2}, "keys": ["", "a"], "rate": True},
+)
 
 CALM = Tolerance(wake_up=2.0)
 ROUGH = Tolerance(wake_up=14.0, visible=5.0)  # who would have taken it up may be dead, which shows after 10 seconds
@@ -227,6 +234,7 @@ def started(own: Cluster, name: str, folder: Path, wait_until: Callable[..., Any
         run = Run(name, own, dsn, way, folder, wait_until)
         run.sql("select pglimits.create_limit('database', 3), pglimits.create_limit('licence', 2)")
         run.sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('api', 5, 50)")
+        run.sql("select pglimits.create_limit('mails', 2, 15), pglimits.create_limit('tokens', 10, 60)")
         try:
             yield run
         finally:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import history
 import psycopg
 import pytest
-from histories import CALM, KINDS, ONE, RATE, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, granted
+from histories import CALM, KINDS, ONE, RATE, RATES, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, granted
 from history import History, Said
 
 Asks: TypeAlias = Sequence[Mapping[str, Any]]
@@ -26,8 +26,8 @@ MANY: Asks = [
     for other in (0, one % 40 + 1, one * 7 % 40 + 1)
     if one != other
 ]
-MIXED: Asks = [*WIDTHS, *SEVERAL, *RATE]
-ALL = {"mixed": MIXED, "one": ONE, "widths": WIDTHS, "several": SEVERAL, "rate": RATE, "many": MANY}
+MIXED: Asks = [*WIDTHS, *SEVERAL, *RATE, *RATES]
+ALL = {"mixed": MIXED, "one": ONE, "widths": WIDTHS, "several": SEVERAL, "rate": RATE, "rates": RATES, "many": MANY}
 FORGETS = 1.0
 """For how long (seconds) before a crash commits with synchronous_commit = off may be forgotten: three times
 wal_writer_delay (0.2 s), says PostgreSQL's documentation of asynchronous commit."""
@@ -66,7 +66,28 @@ def test_a_rate_limit_that_is_always_asked_for_delivers_all_that_decays(run: Run
     assert sum(while_asked) >= 5 + 0.999 * 50 * (stop - late - turns[0][0]) - 2
 
 
-@of("mixed", "one", "several", "rate", "many")
+@of("rates", "mixed")
+def test_limits_are_changed(run: Run, asks: Asks) -> None:
+    """Who sleeps, or stands in line, is told. In plain SQL nobody can be told of a lower rate."""
+    run.workers(asks, each=2, kinds=("sync", "async"), at_once=6)
+
+    def change() -> None:
+        name, rate = run.random.choice([("api", 50), ("mails", 15), ("tokens", 60), ("database", 0)])
+        changes = {
+            "limit": run.random.choice([7, 8, 10]) if name == "tokens" else run.random.choice([2, 3, 5]),
+            "slot_decay_per_second": run.random.choice([0.5, 1, 2]) * rate,
+        }
+        for what, value in changes.items():
+            run.sql(f'select pglimits.update_limit(%s, "{what}" => %s)', name, value)
+        if rate and run.random.random() < 0.3:
+            run.sql("select pglimits.adjust(%s, 2)", name)
+
+    run.let(change, every=0.2)
+    found = run.finish(ROUGH)
+    assert granted(found) > SECONDS
+
+
+@of("mixed", "one", "several", "rate", "rates", "many")
 def test_processes_are_killed(run: Run, asks: Asks) -> None:
     workers = run.workers(asks, each=2)
 
@@ -78,7 +99,7 @@ def test_processes_are_killed(run: Run, asks: Asks) -> None:
     run.finish(ROUGH)
 
 
-@of("mixed", "one", "several", "rate")
+@of("mixed", "one", "several", "rate", "rates")
 def test_processes_are_stopped_for_longer_than_their_leases_last(run: Run, asks: Asks) -> None:
     """A zombie that goes on is told, and its fence is an old one."""
     workers = run.workers(asks, each=2, lease=1.0, hold=0.5)
@@ -101,7 +122,7 @@ def test_processes_are_stopped_for_longer_than_their_leases_last(run: Run, asks:
         assert [said for said in found.said if said.what in ("still", "leaving") and said.more["lost"]]
 
 
-@of("mixed", "one", "several", "rate", "many")
+@of("mixed", "one", "several", "rate", "rates", "many")
 def test_connections_are_ended_by_the_server(run: Run, asks: Asks) -> None:
     run.workers(asks)
     ended = 0
@@ -120,7 +141,7 @@ def test_connections_are_ended_by_the_server(run: Run, asks: Asks) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop", "crash", "kill"])
-@of("mixed", "one", "several", "rate")
+@of("mixed", "one", "several", "rate", "rates")
 def test_the_server_goes_away_and_comes_back(run: Run, asks: Asks, how: str) -> None:
     """What anybody was told of is there after it: slots, places in line, turns."""
     run.workers(asks, limiter={"on_unavailable": "wait"}, lease=5.0)

@@ -56,6 +56,9 @@ class Place:
     limit: Limit
     key: str
     level: Fraction = Fraction(0)
+    # What was added to it behind those who slept, and how much has to decay until the last of them goes.
+    added: Fraction = Fraction(0)
+    added_ahead: Fraction = Fraction(0)
     line: list[Waiter] = field(default_factory=list)
     sleepers: list[Sleeper] = field(default_factory=list)
     # Of each grant, as far as they were told: its number and its fence.
@@ -270,6 +273,7 @@ class Model:
         for place in self.places():
             decayed = place.limit.rate * passed
             place.level = max(place.level - decayed, Fraction(0))
+            place.added_ahead -= decayed
             for sleeper in place.sleepers:
                 sleeper.ahead -= decayed
             self.let_go(place, was)
@@ -351,6 +355,8 @@ class Model:
             at = place.sleepers.index(gone)
             place.sleepers.remove(gone)
             place.level -= gone.slots
+            if gone.ahead <= place.added_ahead:
+                place.added_ahead -= gone.slots
             for behind in place.sleepers[at:]:
                 behind.ahead -= gone.slots
         self.let_go(place)
@@ -671,10 +677,12 @@ class Model:
         for place in changed.places.values():
             if not changed.active:
                 place.level -= sum(sleeper.slots for sleeper in place.sleepers)
+                place.added = Fraction(0)
                 self.send_away(place)
                 continue
             for sleeper in place.sleepers:
                 sleeper.ahead -= grown
+            place.added_ahead -= grown
             self.let_go(place)
             self.give_back(place, [each for each in place.sleepers if self.is_hopeless(place, each)])
             place.line = [each for each in place.line if not self.is_hopeless(place, each)]
@@ -714,13 +722,26 @@ class Model:
         return place.level
 
     def add_to_level(self, place: Place, slots: Fraction | int) -> None:
-        """Up at will, down by what was used: what sleepers have reserved stays reserved, only earlier."""
-        if slots < 0:
-            used = place.level - sum(sleeper.slots for sleeper in place.sleepers)
-            slots = -min(-slots, max(used, Fraction(0)))
-            for sleeper in place.sleepers:
-                sleeper.ahead += slots
-        place.level += slots
+        """Up at will, behind those who sleep; down by what was added there, then by what was used before they came.
+
+        What they have reserved stays reserved, only earlier.
+        """
+        if place.added_ahead <= 0:
+            place.added = Fraction(0)
+        if slots >= 0:
+            place.level += slots
+            if place.sleepers:
+                place.added += slots
+                place.added_ahead = place.sleepers[-1].ahead
+            return
+        used = place.level - sum(sleeper.slots for sleeper in place.sleepers) - place.added
+        of_added = min(-slots, place.added)
+        of_used = min(-slots - of_added, max(used, Fraction(0)))
+        for sleeper in place.sleepers:
+            sleeper.ahead -= of_used + (of_added if sleeper.ahead > place.added_ahead else 0)
+        place.added_ahead -= of_used
+        place.added -= of_added
+        place.level -= of_used + of_added
         self.let_go(place)
 
     def reset(self, name: str, key: str | None) -> int:

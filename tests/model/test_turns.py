@@ -1,8 +1,9 @@
 """Turns reserved ahead, on one and on several rate limits, against a bucket for each of them.
 
 Where a turn is to lie among others that may move, may not be told, or are bound to a slower limit, the product decides.
-Whatever it decides, nobody may go too fast for the bucket of any limit; and as long as nobody has given up a turn that
-others may lie behind, nobody may be given one that lies later than behind everybody else.
+Whatever it decides, nobody may go too fast for the bucket of any limit; nobody may be given a turn that lies later than
+behind everybody else, or lose the one that it has to somebody who asked later; what somebody gives up makes nobody
+later, and is left to a newcomer only if nobody who sleeps could go earlier by it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from sqltest import Clock, Session, check_consistent
 
 NAMES = ("one", "two", "three")
 LOOK = 3 * SECOND
+# Each move rounds up to a microsecond.
+ROUNDED = 20
 
 names = st.sampled_from(NAMES)
 rates = st.sampled_from(["1", "2", "4", "0.5", "0.125", "2.5"]).map(Fraction)
@@ -46,12 +49,14 @@ class Bucket:
     most: int
     rate: Fraction
     active: bool = True
-    # What has gone and has not decayed; with what was added by adjust.
+    # What has gone and has not decayed; with what was added by adjust; and what of that is left.
     gone: Fraction = Fraction(0)
     level: Fraction = Fraction(0)
+    added: Fraction = Fraction(0)
 
     def decay(self, passed: int) -> None:
         decayed = self.rate * Fraction(passed, SECOND)
+        self.added = max(self.added - max(decayed - self.gone, Fraction(0)), Fraction(0))
         self.gone = max(self.gone - decayed, Fraction(0))
         self.level = max(self.level - decayed, Fraction(0))
 
@@ -59,6 +64,36 @@ class Bucket:
         assert self.gone + slots <= self.most + self.rate / SECOND, "too fast"  # turns are whole microseconds
         self.gone += slots
         self.level += slots
+
+    def adjust(self, slots: int) -> None:
+        self.level = max(self.level + slots, Fraction(0))
+        if slots >= 0:
+            self.added += slots
+            return
+        of_added = min(-slots, self.added)
+        self.added -= of_added
+        self.gone = max(self.gone + slots + of_added, Fraction(0))
+
+    def has_room(self, now: int, others: list[tuple[int, int]], slots: int, at: int) -> int:
+        """The first moment from `at` on with room for so many slots among others who keep their moments."""
+        while True:
+            level, when, mine = self.level, now, False
+            for goes_at, their_slots in [*sorted(others), (None, 0)]:
+                if not mine and (goes_at is None or goes_at > at):
+                    level = max(level - self.rate * Fraction(at - when, SECOND), Fraction(0))
+                    when, mine = at, True
+                    if level + slots > self.most:
+                        at += math.ceil((level + slots - self.most) * SECOND / self.rate)
+                        break
+                    level += slots
+                if goes_at is not None:
+                    level = max(level - self.rate * Fraction(goes_at - when, SECOND), Fraction(0)) + their_slots
+                    when = goes_at
+                    if mine and level > self.most + self.rate / SECOND:
+                        at = goes_at
+                        break
+            else:
+                return at
 
     def last_turn(self, now: int, others: list[tuple[int, int]], slots: int) -> int:
         """When there is room for so many slots behind all others, who go at these times with these slots."""
@@ -78,6 +113,7 @@ class Sleeper:
     told: bool
     goes_at: int
     alive: bool = True
+    arrival: int = 0
     parts: dict[str, int] = field(default_factory=dict)
 
 
@@ -92,9 +128,12 @@ class Turns(RuleBasedStateMachine):
         self.clock.freeze(START)
         self.buckets: dict[str, Bucket] = {}
         self.sleepers: list[Sleeper] = []
-        self.ids = 0
+        self.ids = self.arrivals = 0
         # Whether all that was booked is for somebody who sleeps, or has gone.
         self.exact = True
+        # Whether turns may come later: a limit has just been changed, or more was charged than they reckon with.
+        self.slower = False
+        self.overcharged = False
 
     @initialize(given=st.lists(st.tuples(limits, rates), min_size=3, max_size=3))
     def begin(self, given: list[tuple[int, Fraction]]) -> None:
@@ -131,7 +170,8 @@ class Turns(RuleBasedStateMachine):
             assert found > sleeper.wait
             return
         assert sleeper.wait is None or found <= sleeper.wait
-        sleeper.parts, sleeper.goes_at = parts, self.now + found
+        self.arrivals += 1
+        sleeper.parts, sleeper.goes_at, sleeper.arrival = parts, self.now + found, self.arrivals
         self.sleepers.append(sleeper)
         self.let_go()
 
@@ -158,27 +198,55 @@ class Turns(RuleBasedStateMachine):
                     self.buckets[name].go(slots)
 
     def look(self) -> None:
-        """Who can be told looks."""
-        told = {each.lease_id: each for each in self.sleepers if each.told and each.alive}
-        rows: dict[UUID, list[Any]] = {}
-        for row in self.s.all("select * from pglimits.watch(%s::uuid[])", list(told)) if told else []:
-            rows.setdefault(row.lease_id, []).append(row)
-        assert rows.keys() == told.keys()
-        again = []
-        for lease_id, sleeper in told.items():
-            if any(row.status == "retry" for row in rows[lease_id]):
-                again.append(sleeper)
-            else:
-                assert {row.status for row in rows[lease_id]} == {"granted"}
-                sleeper.goes_at = self.now + max(micros(row.wait) or 0 for row in rows[lease_id])
-        for sleeper in again:
+        """Who can be told looks, and so do those who are told by what it moves."""
+        for sleeper in [each for each in self.sleepers if not each.parts]:
+            # It asks again: meanwhile others of its limits may be enforced.
             self.sleepers.remove(sleeper)
-        for sleeper in again:
-            sleeper.wait, self.exact = None, False
-            self.reserve(sleeper)
+            if sleeper.told and sleeper.alive:
+                sleeper.wait = None
+                self.reserve(sleeper)
+        told = {each.lease_id: each for each in self.sleepers if each.told and each.alive}
+        was = {lease_id: sleeper.goes_at for lease_id, sleeper in told.items()}
+        moved = True
+        while moved:
+            turns: dict[UUID, int] = {}
+            for row in self.s.all("select * from pglimits.watch(%s::uuid[])", list(told)) if told else []:
+                assert row.status == "granted"
+                turns[row.lease_id] = max(turns.get(row.lease_id, 0), self.now + (micros(row.wait) or 0))
+            assert turns.keys() == told.keys()
+            moved = any(told[lease_id].goes_at != turn for lease_id, turn in turns.items())
+            for lease_id, turn in turns.items():
+                told[lease_id].goes_at = turn
+        if not (self.slower or self.overcharged):
+            for lease_id, sleeper in told.items():
+                assert sleeper.goes_at <= was[lease_id] + ROUNDED, "later than it was told"
+        self.slower = False
+        self.nobody_could_go_earlier()
+        self.nobody_goes_before_whom_it_came_after()
         self.let_go()
-        if again:
-            self.look()
+
+    def nobody_could_go_earlier(self) -> None:
+        if not self.exact or any(slots > 1 for each in self.sleepers for slots in each.parts.values()):
+            # A wide request may be waited for by narrow ones, which would find room before it.
+            return
+        for sleeper in self.sleepers:
+            if not (sleeper.told and sleeper.alive):
+                continue
+            others = [each for each in self.sleepers if each is not sleeper]
+            at, before = self.now, -1
+            while at > before:
+                before = at
+                for name, slots in sleeper.parts.items():
+                    here = [(max(each.goes_at, self.now), each.parts[name]) for each in others if name in each.parts]
+                    at = self.buckets[name].has_room(self.now, here, slots, at)
+            assert sleeper.goes_at <= at + ROUNDED, "later than it could go"
+
+    def nobody_goes_before_whom_it_came_after(self) -> None:
+        told = [each for each in self.sleepers if each.told and each.alive]
+        for sleeper in told:
+            for later in told:
+                if (sleeper.slots, sleeper.parts) == (later.slots, later.parts) and sleeper.arrival < later.arrival:
+                    assert sleeper.goes_at <= later.goes_at + ROUNDED, "out of order"
 
     @invariant()
     def all_is_as_it_should_be(self) -> None:
@@ -186,6 +254,7 @@ class Turns(RuleBasedStateMachine):
             return
         self.look()
         if not self.sleepers:
+            self.overcharged = False
             levels = {name: self.s.limit(name).level for name in NAMES}
             for name, bucket in self.buckets.items():
                 assert levels[name] >= float(bucket.gone) - 1e-5, "what has gone was not charged"
@@ -230,7 +299,6 @@ class Turns(RuleBasedStateMachine):
         sleeper = self.sleepers[nth % len(self.sleepers)]
         if self.s.release(sleeper.lease_id):
             self.sleepers.remove(sleeper)
-            self.exact = False
         else:
             assert not sleeper.alive or not sleeper.parts
 
@@ -251,10 +319,16 @@ class Turns(RuleBasedStateMachine):
         self.exact = self.exact and not deaf
         return not (deaf and is_less)
 
+    def expect_later_turns(self) -> None:
+        self.slower = True
+        # Who is over several limits takes its new place when somebody looks, the dead too.
+        self.overcharged = self.overcharged or any(not each.alive and len(each.parts) > 1 for each in self.sleepers)
+
     @rule(name=names, rate=rates)
     def change_the_rate(self, name: str, rate: Fraction) -> None:
         bucket = self.buckets[name]
         if self.may_change(name, rate < bucket.rate):
+            self.expect_later_turns()
             self.s.update(name, slot_decay_per_second=float(rate))
             bucket.rate = rate
 
@@ -263,6 +337,7 @@ class Turns(RuleBasedStateMachine):
         bucket = self.buckets[name]
         wanted = [each.parts[name] for each in self.sleepers if name in each.parts]
         if self.may_change(name, most < bucket.most) and most >= max(wanted, default=0):
+            self.expect_later_turns()
             self.s.update(name, limit=most)
             bucket.most = most
 
@@ -276,11 +351,13 @@ class Turns(RuleBasedStateMachine):
                 slots = each.parts.pop(name, 0)
                 self.exact = self.exact and not slots
 
-    @rule(name=names, slots=st.integers(0, 3))
+    @rule(name=names, slots=st.integers(-2, 3))
     def adjust(self, name: str, slots: int) -> None:
         if self.buckets[name].active:
             self.s.adjust(name, slots)
-            self.buckets[name].level += slots
+            self.buckets[name].adjust(slots)
+            # Who sleeps keeps its turn, until it moves.
+            self.overcharged = self.overcharged or bool(slots and self.sleepers)
             # It may fill a gap that was left in front of a turn.
             self.exact = self.exact and not (slots and self.sleepers)
 

@@ -174,6 +174,8 @@ create table pglimits.states (
   held integer not null default 0,
   booked numeric not null default 0,
   pinned integer not null default 0,
+  added numeric not null default 0,
+  added_behind numeric not null default 0,
   next_expiry timestamptz not null default 'infinity',
   waiting integer not null default 0,
   head_rank integer not null default 0,
@@ -202,6 +204,9 @@ comment on column pglimits.states.booked is
   'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
 comment on column pglimits.states.pinned is
   'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
+comment on column pglimits.states.added is
+  'Part of booked: what adjust has added while some slept, who keep their turns. It lies behind the turn added_behind; when that '
+  'has come, it is no longer told apart.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
 comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
@@ -252,6 +257,7 @@ create table pglimits.queue (
   arrival timestamptz not null,
   turn numeric,
   pinned boolean not null default false,
+  gap numeric not null default 0,
   for_rate boolean not null,
   several boolean not null,
   limit_ids bigint[],
@@ -275,6 +281,9 @@ create table pglimits.queue (
 create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where turn is null;
 create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
 create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
+create index queue_asleep_over_several on pglimits.queue (limit_id, key) where turn is not null and limit_ids is not null;
+create index queue_gaps on pglimits.queue (limit_id, key) where gap > 0;
+create index queue_called on pglimits.queue (limit_id, key) where called and turn is not null;
 comment on table pglimits.queue is
   'Who waits. Without a turn: in line for slots. With a turn: has its place on a rate limit and sleeps until then.';
 comment on column pglimits.queue.rank is 'The priority, negated, so that the index is read in one direction.';
@@ -283,10 +292,14 @@ comment on column pglimits.queue.arrival is
 comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves by itself when the rate changes.';
 comment on column pglimits.queue.pinned is
   'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
+comment on column pglimits.queue.gap is
+  'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
+  'than where those before it end.';
 comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
 comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
 comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
-comment on column pglimits.queue.called is 'Such a request was woken and has not tried again yet.';
+comment on column pglimits.queue.called is
+  'In line: such a request was woken and has not tried again yet. With a turn: it may move up, or has to move. See _rearrange().';
 comment on column pglimits.queue.in_vain is 'How often it was called, and found another of its limits taken.';
 comment on column pglimits.queue.kept_until is
   'Called in vain too often, it waits on another limit now, and until then nobody behind it goes before it here.';
@@ -371,6 +384,23 @@ create type pglimits._served as (
   states pglimits.states[]
 );
 comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
+
+create type pglimits._sleeper as (
+  lease_id uuid,
+  deaf boolean,
+  elsewhere boolean,
+  channel text,
+  at integer[],
+  turns numeric[],
+  slots integer[],
+  pinned boolean[],
+  booked numeric[],
+  goes_in numeric
+);
+comment on type pglimits._sleeper is
+  'Who sleeps towards turns on some locked states (at). turns, slots, pinned, booked: of each, where and how many; whether it is pinned there; and '
+  'what it takes of what is booked there. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds '
+  'until it goes.';
 
 create type pglimits._turn as (
   turn numeric,
@@ -761,7 +791,7 @@ begin
   end if;
   update pglimits.states s
   set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
-      pinned = state.pinned, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
+      pinned = state.pinned, added = state.added, added_behind = state.added_behind, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
       head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
       next_death = state.next_death, next_waiter_death = state.next_waiter_death, next_look = state.next_look,
       changed_at = now
@@ -791,154 +821,6 @@ end $$;
 
 comment on function pglimits._tell(text, uuid, bigint, timestamptz) is
   'Notifies a waiting process about one of its requests (null: about all of them), and how it was granted, if it was.';
-
--- Tells those who sleep towards a turn to look.
-create or replace function pglimits._tell_sleepers(state pglimits.states, decayed numeric)
-returns void
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform pglimits._tell(w.channel, null)
-  from (select distinct q.channel from pglimits.queue q
-        where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed) w;
-end $$;
-
-comment on function pglimits._tell_sleepers(pglimits.states, numeric) is
-  'Notifies those who sleep towards a turn on a rate limit that lies beyond a virtual time.';
-
--- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
--- booked, nor by the turns pinned further ahead, between which it may find room.
-create or replace function pglimits._find_turn(
-  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
-returns pglimits._turn
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  found_turn pglimits._turn;
-  pin record;
-begin
-  found_turn.booked := state.booked;
-  found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
-  if state.pinned > 0 then
-    for pin in
-      select q.turn, q.lease_id, q.slots from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.pinned
-      order by q.turn, q.lease_id
-    loop
-      exit when found_turn.turn <= pin.turn and pglimits._leaves_room(
-        state, config, greatest(found_turn.booked, found_turn.turn) + slots, pin.turn, pin.lease_id);
-      found_turn.booked := greatest(found_turn.booked, pin.turn) + pin.slots;
-      found_turn.passed_turn := pin.turn;
-      found_turn.passed_id := pin.lease_id;
-      found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
-    end loop;
-  end if;
-  return found_turn;
-end $$;
-
-comment on function pglimits._find_turn(pglimits.states, pglimits.configs, integer, numeric) is
-  'The earliest turn on a rate limit that can be had for so many slots, not before a virtual time.';
-
--- Whether pinned turns, from the given one on, can still be kept if so much is booked before them.
-create or replace function pglimits._leaves_room(
-  state pglimits.states, config pglimits.configs, booked numeric, from_turn numeric, from_id uuid)
-returns boolean
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  pin record;
-begin
-  for pin in
-    select q.turn, q.slots from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
-      and (q.turn, q.lease_id) >= (from_turn, from_id)
-    order by q.turn, q.lease_id
-  loop
-    if booked <= pin.turn then
-      return true;  -- all has decayed by then: what comes later is as it was
-    end if;
-    booked := booked + pin.slots;
-    if booked > pin.turn + config."limit" then
-      return false;
-    end if;
-  end loop;
-  return true;
-end $$;
-
-comment on function pglimits._leaves_room(pglimits.states, pglimits.configs, numeric, numeric, uuid) is
-  'Whether the pinned turns from a given one on can be kept if so much is booked before them.';
-
--- Books slots at the earliest turn that is not before a virtual time. Their turn is then booked - limit, or that time.
-create or replace function pglimits._book(
-  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  at pglimits._turn := pglimits._find_turn(state, config, slots, not_before);
-begin
-  if at.passed_turn is not null then
-    state := pglimits._unpin(state, at.passed_turn, at.passed_id);
-  end if;
-  state.booked := greatest(state.booked, at.turn) + slots;
-  return state;
-end $$;
-
-comment on function pglimits._book(pglimits.states, pglimits.configs, integer, numeric) is
-  'Raises the level of a rate limit by slots, at the earliest turn that is not before a virtual time.';
-
--- Books the pinned turns up to a given one: it has come, or somebody else goes after it.
-create or replace function pglimits._unpin(state pglimits.states, up_to_turn numeric, up_to_id uuid)
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  pin record;
-begin
-  for pin in
-    select q.turn, q.slots, q.lease_id from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
-      and (q.turn, q.lease_id) <= (up_to_turn, up_to_id)
-    order by q.turn, q.lease_id
-  loop
-    state.booked := greatest(state.booked, pin.turn) + pin.slots;
-    state.pinned := state.pinned - 1;
-    update pglimits.queue q set pinned = false
-    where q.lease_id = pin.lease_id
-      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-  end loop;
-  return state;
-end $$;
-
-comment on function pglimits._unpin(pglimits.states, numeric, uuid) is
-  'Books the pinned turns up to a given one.';
-
--- The first of all where the level is to be changed: what is booked later than its turn would take as long again to decay.
-create or replace function pglimits._unpin(state pglimits.states, config pglimits.configs, now timestamptz)
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if state.pinned > 0 then
-    return pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
-  end if;
-  return state;
-end $$;
-
-comment on function pglimits._unpin(pglimits.states, pglimits.configs, timestamptz) is
-  'Books the pinned turns that have come.';
 
 -- Whether a concurrency request fits now, and if not, from when on time alone may make it fit.
 create or replace function pglimits._fits_at(
@@ -970,144 +852,6 @@ end $$;
 
 comment on function pglimits._fits_at(pglimits.states, pglimits.configs, integer, timestamptz) is
   '-infinity if that many slots can be held now; else the earliest moment at which time alone may have made room.';
-
--- Lets those who sleep behind given-up turns move up. Whoever cannot be told (plain SQL, or bound to another limit)
--- goes at the time it knows, which is now later than it needs to be: so its turn is pinned from here on.
-create or replace function pglimits._close_gaps(
-  state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  decayed numeric := pglimits._decayed(config, now);
-  first numeric := (select min(u.turn) from unnest(turns) as u(turn));
-  fixed bigint;
-  fixed_slots bigint;
-  sleeper record;
-begin
-  state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
-  with pins as (
-    update pglimits.queue q set pinned = true
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned
-      and (q.expires_at = 'infinity' or q.several)
-    returning q.slots
-  )
-  select count(*), coalesce(sum(p.slots), 0) into fixed, fixed_slots from pins p;
-  state.pinned := state.pinned + fixed;
-  state.booked := state.booked - fixed_slots;
-
-  if state.pinned = 0 then
-    -- A turn that comes by it comes now, and is remembered from now on.
-    update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
-    from (
-      select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
-      from (
-        select q.lease_id, q.turn, 0 as slots from pglimits.queue q
-        where q.limit_id = state.limit_id and q.key = state.key and q.turn > first
-        union all
-        select null, u.turn, u.slots from unnest(turns, slots) as u(turn, slots)
-      ) x
-    ) b
-    where q.lease_id = b.lease_id
-      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-  else
-    -- One by one, as each has to find its way between the pinned turns.
-    state.booked := state.booked - coalesce((
-      select sum(q.slots) from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned), 0);
-    for sleeper in
-      select q.lease_id, q.slots from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > first and not q.pinned
-      order by q.turn
-    loop
-      state := pglimits._book(state, config, sleeper.slots, decayed);
-      update pglimits.queue q set turn = greatest(state.booked - config."limit", decayed)
-      where q.lease_id = sleeper.lease_id
-        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-    end loop;
-  end if;
-  perform pglimits._tell_sleepers(state, decayed);
-  return state;
-end $$;
-
-comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
-  'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
-
--- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead.
-create or replace function pglimits._withdraw(
-  state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz)
-returns pglimits._withdrawn
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  decayed numeric := pglimits._decayed(config, now);
-  live uuid[];
-  left_line bigint;
-  unpinned bigint;
-  turns numeric[];
-  slots numeric[];
-begin
-  with gone as (
-    delete from pglimits.queue q
-    where q.lease_id = any (lease_ids)
-      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-    returning q.lease_id, q.turn, q.slots, q.expires_at, q.pinned
-  )
-  select count(*) filter (where g.turn is null),
-         coalesce(array_agg(g.lease_id) filter (where g.expires_at > now and (g.turn is null or g.turn > decayed)), '{}'),
-         array_agg(g.turn) filter (where g.turn > decayed and not g.pinned),
-         array_agg(g.slots) filter (where g.turn > decayed and not g.pinned),
-         count(*) filter (where g.pinned)
-  into left_line, live, turns, slots, unpinned from gone g;
-  state.waiting := state.waiting - left_line;
-  state.pinned := state.pinned - unpinned;
-  if turns is not null then
-    state := pglimits._close_gaps(state, config, now, turns, slots);
-  end if;
-  return row(state, live)::pglimits._withdrawn;
-end $$;
-
-comment on function pglimits._withdraw(pglimits.states, pglimits.configs, uuid[], timestamptz) is
-  'Takes requests out of the queue of a (limit, key) and gives their turns back. Returns the state, and which were live.';
-
--- Removes sleepers of a rate limit whose process died before their turn. Who died after it has used its turn.
-create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  decayed numeric := pglimits._decayed(config, now);
-  turns numeric[];
-  slots numeric[];
-  unpinned bigint;
-begin
-  with dead as (
-    delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now
-    returning q.turn, q.slots, q.pinned
-  )
-  select array_agg(d.turn) filter (where not d.pinned),
-         array_agg(d.slots) filter (where not d.pinned),
-         count(*) filter (where d.pinned)
-  into turns, slots, unpinned from dead d;
-  state.pinned := state.pinned - unpinned;
-  if turns is not null then
-    state := pglimits._close_gaps(state, config, now, turns, slots);
-  end if;
-  state.next_death := coalesce((
-    select min(q.expires_at) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 'infinity');
-  return state;
-end $$;
-
-comment on function pglimits._bury_sleepers(pglimits.states, pglimits.configs, timestamptz) is
-  'Removes those who slept towards a turn on a rate limit and died, and gives their turns back.';
 
 -- Takes leases out that have ended. One that is being renewed or released right now is left to whoever does that.
 create or replace function pglimits._take_expired(state pglimits.states, now timestamptz)
@@ -1310,6 +1054,794 @@ end $$;
 
 comment on function pglimits._settle(pglimits.states, pglimits.configs, timestamptz) is
   'Applies to a locked state what time and the last change have made possible.';
+-- Turns on rate limits that are reserved ahead: finding one, booking it, and moving those up who sleep behind one that is given up.
+
+-- The earliest turn for so many slots, not before a virtual time, at which nobody goes too fast: neither by what is
+-- booked, nor by the turns pinned further ahead, between which it may find room.
+create or replace function pglimits._find_turn(
+  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
+returns pglimits._turn
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  found_turn pglimits._turn;
+  pin record;
+begin
+  found_turn.booked := state.booked;
+  found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
+  if state.pinned > 0 then
+    for pin in
+      -- What goes a whole limit earlier has decayed by then.
+      select q.turn, q.lease_id, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+        and q.turn > case when state.booked <= not_before then not_before - config."limit" else '-Infinity' end
+      order by q.turn, q.lease_id
+    loop
+      exit when found_turn.turn <= pin.turn and pglimits._leaves_room(
+        state, config, greatest(found_turn.booked, found_turn.turn) + slots, pin.turn, pin.lease_id);
+      found_turn.booked := greatest(found_turn.booked, pin.turn) + pin.slots;
+      found_turn.passed_turn := pin.turn;
+      found_turn.passed_id := pin.lease_id;
+      found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
+    end loop;
+  end if;
+  return found_turn;
+end $$;
+
+comment on function pglimits._find_turn(pglimits.states, pglimits.configs, integer, numeric) is
+  'The earliest turn on a rate limit that can be had for so many slots, not before a virtual time.';
+
+-- Whether pinned turns, from the given one on, can still be kept if so much is booked before them.
+create or replace function pglimits._leaves_room(
+  state pglimits.states, config pglimits.configs, booked numeric, from_turn numeric, from_id uuid)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  pin record;
+begin
+  for pin in
+    select q.turn, q.slots from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      and (q.turn, q.lease_id) >= (from_turn, from_id)
+    order by q.turn, q.lease_id
+  loop
+    if booked <= pin.turn then
+      return true;  -- all has decayed by then: what comes later is as it was
+    end if;
+    booked := booked + pin.slots;
+    if booked > pin.turn + config."limit" then
+      return false;
+    end if;
+  end loop;
+  return true;
+end $$;
+
+comment on function pglimits._leaves_room(pglimits.states, pglimits.configs, numeric, numeric, uuid) is
+  'Whether the pinned turns from a given one on can be kept if so much is booked before them.';
+
+-- Books slots at the earliest turn that is not before a virtual time. Their turn is then booked - limit, or that time.
+create or replace function pglimits._book(
+  state pglimits.states, config pglimits.configs, slots integer, not_before numeric)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  at pglimits._turn := pglimits._find_turn(state, config, slots, not_before);
+begin
+  if at.passed_turn is not null then
+    state := pglimits._unpin(state, at.passed_turn, at.passed_id);
+  end if;
+  state.booked := greatest(state.booked, at.turn) + slots;
+  return state;
+end $$;
+
+comment on function pglimits._book(pglimits.states, pglimits.configs, integer, numeric) is
+  'Raises the level of a rate limit by slots, at the earliest turn that is not before a virtual time.';
+
+-- Books the pinned turns up to a given one: it has come, or somebody else goes after it.
+create or replace function pglimits._unpin(state pglimits.states, up_to_turn numeric, up_to_id uuid)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  pin record;
+begin
+  for pin in
+    select q.turn, q.slots, q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      and (q.turn, q.lease_id) <= (up_to_turn, up_to_id)
+    order by q.turn, q.lease_id
+  loop
+    update pglimits.queue q set pinned = false, gap = greatest(pin.turn - state.booked, 0)
+    where q.lease_id = pin.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    state.booked := greatest(state.booked, pin.turn) + pin.slots;
+    state.pinned := state.pinned - 1;
+  end loop;
+  return state;
+end $$;
+
+comment on function pglimits._unpin(pglimits.states, numeric, uuid) is
+  'Books the pinned turns up to a given one.';
+
+-- The first of all where the level is to be changed: what is booked later than its turn would take as long again to decay.
+create or replace function pglimits._unpin(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if state.pinned > 0 then
+    return pglimits._unpin(state, pglimits._decayed(config, now), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._unpin(pglimits.states, pglimits.configs, timestamptz) is
+  'Books the pinned turns that have come.';
+
+-- The first moment from now on at which every rate limit of a request has a turn for it.
+create or replace function pglimits._common_turn(
+  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+returns timestamptz
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  go_at timestamptz := now;
+  later timestamptz := now;
+  config pglimits.configs;
+begin
+  loop
+    for p in 1 .. cardinality(at) loop
+      config := configs[at[p]];
+      continue when config.active is not true;
+      later := greatest(later, now + pglimits._until(config, (pglimits._find_turn(
+        states[at[p]], config, request.slots[p], pglimits._decayed(config, go_at))).turn, now));
+    end loop;
+    -- A turn that one limit has put off may not be free on the others.
+    exit when later = go_at or cardinality(at) = 1;
+    go_at := later;
+  end loop;
+  return later;
+end $$;
+
+comment on function pglimits._common_turn(
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+  'The first moment from now on at which every rate limit of a request has a turn for it.';
+
+-- Places a turn on one of the rate limits of a request. The level rises at once; but if another one is slower, so that the turn
+-- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
+-- back until then, they would be missing to others.
+create or replace function pglimits._place_turn(
+  inout state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz,
+  out turn numeric, out pinned boolean)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+begin
+  pinned := several and turn_in > interval '0'
+    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
+  if pinned then
+    state.pinned := state.pinned + 1;
+    turn := pglimits._decayed(config, now + turn_in);
+  else
+    state := pglimits._book(state, config, slots, decayed);
+    turn := greatest(state.booked - config."limit", decayed);
+  end if;
+end $$;
+
+comment on function pglimits._place_turn(
+  pglimits.states, pglimits.configs, integer, interval, boolean, timestamptz) is
+  'Books or pins a turn that comes after turn_in. Returns the state with it, and where in virtual time it lies.';
+
+-- Takes a turn on a rate limit, and notes it if it may be asked for again.
+create or replace function pglimits._take_turn(
+  state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
+  several boolean, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
+  forget numeric := pglimits._forgotten(config, now);
+  placed record := pglimits._place_turn(state, config, slots, turn_in, several, now);
+begin
+  state := placed.state;
+  if turn_in = interval '0' and not request.chosen then
+    return state;
+  end if;
+  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
+  delete from pglimits.queue q
+  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
+  state.passed := greatest(state.passed, forget);
+  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several, limit_ids, keys,
+                              seen, lease_duration, holder, channel, expires_at, looks_at)
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, placed.turn, placed.pinned, true, several,
+          case when several then request.limit_ids end, case when several then request.keys end,
+          case when several then pglimits._changes(request.limit_ids) end,
+          request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
+  if turn_in > interval '0' then
+    state.next_death := least(state.next_death, alive_until);
+    state.next_look := least(state.next_look, alive_until);
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._take_turn(
+  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
+  'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
+
+-- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
+-- where it was pinned.
+create or replace function pglimits._close_gaps(
+  state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+  first constant numeric := (select min(u.turn) from unnest(turns) as u(turn));
+  gap record;
+begin
+  if state.pinned = 0 and not exists (
+    select from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
+      and (q.several or q.expires_at = 'infinity'))
+  then
+    state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
+    state.added_behind := state.added_behind - (
+      select coalesce(sum(u.slots), 0) from unnest(turns, slots) as u(turn, slots) where u.turn <= state.added_behind);
+    -- A turn that comes by it comes now, and is remembered from now on.
+    update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
+    from (
+      select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
+      from (
+        select q.lease_id, q.turn, 0 as slots from pglimits.queue q
+        where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
+        union all
+        select null, u.turn, u.slots from unnest(turns, slots) as u(turn, slots)
+      ) x
+    ) b
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    perform pglimits._tell_sleepers(state, decayed);
+    return state;
+  end if;
+  for gap in select u.turn, u.slots from unnest(turns, slots) as u(turn, slots) loop
+    -- Who is pinned on all its limits goes so late because it did not fit before, or between, other turns.
+    update pglimits.queue q set called = true
+    where q.lease_id = (
+      select n.lease_id from pglimits.queue n
+      where n.limit_id = state.limit_id and n.key = state.key and n.pinned and n.turn >= gap.turn
+        and not exists (select from pglimits.queue o where o.lease_id = n.lease_id and not o.pinned)
+      order by n.turn limit 1)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    continue when gap.slots = 0;
+    update pglimits.queue q set gap = q.gap + gap.slots, called = true
+    where q.lease_id = (
+      select n.lease_id from pglimits.queue n
+      where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and n.turn >= gap.turn and not n.pinned
+      order by n.turn limit 1)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    if not found then
+      state.booked := state.booked - gap.slots;
+    end if;
+  end loop;
+  return (pglimits._rearrange(array[state], array[config], now))[1];
+end $$;
+
+comment on function pglimits._close_gaps(pglimits.states, pglimits.configs, timestamptz, numeric[], numeric[]) is
+  'Gives turns back that were given up before they came, and moves those up who sleep behind them.';
+
+-- Who has to be looked at when something changes for those who sleep on some locked states, in the order in which they go; null
+-- if nobody has: it begins with the first who is called, or sleeps over several limits of which one was changed.
+create or replace function pglimits._sleepers(states pglimits.states[], configs pglimits.configs[], now timestamptz)
+returns pglimits._sleeper[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  place_ids bigint[];
+  place_keys text[];
+  decayed numeric[];
+  rates numeric[];
+  -- Of each turn that lies ahead here: whose it is, on which state, the how manieth there, and when the sleeper goes.
+  ids uuid[];
+  at integer[];
+  nths bigint[];
+  goes_at numeric[];
+  from_here numeric;
+  and_before numeric;
+begin
+  for i in 1 .. cardinality(states) loop
+    place_ids[i] := (states[i]).limit_id;
+    place_keys[i] := (states[i]).key;
+    decayed[i] := pglimits._decayed(configs[i], now);
+    rates[i] := (configs[i]).slot_decay_per_second;
+  end loop;
+  with ahead as (
+    select p.at::integer, q.lease_id, q.expires_at = 'infinity' as deaf,
+           row_number() over (partition by p.at order by q.turn, q.lease_id) as nth,
+           q.called or q.limit_ids is not null and q.expires_at < 'infinity' and pglimits._is_outdated(q) as moves,
+           max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end)
+             over (partition by q.lease_id) as goes_in
+    from unnest(place_ids, place_keys, decayed, rates) with ordinality as p(limit_id, key, decayed, rate, at)
+    cross join lateral (
+      select w.* from pglimits.queue w
+      where w.limit_id = p.limit_id and w.key = p.key and w.turn > p.decayed offset 0) q
+  ), ordered as (
+    -- Where a limit was changed, somebody may go later than others behind it; they come after it all the same.
+    select a.*, case when a.deaf then a.goes_in else max(a.goes_in) over (partition by a.at order by a.nth) end as goes_after
+    from ahead a
+  ), each as (
+    select o.*, max(o.goes_after) over (partition by o.lease_id) as goes_at from ordered o
+  )
+  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at), min(e.goes_at) filter (where e.moves)
+  into ids, at, nths, goes_at, from_here from each e;
+  -- With everybody who comes behind one of them.
+  while from_here is not null loop
+    select min(x.goes_at) into and_before
+    from (select u.goes_at, min(u.nth) filter (where u.goes_at >= from_here) over (partition by u.at) <= u.nth as is_behind
+          from unnest(at, nths, goes_at) as u(at, nth, goes_at)) x
+    where x.is_behind;
+    exit when and_before = from_here;
+    from_here := and_before;
+  end loop;
+  return (
+    select array_agg(
+      row(s.lease_id, x.deaf, x.elsewhere, x.channel, x.at, x.turns, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
+      order by s.goes_at, x.arrival, s.nth, s.lease_id)
+    from (
+      select u.lease_id, min(u.nth) as nth, min(u.goes_at) as goes_at
+      from unnest(ids, nths, goes_at) as u(lease_id, nth, goes_at) where u.goes_at >= from_here group by u.lease_id
+    ) s
+    cross join lateral (
+      select bool_or(q.expires_at = 'infinity') as deaf, bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
+             min(q.arrival) as arrival,
+             array_agg(p.at::integer order by p.at) filter (where p.at is not null) as at,
+             array_agg(q.turn order by p.at) filter (where p.at is not null) as turns,
+             array_agg(q.slots order by p.at) filter (where p.at is not null) as slots,
+             array_agg(q.pinned order by p.at) filter (where p.at is not null) as pinned,
+             array_agg(case when q.turn > p.decayed and not q.pinned then q.slots + q.gap else 0 end order by p.at)
+               filter (where p.at is not null) as booked,
+             max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end) as goes_in
+      from pglimits.queue q
+      left join unnest(place_ids, place_keys, decayed, rates) with ordinality as p(limit_id, key, decayed, rate, at)
+        on p.limit_id = q.limit_id and p.key = q.key
+      where q.lease_id = s.lease_id) x);
+end $$;
+
+comment on function pglimits._sleepers(pglimits.states[], pglimits.configs[], timestamptz) is
+  'Who has to be looked at when something changes for those who sleep on some states, in the order in which they go.';
+
+-- Moves those up who sleep where something came free before them, in the order in which they go: each to the first moment that
+-- those before it leave free, and so nobody to a later one. Who sleeps over several limits of which one was changed may have to
+-- move back.
+--
+-- Who sleeps over several limits moves on all of them at once, and so only if all their states are here. Where one is not, it
+-- keeps what came free before it, and all behind it stay; it is called, and told: whoever watches there, it or another, locks
+-- what it needs. Who cannot be told goes at the moment that it knows.
+create or replace function pglimits._rearrange(
+  states pglimits.states[], configs pglimits.configs[], now timestamptz, again boolean default false)
+returns pglimits.states[]
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  sleepers pglimits._sleeper[] := pglimits._sleepers(states, configs, now);
+  sleeper pglimits._sleeper;
+  state pglimits.states;
+  -- Of each state: what is booked for those who have not been looked at, where that ended at first, whether all stay from here
+  -- on, and what is left by those who are pinned, since they cannot be told.
+  rest numeric[] := array_fill(0::numeric, array[cardinality(states)]);
+  ends numeric[];
+  stopped boolean[] := array_fill(false, array[cardinality(states)]);
+  gaps numeric[] := rest;
+  -- Part of rest: what adjust has added, and the turn behind which it lies.
+  added numeric[] := rest;
+  behind numeric[];
+  stays boolean;
+  free numeric;
+  moved record;
+  some_back boolean := false;
+  i integer;
+begin
+  if sleepers is null then
+    return states;
+  end if;
+  for nth in 1 .. cardinality(sleepers) loop
+    sleeper := sleepers[nth];
+    for p in 1 .. cardinality(sleeper.at) loop
+      i := sleeper.at[p];
+      state := states[i];
+      if sleeper.deaf then
+        update pglimits.queue q set pinned = q.pinned or sleeper.booked[p] > 0, gap = 0, called = false
+        where q.lease_id = sleeper.lease_id
+          and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+        state.pinned := state.pinned + (sleeper.booked[p] > 0)::integer;
+        states[i] := state;
+        gaps[i] := gaps[i] + sleeper.booked[p];
+      elsif sleeper.booked[p] > 0 then
+        if gaps[i] > 0 then
+          update pglimits.queue q set gap = q.gap + gaps[i], called = true
+          where q.lease_id = sleeper.lease_id
+            and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+          sleeper.booked[p] := sleeper.booked[p] + gaps[i];
+          gaps[i] := 0;
+        end if;
+        rest[i] := rest[i] + sleeper.booked[p];
+      end if;
+    end loop;
+    sleepers[nth] := sleeper;
+  end loop;
+  for at in 1 .. cardinality(states) loop
+    state := states[at];
+    if state.added_behind > pglimits._decayed(configs[at], now) then
+      added[at] := state.added;
+      behind[at] := state.added_behind;
+      rest[at] := rest[at] + state.added;
+    end if;
+    ends[at] := state.booked - gaps[at];
+    state.booked := ends[at] - rest[at];
+    states[at] := state;
+  end loop;
+
+  foreach sleeper in array sleepers loop
+    continue when sleeper.deaf;
+    stays := sleeper.elsewhere;
+    for p in 1 .. cardinality(sleeper.at) loop
+      i := sleeper.at[p];
+      stays := stays or stopped[i];
+      if added[i] > 0 and sleeper.turns[p] > behind[i] and not stopped[i] then
+        state := states[i];
+        state.booked := state.booked + added[i];
+        states[i] := state;
+        rest[i] := rest[i] - added[i];
+        added[i] := 0;
+      end if;
+    end loop;
+    if not stays then
+      moved := pglimits._move(sleeper, states, configs, now);
+      states := moved.states;
+      some_back := some_back or moved.back;
+    end if;
+    for p in 1 .. cardinality(sleeper.at) loop
+      i := sleeper.at[p];
+      state := states[i];
+      if stopped[i] then
+        null;
+      elsif stays then
+        free := greatest(ends[i] - rest[i] - state.booked, 0);
+        update pglimits.queue q
+        set called = q.called or free > 0, gap = q.gap + case when sleeper.booked[p] > 0 then free else 0 end
+        where q.lease_id = sleeper.lease_id
+          and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+        state.booked := state.booked + rest[i] + case when rest[i] > added[i] then free else 0 end;
+        stopped[i] := true;
+        perform pglimits._tell(sleeper.channel, null);
+      elsif added[i] > 0 then
+        -- It lies behind the last who slept already when it was added, wherever that is now.
+        state.added_behind := greatest(state.booked - (configs[i])."limit", pglimits._decayed(configs[i], now));
+      end if;
+      states[i] := state;
+      rest[i] := rest[i] - sleeper.booked[p];
+    end loop;
+  end loop;
+  for at in 1 .. cardinality(states) loop
+    if added[at] > 0 and not stopped[at] then
+      state := states[at];
+      state.booked := state.booked + added[at];
+      states[at] := state;
+    end if;
+  end loop;
+  if some_back and not again then
+    -- It kept clear of those behind it where they were, some of whom are before it now.
+    return pglimits._rearrange(states, configs, now, true);
+  end if;
+  return states;
+end $$;
+
+comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], timestamptz, boolean) is
+  'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
+
+-- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If none lets it sleep any
+-- more, it is sent away to ask again, and gets the error.
+create or replace function pglimits._move(
+  sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz, out back boolean)
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  request pglimits._request;
+  turn_in interval;
+  state pglimits.states;
+  config pglimits.configs;
+  placed record;
+  hopeless boolean := false;
+begin
+  for p in 1 .. cardinality(sleeper.at) loop
+    state := states[sleeper.at[p]];
+    config := configs[sleeper.at[p]];
+    hopeless := hopeless or sleeper.slots[p] > config."limit" or config.slot_decay_per_second = 0;
+    continue when not sleeper.pinned[p];
+    update pglimits.queue q set pinned = false
+    where q.lease_id = sleeper.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key and q.pinned;
+    if found then
+      state.pinned := state.pinned - 1;
+    else
+      -- More was charged since it was pinned, and so somebody had to go after it.
+      state.booked := state.booked - sleeper.slots[p];
+    end if;
+    states[sleeper.at[p]] := state;
+  end loop;
+  if hopeless then
+    delete from pglimits.queue q where q.lease_id = sleeper.lease_id;
+    perform pglimits._tell(sleeper.channel, sleeper.lease_id);
+    back := false;
+    return;
+  end if;
+
+  request.slots := sleeper.slots;
+  turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now) - now;
+  back := extract(epoch from turn_in) > sleeper.goes_in + 0.000002;
+  for p in 1 .. cardinality(sleeper.at) loop
+    state := states[sleeper.at[p]];
+    placed := pglimits._place_turn(
+      state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, cardinality(sleeper.at) > 1, now);
+    states[sleeper.at[p]] := placed.state;
+    update pglimits.queue q
+    set turn = placed.turn, pinned = placed.pinned, gap = 0, called = back,
+        seen = case when q.limit_ids is not null then pglimits._changes(q.limit_ids) end
+    where q.lease_id = sleeper.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+  end loop;
+  if back or extract(epoch from turn_in) < sleeper.goes_in - 0.000002 then
+    perform pglimits._tell(sleeper.channel, null);
+  end if;
+end $$;
+
+comment on function pglimits._move(pglimits._sleeper, pglimits.states[], pglimits.configs[], timestamptz) is
+  'Gives a sleeper the first moment that it can have on all its limits, and tells it. back: it is later than the one it had.';
+
+-- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several. Null
+-- if nobody does: then whoever has one of them locked moves them up there.
+create or replace function pglimits._around(places pglimits._places)
+returns pglimits._places
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  around pglimits._places;
+begin
+  select array_agg(p.limit_id), array_agg(p.key) into around.limit_ids, around.keys
+  from (
+    select distinct o.limit_id, o.key
+    from unnest(places.limit_ids, places.keys) as h(limit_id, key)
+    cross join lateral (
+      select q.limit_ids, q.keys from pglimits.queue q
+      where q.limit_id = h.limit_id and q.key = h.key and q.turn is not null and q.limit_ids is not null offset 0) s
+    cross join lateral unnest(s.limit_ids || h.limit_id, s.keys || h.key) as o(limit_id, key)
+  ) p;
+  return around;
+end $$;
+
+comment on function pglimits._around(pglimits._places) is
+  'Some (limit, key)s with all the others of those who sleep there over several limits; null if nobody does.';
+
+-- The same for all keys of a limit.
+create or replace function pglimits._around_limit(limit_id bigint)
+returns pglimits._places
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  here pglimits._places;
+begin
+  select array_agg(q.limit_id), array_agg(q.key) into here.limit_ids, here.keys
+  from (select distinct w.limit_id, w.key from pglimits.queue w
+        where w.limit_id = _around_limit.limit_id and w.turn is not null and w.limit_ids is not null) q;
+  return pglimits._around(here);
+end $$;
+
+comment on function pglimits._around_limit(bigint) is
+  'What is needed to move those who sleep on any key of a limit and on others too; null if nobody does.';
+
+-- Locks those of some states that come before, or after, those of a limit.
+create or replace function pglimits._lock_beside(places pglimits._places, limit_id bigint, before boolean)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._lock_several(array_agg(u.limit_id), array_agg(u.key))
+  from unnest(places.limit_ids, places.keys) as u(limit_id, key)
+  where case when before then u.limit_id < _lock_beside.limit_id else u.limit_id > _lock_beside.limit_id end;
+end $$;
+
+comment on function pglimits._lock_beside(pglimits._places, bigint, boolean) is
+  'Locks those of some states that come before, or after, those of a limit.';
+
+-- Does so on (limit, key)s whose states are locked; nowhere if that is null.
+create or replace function pglimits._rearrange_at(places pglimits._places)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  now constant timestamptz := pglimits._now();
+  was pglimits.states[] := array[]::pglimits.states[];
+  states pglimits.states[] := array[]::pglimits.states[];
+  configs pglimits.configs[];
+  state pglimits.states;
+  config pglimits.configs;
+begin
+  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+    state := pglimits._lock_used(places.limit_ids[i], places.keys[i]);
+    select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
+    continue when config.active is not true;
+    was := was || state;
+    states := states || pglimits._unpin(state, config, now);
+    configs := configs || config;
+  end loop;
+  states := pglimits._rearrange(states, configs, now);
+  for i in 1 .. cardinality(states) loop
+    state := states[i];
+    if state.waiting > 0 then
+      state := pglimits._advance(state, configs[i], now);
+    end if;
+    perform pglimits._save(state, was[i], now);
+  end loop;
+end $$;
+
+comment on function pglimits._rearrange_at(pglimits._places) is
+  '_rearrange on (limit, key)s whose states are locked.';
+
+-- What is booked on a rate limit for those who sleep towards turns beyond a virtual time, with the gaps before them.
+create or replace function pglimits._reserved(state pglimits.states, decayed numeric)
+returns numeric
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(sum(q.slots + q.gap), 0) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned);
+end $$;
+
+comment on function pglimits._reserved(pglimits.states, numeric) is
+  'What is booked on a rate limit for those who sleep towards turns beyond a virtual time.';
+
+-- What lies free before those who sleep towards turns beyond a virtual time.
+create or replace function pglimits._gaps(state pglimits.states, decayed numeric)
+returns numeric
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select coalesce(sum(q.gap), 0) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.gap > 0 and q.turn > decayed and not q.pinned);
+end $$;
+
+comment on function pglimits._gaps(pglimits.states, numeric) is
+  'What lies free on a rate limit before those who sleep towards turns beyond a virtual time.';
+
+-- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead.
+create or replace function pglimits._withdraw(
+  state pglimits.states, config pglimits.configs, lease_ids uuid[], now timestamptz)
+returns pglimits._withdrawn
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  live uuid[];
+  left_line bigint;
+  unpinned bigint;
+  turns numeric[];
+  slots numeric[];
+begin
+  with gone as (
+    delete from pglimits.queue q
+    where q.lease_id = any (lease_ids)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.lease_id, q.turn, q.slots, q.gap, q.expires_at, q.pinned
+  )
+  select count(*) filter (where g.turn is null),
+         coalesce(array_agg(g.lease_id) filter (where g.expires_at > now and (g.turn is null or g.turn > decayed)), '{}'),
+         array_agg(g.turn) filter (where g.turn > decayed),
+         array_agg(case when g.pinned then 0 else g.slots + g.gap end) filter (where g.turn > decayed),
+         count(*) filter (where g.pinned)
+  into left_line, live, turns, slots, unpinned from gone g;
+  state.waiting := state.waiting - left_line;
+  state.pinned := state.pinned - unpinned;
+  if turns is not null then
+    state := pglimits._close_gaps(state, config, now, turns, slots);
+  end if;
+  return row(state, live)::pglimits._withdrawn;
+end $$;
+
+comment on function pglimits._withdraw(pglimits.states, pglimits.configs, uuid[], timestamptz) is
+  'Takes requests out of the queue of a (limit, key) and gives their turns back. Returns the state, and which were live.';
+
+-- Removes sleepers of a rate limit whose process died before their turn. Who died after it has used its turn.
+create or replace function pglimits._bury_sleepers(state pglimits.states, config pglimits.configs, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed numeric := pglimits._decayed(config, now);
+  turns numeric[];
+  slots numeric[];
+  unpinned bigint;
+begin
+  with dead as (
+    delete from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now
+    returning q.turn, q.slots, q.gap, q.pinned
+  )
+  select array_agg(d.turn), array_agg(case when d.pinned then 0 else d.slots + d.gap end), count(*) filter (where d.pinned)
+  into turns, slots, unpinned from dead d;
+  state.pinned := state.pinned - unpinned;
+  if turns is not null then
+    state := pglimits._close_gaps(state, config, now, turns, slots);
+  end if;
+  state.next_death := coalesce((
+    select min(q.expires_at) from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed), 'infinity');
+  return state;
+end $$;
+
+comment on function pglimits._bury_sleepers(pglimits.states, pglimits.configs, timestamptz) is
+  'Removes those who slept towards a turn on a rate limit and died, and gives their turns back.';
+
+-- Tells those who sleep towards a turn to look.
+create or replace function pglimits._tell_sleepers(state pglimits.states, decayed numeric)
+returns void
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._tell(w.channel, null)
+  from (select distinct q.channel from pglimits.queue q
+        where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed) w;
+end $$;
+
+comment on function pglimits._tell_sleepers(pglimits.states, numeric) is
+  'Notifies those who sleep towards a turn on a rate limit that lies beyond a virtual time.';
 -- The heart: checks a request, and serves a batch of them under the locks of all their states.
 
 -- What is wrong with what a request says of itself, or null: a template for _argument_error.
@@ -1705,84 +2237,6 @@ end $$;
 comment on function pglimits._survey(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
   'What stands in the way of a request. See the type pglimits._findings.';
-
--- The first moment from now on at which every rate limit of a request has a turn for it.
-create or replace function pglimits._common_turn(
-  request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
-returns timestamptz
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  go_at timestamptz := now;
-  later timestamptz := now;
-  config pglimits.configs;
-begin
-  loop
-    for p in 1 .. cardinality(at) loop
-      config := configs[at[p]];
-      continue when config.active is not true;
-      later := greatest(later, now + pglimits._until(config, (pglimits._find_turn(
-        states[at[p]], config, request.slots[p], pglimits._decayed(config, go_at))).turn, now));
-    end loop;
-    -- A turn that one limit has put off may not be free on the others.
-    exit when later = go_at or cardinality(at) = 1;
-    go_at := later;
-  end loop;
-  return later;
-end $$;
-
-comment on function pglimits._common_turn(
-  pglimits._request, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
-  'The first moment from now on at which every rate limit of a request has a turn for it.';
-
--- Takes a turn on a rate limit. The level rises at once; but if another limit of the request is slower, so that the turn
--- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used,
--- and kept back until then, they would be missing to others.
-create or replace function pglimits._take_turn(
-  state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
-  several boolean, now timestamptz)
-returns pglimits.states
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
-  decayed numeric := pglimits._decayed(config, now);
-  forget numeric := pglimits._forgotten(config, now);
-  turn numeric := pglimits._decayed(config, now + turn_in);
-  pinned boolean := several and turn_in > interval '0'
-    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
-begin
-  if pinned then
-    state.pinned := state.pinned + 1;
-  else
-    state := pglimits._book(state, config, slots, decayed);
-    turn := greatest(state.booked - config."limit", decayed);
-  end if;
-  if turn_in = interval '0' and not request.chosen then
-    return state;
-  end if;
-  -- Turns that have passed stay a while, for those who ask again because they did not hear of theirs.
-  delete from pglimits.queue q
-  where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
-  state.passed := greatest(state.passed, forget);
-  insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several,
-                              lease_duration, holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, turn, pinned, true, several,
-          request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
-  if turn_in > interval '0' then
-    state.next_death := least(state.next_death, alive_until);
-    state.next_look := least(state.next_look, alive_until);
-  end if;
-  return state;
-end $$;
-
-comment on function pglimits._take_turn(
-  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
-  'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
 -- How often limits have been changed, in the order of their ids. One that was deleted is missing.
 create or replace function pglimits._changes(limit_ids bigint[])
@@ -2362,7 +2816,6 @@ declare
   mine pglimits.queue;
   decision pglimits._decision;
   served pglimits._served;
-  withdrawn pglimits._withdrawn;
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
@@ -2409,15 +2862,6 @@ begin
     end if;
     at := case when here = 1 and cardinality(request.keys) = 1 then array[1]
                else pglimits._locate(request, places) end;
-    if mine.turn is not null and mine.several
-       and exists (select from pglimits.queue q where q.lease_id = request.lease_id and q.called) then
-      -- One of its limits was changed: it gives back what it still has on the others, and asks as if for the first time.
-      for p in 1 .. cardinality(at) loop
-        withdrawn := pglimits._withdraw(states[at[p]], configs[at[p]], array[request.lease_id], now);
-        states[at[p]] := withdrawn.state;
-      end loop;
-      mine := null;
-    end if;
     at_mine := case when mine.lease_id is not null
                     then array_position(places.labels, mine.limit_id || ' ' || mine.key) end;
     if mine.lease_id is not null
@@ -2837,7 +3281,7 @@ begin
       and l.expires_at >= state.next_expiry and l.expires_at <= now);
   if now >= state.next_death then
     state.booked := state.booked - (
-      select coalesce(sum(q.slots), 0) from pglimits.queue q
+      select coalesce(sum(q.slots + q.gap), 0) from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now and not q.pinned);
   end if;
   if state.waiting = 0 then
@@ -3677,6 +4121,8 @@ as $$
 declare
   limit_ids bigint[];
   keys text[];
+  asleep pglimits._places;
+  around pglimits._places;
   place record;
   ended uuid[] := array[]::uuid[];
   waits boolean;
@@ -3698,7 +4144,11 @@ begin
         from pglimits.queue q cross join lateral unnest(q.limit_ids, q.keys) as o(limit_id, key)
         where waits and q.lease_id = any (lease_ids)
       ) p;
-      perform pglimits._lock_several(limit_ids, keys);
+      select array_agg(q.limit_id), array_agg(q.key) into asleep.limit_ids, asleep.keys
+      from pglimits.queue q
+      where waits and q.lease_id = any (lease_ids) and case when q.turn is null then false else true end;
+      around := pglimits._around(asleep);
+      perform pglimits._lock_several(limit_ids || around.limit_ids, keys || around.keys);
     end if;
     for place in
       select here.limit_id, here.key, array_agg(here.lease_id) as lease_ids
@@ -3711,6 +4161,7 @@ begin
     loop
       ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
+    perform pglimits._rearrange_at(around);
     -- A waiter may have asked for other limits while we waited for a lock: look where it is now.
     exit when not waits;
   end loop;
@@ -3872,6 +4323,7 @@ declare
   waits boolean;
   limit_ids bigint[];
   keys text[];
+  moving pglimits._places;
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -3888,8 +4340,9 @@ begin
     from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
     where now >= (select s.next_look from pglimits.states s
                   where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
-    if cardinality(keys) > 1 then
-      perform pglimits._lock_several(limit_ids, keys);
+    moving := pglimits._moving(lease_ids, now);
+    if moving.keys is not null or cardinality(keys) > 1 then
+      perform pglimits._lock_several(limit_ids || moving.limit_ids, keys || moving.keys);
     end if;
     for i in 1 .. coalesce(cardinality(keys), 0) loop
       was := pglimits._lock_used(limit_ids[i], keys[i]);
@@ -3901,6 +4354,7 @@ begin
         perform pglimits._save(state, was, now);
       end if;
     end loop;
+    perform pglimits._rearrange_at(moving);
   end if;
 
   now := pglimits._now();
@@ -3934,13 +4388,15 @@ begin
   from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
-         case when q.expires_at <= now or q.called or q.limit_ids is not null and pglimits._is_outdated(q) then 'retry'
-              when q.turn is null then 'queued' else 'granted' end,
+         case when q.expires_at <= now then 'retry'
+              when q.turn is not null then case when pglimits._until(c, q.turn, now) is null then 'retry' else 'granted' end
+              when q.called or q.limit_ids is not null and pglimits._is_outdated(q) then 'retry'
+              else 'queued' end,
          null, null,
          case when q.turn is null then greatest(
            least(q.looks_at, case when q.limit_ids is not null then pglimits._kept_until(q.lease_id, now) end) - now,
            interval '0') end,
-         case when q.turn is not null and not q.called then pglimits._until(c, q.turn, now) end,
+         case when q.turn is not null then pglimits._until(c, q.turn, now) end,
          case when q.turn is null then q.expires_at - now end
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id
   where q.lease_id = any (lease_ids) and q.kept_until is null
@@ -3957,6 +4413,33 @@ of a turn on several): granted (a lease begins its full duration; a turn comes a
 retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
 request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
 line, lasts without another call.$$;
+
+-- Where some of these sleep behind somebody who may move up, or has to move, or may be found dead.
+create or replace function pglimits._moving(lease_ids uuid[], now timestamptz)
+returns pglimits._places
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  here pglimits._places;
+begin
+  select array_agg(p.limit_id), array_agg(p.key) into here.limit_ids, here.keys
+  from (
+    select q.limit_id, q.key, bool_or(q.limit_ids is not null and q.expires_at < 'infinity' and pglimits._is_outdated(q)) as moves
+    from pglimits.queue q
+    where q.lease_id = any (lease_ids) and case when q.turn is null then false else true end
+    group by q.limit_id, q.key
+  ) p
+  where p.moves
+     or exists (select from pglimits.queue o where o.limit_id = p.limit_id and o.key = p.key and o.called and o.turn is not null)
+     or now >= (select s.next_death from pglimits.states s
+                where s.limit_id = p.limit_id and s.key = p.key order by s.version desc limit 1);
+  return pglimits._around(here);
+end $$;
+
+comment on function pglimits._moving(uuid[], timestamptz) is
+  'The (limit, key)s that are needed to move those behind whom some of these sleep; null if nobody moves.';
 
 -- Whether one of the limits of a waiting request was changed since it asked, also one for which it does not stand in line.
 create or replace function pglimits._is_outdated(waiter pglimits.queue)
@@ -4293,6 +4776,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
+  of_limit bigint;
+  around pglimits._places;
   old pglimits.configs;
   new pglimits.configs;
   waited_for text;
@@ -4312,14 +4797,18 @@ begin
     perform from pglimits.meta m for update;
   end if;
   -- First the config, then every state: whoever decided by the old config has committed, whoever comes sees the new.
-  select c.* into old from pglimits.configs c where c.limit_id = pglimits._limit_id(update_limit.name) for update;
+  of_limit := pglimits._limit_id(update_limit.name);
+  around := pglimits._around_limit(of_limit);
+  perform pglimits._lock_beside(around, of_limit, true);
+  select c.* into old from pglimits.configs c where c.limit_id = of_limit for update;
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
   if new_name <> old.name and exists (select from pglimits.configs c where c.name = new_name) then
     perform pglimits._fail('LimitExists', format('there is a limit named %L already', new_name));
   end if;
-  perform pglimits._lock_every(old.limit_id);
+  perform pglimits._lock_every(of_limit);
+  perform pglimits._lock_beside(around, of_limit, false);
   now := pglimits._now();
 
   new := old;
@@ -4347,7 +4836,8 @@ begin
   loop
     perform pglimits._apply_change(waited_for, old, new, now);
   end loop;
-  perform pglimits._tell_elsewhere(old.limit_id);
+  perform pglimits._rearrange_at(around);
+  perform pglimits._tell_elsewhere(of_limit);
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
@@ -4373,11 +4863,12 @@ declare
   slots numeric[];
   left_line bigint;
   unpinned bigint;
+  over_several boolean;
+  shift integer;
 begin
   if not new.active then
-    state.booked := state.booked - coalesce((
-      select sum(q.slots) from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
+    state.booked := state.booked - pglimits._reserved(state, decayed);
+    state.added := 0;
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
     state.pinned := 0;
@@ -4387,13 +4878,28 @@ begin
     return;
   end if;
 
+  -- Who sleeps over several limits moves when all changes are made; those behind it with it.
+  with moves as (
+    update pglimits.queue q
+    set called = true, pinned = false, gap = case when q.pinned then -q.slots else q.gap end,
+        turn = case when q.pinned then greatest(
+          pglimits._decayed(new, now + pglimits._until(old, q.turn, now)), decayed + 0.000001) else q.turn end
+    from (select x.lease_id, x.pinned from pglimits.queue x
+          where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.several and x.expires_at < 'infinity'
+            and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)) b
+    where q.lease_id = b.lease_id
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning b.pinned
+  )
+  select count(*) > 0, state.pinned - count(*) filter (where m.pinned) into over_several, state.pinned from moves m;
+  shift := case when over_several then 0 else grown end;
+  state.added_behind := state.added_behind - shift;
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
-  update pglimits.queue q set turn = greatest(q.turn - grown, decayed)
+  update pglimits.queue q set called = over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
-    and q.expires_at < 'infinity' and not q.pinned and not q.several and grown <> 0;
-  -- Whoever can never be granted now is sent away to ask again, and gets the error. And so is who sleeps over several limits:
-  -- its turns on the others are for a moment that was reckoned by this one. Of that a turn is left that has come, so that it
-  -- sees that it was called. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
+    and q.expires_at < 'infinity' and not q.several and grown <> 0;
+  -- Whoever can never be granted now is sent away to ask again, and gets the error. Who cannot be told of anything goes at the
+  -- moment that it was told at first, and is pinned there.
   with hopeless as (
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
@@ -4401,26 +4907,23 @@ begin
                then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
                else q.turn > decayed and q.expires_at < 'infinity' and not q.several
                     and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
-  ), moved as (
-    update pglimits.queue q
-    set turn = case when b.deaf then pglimits._decayed(new, q.looks_at) else decayed end, pinned = b.deaf, called = not b.deaf
+    returning q.turn, q.slots + q.gap as slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
+  ), deaf as (
+    update pglimits.queue q set turn = pglimits._decayed(new, q.looks_at), pinned = true, gap = 0
     from (
-      select x.lease_id, x.turn, x.pinned, x.expires_at = 'infinity' as deaf from pglimits.queue x
-      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed
-        and (x.several or x.expires_at = 'infinity')
+      select x.lease_id, x.turn, x.pinned, x.slots + x.gap as slots from pglimits.queue x
+      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.expires_at = 'infinity'
         and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-    returning greatest(b.turn - grown, decayed + 0.000001), q.slots, b.pinned, q.pinned,
-              case when not b.deaf then pglimits._tell(q.channel, q.lease_id) end
+    returning greatest(b.turn - shift, decayed), b.slots, b.pinned, true, null::void
   )
   select array_agg(h.turn) filter (where not h.was_pinned and h.turn is not null),
          array_agg(h.slots) filter (where not h.was_pinned and h.turn is not null),
          count(*) filter (where h.turn is null),
          count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from moved) h;
+  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from deaf) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
   if turns is not null then
@@ -4434,9 +4937,7 @@ end $$;
 comment on function pglimits._apply_change(text, pglimits.configs, pglimits.configs, timestamptz) is
   'Applies a change of a limit to those who wait on one of its keys.';
 
--- Empties a queue: everybody in it is told, and asks again. Who sleeps over several limits is called on the others, so that it
--- does so before its turn there. A row that is locked is being moved or removed right now, and is not waited for: its state
--- comes first.
+-- Empties a queue: everybody in it is told, and asks again. Who sleeps over several limits goes on for the others.
 create or replace function pglimits._send_away(limit_id bigint, key text)
 returns void
 language plpgsql
@@ -4448,23 +4949,16 @@ declare
 begin
   for waiter in
     delete from pglimits.queue q where q.limit_id = _send_away.limit_id and q.key = _send_away.key
-    returning q.channel, q.lease_id, q.several and q.turn is not null as sleeps_elsewhere
+    returning q.channel, q.lease_id
   loop
-    if waiter.sleeps_elsewhere then
-      update pglimits.queue q set called = true
-      from (select o.lease_id, o.limit_id, o.key from pglimits.queue o
-            where o.lease_id = waiter.lease_id and o.expires_at < 'infinity' for update skip locked) o
-      where q.lease_id = o.lease_id
-        and q.limit_id is not distinct from o.limit_id and q.key is not distinct from o.key;
-    end if;
     perform pglimits._tell(waiter.channel, waiter.lease_id);
   end loop;
 end $$;
 
 comment on function pglimits._send_away(bigint, text) is 'Empties the queue of a (limit, key) and tells everybody who was in it.';
 
--- Tells those who need slots of a limit that was changed, and stand in line for another one: they look, find that it was
--- changed, and ask again.
+-- Tells those who need slots of a limit that was changed, and wait for others too: they look, find that it was changed, and ask
+-- again, or move to another turn.
 create or replace function pglimits._tell_elsewhere(limit_id bigint)
 returns void
 language plpgsql
@@ -4491,6 +4985,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
+  of_limit bigint;
+  around pglimits._places;
   gone pglimits.configs;
   state record;
 begin
@@ -4500,11 +4996,15 @@ begin
   perform pglimits._refuse_snapshot('delete_limit');
   -- First of all, so that a limit created under this name while this commits starts above its fences.
   perform from pglimits.meta m for update;
-  select c.* into gone from pglimits.configs c where c.limit_id = pglimits._limit_id(delete_limit.name) for update;
+  of_limit := pglimits._limit_id(delete_limit.name);
+  around := pglimits._around_limit(of_limit);
+  perform pglimits._lock_beside(around, of_limit, true);
+  select c.* into gone from pglimits.configs c where c.limit_id = of_limit for update;
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
-  perform pglimits._lock_every(gone.limit_id);
+  perform pglimits._lock_every(of_limit);
+  perform pglimits._lock_beside(around, of_limit, false);
   for state in
     select s.key, s.version from pglimits.states s where s.limit_id = gone.limit_id order by s.key
   loop
@@ -4525,7 +5025,8 @@ begin
   delete from pglimits.former_names f where f.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
-  perform pglimits._tell_elsewhere(gone.limit_id);
+  perform pglimits._rearrange_at(around);
+  perform pglimits._tell_elsewhere(of_limit);
 end $$;
 
 comment on function pglimits.delete_limit(text) is
@@ -4544,6 +5045,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
+  here pglimits._places;
+  around pglimits._places;
   was pglimits.states;
   state pglimits.states;
   config pglimits.configs;
@@ -4557,7 +5060,13 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
-  was := pglimits._lock(pglimits._limit_id(name), key);
+  here.limit_ids := array[pglimits._limit_id(name)];
+  here.keys := array[key];
+  if slots < 0 then
+    around := pglimits._around(here);
+    perform pglimits._lock_several(around.limit_ids, around.keys);
+  end if;
+  was := pglimits._lock(here.limit_ids[1], key);
   now := pglimits._now();
   select c.* into config from pglimits.configs c where c.limit_id = was.limit_id;
   if config.limit_id is null then
@@ -4570,7 +5079,11 @@ begin
     state := pglimits._settle(state, config, now);
   end if;
   perform pglimits._save(state, was, now);
-  return greatest(state.booked - pglimits._decayed(config, now), 0);
+  perform pglimits._rearrange_at(around);
+  return (
+    select greatest(s.booked - pglimits._gaps(s, pglimits._decayed(config, now)) - pglimits._decayed(config, now), 0)
+    from pglimits.states s
+    where s.limit_id = here.limit_ids[1] and s.key = adjust.key order by s.version desc limit 1);
 end $$;
 
 comment on function pglimits.adjust(text, integer, text) is
@@ -4578,7 +5091,8 @@ $$Adds slots to the level of a rate limit after the fact (an estimate was 500 to
 or takes them off, never below zero. Past the limit, later callers wait longer. Returns the new level in slots.
 Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
 
--- Raises the level, or lowers it by what was used; what sleepers have reserved stays reserved, only earlier.
+-- Raises the level behind those who sleep, or lowers it: by what was added behind them, then by what was used before they came.
+-- What they have reserved stays reserved, only earlier.
 create or replace function pglimits._add_to_level(
   state pglimits.states, config pglimits.configs, slots numeric, now timestamptz)
 returns pglimits.states
@@ -4587,18 +5101,32 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  decayed numeric := pglimits._decayed(config, now);
+  decayed constant numeric := pglimits._decayed(config, now);
+  last_turn numeric;
+  behind numeric;
   used numeric;
 begin
   state.booked := greatest(state.booked, decayed);
+  if state.added_behind <= decayed then
+    state.added := 0;
+  end if;
   if slots >= 0 then
     state.booked := state.booked + slots;
+    last_turn := (select max(q.turn) from pglimits.queue q
+                  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned);
+    if last_turn is not null then
+      state.added := state.added + slots;
+      state.added_behind := last_turn;
+    end if;
     return state;
   end if;
-  used := state.booked - decayed - coalesce((
-    select sum(q.slots) from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned), 0);
-  return pglimits._close_gaps(state, config, now, array[decayed + 0.000001], array[least(-slots, greatest(used, 0))]);
+  used := greatest(state.booked - decayed - pglimits._reserved(state, decayed) - state.added, 0);
+  behind := least(-slots, state.added);
+  state.added := state.added - behind;
+  last_turn := (select min(q.turn) from pglimits.queue q
+                where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned);
+  return pglimits._close_gaps(
+    state, config, now, array[decayed, coalesce(last_turn, 'Infinity')], array[least(-slots - behind, used), behind]);
 end $$;
 
 comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is
@@ -4624,6 +5152,8 @@ declare
   ended_here integer;
   of_limit bigint := pglimits._limit_id(name);
   used_keys text[];
+  places pglimits._places;
+  around pglimits._places;
   used_key text;
   problem text := case when key is not null then pglimits._name_error('key', key, true) end;
 begin
@@ -4636,7 +5166,10 @@ begin
   end if;
   used_keys := array(select s.key from pglimits.states s
                      where s.limit_id = of_limit and s.key = coalesce(reset.key, s.key));
-  perform pglimits._lock_several(array_fill(of_limit, array[cardinality(used_keys)]), used_keys);
+  places.limit_ids := array_fill(of_limit, array[cardinality(used_keys)]);
+  places.keys := used_keys;
+  around := pglimits._around(places);
+  perform pglimits._lock_several(places.limit_ids || around.limit_ids, places.keys || around.keys);
   foreach used_key in array used_keys loop
     was := pglimits._lock_used(of_limit, used_key);
     continue when was.limit_id is null;
@@ -4660,6 +5193,7 @@ begin
     end if;
     perform pglimits._save(state, was, now);
   end loop;
+  perform pglimits._rearrange_at(around);
   return ended;
 end $$;
 
@@ -4924,9 +5458,12 @@ left join lateral (
             from pglimits.queue q
             where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end
       - case when k.next_death > clock.now then 0 else coalesce((
-        select sum(q.slots) from pglimits.queue q
+        select sum(q.slots + least(q.gap, 0)) from pglimits.queue q
         where q.limit_id = k.limit_id and q.key = k.key and q.turn > v.decayed and q.expires_at <= clock.now
           and not q.pinned), 0) end
+      - coalesce((
+        select sum(q.gap) from pglimits.queue q
+        where q.limit_id = k.limit_id and q.key = k.key and q.gap > 0 and q.turn > v.decayed and not q.pinned), 0)
       - v.decayed, 0))
       filter (where c.slot_decay_per_second > 0) as level
   from pglimits.states k where k.limit_id = c.limit_id

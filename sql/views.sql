@@ -18,22 +18,28 @@ left join lateral (
       select sum(l.slots) from pglimits.leases l
       where l.limit_id = k.limit_id and l.key = k.key
         and l.expires_at >= k.next_expiry and l.expires_at <= clock.now), 0) end) as held,
-    -- Without the turns of the dead. Pinned turns that have come are charged: each when it came.
-    sum(greatest(case when k.pinned = 0 then k.booked else (
-      select greatest(k.booked + coalesce(sum(p.slots), 0), max(p.turn + p.following))
-      from (select q.turn, q.slots, sum(q.slots) over (order by q.turn desc, q.lease_id desc) as following
-            from pglimits.queue q
-            where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end
+    -- Without the turns of the dead, and without what lies free before those who sleep.
+    sum(greatest(greatest(b.booked, f.reserved, f.free) - coalesce(f.free, 0)
       - case when k.next_death > clock.now then 0 else coalesce((
         select sum(q.slots + least(q.gap, 0)) from pglimits.queue q
         where q.limit_id = k.limit_id and q.key = k.key and q.turn > v.decayed and q.expires_at <= clock.now
-          and not q.pinned), 0) end
-      - coalesce((
-        select sum(q.gap) from pglimits.queue q
-        where q.limit_id = k.limit_id and q.key = k.key and q.gap > 0 and q.turn > v.decayed and not q.pinned), 0)
-      - v.decayed, 0))
+          and not q.pinned), 0) end, 0))
       filter (where c.slot_decay_per_second > 0) as level
-  from pglimits.states k where k.limit_id = c.limit_id
+  from pglimits.states k
+  cross join lateral (
+    -- Pinned turns that have come are charged: each when it came.
+    select case when k.pinned = 0 then k.booked else (
+      select greatest(k.booked + coalesce(sum(p.slots), 0), max(p.turn + p.following))
+      from (select q.turn, q.slots, sum(q.slots) over (order by q.turn desc, q.lease_id desc) as following
+            from pglimits.queue q
+            where q.limit_id = k.limit_id and q.key = k.key and q.pinned and q.turn <= v.decayed) p) end - v.decayed as booked
+  ) b
+  left join lateral (
+    select sum(q.slots + q.gap) as reserved, sum(greatest(q.gap, 0)) as free from pglimits.queue q
+    where q.limit_id = k.limit_id and q.key = k.key and q.turn > v.decayed and not q.pinned
+      and exists (select from pglimits.queue g where g.limit_id = k.limit_id and g.key = k.key and g.gap > 0)
+  ) f on true
+  where k.limit_id = c.limit_id
 ) s on true
 left join lateral (
   select count(*) as waiting from pglimits.queue q

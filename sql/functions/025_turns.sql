@@ -10,6 +10,8 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  -- Moments are whole microseconds; what that puts off does not count.
+  rounded constant numeric := config.slot_decay_per_second::numeric / 1000000;
   found_turn pglimits._turn;
   pin record;
 begin
@@ -23,7 +25,7 @@ begin
         and q.turn > case when state.booked <= not_before then not_before - config."limit" else '-Infinity' end
       order by q.turn, q.lease_id
     loop
-      exit when found_turn.turn <= pin.turn and pglimits._leaves_room(
+      exit when found_turn.turn <= pin.turn + rounded and pglimits._leaves_room(
         state, config, greatest(found_turn.booked, found_turn.turn) + slots, pin.turn, pin.lease_id);
       found_turn.booked := greatest(found_turn.booked, pin.turn) + pin.slots;
       found_turn.passed_turn := pin.turn;
@@ -58,7 +60,7 @@ begin
       return true;  -- all has decayed by then: what comes later is as it was
     end if;
     booked := booked + pin.slots;
-    if booked > pin.turn + config."limit" then
+    if booked > pin.turn + config."limit" + config.slot_decay_per_second::numeric / 1000000 then
       return false;
     end if;
   end loop;
@@ -244,14 +246,17 @@ as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
   first constant numeric := (select min(u.turn) from unnest(turns) as u(turn));
+  given_up constant numeric := (select sum(u.slots) from unnest(slots) as u(slots));
   gap record;
 begin
+  -- The short way, where all move by what was given up before them.
   if state.pinned = 0 and not exists (
     select from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
-      and (q.several or q.expires_at = 'infinity'))
+      and (q.several or q.expires_at = 'infinity' or q.called))
+    and state.booked - given_up - pglimits._reserved(state, decayed) >= decayed
   then
-    state.booked := state.booked - (select sum(u.slots) from unnest(slots) as u(slots));
+    state.booked := state.booked - given_up;
     state.added_behind := state.added_behind - (
       select coalesce(sum(u.slots), 0) from unnest(turns, slots) as u(turn, slots) where u.turn <= state.added_behind);
     -- A turn that comes by it comes now, and is remembered from now on.
@@ -316,12 +321,16 @@ declare
   goes_at numeric[];
   from_here numeric;
   and_before numeric;
+  overcharged integer[] := array[]::integer[];
 begin
   for i in 1 .. cardinality(states) loop
     place_ids[i] := (states[i]).limit_id;
     place_keys[i] := (states[i]).key;
     decayed[i] := pglimits._decayed(configs[i], now);
     rates[i] := (configs[i]).slot_decay_per_second;
+    if (states[i]).added > 0 and (states[i]).added_behind > decayed[i] then
+      overcharged := overcharged || i;
+    end if;
   end loop;
   with ahead as (
     select p.at::integer, q.lease_id, q.expires_at = 'infinity' as deaf,
@@ -340,7 +349,9 @@ begin
   ), each as (
     select o.*, max(o.goes_after) over (partition by o.lease_id) as goes_at from ordered o
   )
-  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at), min(e.goes_at) filter (where e.moves)
+  -- What adjust has added fills gaps; so where it has, all are looked at.
+  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at),
+         case when bool_or(e.moves) then min(e.goes_at) filter (where e.moves or e.at = any (overcharged)) end
   into ids, at, nths, goes_at, from_here from each e;
   -- With everybody who comes behind one of them.
   while from_here is not null loop
@@ -405,6 +416,7 @@ declare
   -- Part of rest: what adjust has added, and the turn behind which it lies.
   added numeric[] := rest;
   behind numeric[];
+  last_turns numeric[];
   stays boolean;
   free numeric;
   moved record;
@@ -446,6 +458,7 @@ begin
       behind[at] := state.added_behind;
       rest[at] := rest[at] + state.added;
     end if;
+    state.added := 0;
     ends[at] := state.booked - gaps[at];
     state.booked := ends[at] - rest[at];
     states[at] := state;
@@ -460,6 +473,7 @@ begin
       if added[i] > 0 and sleeper.turns[p] > behind[i] and not stopped[i] then
         state := states[i];
         state.booked := state.booked + added[i];
+        state.added := added[i];
         states[i] := state;
         rest[i] := rest[i] - added[i];
         added[i] := 0;
@@ -482,11 +496,13 @@ begin
         where q.lease_id = sleeper.lease_id
           and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
         state.booked := state.booked + rest[i] + case when rest[i] > added[i] then free else 0 end;
+        state.added := state.added + added[i];
         stopped[i] := true;
         perform pglimits._tell(sleeper.channel, null);
       elsif added[i] > 0 then
         -- It lies behind the last who slept already when it was added, wherever that is now.
-        state.added_behind := greatest(state.booked - (configs[i])."limit", pglimits._decayed(configs[i], now));
+        last_turns[i] := greatest(last_turns[i], moved.turns[p], pglimits._decayed(configs[i], now));
+        state.added_behind := last_turns[i];
       end if;
       states[i] := state;
       rest[i] := rest[i] - sleeper.booked[p];
@@ -496,6 +512,7 @@ begin
     if added[at] > 0 and not stopped[at] then
       state := states[at];
       state.booked := state.booked + added[at];
+      state.added := added[at];
       states[at] := state;
     end if;
   end loop;
@@ -512,7 +529,8 @@ comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], t
 -- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If none lets it sleep any
 -- more, it is sent away to ask again, and gets the error.
 create or replace function pglimits._move(
-  sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz, out back boolean)
+  sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
+  out turns numeric[], out back boolean)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -536,7 +554,7 @@ begin
     if found then
       state.pinned := state.pinned - 1;
     else
-      -- More was charged since it was pinned, and so somebody had to go after it.
+      -- More was charged since it was pinned, and so somebody had to go behind it.
       state.booked := state.booked - sleeper.slots[p];
     end if;
     states[sleeper.at[p]] := state;
@@ -556,6 +574,7 @@ begin
     placed := pglimits._place_turn(
       state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, cardinality(sleeper.at) > 1, now);
     states[sleeper.at[p]] := placed.state;
+    turns[p] := placed.turn;
     update pglimits.queue q
     set turn = placed.turn, pinned = placed.pinned, gap = 0, called = back,
         seen = case when q.limit_ids is not null then pglimits._changes(q.limit_ids) end
@@ -570,8 +589,7 @@ end $$;
 comment on function pglimits._move(pglimits._sleeper, pglimits.states[], pglimits.configs[], timestamptz) is
   'Gives a sleeper the first moment that it can have on all its limits, and tells it. back: it is later than the one it had.';
 
--- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several. Null
--- if nobody does: then whoever has one of them locked moves them up there.
+-- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several.
 create or replace function pglimits._around(places pglimits._places)
 returns pglimits._places
 language plpgsql
@@ -583,18 +601,20 @@ declare
 begin
   select array_agg(p.limit_id), array_agg(p.key) into around.limit_ids, around.keys
   from (
-    select distinct o.limit_id, o.key
+    select h.limit_id, h.key from unnest(places.limit_ids, places.keys) as h(limit_id, key)
+    union
+    select o.limit_id, o.key
     from unnest(places.limit_ids, places.keys) as h(limit_id, key)
     cross join lateral (
       select q.limit_ids, q.keys from pglimits.queue q
       where q.limit_id = h.limit_id and q.key = h.key and q.turn is not null and q.limit_ids is not null offset 0) s
-    cross join lateral unnest(s.limit_ids || h.limit_id, s.keys || h.key) as o(limit_id, key)
+    cross join lateral unnest(s.limit_ids, s.keys) as o(limit_id, key)
   ) p;
   return around;
 end $$;
 
 comment on function pglimits._around(pglimits._places) is
-  'Some (limit, key)s with all the others of those who sleep there over several limits; null if nobody does.';
+  'Some (limit, key)s with all the others of those who sleep there over several limits.';
 
 -- The same for all keys of a limit.
 create or replace function pglimits._around_limit(limit_id bigint)
@@ -683,21 +703,25 @@ end $$;
 comment on function pglimits._reserved(pglimits.states, numeric) is
   'What is booked on a rate limit for those who sleep towards turns beyond a virtual time.';
 
--- What lies free before those who sleep towards turns beyond a virtual time.
-create or replace function pglimits._gaps(state pglimits.states, decayed numeric)
+-- The level of a rate limit: what was used, and what those who sleep have reserved, but not what lies free before them.
+create or replace function pglimits._level(state pglimits.states, config pglimits.configs, now timestamptz)
 returns numeric
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-begin
-  return (
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+  free constant numeric := (
     select coalesce(sum(q.gap), 0) from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.gap > 0 and q.turn > decayed and not q.pinned);
+begin
+  -- A gap that has begun to pass is no longer booked as a whole.
+  return greatest(state.booked - decayed, case when free > 0 then pglimits._reserved(state, decayed) end, free) - free;
 end $$;
 
-comment on function pglimits._gaps(pglimits.states, numeric) is
-  'What lies free on a rate limit before those who sleep towards turns beyond a virtual time.';
+comment on function pglimits._level(pglimits.states, pglimits.configs, timestamptz) is
+  'The level of a rate limit, without what lies free before those who sleep.';
 
 -- Takes requests out of the queue of a (limit, key), and gives the turns back that they had ahead.
 create or replace function pglimits._withdraw(

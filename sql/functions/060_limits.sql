@@ -402,8 +402,7 @@ begin
   perform pglimits._save(state, was, now);
   perform pglimits._rearrange_at(around);
   return (
-    select greatest(s.booked - pglimits._gaps(s, pglimits._decayed(config, now)) - pglimits._decayed(config, now), 0)
-    from pglimits.states s
+    select pglimits._level(s, config, now) from pglimits.states s
     where s.limit_id = here.limit_ids[1] and s.key = adjust.key order by s.version desc limit 1);
 end $$;
 
@@ -431,17 +430,27 @@ begin
   if state.added_behind <= decayed then
     state.added := 0;
   end if;
+  used := state.booked - decayed - pglimits._reserved(state, decayed) - state.added;
+  if used < 0 then
+    -- So much of the first gap has passed.
+    update pglimits.queue q set gap = q.gap + used
+    where q.lease_id = (
+      select n.lease_id from pglimits.queue n
+      where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and not n.pinned
+      order by n.turn limit 1)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+    used := 0;
+  end if;
   if slots >= 0 then
     state.booked := state.booked + slots;
     last_turn := (select max(q.turn) from pglimits.queue q
-                  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned);
+                  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed);
     if last_turn is not null then
       state.added := state.added + slots;
       state.added_behind := last_turn;
     end if;
     return state;
   end if;
-  used := greatest(state.booked - decayed - pglimits._reserved(state, decayed) - state.added, 0);
   behind := least(-slots, state.added);
   state.added := state.added - behind;
   last_turn := (select min(q.turn) from pglimits.queue q

@@ -47,6 +47,7 @@ begin
     order by due.limit_id, due.key limit max_keys
   ) p;
   perform pglimits._lock_several(limit_ids, due_keys);
+  now := pglimits._now();
   for i in 1 .. coalesce(cardinality(due_keys), 0) loop
     was := pglimits._lock_used(limit_ids[i], due_keys[i]);
     continue when was.limit_id is null;

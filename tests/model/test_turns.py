@@ -131,9 +131,9 @@ class Turns(RuleBasedStateMachine):
         self.ids = self.arrivals = 0
         # Whether all that was booked is for somebody who sleeps, or has gone.
         self.exact = True
-        # Whether turns may come later: a limit has just been changed, or more was charged than they reckon with.
+        # Whether turns may come later: a limit has just been changed, or one who is dead has not moved since.
         self.slower = False
-        self.overcharged = False
+        self.dead_moves = False
 
     @initialize(given=st.lists(st.tuples(limits, rates), min_size=3, max_size=3))
     def begin(self, given: list[tuple[int, Fraction]]) -> None:
@@ -217,7 +217,7 @@ class Turns(RuleBasedStateMachine):
             moved = any(told[lease_id].goes_at != turn for lease_id, turn in turns.items())
             for lease_id, turn in turns.items():
                 told[lease_id].goes_at = turn
-        if not (self.slower or self.overcharged):
+        if not (self.slower or self.dead_moves):
             for lease_id, sleeper in told.items():
                 assert sleeper.goes_at <= was[lease_id] + ROUNDED, "later than it was told"
         self.slower = False
@@ -254,7 +254,7 @@ class Turns(RuleBasedStateMachine):
             return
         self.look()
         if not self.sleepers:
-            self.overcharged = False
+            self.dead_moves = False
             levels = {name: self.s.limit(name).level for name in NAMES}
             for name, bucket in self.buckets.items():
                 assert levels[name] >= float(bucket.gone) - 1e-5, "what has gone was not charged"
@@ -322,7 +322,7 @@ class Turns(RuleBasedStateMachine):
     def expect_later_turns(self) -> None:
         self.slower = True
         # Who is over several limits takes its new place when somebody looks, the dead too.
-        self.overcharged = self.overcharged or any(not each.alive and len(each.parts) > 1 for each in self.sleepers)
+        self.dead_moves = self.dead_moves or any(not each.alive and len(each.parts) > 1 for each in self.sleepers)
 
     @rule(name=names, rate=rates)
     def change_the_rate(self, name: str, rate: Fraction) -> None:
@@ -356,8 +356,6 @@ class Turns(RuleBasedStateMachine):
         if self.buckets[name].active:
             self.s.adjust(name, slots)
             self.buckets[name].adjust(slots)
-            # Who sleeps keeps its turn, until it moves.
-            self.overcharged = self.overcharged or bool(slots and self.sleepers)
             # It may fill a gap that was left in front of a turn.
             self.exact = self.exact and not (slots and self.sleepers)
 

@@ -150,6 +150,26 @@ def test_the_clock_is_read_after_the_lock_is_held(db: Db, s: Session) -> None:
     assert s.one("select * from pglimits.holders where lease_id = %s", lease_id).acquired_at > unlocked
 
 
+def test_a_sweep_that_waited_for_a_lock_goes_by_the_time_after_it(db: Db, s: Session, clock: Clock) -> None:
+    clock.freeze()
+    s.create("api", 5, 1)
+    s.rate_limit("api", slots=5)
+    waiter = s.queue("api", slots=5, channel="pglimits_t")
+    dead = s.queue("api", channel="pglimits_dead")
+    # What it waits for has decayed, and nobody has looked.
+    clock.advance(8)
+    s.run("update pglimits.queue set expires_at = pglimits._now() - interval '1 second' where lease_id = %s", dead)
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "api")
+    future, _ = db.start_blocked(lambda sweeping: sweeping.sweep())
+    clock.advance(5)
+    other.run("commit")
+    future.result(timeout=30)
+    assert s.release(waiter)
+    assert s.rate_limit("api").status == "refused"
+
+
 def test_contended_grants_of_a_rate_limit_are_charged_exactly(db: Db, s: Session) -> None:
     s.create("api", 1000, 1e-9)
 

@@ -232,6 +232,81 @@ def test_what_adjust_adds_stays_behind_those_who_sleep_when_one_of_them_gives_up
     assert [turn(s, each) for each in (second, behind)] == [2, 6]
 
 
+@pytest.mark.parametrize("other", [True, False])
+def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit(
+    clock: Clock, s: Session, other: bool
+) -> None:
+    clock.freeze()
+    s.create("one", 1, 1)
+    s.create("slow", 1, 0.1)
+    s.rate_limit(["one", "slow"])
+    if other:
+        reserve(s, "one")
+    first, second = (reserve(s, ["one", "slow"]) for _ in range(2))
+    s.adjust("one", 50)
+    assert [turn(s, each) for each in (first, second)] == [10, 20]
+    s.release(first)
+    assert turn(s, second) == 10
+
+
+@pytest.mark.parametrize("rate", [3, 7, 0.3])
+def test_a_moment_that_is_rounded_up_finds_its_place_among_turns_that_lie_close(
+    clock: Clock, s: Session, rate: float
+) -> None:
+    clock.freeze()
+    s.create("packed", 1, rate)
+    s.create("idle", 5, 100)
+    s.rate_limit("packed")
+    deaf = [reserve(s, "packed", channel=None) for _ in range(3)]
+    told = reserve(s, ["packed", "idle"])
+    for _ in range(3):
+        reserve(s, "packed", channel=None)
+    assert turn(s, told) == pytest.approx(4 / rate, abs=0.00001)
+    s.release(deaf[0])
+    assert turn(s, told) == pytest.approx(1 / rate, abs=0.00001)
+    assert seconds(s.peek(["packed", "idle"], wait=None, for_rate=True).wait) == pytest.approx(4 / rate, abs=0.00001)
+
+
+def test_what_came_free_before_one_who_could_not_move_goes_to_those_behind_when_it_dies(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("everyone", 1, 0.02)
+    s.create("tenant", 5, 5)
+    s.rate_limit("everyone")
+    reserve(s, "everyone")
+    bound = reserve(s, ["everyone", "tenant"])
+    reserve(s, "everyone")
+    last = reserve(s, "everyone")
+    clock.advance(5)
+    assert [turn(s, each) for each in (bound, last)] == [95, 195]
+    clock.advance(4.5)
+    turn(s, last)
+    clock.advance(1)
+    assert s.rate_limit("everyone", wait="1 second").status == "refused"
+    clock.advance(4.6)
+    assert s.rate_limit("everyone", wait="1 second").status == "refused"
+    assert turn(s, last) == pytest.approx(34.9)
+    assert seconds(s.rate_limit("everyone", wait=None).wait) == pytest.approx(84.9)
+    db.consistent()
+
+
+def test_whose_turn_comes_as_others_give_up_is_charged_when_it_comes(clock: Clock, s: Session) -> None:
+    """Also where it moves over a gap that has passed already."""
+    clock.freeze()
+    s.create("one", 1, 1)
+    s.create("two", 1, 0.1)
+    s.rate_limit("two")
+    bound, behind = reserve(s, BOTH), reserve(s, "one", slots=1)
+    wide = reserve(s, "one")
+    clock.advance(5)
+    assert s.release(bound)
+    for lease_id in (behind, wide):
+        turn(s, lease_id)
+    assert s.limit("one").level <= 1
+    assert seconds(s.rate_limit("one", wait=None).wait) == s.limit("one").level - 1
+
+
 def test_who_cannot_be_told_keeps_its_moment_and_others_are_placed_around_it(clock: Clock, db: Db, s: Session) -> None:
     clock.freeze()
     create(s)

@@ -158,7 +158,9 @@ def test_a_sweep_that_waited_for_a_lock_goes_by_the_time_after_it(db: Db, s: Ses
     dead = s.queue("api", channel="pglimits_dead")
     # What it waits for has decayed, and nobody has looked.
     clock.advance(8)
-    s.run("update pglimits.queue set expires_at = pglimits._now() - interval '1 second' where lease_id = %s", dead)
+    lives = "update pglimits.queue set expires_at = pglimits._now() + %s::interval where lease_id = %s"
+    s.run(lives, "-1 second", dead)
+    s.run(lives, "1 minute", waiter)
     other = db.session()
     other.run("begin")
     lock_state(other, "api")

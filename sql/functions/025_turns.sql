@@ -171,8 +171,8 @@ comment on function pglimits._common_turn(
 -- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
 -- back until then, they would be missing to others.
 create or replace function pglimits._place_turn(
-  inout state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz,
-  out turn numeric, out pinned boolean)
+  state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz)
+returns pglimits._placed
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -180,15 +180,14 @@ as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
 begin
-  pinned := several and turn_in > interval '0'
-    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
-  if pinned then
+  if several and turn_in > interval '0'
+     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in
+  then
     state.pinned := state.pinned + 1;
-    turn := pglimits._decayed(config, now + turn_in);
-  else
-    state := pglimits._book(state, config, slots, decayed);
-    turn := greatest(state.booked - config."limit", decayed);
+    return row(state, pglimits._decayed(config, now + turn_in), true)::pglimits._placed;
   end if;
+  state := pglimits._book(state, config, slots, decayed);
+  return row(state, greatest(state.booked - config."limit", decayed), false)::pglimits._placed;
 end $$;
 
 comment on function pglimits._place_turn(
@@ -207,7 +206,7 @@ as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
   forget numeric := pglimits._forgotten(config, now);
-  placed record := pglimits._place_turn(state, config, slots, turn_in, several, now);
+  placed constant pglimits._placed := pglimits._place_turn(state, config, slots, turn_in, several, now);
 begin
   state := placed.state;
   if turn_in = interval '0' and not request.chosen then
@@ -540,7 +539,7 @@ declare
   turn_in interval;
   state pglimits.states;
   config pglimits.configs;
-  placed record;
+  placed pglimits._placed;
   hopeless boolean := false;
 begin
   for p in 1 .. cardinality(sleeper.at) loop
@@ -599,6 +598,9 @@ as $$
 declare
   around pglimits._places;
 begin
+  if places.keys is null then
+    return null;
+  end if;
   select array_agg(p.limit_id), array_agg(p.key) into around.limit_ids, around.keys
   from (
     select h.limit_id, h.key from unnest(places.limit_ids, places.keys) as h(limit_id, key)
@@ -666,7 +668,10 @@ declare
   state pglimits.states;
   config pglimits.configs;
 begin
-  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+  if places.keys is null then
+    return;
+  end if;
+  for i in 1 .. cardinality(places.keys) loop
     state := pglimits._lock_used(places.limit_ids[i], places.keys[i]);
     select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
     continue when config.active is not true;

@@ -216,7 +216,7 @@ begin
   shift := case when over_several then 0 else grown end;
   state.added_behind := state.added_behind - shift;
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
-  update pglimits.queue q set called = over_several, turn = greatest(q.turn - shift, decayed)
+  update pglimits.queue q set called = q.called or over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
     and q.expires_at < 'infinity' and not q.several and grown <> 0;
   -- Whoever can never be granted now is sent away to ask again, and gets the error. Who cannot be told of anything goes at the

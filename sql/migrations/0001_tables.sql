@@ -272,6 +272,13 @@ create type pglimits._served as (
 );
 comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
 
+create type pglimits._placed as (
+  state pglimits.states,
+  turn numeric,
+  pinned boolean
+);
+comment on type pglimits._placed is 'A state with one more turn, where in virtual time that is, and whether it is pinned.';
+
 create type pglimits._sleeper as (
   lease_id uuid,
   deaf boolean,

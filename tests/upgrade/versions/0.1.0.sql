@@ -385,6 +385,13 @@ create type pglimits._served as (
 );
 comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
 
+create type pglimits._placed as (
+  state pglimits.states,
+  turn numeric,
+  pinned boolean
+);
+comment on type pglimits._placed is 'A state with one more turn, where in virtual time that is, and whether it is pinned.';
+
 create type pglimits._sleeper as (
   lease_id uuid,
   deaf boolean,
@@ -1227,8 +1234,8 @@ comment on function pglimits._common_turn(
 -- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
 -- back until then, they would be missing to others.
 create or replace function pglimits._place_turn(
-  inout state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz,
-  out turn numeric, out pinned boolean)
+  state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz)
+returns pglimits._placed
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -1236,15 +1243,14 @@ as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
 begin
-  pinned := several and turn_in > interval '0'
-    and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in;
-  if pinned then
+  if several and turn_in > interval '0'
+     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in
+  then
     state.pinned := state.pinned + 1;
-    turn := pglimits._decayed(config, now + turn_in);
-  else
-    state := pglimits._book(state, config, slots, decayed);
-    turn := greatest(state.booked - config."limit", decayed);
+    return row(state, pglimits._decayed(config, now + turn_in), true)::pglimits._placed;
   end if;
+  state := pglimits._book(state, config, slots, decayed);
+  return row(state, greatest(state.booked - config."limit", decayed), false)::pglimits._placed;
 end $$;
 
 comment on function pglimits._place_turn(
@@ -1263,7 +1269,7 @@ as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
   forget numeric := pglimits._forgotten(config, now);
-  placed record := pglimits._place_turn(state, config, slots, turn_in, several, now);
+  placed constant pglimits._placed := pglimits._place_turn(state, config, slots, turn_in, several, now);
 begin
   state := placed.state;
   if turn_in = interval '0' and not request.chosen then
@@ -1596,7 +1602,7 @@ declare
   turn_in interval;
   state pglimits.states;
   config pglimits.configs;
-  placed record;
+  placed pglimits._placed;
   hopeless boolean := false;
 begin
   for p in 1 .. cardinality(sleeper.at) loop
@@ -1655,6 +1661,9 @@ as $$
 declare
   around pglimits._places;
 begin
+  if places.keys is null then
+    return null;
+  end if;
   select array_agg(p.limit_id), array_agg(p.key) into around.limit_ids, around.keys
   from (
     select h.limit_id, h.key from unnest(places.limit_ids, places.keys) as h(limit_id, key)
@@ -1722,7 +1731,10 @@ declare
   state pglimits.states;
   config pglimits.configs;
 begin
-  for i in 1 .. coalesce(cardinality(places.keys), 0) loop
+  if places.keys is null then
+    return;
+  end if;
+  for i in 1 .. cardinality(places.keys) loop
     state := pglimits._lock_used(places.limit_ids[i], places.keys[i]);
     select c.* into config from pglimits.configs c where c.limit_id = state.limit_id;
     continue when config.active is not true;
@@ -4919,7 +4931,7 @@ begin
   shift := case when over_several then 0 else grown end;
   state.added_behind := state.added_behind - shift;
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
-  update pglimits.queue q set called = over_several, turn = greatest(q.turn - shift, decayed)
+  update pglimits.queue q set called = q.called or over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
     and q.expires_at < 'infinity' and not q.several and grown <> 0;
   -- Whoever can never be granted now is sent away to ask again, and gets the error. Who cannot be told of anything goes at the

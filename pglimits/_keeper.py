@@ -389,6 +389,9 @@ class Keeper:
                     self._schedule(waiter, self._next_look(now, LIVENESS * 0.3))
                 elif status == "queued":
                     waiter.ends = min(ends, asked + waiter.lease_duration)
+                    if waiter.turn_at is not None:  # its limit was set to 0
+                        woken.append(waiter.waker)
+                        waiter.turn_at = None
                     self._schedule(waiter, self._next_look(now, retry_after))
                 else:
                     waiter.news = News(status, fence, expires_at, ends)

@@ -268,6 +268,20 @@ end $$;
 comment on function pglimits._take_expired(pglimits.states, timestamptz) is
   'Frees the slots of leases that have ended by now.';
 
+-- Whether a limit can never grant what somebody waits for. One of 0 may grant it when it is no longer 0.
+create or replace function pglimits._is_hopeless(config pglimits.configs, slots integer, for_rate boolean)
+returns boolean
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return slots > config."limit" and config."limit" > 0 or for_rate and config.slot_decay_per_second = 0;
+end $$;
+
+comment on function pglimits._is_hopeless(pglimits.configs, integer, boolean) is
+  'Whether a limit, as it is now, can never grant so many slots. for_rate: by decay alone.';
+
 -- Grants the head of the queue, and the next, as long as they fit: strictly in order, so that a wide request is not
 -- starved by narrow ones. Then makes sure that whoever is left at the head knows when to look.
 create or replace function pglimits._advance(state pglimits.states, config pglimits.configs, now timestamptz)
@@ -306,9 +320,8 @@ begin
       continue;
     end if;
 
-    if (head.slots > config."limit" and config."limit" > 0)
-       or (head.for_rate and config.slot_decay_per_second = 0) then
-      -- It can never be granted now. It is told, asks again, and gets the error.
+    if pglimits._is_hopeless(config, head.slots, head.for_rate) then
+      -- It is told, asks again, and gets the error.
       delete from pglimits.queue q
       where q.lease_id = head.lease_id
         and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;

@@ -195,9 +195,10 @@ comment on function pglimits._place_turn(
   'Books or pins a turn that comes after turn_in. Returns the state with it, and where in virtual time it lies.';
 
 -- Takes a turn on a rate limit, and notes it if it may be asked for again.
+-- arrival: when it arrived, if it has stood in line.
 create or replace function pglimits._take_turn(
   state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
-  several boolean, now timestamptz)
+  several boolean, arrival timestamptz, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
@@ -216,9 +217,13 @@ begin
   delete from pglimits.queue q
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
   state.passed := greatest(state.passed, forget);
+  if arrival is null then
+    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
+    state.last_arrival := arrival;
+  end if;
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several, limit_ids, keys,
                               seen, lease_duration, holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, placed.turn, placed.pinned, true, several,
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, placed.turn, placed.pinned, true, several,
           case when several then request.limit_ids end, case when several then request.keys end,
           case when several then pglimits._changes(request.limit_ids) end,
           request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
@@ -230,7 +235,7 @@ begin
 end $$;
 
 comment on function pglimits._take_turn(
-  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
+  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
 -- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
@@ -525,8 +530,8 @@ end $$;
 comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], timestamptz, boolean) is
   'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
 
--- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If none lets it sleep any
--- more, it is sent away to ask again, and gets the error.
+-- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
+-- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
   out turns numeric[], out back boolean)
@@ -541,11 +546,14 @@ declare
   config pglimits.configs;
   placed pglimits._placed;
   hopeless boolean := false;
+  shut integer;
 begin
+  back := false;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     config := configs[sleeper.at[p]];
-    hopeless := hopeless or sleeper.slots[p] > config."limit" or config.slot_decay_per_second = 0;
+    hopeless := hopeless or pglimits._is_hopeless(config, sleeper.slots[p], true);
+    shut := coalesce(shut, case when config."limit" = 0 then sleeper.at[p] end);
     continue when not sleeper.pinned[p];
     update pglimits.queue q set pinned = false
     where q.lease_id = sleeper.lease_id
@@ -561,7 +569,10 @@ begin
   if hopeless then
     delete from pglimits.queue q where q.lease_id = sleeper.lease_id;
     perform pglimits._tell(sleeper.channel, sleeper.lease_id);
-    back := false;
+    return;
+  elsif shut is not null then
+    states[shut] := pglimits._stand_in_line(states[shut], array[sleeper.lease_id], now);
+    delete from pglimits.queue q where q.lease_id = sleeper.lease_id and q.turn is not null;
     return;
   end if;
 
@@ -587,6 +598,32 @@ end $$;
 
 comment on function pglimits._move(pglimits._sleeper, pglimits.states[], pglimits.configs[], timestamptz) is
   'Gives a sleeper the first moment that it can have on all its limits, and tells it. back: it is later than the one it had.';
+
+-- Has some who slept stand in line: their limit is 0, and nobody knows when their turn will come.
+create or replace function pglimits._stand_in_line(state pglimits.states, lease_ids uuid[], now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  line record;
+begin
+  with stood as (
+    update pglimits.queue q
+    set turn = null, gap = 0, called = false, looks_at = now + pglimits._liveness() * 0.3,
+        seen = case when q.limit_ids is not null then pglimits._changes(q.limit_ids) end
+    where q.lease_id = any (lease_ids)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.rank, q.arrival, q.expires_at, pglimits._tell(q.channel, q.lease_id)
+  )
+  select s.rank, s.arrival, count(*) over () as waiters, min(s.expires_at) over () as dies_at
+  into line from stood s order by s.rank, s.arrival limit 1;
+  return pglimits._lengthen(state, line.waiters, line.rank, line.arrival, line.dies_at);
+end $$;
+
+comment on function pglimits._stand_in_line(pglimits.states, uuid[], timestamptz) is
+  'Has some who slept towards a turn stand in line, in their order of arrival, and tells them.';
 
 -- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several.
 create or replace function pglimits._around(places pglimits._places)
@@ -775,21 +812,13 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  decayed numeric := pglimits._decayed(config, now);
-  turns numeric[];
-  slots numeric[];
-  unpinned bigint;
+  decayed constant numeric := pglimits._decayed(config, now);
+  dead constant uuid[] := array(
+    select q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now);
 begin
-  with dead as (
-    delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now
-    returning q.turn, q.slots, q.gap, q.pinned
-  )
-  select array_agg(d.turn), array_agg(case when d.pinned then 0 else d.slots + d.gap end), count(*) filter (where d.pinned)
-  into turns, slots, unpinned from dead d;
-  state.pinned := state.pinned - unpinned;
-  if turns is not null then
-    state := pglimits._close_gaps(state, config, now, turns, slots);
+  if cardinality(dead) > 0 then
+    state := (pglimits._withdraw(state, config, dead, now)).state;
   end if;
   state.next_death := coalesce((
     select min(q.expires_at) from pglimits.queue q

@@ -433,34 +433,33 @@ begin
           case when several then pglimits._changes(request.limit_ids) end,
           coalesce(mine.in_vain + mine.called::integer, 0), request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
-  if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
-    state.head_rank := request.rank;
-    state.head_arrival := arrival;
-  end if;
-  state := pglimits._lengthen(state, 1, now);
-  return state;
+  return pglimits._lengthen(state, 1, request.rank, arrival, now + pglimits._liveness());
 end $$;
 
 comment on function pglimits._enqueue(
   pglimits.states, pglimits._request, integer, pglimits.queue, timestamptz, timestamptz) is
   'Puts a request in line: where it arrived if it has a place (mine) already, or behind everybody of its priority.';
 
--- Notes that so many more stand in line, none of whom dies before the liveness of a waiter is over.
-create or replace function pglimits._lengthen(state pglimits.states, waiters bigint, now timestamptz)
+-- Notes that so many more stand in line, the first of them at that place, none of whom dies before a moment.
+create or replace function pglimits._lengthen(
+  state pglimits.states, waiters bigint, rank integer, arrival timestamptz, dies_at timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end,
-                                   now + pglimits._liveness());
+  if state.waiting = 0 or (rank, arrival) < (state.head_rank, state.head_arrival) then
+    state.head_rank := rank;
+    state.head_arrival := arrival;
+  end if;
+  state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end, dies_at);
   state.waiting := state.waiting + waiters;
   return state;
 end $$;
 
-comment on function pglimits._lengthen(pglimits.states, bigint, timestamptz) is
-  'Returns a state with so many more in line, who called in at that moment.';
+comment on function pglimits._lengthen(pglimits.states, bigint, integer, timestamptz, timestamptz) is
+  'Returns a state with so many more in line, the first of them at a place (rank, arrival).';
 
 -- Takes those out of the line who have died, wherever they stand in it. One whose row is locked is calling in, or being
 -- removed right now.
@@ -723,10 +722,11 @@ end $$;
 
 comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';
 
--- Takes what a request is granted: slots under a lease, or turns on rate limits.
+-- Takes what a request is granted: slots under a lease, or turns on rate limits. arrival: when it arrived, if it has stood in
+-- line.
 create or replace function pglimits._take(
   request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
-  findings pglimits._findings, now timestamptz)
+  findings pglimits._findings, arrival timestamptz, now timestamptz)
 returns pglimits._decision
 language plpgsql
 volatile
@@ -747,7 +747,7 @@ begin
     continue when (configs[at[p]]).active is not true;
     if request.for_rate then
       states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
-                                           findings.turn_in, findings.enforced > 1, now);
+                                           findings.turn_in, findings.enforced > 1, arrival, now);
     else
       states[at[p]] := pglimits._take_slots(
         states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank, request.lease_duration,
@@ -763,7 +763,7 @@ begin
 end $$;
 
 comment on function pglimits._take(
-  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits._findings, timestamptz) is
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits._findings, timestamptz, timestamptz) is
   'Takes what a request is granted, on all its limits.';
 
 -- Decides one request under the locks of its states: grants, books, queues or refuses it.
@@ -811,7 +811,7 @@ begin
     answer.error := 'QueueFull';
     answer.message := findings.queue_full;
   elsif findings.fits_at is null then
-    return pglimits._take(request, at, states, configs, findings, now);
+    return pglimits._take(request, at, states, configs, findings, mine.arrival, now);
   elsif may_wait then
     findings.looks_at := least(
       findings.looks_at, now + pglimits._liveness() * 0.3,
@@ -928,11 +928,8 @@ begin
         state.booked := greatest(state.booked, pglimits._decayed(config, now)) + run.slots;
       end if;
     else
-      if state.waiting = 0 then
-        state.head_rank := run.first_rank;
-        state.head_arrival := arrivals[run.place];
-      end if;
-      state := pglimits._lengthen(state, run.requests, now);
+      state := pglimits._lengthen(
+        state, run.requests, run.first_rank, arrivals[run.place], now + pglimits._liveness());
       state.last_arrival := arrivals[run.place] + (run.requests - 1) * interval '1 microsecond';
     end if;
     served.states[run.place] := state;

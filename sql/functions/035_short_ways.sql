@@ -112,6 +112,7 @@ declare
   base numeric;
   last_in interval;
   noted boolean;
+  arrival timestamptz;
   forget numeric;
 begin
   if pg_is_in_recovery() then
@@ -149,7 +150,7 @@ begin
 
   select s.* into state from pglimits.configs c
   cross join lateral (
-    select x.limit_id, x.version, x.booked, x.waiting, x.pinned, x.passed, x.next_expiry, x.next_look
+    select x.limit_id, x.version, x.booked, x.waiting, x.pinned, x.last_arrival, x.passed, x.next_expiry, x.next_look
     from pglimits.states x
     where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1 for update) s
   where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and c.max_waiters is null;
@@ -174,8 +175,11 @@ begin
   end if;
   noted := chosen or last_in > interval '0';
   forget := case when noted then pglimits._forgotten(config, now) end;
+  arrival := greatest(now, state.last_arrival + interval '1 microsecond');
   update pglimits.states s
   set version = s.version + 1, booked = base + wanted, passed = greatest(s.passed, forget), changed_at = now,
+      last_arrival = case when noted then arrival + (cardinality(lease_ids) - 1) * interval '1 microsecond'
+                          else s.last_arrival end,
       next_death = case when last_in > interval '0' then least(s.next_death, now + alive_for) else s.next_death end,
       next_look = case when last_in > interval '0' then least(s.next_look, now + alive_for) else s.next_look end
   where s.limit_id = state.limit_id and s.key = _turns_alike.key and s.version = state.version;
@@ -195,7 +199,8 @@ begin
   ), booked as (
     insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, for_rate, several, lease_duration,
                                 holder, channel, expires_at, looks_at)
-    select t.lease_id, state.limit_id, _turns_alike.key, slots, 0, now, t.turn, true, false, interval '5 minutes',
+    select t.lease_id, state.limit_id, _turns_alike.key, slots, 0,
+           arrival + (t.nth - 1) * interval '1 microsecond', t.turn, true, false, interval '5 minutes',
            nullif(holders -> (t.nth - 1)::integer, 'null'), channel, coalesce(now + alive_for, 'infinity'),
            now + t.turn_in
     from turns t

@@ -145,6 +145,7 @@ begin
       ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
     perform pglimits._rearrange_at(around);
+    around := null;
     -- A waiter may have asked for other limits while we waited for a lock: look where it is now.
     exit when not waits;
   end loop;
@@ -393,7 +394,7 @@ end $$;
 comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
-retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
+retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
 request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
 line, lasts without another call.$$;
 

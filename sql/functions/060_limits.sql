@@ -186,6 +186,7 @@ declare
   unpinned bigint;
   over_several boolean;
   shift integer;
+  shut uuid[];
 begin
   if not new.active then
     state.booked := state.booked - pglimits._reserved(state, decayed);
@@ -219,16 +220,18 @@ begin
   update pglimits.queue q set called = q.called or over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
     and q.expires_at < 'infinity' and not q.several and grown <> 0;
-  -- Whoever can never be granted now is sent away to ask again, and gets the error. Who cannot be told of anything goes at the
-  -- moment that it was told at first, and is pinned there.
+  -- Whoever can never be granted now is sent away to ask again, and gets the error. Who slept towards a limit that is 0 now
+  -- stands in line. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
   with hopeless as (
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key
-      and case when q.turn is null
-               then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
-               else q.turn > decayed and q.expires_at < 'infinity' and not q.several
-                    and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots + q.gap as slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
+    where q.limit_id = state.limit_id and q.key = state.key and pglimits._is_hopeless(new, q.slots, q.for_rate)
+      and case when q.turn is null then true else q.turn > decayed and q.expires_at < 'infinity' and not q.several end
+    returning q.turn, q.slots + q.gap as slots, q.pinned as was_pinned, false as pinned, null::uuid as shut,
+              pglimits._tell(q.channel, q.lease_id)
+  ), stopped as (
+    select q.turn, q.slots + q.gap, false, false, q.lease_id, null::void from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at < 'infinity' and not q.several
+      and new."limit" = 0 and new.slot_decay_per_second > 0
   ), deaf as (
     update pglimits.queue q set turn = pglimits._decayed(new, q.looks_at), pinned = true, gap = 0
     from (
@@ -238,15 +241,20 @@ begin
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-    returning greatest(b.turn - shift, decayed), b.slots, b.pinned, true, null::void
+    returning greatest(b.turn - shift, decayed), b.slots, b.pinned, true, null::uuid, null::void
   )
   select array_agg(h.turn) filter (where not h.was_pinned and h.turn is not null),
          array_agg(h.slots) filter (where not h.was_pinned and h.turn is not null),
          count(*) filter (where h.turn is null),
-         count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from deaf) h;
+         count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned),
+         array_agg(h.shut) filter (where h.shut is not null)
+  into turns, slots, left_line, unpinned, shut
+  from (select * from hopeless union all select * from stopped union all select * from deaf) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
+  if shut is not null then
+    state := pglimits._stand_in_line(state, shut, now);
+  end if;
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;

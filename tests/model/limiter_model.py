@@ -88,6 +88,8 @@ class Waiter:
     called: bool = False
     in_vain: int = 0
     kept_until: int | None = None
+    # Of one that slept before: until when it is alive for certain.
+    surely_until: int | None = None
 
     def order(self) -> tuple[int, int]:
         return (-self.request.priority, self.arrival)
@@ -102,7 +104,7 @@ class Sleeper:
     arrival: int
     ahead: Fraction
     surely_until: int
-    at_most_until: int
+    alive_until: int
 
 
 @dataclass(eq=False)
@@ -195,11 +197,11 @@ class Model:
         return [waiter for waiter in place.line if waiter.alive_until > self.now]
 
     def sleeping(self, place: Place) -> list[Sleeper]:
-        return [sleeper for sleeper in place.sleepers if sleeper.at_most_until > self.now]
+        return [sleeper for sleeper in place.sleepers if sleeper.alive_until > self.now]
 
     def lost_level(self, place: Place) -> int:
         """The slots of those who sleep and are dead."""
-        return sum(sleeper.slots for sleeper in place.sleepers if sleeper.at_most_until <= self.now)
+        return sum(sleeper.slots for sleeper in place.sleepers if sleeper.alive_until <= self.now)
 
     def waiter(self, lease_id: UUID) -> tuple[Place, Waiter] | None:
         found = [(p, w) for p, w in self.in_line(lease_id) if w.kept_until is None]
@@ -293,7 +295,7 @@ class Model:
         """What time or a change has made possible: the dead are gone, and the head of the line goes while it fits."""
         if not place.limit.active:
             return
-        self.give_back(place, [each for each in place.sleepers if each.at_most_until <= self.now])
+        self.give_back(place, [each for each in place.sleepers if each.alive_until <= self.now])
         for dead in [each for each in place.line if each.alive_until <= self.now]:
             place.line.remove(dead)
             if dead.kept_until is None:
@@ -320,21 +322,29 @@ class Model:
     def is_hopeless(place: Place, each: Waiter | Sleeper) -> bool:
         """It can never be granted now: it is told, asks again, and gets the error."""
         limit = place.limit
-        too_wide = each.slots > limit.most and (limit.most > 0 or isinstance(each, Sleeper))
-        return too_wide or (each.request.for_rate and not limit.rate)
+        return (each.slots > limit.most > 0) or (each.request.for_rate and not limit.rate)
 
     def hand_over(self, place: Place, head: Waiter) -> None:
         if head.request.for_rate:
-            self.take_turn(place, head.request, head.slots, head.arrival, head.alive_until)
+            self.take_turn(place, head.request, head.slots, head.arrival, head.alive_until, head.surely_until)
         else:
             # Until it takes it up, the lease ends when the waiter would have died.
             ends = min(head.alive_until, self.now + head.request.duration)
             self.take_slots(head.request, {place: head.slots}, ends, claimed=False)
 
-    def take_turn(self, place: Place, request: Request, slots: int, arrival: int, alive_until: int) -> int:
+    def take_turn(
+        self,
+        place: Place,
+        request: Request,
+        slots: int,
+        arrival: int,
+        alive_until: int,
+        surely_until: int | None = None,
+    ) -> int:
         ahead = place.level + slots - place.limit.most
         place.level += slots
-        place.sleepers.append(Sleeper(request, slots, arrival, ahead, alive_until, alive_until))
+        surely_until = alive_until if surely_until is None else surely_until
+        place.sleepers.append(Sleeper(request, slots, arrival, ahead, surely_until, alive_until))
         wait = self.until(place, ahead)
         self.let_go(place)
         return wait
@@ -463,7 +473,7 @@ class Model:
         if blocked:
             return self.enqueue(request, blocked[0], parts, mine)
         if request.for_rate:
-            return self.reserve(request, parts)
+            return self.reserve(request, parts, mine)
         ends = self.now + request.duration
         self.take_slots(request, parts, ends, claimed=True)
         return Answer("granted", expires_at=ends, places=self.named[request.lease_id])
@@ -521,11 +531,12 @@ class Model:
             return Answer("refused", retry_after=turn_in)
         return None
 
-    def reserve(self, request: Request, parts: Parts) -> Answer:
+    def reserve(self, request: Request, parts: Parts, mine: Waiter | None) -> Answer:
+        arrival = self.now if mine is None else mine.arrival
         wait = max(self.turn_in(place, slots) for place, slots in parts.items())
         assert wait == 0 or len(parts) == 1, "turns ahead on several limits are for the model of turns"
         for place, slots in parts.items():
-            self.take_turn(place, request, slots, self.now, self.now + LIVENESS)
+            self.take_turn(place, request, slots, arrival, self.now + LIVENESS)
         return Answer("granted", wait=wait)
 
     def enqueue(self, request: Request, place: Place, parts: Parts, mine: Waiter | None) -> Answer:
@@ -574,7 +585,7 @@ class Model:
             elif asleep is not None:
                 _, sleeper = asleep
                 sleeper.surely_until = max(sleeper.surely_until, self.now + SURELY_ALIVE)
-                sleeper.at_most_until = self.now + LIVENESS
+                sleeper.alive_until = self.now + LIVENESS
                 found[lease_id] = "granted"
             elif in_line is not None:
                 for _, kept in self.in_line(lease_id)[1:]:
@@ -591,13 +602,14 @@ class Model:
         in_line = self.waiter(lease_id)
         assert in_line is not None
         in_line[1].alive_until = self.now + ends_in
+        in_line[1].surely_until = None
 
-    def unsure(self) -> list[Sleeper]:
+    def unsure(self) -> list[Waiter | Sleeper]:
         return [
-            sleeper
+            each
             for place in self.places()
-            for sleeper in place.sleepers
-            if sleeper.surely_until <= self.now < sleeper.at_most_until
+            for each in (*place.sleepers, *place.line)
+            if each.surely_until is not None and each.surely_until <= self.now < each.alive_until
         ]
 
     def renew(self, lease_id: UUID, duration: int | None) -> bool:
@@ -620,7 +632,7 @@ class Model:
             if mine or asleep or held:
                 touched.append(place)
             live |= {each.request.lease_id for each in mine if each.alive_until > self.now}
-            live |= {each.request.lease_id for each in asleep if each.at_most_until > self.now}
+            live |= {each.request.lease_id for each in asleep if each.alive_until > self.now}
             place.line = [each for each in place.line if each not in mine]
             self.give_back(place, asleep)
         live |= {lease_id for lease_id in lease_ids if self.live(lease_id) is not None}
@@ -686,8 +698,19 @@ class Model:
             self.let_go(place)
             self.give_back(place, [each for each in place.sleepers if self.is_hopeless(place, each)])
             place.line = [each for each in place.line if not self.is_hopeless(place, each)]
+            if changed.most == 0:
+                self.stand_in_line(place)
             self.settle(place)
         self.outdate(changed)
+
+    def stand_in_line(self, place: Place) -> None:
+        """Nobody knows when the turn of those who sleep will come."""
+        for each in [*place.sleepers]:
+            self.give_back(place, [each])
+            waiter = Waiter(each.request, each.slots, each.arrival, False, each.alive_until)
+            waiter.surely_until = each.surely_until
+            place.line.append(waiter)
+        place.line.sort(key=Waiter.order)
 
     def outdate(self, changed: Limit) -> None:
         """Those who wait for several limits notice that one was changed, whichever they stand in line for."""

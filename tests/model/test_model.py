@@ -134,7 +134,7 @@ class Lives(RuleBasedStateMachine):
 
     def arrived(self, lease_id: UUID, arrival: int) -> None:
         """Arrivals in one moment are microseconds apart; who comes back from the dead may have kept its place."""
-        found = self.model.waiter(lease_id)
+        found = self.model.waiter(lease_id) or self.model.sleeper(lease_id)
         assert found is not None
         place, waiter = found
         if waiter.arrival != arrival:
@@ -166,15 +166,15 @@ class Lives(RuleBasedStateMachine):
         self.find_dead()
 
     def find_dead(self) -> None:
-        """The model is told which sleepers are alive of those that may be."""
+        """The model is told who is alive of those that sleep, or slept, and may be."""
         unsure = self.model.unsure()
         if unsure:
             alive = {row.lease_id for row in self.s.waiters()}
-            for sleeper in unsure:
-                if sleeper.request.lease_id in alive:
-                    sleeper.surely_until = self.model.now + 1
+            for each in unsure:
+                if each.request.lease_id in alive:
+                    each.surely_until = self.model.now + 1
                 else:
-                    sleeper.at_most_until = self.model.now
+                    each.alive_until = self.model.now
 
     def hear(self) -> None:
         for about in self.told:
@@ -291,7 +291,7 @@ class Lives(RuleBasedStateMachine):
 
     def see_waiters(self, rows: list[Any]) -> None:
         for row in rows:
-            if self.model.waiter(row.lease_id) is not None:
+            if self.model.waiter(row.lease_id) or self.model.sleeper(row.lease_id):
                 self.arrived(row.lease_id, moment(row.waiting_since) or 0)
         shown: dict[tuple[str, str], list[Any]] = {}
         for row in rows:
@@ -363,6 +363,21 @@ class Lives(RuleBasedStateMachine):
     )  # fmt: skip
     def change(self, name: str, changes: dict[str, Any]) -> None:
         self.update(name, **changes)
+
+    @precondition(lambda self: self.sleepers())
+    @rule(nth=which)
+    def shut(self, nth: int) -> None:
+        """A limit towards which somebody sleeps."""
+        slept = self.model.sleeper(self.among(self.sleepers(), nth))
+        assert slept is not None
+        self.update(slept[0].limit.name, limit=0)
+
+    @precondition(lambda self: any(limit.most == 0 for limit in self.model.limits.values()))
+    @rule(most=some)
+    def open_again(self, most: int) -> None:
+        for limit in [*self.model.limits.values()]:
+            if limit.most == 0:
+                self.update(limit.name, limit=most)
 
     @rule(name=names, off=st.integers(0, 3))
     def turn_on(self, name: str, off: int) -> None:

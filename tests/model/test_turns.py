@@ -342,6 +342,28 @@ class Turns(RuleBasedStateMachine):
             bucket.most = most
 
     @rule(name=names)
+    def shut_and_open(self, name: str) -> None:
+        """Those who slept stand in line meanwhile, in their order of arrival."""
+        here = {each.lease_id: each for each in self.sleepers if name in each.parts}
+        if not all(each.told and each.alive for each in here.values()):
+            return
+        self.expect_later_turns()
+        self.s.update(name, limit=0)
+        assert {row.status for row in self.s.all("select * from pglimits.watch(%s::uuid[])", list(here))} <= {"queued"}
+        self.s.update(name, limit=self.buckets[name].most)
+        waiting = set(here)
+        while waiting:
+            rows = self.s.all("select * from pglimits.watch(%s::uuid[])", list(waiting))
+            again = {row.lease_id for row in rows if row.status == "retry"}
+            assert all(len(here[lease_id].parts) > 1 for lease_id in again)
+            waiting -= {row.lease_id for row in rows if row.status == "granted"}
+            for lease_id in again:
+                here[lease_id].wait = None
+                if self.ask(here[lease_id]).status == "granted":
+                    waiting.discard(lease_id)
+            assert again or not waiting, "nobody was called"
+
+    @rule(name=names)
     def turn_off_or_on(self, name: str) -> None:
         bucket = self.buckets[name]
         bucket.active = not bucket.active

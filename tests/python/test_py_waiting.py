@@ -412,6 +412,35 @@ def test_a_sleeper_is_told_that_the_rate_rose_and_goes_sooner(
     assert waiting(conn) == 0
 
 
+def test_a_sleeper_stands_in_line_while_its_limit_is_shut(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+    api.create("api", 1, slot_decay_per_second=0.001)
+    api.rate_limit("api")
+    sleeps = api.start("rate_limit", "api")
+    wait_until(lambda: waiting(conn) == 1)
+    api.update("api", limit=0)
+    # By this rate it would have gone.
+    api.update("api", slot_decay_per_second=1000)
+    looks_at = "select looks_at from pglimits.queue where turn is null"
+    watched = value(conn, looks_at)
+    wait_until(lambda: value(conn, looks_at) > watched)
+    assert not sleeps.done()
+    api.update("api", limit=1)
+    sleeps.result(30)
+
+
+def test_a_sleeper_whose_limit_is_shut_waits_no_longer_than_its_timeout(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("api", 1, slot_decay_per_second=0.2)
+    api.rate_limit("api")
+    sleeps = api.start("rate_limit", "api", timeout_seconds=6)
+    wait_until(lambda: waiting(conn) == 1)
+    api.update("api", limit=0)
+    with pytest.raises(AcquireTimeout):
+        sleeps.result(30)
+    assert nothing_left(conn)
+
+
 def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:

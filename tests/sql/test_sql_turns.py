@@ -193,14 +193,42 @@ def test_who_can_never_go_any_more_is_sent_to_ask_again_and_gets_the_error(
     db.consistent()
 
 
-def test_a_limit_of_zero_stops_who_sleeps_towards_it_and_another(clock: Clock, s: Session) -> None:
+def test_a_limit_of_zero_stops_who_sleeps_towards_it_and_another(clock: Clock, db: Db, s: Session) -> None:
     clock.freeze()
     create(s)
     s.rate_limit(BOTH)
-    lease_id = reserve(s, BOTH)
+    lease_id, behind = reserve(s, BOTH), reserve(s, "two")
+    assert (turn(s, lease_id), turn(s, behind)) == (2, 4)
     s.update("one", limit=0)
-    assert [row.status for row in s.watch(lease_id)] == ["retry"]
+    assert [row.status for row in s.watch(lease_id)] == ["queued"]
+    assert turn(s, behind) == 2
     assert s.rate_limit(BOTH, wait=None, channel="pglimits_t", lease_id=lease_id).status == "queued"
+    s.update("one", limit=1)
+    assert [row.status for row in s.watch(lease_id)] == ["retry"]
+    s.rate_limit(BOTH, wait=None, channel="pglimits_t", lease_id=lease_id)
+    assert (turn(s, lease_id), turn(s, behind)) == (4, 2)
+    db.consistent()
+
+
+def test_those_who_sleep_towards_a_limit_that_is_shut_go_in_order_of_arrival_when_it_is_opened(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    create(s)
+    s.rate_limit(BOTH)
+    one = [reserve(s, "one") for _ in range(2)]
+    both, last = reserve(s, BOTH), reserve(s, "one")
+    in_order = [*one, both, last]
+    for _ in range(2):
+        s.update("one", limit=0)
+        assert {row.status for row in s.watch(*in_order)} == {"queued"}
+        assert [row.lease_id for row in s.waiters() if row.name == "one"] == in_order
+        s.update("one", limit=1)
+        assert [row.status for row in s.watch(last)] == ["queued"]
+        s.rate_limit(BOTH, wait=None, channel="pglimits_t", lease_id=both)
+        moments = [turn(s, each) for each in in_order]
+        assert moments == sorted(moments)
+    db.consistent()
 
 
 def test_what_adjust_adds_lies_behind_those_who_sleep_and_is_taken_off_there(clock: Clock, s: Session) -> None:

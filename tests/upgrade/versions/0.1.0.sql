@@ -893,6 +893,20 @@ end $$;
 comment on function pglimits._take_expired(pglimits.states, timestamptz) is
   'Frees the slots of leases that have ended by now.';
 
+-- Whether a limit can never grant what somebody waits for. One of 0 may grant it when it is no longer 0.
+create or replace function pglimits._is_hopeless(config pglimits.configs, slots integer, for_rate boolean)
+returns boolean
+language plpgsql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return slots > config."limit" and config."limit" > 0 or for_rate and config.slot_decay_per_second = 0;
+end $$;
+
+comment on function pglimits._is_hopeless(pglimits.configs, integer, boolean) is
+  'Whether a limit, as it is now, can never grant so many slots. for_rate: by decay alone.';
+
 -- Grants the head of the queue, and the next, as long as they fit: strictly in order, so that a wide request is not
 -- starved by narrow ones. Then makes sure that whoever is left at the head knows when to look.
 create or replace function pglimits._advance(state pglimits.states, config pglimits.configs, now timestamptz)
@@ -931,9 +945,8 @@ begin
       continue;
     end if;
 
-    if (head.slots > config."limit" and config."limit" > 0)
-       or (head.for_rate and config.slot_decay_per_second = 0) then
-      -- It can never be granted now. It is told, asks again, and gets the error.
+    if pglimits._is_hopeless(config, head.slots, head.for_rate) then
+      -- It is told, asks again, and gets the error.
       delete from pglimits.queue q
       where q.lease_id = head.lease_id
         and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
@@ -1258,9 +1271,10 @@ comment on function pglimits._place_turn(
   'Books or pins a turn that comes after turn_in. Returns the state with it, and where in virtual time it lies.';
 
 -- Takes a turn on a rate limit, and notes it if it may be asked for again.
+-- arrival: when it arrived, if it has stood in line.
 create or replace function pglimits._take_turn(
   state pglimits.states, config pglimits.configs, request pglimits._request, slots integer, turn_in interval,
-  several boolean, now timestamptz)
+  several boolean, arrival timestamptz, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
@@ -1279,9 +1293,13 @@ begin
   delete from pglimits.queue q
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
   state.passed := greatest(state.passed, forget);
+  if arrival is null then
+    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
+    state.last_arrival := arrival;
+  end if;
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several, limit_ids, keys,
                               seen, lease_duration, holder, channel, expires_at, looks_at)
-  values (request.lease_id, state.limit_id, state.key, slots, request.rank, now, placed.turn, placed.pinned, true, several,
+  values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, placed.turn, placed.pinned, true, several,
           case when several then request.limit_ids end, case when several then request.keys end,
           case when several then pglimits._changes(request.limit_ids) end,
           request.lease_duration, request.holder, request.channel, alive_until, now + turn_in);
@@ -1293,7 +1311,7 @@ begin
 end $$;
 
 comment on function pglimits._take_turn(
-  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz) is
+  pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
 -- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
@@ -1588,8 +1606,8 @@ end $$;
 comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], timestamptz, boolean) is
   'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
 
--- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If none lets it sleep any
--- more, it is sent away to ask again, and gets the error.
+-- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
+-- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
   out turns numeric[], out back boolean)
@@ -1604,11 +1622,14 @@ declare
   config pglimits.configs;
   placed pglimits._placed;
   hopeless boolean := false;
+  shut integer;
 begin
+  back := false;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     config := configs[sleeper.at[p]];
-    hopeless := hopeless or sleeper.slots[p] > config."limit" or config.slot_decay_per_second = 0;
+    hopeless := hopeless or pglimits._is_hopeless(config, sleeper.slots[p], true);
+    shut := coalesce(shut, case when config."limit" = 0 then sleeper.at[p] end);
     continue when not sleeper.pinned[p];
     update pglimits.queue q set pinned = false
     where q.lease_id = sleeper.lease_id
@@ -1624,7 +1645,10 @@ begin
   if hopeless then
     delete from pglimits.queue q where q.lease_id = sleeper.lease_id;
     perform pglimits._tell(sleeper.channel, sleeper.lease_id);
-    back := false;
+    return;
+  elsif shut is not null then
+    states[shut] := pglimits._stand_in_line(states[shut], array[sleeper.lease_id], now);
+    delete from pglimits.queue q where q.lease_id = sleeper.lease_id and q.turn is not null;
     return;
   end if;
 
@@ -1650,6 +1674,32 @@ end $$;
 
 comment on function pglimits._move(pglimits._sleeper, pglimits.states[], pglimits.configs[], timestamptz) is
   'Gives a sleeper the first moment that it can have on all its limits, and tells it. back: it is later than the one it had.';
+
+-- Has some who slept stand in line: their limit is 0, and nobody knows when their turn will come.
+create or replace function pglimits._stand_in_line(state pglimits.states, lease_ids uuid[], now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  line record;
+begin
+  with stood as (
+    update pglimits.queue q
+    set turn = null, gap = 0, called = false, looks_at = now + pglimits._liveness() * 0.3,
+        seen = case when q.limit_ids is not null then pglimits._changes(q.limit_ids) end
+    where q.lease_id = any (lease_ids)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.rank, q.arrival, q.expires_at, pglimits._tell(q.channel, q.lease_id)
+  )
+  select s.rank, s.arrival, count(*) over () as waiters, min(s.expires_at) over () as dies_at
+  into line from stood s order by s.rank, s.arrival limit 1;
+  return pglimits._lengthen(state, line.waiters, line.rank, line.arrival, line.dies_at);
+end $$;
+
+comment on function pglimits._stand_in_line(pglimits.states, uuid[], timestamptz) is
+  'Has some who slept towards a turn stand in line, in their order of arrival, and tells them.';
 
 -- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several.
 create or replace function pglimits._around(places pglimits._places)
@@ -1838,21 +1888,13 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  decayed numeric := pglimits._decayed(config, now);
-  turns numeric[];
-  slots numeric[];
-  unpinned bigint;
+  decayed constant numeric := pglimits._decayed(config, now);
+  dead constant uuid[] := array(
+    select q.lease_id from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now);
 begin
-  with dead as (
-    delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at <= now
-    returning q.turn, q.slots, q.gap, q.pinned
-  )
-  select array_agg(d.turn), array_agg(case when d.pinned then 0 else d.slots + d.gap end), count(*) filter (where d.pinned)
-  into turns, slots, unpinned from dead d;
-  state.pinned := state.pinned - unpinned;
-  if turns is not null then
-    state := pglimits._close_gaps(state, config, now, turns, slots);
+  if cardinality(dead) > 0 then
+    state := (pglimits._withdraw(state, config, dead, now)).state;
   end if;
   state.next_death := coalesce((
     select min(q.expires_at) from pglimits.queue q
@@ -2313,34 +2355,33 @@ begin
           case when several then pglimits._changes(request.limit_ids) end,
           coalesce(mine.in_vain + mine.called::integer, 0), request.lease_duration,
           request.holder, request.channel, now + pglimits._liveness(), looks_at);
-  if state.waiting = 0 or (request.rank, arrival) < (state.head_rank, state.head_arrival) then
-    state.head_rank := request.rank;
-    state.head_arrival := arrival;
-  end if;
-  state := pglimits._lengthen(state, 1, now);
-  return state;
+  return pglimits._lengthen(state, 1, request.rank, arrival, now + pglimits._liveness());
 end $$;
 
 comment on function pglimits._enqueue(
   pglimits.states, pglimits._request, integer, pglimits.queue, timestamptz, timestamptz) is
   'Puts a request in line: where it arrived if it has a place (mine) already, or behind everybody of its priority.';
 
--- Notes that so many more stand in line, none of whom dies before the liveness of a waiter is over.
-create or replace function pglimits._lengthen(state pglimits.states, waiters bigint, now timestamptz)
+-- Notes that so many more stand in line, the first of them at that place, none of whom dies before a moment.
+create or replace function pglimits._lengthen(
+  state pglimits.states, waiters bigint, rank integer, arrival timestamptz, dies_at timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end,
-                                   now + pglimits._liveness());
+  if state.waiting = 0 or (rank, arrival) < (state.head_rank, state.head_arrival) then
+    state.head_rank := rank;
+    state.head_arrival := arrival;
+  end if;
+  state.next_waiter_death := least(case when state.waiting > 0 then state.next_waiter_death end, dies_at);
   state.waiting := state.waiting + waiters;
   return state;
 end $$;
 
-comment on function pglimits._lengthen(pglimits.states, bigint, timestamptz) is
-  'Returns a state with so many more in line, who called in at that moment.';
+comment on function pglimits._lengthen(pglimits.states, bigint, integer, timestamptz, timestamptz) is
+  'Returns a state with so many more in line, the first of them at a place (rank, arrival).';
 
 -- Takes those out of the line who have died, wherever they stand in it. One whose row is locked is calling in, or being
 -- removed right now.
@@ -2603,10 +2644,11 @@ end $$;
 
 comment on function pglimits._turn_in(uuid, timestamptz) is 'How long a sleeper has until its turn comes.';
 
--- Takes what a request is granted: slots under a lease, or turns on rate limits.
+-- Takes what a request is granted: slots under a lease, or turns on rate limits. arrival: when it arrived, if it has stood in
+-- line.
 create or replace function pglimits._take(
   request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[],
-  findings pglimits._findings, now timestamptz)
+  findings pglimits._findings, arrival timestamptz, now timestamptz)
 returns pglimits._decision
 language plpgsql
 volatile
@@ -2627,7 +2669,7 @@ begin
     continue when (configs[at[p]]).active is not true;
     if request.for_rate then
       states[at[p]] := pglimits._take_turn(states[at[p]], configs[at[p]], request, request.slots[p],
-                                           findings.turn_in, findings.enforced > 1, now);
+                                           findings.turn_in, findings.enforced > 1, arrival, now);
     else
       states[at[p]] := pglimits._take_slots(
         states[at[p]], configs[at[p]], request.lease_id, request.slots[p], request.rank, request.lease_duration,
@@ -2643,7 +2685,7 @@ begin
 end $$;
 
 comment on function pglimits._take(
-  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits._findings, timestamptz) is
+  pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits._findings, timestamptz, timestamptz) is
   'Takes what a request is granted, on all its limits.';
 
 -- Decides one request under the locks of its states: grants, books, queues or refuses it.
@@ -2691,7 +2733,7 @@ begin
     answer.error := 'QueueFull';
     answer.message := findings.queue_full;
   elsif findings.fits_at is null then
-    return pglimits._take(request, at, states, configs, findings, now);
+    return pglimits._take(request, at, states, configs, findings, mine.arrival, now);
   elsif may_wait then
     findings.looks_at := least(
       findings.looks_at, now + pglimits._liveness() * 0.3,
@@ -2808,11 +2850,8 @@ begin
         state.booked := greatest(state.booked, pglimits._decayed(config, now)) + run.slots;
       end if;
     else
-      if state.waiting = 0 then
-        state.head_rank := run.first_rank;
-        state.head_arrival := arrivals[run.place];
-      end if;
-      state := pglimits._lengthen(state, run.requests, now);
+      state := pglimits._lengthen(
+        state, run.requests, run.first_rank, arrivals[run.place], now + pglimits._liveness());
       state.last_arrival := arrivals[run.place] + (run.requests - 1) * interval '1 microsecond';
     end if;
     served.states[run.place] := state;
@@ -3036,6 +3075,7 @@ declare
   base numeric;
   last_in interval;
   noted boolean;
+  arrival timestamptz;
   forget numeric;
 begin
   if pg_is_in_recovery() then
@@ -3073,7 +3113,7 @@ begin
 
   select s.* into state from pglimits.configs c
   cross join lateral (
-    select x.limit_id, x.version, x.booked, x.waiting, x.pinned, x.passed, x.next_expiry, x.next_look
+    select x.limit_id, x.version, x.booked, x.waiting, x.pinned, x.last_arrival, x.passed, x.next_expiry, x.next_look
     from pglimits.states x
     where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1 for update) s
   where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and c.max_waiters is null;
@@ -3098,8 +3138,11 @@ begin
   end if;
   noted := chosen or last_in > interval '0';
   forget := case when noted then pglimits._forgotten(config, now) end;
+  arrival := greatest(now, state.last_arrival + interval '1 microsecond');
   update pglimits.states s
   set version = s.version + 1, booked = base + wanted, passed = greatest(s.passed, forget), changed_at = now,
+      last_arrival = case when noted then arrival + (cardinality(lease_ids) - 1) * interval '1 microsecond'
+                          else s.last_arrival end,
       next_death = case when last_in > interval '0' then least(s.next_death, now + alive_for) else s.next_death end,
       next_look = case when last_in > interval '0' then least(s.next_look, now + alive_for) else s.next_look end
   where s.limit_id = state.limit_id and s.key = _turns_alike.key and s.version = state.version;
@@ -3119,7 +3162,8 @@ begin
   ), booked as (
     insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, for_rate, several, lease_duration,
                                 holder, channel, expires_at, looks_at)
-    select t.lease_id, state.limit_id, _turns_alike.key, slots, 0, now, t.turn, true, false, interval '5 minutes',
+    select t.lease_id, state.limit_id, _turns_alike.key, slots, 0,
+           arrival + (t.nth - 1) * interval '1 microsecond', t.turn, true, false, interval '5 minutes',
            nullif(holders -> (t.nth - 1)::integer, 'null'), channel, coalesce(now + alive_for, 'infinity'),
            now + t.turn_in
     from turns t
@@ -4198,6 +4242,7 @@ begin
       ended := ended || pglimits._release_at(place.limit_id, place.key, place.lease_ids);
     end loop;
     perform pglimits._rearrange_at(around);
+    around := null;
     -- A waiter may have asked for other limits while we waited for a lock: look where it is now.
     exit when not waits;
   end loop;
@@ -4446,7 +4491,7 @@ end $$;
 comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
-retry_after), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
+retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
 request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
 line, lasts without another call.$$;
 
@@ -4901,6 +4946,7 @@ declare
   unpinned bigint;
   over_several boolean;
   shift integer;
+  shut uuid[];
 begin
   if not new.active then
     state.booked := state.booked - pglimits._reserved(state, decayed);
@@ -4934,16 +4980,18 @@ begin
   update pglimits.queue q set called = q.called or over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
     and q.expires_at < 'infinity' and not q.several and grown <> 0;
-  -- Whoever can never be granted now is sent away to ask again, and gets the error. Who cannot be told of anything goes at the
-  -- moment that it was told at first, and is pinned there.
+  -- Whoever can never be granted now is sent away to ask again, and gets the error. Who slept towards a limit that is 0 now
+  -- stands in line. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
   with hopeless as (
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key
-      and case when q.turn is null
-               then new."limit" > 0 and q.slots > new."limit" or q.for_rate and new.slot_decay_per_second = 0
-               else q.turn > decayed and q.expires_at < 'infinity' and not q.several
-                    and (q.slots > new."limit" or new.slot_decay_per_second = 0) end
-    returning q.turn, q.slots + q.gap as slots, q.pinned as was_pinned, false as pinned, pglimits._tell(q.channel, q.lease_id)
+    where q.limit_id = state.limit_id and q.key = state.key and pglimits._is_hopeless(new, q.slots, q.for_rate)
+      and case when q.turn is null then true else q.turn > decayed and q.expires_at < 'infinity' and not q.several end
+    returning q.turn, q.slots + q.gap as slots, q.pinned as was_pinned, false as pinned, null::uuid as shut,
+              pglimits._tell(q.channel, q.lease_id)
+  ), stopped as (
+    select q.turn, q.slots + q.gap, false, false, q.lease_id, null::void from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.expires_at < 'infinity' and not q.several
+      and new."limit" = 0 and new.slot_decay_per_second > 0
   ), deaf as (
     update pglimits.queue q set turn = pglimits._decayed(new, q.looks_at), pinned = true, gap = 0
     from (
@@ -4953,15 +5001,20 @@ begin
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
-    returning greatest(b.turn - shift, decayed), b.slots, b.pinned, true, null::void
+    returning greatest(b.turn - shift, decayed), b.slots, b.pinned, true, null::uuid, null::void
   )
   select array_agg(h.turn) filter (where not h.was_pinned and h.turn is not null),
          array_agg(h.slots) filter (where not h.was_pinned and h.turn is not null),
          count(*) filter (where h.turn is null),
-         count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned)
-  into turns, slots, left_line, unpinned from (select * from hopeless union all select * from deaf) h;
+         count(*) filter (where h.was_pinned) - count(*) filter (where h.pinned),
+         array_agg(h.shut) filter (where h.shut is not null)
+  into turns, slots, left_line, unpinned, shut
+  from (select * from hopeless union all select * from stopped union all select * from deaf) h;
   state.waiting := state.waiting - left_line;
   state.pinned := state.pinned - unpinned;
+  if shut is not null then
+    state := pglimits._stand_in_line(state, shut, now);
+  end if;
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;

@@ -263,7 +263,8 @@ begin
     state.booked := state.booked - given_up;
     state.added_behind := state.added_behind - (
       select coalesce(sum(u.slots), 0) from unnest(turns, slots) as u(turn, slots) where u.turn <= state.added_behind);
-    -- A turn that comes by it comes now, and is remembered from now on.
+    -- Also those whose turn comes by it: it comes now, and is remembered from now on.
+    perform pglimits._tell_sleepers(state, decayed);
     update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
     from (
       select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
@@ -276,7 +277,6 @@ begin
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-    perform pglimits._tell_sleepers(state, decayed);
     return state;
   end if;
   for gap in select u.turn, u.slots from unnest(turns, slots) as u(turn, slots) loop

@@ -409,7 +409,7 @@ comment on function pglimits._changes(bigint[]) is
   'How often limits have been changed, in the order of their ids, without those that are gone.';
 
 -- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
--- now may be by then.
+-- now may be by then. So does one for a turn that cannot be told of it: what it did not hear of in time would have decayed.
 create or replace function pglimits._enqueue(
   state pglimits.states, request pglimits._request, slots integer, mine pglimits.queue, looks_at timestamptz,
   now timestamptz)
@@ -420,7 +420,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   arrival timestamptz := mine.arrival;
-  several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null;
+  several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null
+                     or request.for_rate and request.channel is null;
 begin
   if arrival is null then
     arrival := greatest(now, state.last_arrival + interval '1 microsecond');

@@ -16,36 +16,38 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  found_state record;
+  seen record;
   state pglimits.states;
-  config pglimits.configs;
   states pglimits.states[];
   configs pglimits.configs[];
   at integer[] := array[]::integer[];
   findings pglimits._findings;
 begin
   for p in 1 .. cardinality(request.keys) loop
-    select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
-    -- In one statement, so that what has ended was not taken out in between. A lease that was renewed has not ended.
-    select s as state,
-           s.next_look <= now or s.next_expiry <= now and exists (
-             select from pglimits.leases l
-             where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
-    into found_state
-    from pglimits.states s
-    where s.limit_id = request.limit_ids[p] and s.key = request.keys[p]
-    order by s.version desc limit 1;
-    if not found then
+    -- In one statement, so that the limit was not changed, nor taken out what has ended, in between. A lease that was renewed has
+    -- not ended.
+    select c as config, h.state, h.is_due into seen
+    from pglimits.configs c
+    left join lateral (
+      select s as state,
+             s.next_look <= now or s.next_expiry <= now and exists (
+               select from pglimits.leases l
+               where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
+      from pglimits.states s
+      where s.limit_id = c.limit_id and s.key = request.keys[p]
+      order by s.version desc limit 1) h on true
+    where c.limit_id = request.limit_ids[p];
+    if seen.is_due is null then
       state := pglimits._unused(request.limit_ids[p], request.keys[p]);
-    elsif not found_state.is_due then
-      state := found_state.state;
+    elsif not seen.is_due then
+      state := seen.state;
     elsif settled then
-      state := pglimits._as_settled(found_state.state, config, now);
+      state := pglimits._as_settled(seen.state, seen.config, now);
     else
       return null;
     end if;
     states[p] := state;
-    configs[p] := config;
+    configs[p] := seen.config;
     at[p] := p;
   end loop;
   findings := pglimits._survey(request, at, states, configs, null, now);

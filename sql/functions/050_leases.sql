@@ -394,9 +394,9 @@ end $$;
 comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
-retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
-request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
-line, lasts without another call.$$;
+retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was
+changed or deleted, the place was lost, or a request over several limits, or one for a turn without a channel, has been
+called; where one of its rows says so). ends_in: how long the lease, or the place in line, lasts without another call.$$;
 
 -- Where some of these sleep behind somebody who may move up, or has to move, or may be found dead.
 create or replace function pglimits._moving(lease_ids uuid[], now timestamptz)

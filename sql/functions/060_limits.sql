@@ -200,6 +200,7 @@ begin
     return;
   end if;
 
+  perform pglimits._tell_sleepers(state, decayed);
   -- Who sleeps over several limits moves when all changes are made; those behind it with it.
   with moves as (
     update pglimits.queue q
@@ -258,7 +259,6 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
-  perform pglimits._tell_sleepers(state, decayed);
   state := pglimits._settle(state, new, now);
   perform pglimits._save(state, was, now);
 end $$;

@@ -182,7 +182,9 @@ comment on column pglimits.queue.pinned is
 comment on column pglimits.queue.gap is
   'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
   'than where those before it end.';
-comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
+comment on column pglimits.queue.several is
+  'Part of a request over several limits, or, in line, of one for a turn that cannot be told: it is to try again, and never '
+  'granted by others.';
 comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
 comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
 comment on column pglimits.queue.called is

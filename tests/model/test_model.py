@@ -71,8 +71,9 @@ class Lives(RuleBasedStateMachine):
         self.model = Model()
         self.ids = 0
         self.asked: dict[UUID, Request] = {}
-        # When the live client of a request that waits will look again.
+        # When the live client of a request that waits will look again, and when one that sleeps goes by what it knows.
         self.looks: dict[UUID, int] = {}
+        self.goes: dict[UUID, int] = {}
         # Who waits and can be told nothing, as it gave no channel.
         self.deaf: set[UUID] = set()
 
@@ -107,6 +108,7 @@ class Lives(RuleBasedStateMachine):
                     self.deaf.add(request.lease_id)
             elif answer.status == "granted" and answer.wait:
                 self.looks[request.lease_id] = self.model.now + LOOK
+                self.goes[request.lease_id] = self.model.now + answer.wait
         return answers
 
     def agree(self, request: Request, answer: Answer, reply: dict[str, Any], was_lost: bool) -> None:
@@ -185,10 +187,14 @@ class Lives(RuleBasedStateMachine):
 
     def pump(self) -> None:
         """Who has to look now does so, until nobody has to."""
-        # Who sleeps until its turn goes then without another look.
-        self.looks = {lease_id: at for lease_id, at in self.looks.items() if lease_id not in self.model.passed}
         for _ in range(100):
             self.hear()
+            for lease_id in self.looks.keys() & self.model.passed.keys():
+                # Who sleeps until its turn goes then without another look.
+                if self.goes.get(lease_id, 0) <= self.model.now:
+                    del self.looks[lease_id]
+                else:
+                    assert self.looks[lease_id] <= self.model.now, "its turn has come, and it was not told"
             for lease_id in sorted(self.deaf & self.looks.keys()):
                 if self.looks[lease_id] > self.model.now and not self.may_sleep(lease_id):
                     self.looks[lease_id] = self.model.now
@@ -233,6 +239,7 @@ class Lives(RuleBasedStateMachine):
                 assert micros(row.wait) == self.model.until(asleep[0], asleep[1].ahead)
                 if lease_id in self.looks:
                     self.looks[lease_id] = self.model.now + LOOK
+                    self.goes[lease_id] = self.model.now + self.model.until(asleep[0], asleep[1].ahead)
             else:
                 was_looking = self.looks.pop(lease_id, None) is not None
                 self.deaf.discard(lease_id)

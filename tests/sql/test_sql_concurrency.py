@@ -137,6 +137,37 @@ def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused(db: Db, s: Se
     assert future.result(timeout=20).status == "granted"
 
 
+def test_a_request_that_fits_is_not_refused_because_its_limit_is_changed(db: Db, s: Session) -> None:
+    """What is in use is never compared with another limit than it was taken from."""
+    s.create("database", 5)
+    keys = [str(key) for key in range(40)]
+    names = ["database"] * len(keys)
+    asking = threading.Event()
+    asking.set()
+
+    def changer(session: Session) -> object:
+        while asking.is_set():
+            session.run("begin")
+            session.update("database", limit=15)
+            taken = session.acquire(names, keys=keys, slots=[10]).lease_id
+            session.run("commit")
+            session.run("begin")
+            session.release(taken)
+            session.update("database", limit=5)
+            session.run("commit")
+        return None
+
+    def caller(session: Session) -> object:
+        try:
+            # Decided as a refusal is, without a lock.
+            return {session.peek(names, keys=keys).status for _ in range(1500)}
+        finally:
+            asking.clear()
+
+    assert db.together([changer, caller])[1] == {"granted"}
+    assert s.acquire("database").status == "granted"
+
+
 def test_the_clock_is_read_after_the_lock_is_held(db: Db, s: Session) -> None:
     s.create("database", 2)
     s.serves("database", 1)

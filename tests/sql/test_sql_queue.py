@@ -924,7 +924,7 @@ def test_acquire_behind_waiters_of_a_rate_limit_and_the_other_way_round_keep_the
     clock.freeze()
     held = s.acquire("api").lease_id  # level 1, held 1
     waiting = s.queue("api")
-    rate = s.rate_limit("api", wait=None, lease_id=uuid4())
+    rate = s.rate_limit("api", wait=None, lease_id=uuid4(), channel="pglimits_t")
     assert rate.status == "queued", "somebody who wants slots to hold is ahead"
     s.release(held)
     clock.advance(1)

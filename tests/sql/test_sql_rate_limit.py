@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from typing import Any
@@ -16,6 +16,7 @@ from sqltest import Clock, Db, Session, changes_nothing, fails, seconds
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 MICRO = Fraction(1, 1_000_000)
+GIVES_UP = uuid4()
 
 
 def at(moment: datetime) -> Fraction:
@@ -332,6 +333,53 @@ def test_a_turn_given_up_in_the_middle_moves_up_those_behind_it_and_tells_them(
     assert seconds(s.rate_limit("api", wait=None).wait) == 4
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda s: s.release(GIVES_UP), id="the one before gives up"),
+        pytest.param(lambda s: s.adjust("api", -2), id="adjusted"),
+        pytest.param(lambda s: s.reset("api"), id="reset"),
+        pytest.param(lambda s: s.update("api", limit=10), id="grown"),
+    ],
+)
+def test_a_sleeper_whose_turn_comes_by_what_others_do_is_told(
+    clock: Clock, db: Db, s: Session, change: Callable[[Session], object]
+) -> None:
+    clock.freeze()
+    s.create("api", 4, 1)
+    s.rate_limit("api", slots=4)
+    s.rate_limit("api", lease_id=GIVES_UP, slots=2, wait=None, channel="pglimits_t")
+    (told,) = sleeping(s, 1, channel="pglimits_u")
+    clock.advance(1.5)
+    assert turns(s, told) == [1.5]
+    listener = db.session().connection
+    listener.execute("listen pglimits_u")
+    change(s)
+    assert [each.channel for each in listener.notifies(timeout=20, stop_after=1)] == ["pglimits_u"]
+    assert turns(s, told) == [0]
+
+
+def test_who_stood_in_line_for_a_turn_and_cannot_be_told_goes_when_it_hears_that_it_does(
+    clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("api", 1, 0.1)
+    s.acquire("api")
+    before = s.queue("api", channel="pglimits_t")
+    deaf = uuid4()
+    assert s.rate_limit("api", wait=None, lease_id=deaf).status == "queued"
+    s.adjust("api", 1)
+    s.release(before)
+    assert not s.value("select pglimits.may_sleep(%s)", deaf)
+    assert [row.status for row in s.watch(deaf)] == ["retry"]
+    told = s.rate_limit("api", wait=None, lease_id=deaf)
+    assert (told.status, seconds(told.wait)) == ("granted", 20)
+    s.adjust("api", -1)
+    assert seconds(s.rate_limit("api", wait=None).wait) == 10, "the place that came free goes to another"
+    clock.advance(11)
+    assert seconds(s.rate_limit("api", wait=None).wait) == 19, "it is not taken for dead"
+
+
 def test_what_is_given_back_before_a_sleeper_in_plain_sql_goes_to_those_who_can_be_told(
     clock: Clock, s: Session
 ) -> None:
@@ -523,7 +571,7 @@ def test_a_rate_taken_away_tells_those_who_sleep_to_ask_and_they_get_the_error(
     listener = db.session().connection
     listener.execute("listen pglimits_t")
     s.update("api", slot_decay_per_second=0)
-    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == [str(sleeper)]
+    assert str(sleeper) in [each.payload for each in listener.notifies(timeout=20, stop_after=2)]
     assert s.watch_one(sleeper).status == "retry"
     with fails("PL005", "api"):
         s.rate_limit("api", wait=None, lease_id=sleeper)
@@ -800,8 +848,17 @@ def test_a_limit_raised_from_zero_lets_those_go_who_wait_for_a_turn(clock: Clock
     answer = s.rate_limit("api", wait=None)
     assert answer.status == "queued"
     s.update("api", limit=1)
-    row = s.watch_one(answer.lease_id)
-    assert (row.status, seconds(row.wait)) == ("granted", 0)
+    assert s.watch_one(answer.lease_id).status == "retry"
+    answer = s.rate_limit("api", wait=None, lease_id=answer.lease_id)
+    assert (answer.status, seconds(answer.wait)) == ("granted", 0)
+
+
+def test_a_limit_raised_from_zero_gives_turns_to_those_who_can_be_told(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 0, 1)
+    waiters = [s.rate_limit("api", wait=None, channel="pglimits_t").lease_id for _ in range(2)]
+    s.update("api", limit=1)
+    assert turns(s, *waiters) == [0, 1]
 
 
 def test_a_missing_or_inactive_rate_limit_is_not_enforced(s: Session) -> None:

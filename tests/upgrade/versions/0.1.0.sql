@@ -295,7 +295,9 @@ comment on column pglimits.queue.pinned is
 comment on column pglimits.queue.gap is
   'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
   'than where those before it end.';
-comment on column pglimits.queue.several is 'Part of a request over several limits: it is woken to try again, never granted by others.';
+comment on column pglimits.queue.several is
+  'Part of a request over several limits, or, in line, of one for a turn that cannot be told: it is to try again, and never '
+  'granted by others.';
 comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
 comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
 comment on column pglimits.queue.called is
@@ -1339,7 +1341,8 @@ begin
     state.booked := state.booked - given_up;
     state.added_behind := state.added_behind - (
       select coalesce(sum(u.slots), 0) from unnest(turns, slots) as u(turn, slots) where u.turn <= state.added_behind);
-    -- A turn that comes by it comes now, and is remembered from now on.
+    -- Also those whose turn comes by it: it comes now, and is remembered from now on.
+    perform pglimits._tell_sleepers(state, decayed);
     update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
     from (
       select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
@@ -1352,7 +1355,6 @@ begin
     ) b
     where q.lease_id = b.lease_id
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-    perform pglimits._tell_sleepers(state, decayed);
     return state;
   end if;
   for gap in select u.turn, u.slots from unnest(turns, slots) as u(turn, slots) loop
@@ -2331,7 +2333,7 @@ comment on function pglimits._changes(bigint[]) is
   'How often limits have been changed, in the order of their ids, without those that are gone.';
 
 -- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
--- now may be by then.
+-- now may be by then. So does one for a turn that cannot be told of it: what it did not hear of in time would have decayed.
 create or replace function pglimits._enqueue(
   state pglimits.states, request pglimits._request, slots integer, mine pglimits.queue, looks_at timestamptz,
   now timestamptz)
@@ -2342,7 +2344,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   arrival timestamptz := mine.arrival;
-  several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null;
+  several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null
+                     or request.for_rate and request.channel is null;
 begin
   if arrival is null then
     arrival := greatest(now, state.last_arrival + interval '1 microsecond');
@@ -3279,36 +3282,38 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  found_state record;
+  seen record;
   state pglimits.states;
-  config pglimits.configs;
   states pglimits.states[];
   configs pglimits.configs[];
   at integer[] := array[]::integer[];
   findings pglimits._findings;
 begin
   for p in 1 .. cardinality(request.keys) loop
-    select c.* into config from pglimits.configs c where c.limit_id = request.limit_ids[p];
-    -- In one statement, so that what has ended was not taken out in between. A lease that was renewed has not ended.
-    select s as state,
-           s.next_look <= now or s.next_expiry <= now and exists (
-             select from pglimits.leases l
-             where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
-    into found_state
-    from pglimits.states s
-    where s.limit_id = request.limit_ids[p] and s.key = request.keys[p]
-    order by s.version desc limit 1;
-    if not found then
+    -- In one statement, so that the limit was not changed, nor taken out what has ended, in between. A lease that was renewed has
+    -- not ended.
+    select c as config, h.state, h.is_due into seen
+    from pglimits.configs c
+    left join lateral (
+      select s as state,
+             s.next_look <= now or s.next_expiry <= now and exists (
+               select from pglimits.leases l
+               where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
+      from pglimits.states s
+      where s.limit_id = c.limit_id and s.key = request.keys[p]
+      order by s.version desc limit 1) h on true
+    where c.limit_id = request.limit_ids[p];
+    if seen.is_due is null then
       state := pglimits._unused(request.limit_ids[p], request.keys[p]);
-    elsif not found_state.is_due then
-      state := found_state.state;
+    elsif not seen.is_due then
+      state := seen.state;
     elsif settled then
-      state := pglimits._as_settled(found_state.state, config, now);
+      state := pglimits._as_settled(seen.state, seen.config, now);
     else
       return null;
     end if;
     states[p] := state;
-    configs[p] := config;
+    configs[p] := seen.config;
     at[p] := p;
   end loop;
   findings := pglimits._survey(request, at, states, configs, null, now);
@@ -4491,9 +4496,9 @@ end $$;
 comment on function pglimits.watch(uuid[]) is
 $$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
-retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was changed or deleted, the place was lost, or a
-request over several limits has been called; where one of its rows says so). ends_in: how long the lease, or the place in
-line, lasts without another call.$$;
+retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was
+changed or deleted, the place was lost, or a request over several limits, or one for a turn without a channel, has been
+called; where one of its rows says so). ends_in: how long the lease, or the place in line, lasts without another call.$$;
 
 -- Where some of these sleep behind somebody who may move up, or has to move, or may be found dead.
 create or replace function pglimits._moving(lease_ids uuid[], now timestamptz)
@@ -4960,6 +4965,7 @@ begin
     return;
   end if;
 
+  perform pglimits._tell_sleepers(state, decayed);
   -- Who sleeps over several limits moves when all changes are made; those behind it with it.
   with moves as (
     update pglimits.queue q
@@ -5018,7 +5024,6 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
-  perform pglimits._tell_sleepers(state, decayed);
   state := pglimits._settle(state, new, now);
   perform pglimits._save(state, was, now);
 end $$;

@@ -29,7 +29,7 @@ from ._batches import PATIENCE, Answer, Batches, Kind, Slot, Ticket
 from ._database import ANSWERS_WITHIN, Busy, Database, Late
 from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
-from ._wake import Anchor, Orphan, Waker, orphan, started
+from ._wake import OURS, Anchor, Orphan, Waker, orphan, started
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits")
@@ -38,6 +38,13 @@ OnUnavailable = Literal["raise", "wait", "allow"]
 
 _SHORTEST_WATCHED = 0.1
 """Turns nearer than this many seconds are not worth telling anybody that they have moved."""
+
+
+_AS_GOOD_AS = 0.005
+"""Seconds by which a turn may come after a deadline: it takes a moment to be told of it."""
+
+_LEAVES_WITHIN = 0.25
+"""Seconds that a request whose time is over waits to be out of the queue. If that takes longer, nobody waits for it."""
 
 
 class Request:
@@ -151,6 +158,8 @@ class Engine:
         self._last_loop: tuple[asyncio.AbstractEventLoop | None, Batches | None] = None, None
         self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Batches] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        # Of each thread: what lives as long as its call here, and None while that waits.
+        self.inside = threading.local()
         self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | Orphan[Slot] | Orphan[UUID] | None]
         self._given_up = queue.SimpleQueue()
         self.renewal = Renewal(self.database, self._given_up.put)
@@ -254,7 +263,7 @@ class Engine:
                 ):
                     return self._lease(request, user, answer, asked)
                 if waiter.news is None and waiter.turn_at is None and waiter.error is None:
-                    released = _releasing(request.lease_id, request.kind.release_lanes, request.waker, PATIENCE)
+                    released = _releasing(request.lease_id, request.kind.release_lanes, request.waker, _LEAVES_WITHIN)
                     try:
                         yield released
                     finally:
@@ -275,8 +284,13 @@ class Engine:
     def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
         while waiter.news is None and waiter.error is None:
             now = time.monotonic()
-            if waiter.put_off and waiter.turn_at is not None and deadline is not None and waiter.turn_at > deadline:
-                raise AcquireTimeout("the turn was put off beyond the timeout: the limit was changed")
+            if (
+                waiter.put_off
+                and waiter.turn_at is not None
+                and deadline is not None
+                and waiter.turn_at > deadline + _AS_GOOD_AS
+            ):
+                raise AcquireTimeout("the turn lies beyond the timeout: the limit was changed, or others were ahead")
             until = waiter.turn_at if waiter.turn_at is not None else deadline
             if until is not None and now >= until:
                 return
@@ -310,6 +324,23 @@ class Engine:
             return None
         # Where this is a repetition, and nothing else speaks against it, the first time has released it.
         return bool(ticket.answer) or (ticket.again and not lost)
+
+    def is_inside(self) -> bool:
+        """Whether this thread is in the midst of a call: this one comes from a signal handler or a finalizer then.
+
+        The call that it interrupts goes on only after it, and may have locks, or a batch on its way.
+        """
+        call = getattr(self.inside, "call", None)
+        return (call is not None and call() is not None) or threading.current_thread().name.startswith(OURS)
+
+    def release_later(self, lease: Lease) -> bool:
+        """End a lease in the background. Whether it was still live, as far as is known here. Callable from anywhere."""
+        if not lease.enforced or lease.released or lease.pid != os.getpid():
+            return False
+        live = not lease.lost
+        lease.released = True
+        self.give_back(lease.id)
+        return live
 
     def _lease(
         self, request: Request, user: User, answer: Answer | None, asked: float, news: News | None = None
@@ -415,7 +446,7 @@ class Engine:
             with self._lock:
                 if self._cleaner is None or not self._cleaner.is_alive():
                     self._cleaner = started(
-                        lambda: threading.Thread(target=self._clean, name="pglimits-release", daemon=True)
+                        lambda: threading.Thread(target=self._clean, name=f"{OURS}release", daemon=True)
                     )
 
     def _clean(self) -> None:

@@ -28,7 +28,7 @@ from psycopg.pq import ConnStatus, ExecStatus, Format
 
 from . import _sql
 from ._database import Database, Row, answer, answering
-from ._wake import Waker, started, wake_all
+from ._wake import OURS, Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits.keeper")
@@ -145,7 +145,7 @@ class Keeper:
                 os.set_blocking(self._pipe[1], False)
                 poked = self._pipe[0]
                 self._thread = started(
-                    lambda: threading.Thread(target=self._work, args=(poked,), name="pglimits-keeper", daemon=True)
+                    lambda: threading.Thread(target=self._work, args=(poked,), name=f"{OURS}keeper", daemon=True)
                 )
             self._poke()
 
@@ -384,7 +384,8 @@ class Keeper:
                     turn_at = now + turns[lease_id]
                     if waiter.turn_at is None or abs(turn_at - waiter.turn_at) > 0.005:
                         woken.append(waiter.waker)
-                        waiter.put_off = waiter.turn_at is not None and turn_at > waiter.turn_at
+                        # Also where it stood in line before: nobody knew of its timeout who gave it the turn.
+                        waiter.put_off = waiter.put_off or waiter.turn_at is None or turn_at > waiter.turn_at
                         waiter.turn_at = turn_at
                     self._schedule(waiter, self._next_look(now, LIVENESS * 0.3))
                 elif status == "queued":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +22,7 @@ from ._batches import Kind, Ticket
 from ._engine import Engine, OnUnavailable, Request, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
-from ._wake import ThreadWaker
+from ._wake import Anchor, ThreadWaker
 from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
@@ -151,7 +153,7 @@ class Limiter:
         """
         if not isinstance(lease, Lease):
             lease = Lease.foreign(_calls.lease_id(lease))
-        return bool(self._drive(self._engine.releasing(lease, ThreadWaker())))
+        return bool(self._release(lease))
 
     def rate_limit(
         self,
@@ -294,10 +296,19 @@ class Limiter:
     # Doing what the engine says.
 
     def _acquire(self, kind: Kind, holder: str | None, renew: bool = True) -> Lease:
+        if self._engine.is_inside():
+            raise LimiterUnavailable(
+                "slots cannot be taken in a signal handler or a finalizer that interrupts another call of the limiter"
+            )
         request = Request(
             kind, ThreadWaker(), self._on_unavailable, who() if holder is None else holder, new_id(), renew
         )
         return self._drive(self._engine.acquiring(request, self._user))
+
+    def _release(self, lease: Lease) -> bool | None:
+        if self._engine.is_inside():
+            return self._engine.release_later(lease)
+        return self._drive(self._engine.releasing(lease, ThreadWaker()))
 
     def _call(self, call: _calls.Call[T]) -> T:
         if self._user.closed:
@@ -305,7 +316,11 @@ class Limiter:
         return call.read(self._engine.database.execute(call.sql, call.params))
 
     def _drive(self, course: Generator[Step, None, T]) -> T:
+        inside = self._engine.inside
+        # Gone with this frame, should an interrupt strike where it is taken back.
+        anchor = Anchor()
         try:
+            inside.call = weakref.ref(anchor)
             step = next(course)
             while True:
                 try:
@@ -316,12 +331,25 @@ class Limiter:
                     step = course.send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
+        finally:
+            inside.call = None
+
+    def _rest(self, waker: ThreadWaker, seconds: float | None) -> None:
+        """Wait. Meanwhile a signal handler may make calls of its own."""
+        inside = self._engine.inside
+        call = inside.call
+        try:
+            inside.call = None
+            # Not for ever in one go: a signal that comes just before the wait is only heard of at the next wake-up.
+            waker.wait(1.0 if seconds is None else min(seconds, 1.0))
+        finally:
+            inside.call = call
 
     def _do(self, step: Step) -> None:
         if isinstance(step, Ticket):
             self._send(step, step.patience)
         elif isinstance(step.waker, ThreadWaker):
-            step.waker.wait(_heard(step.seconds))
+            self._rest(step.waker, step.seconds)
 
     def _send(self, ticket: Ticket, seconds: float | None) -> None:
         assert isinstance(ticket.waker, ThreadWaker)
@@ -332,12 +360,7 @@ class Limiter:
             left = None if until is None else until - time.monotonic()
             if ticket.done or (left is not None and left <= 0):
                 return
-            ticket.waker.wait(_heard(ticket.patient_for(left)))
-
-
-def _heard(seconds: float | None) -> float:
-    # Not for ever in one go: a signal that comes just before the wait is only heard of at the next wake-up.
-    return 1.0 if seconds is None else min(seconds, 1.0)
+            self._rest(ticket.waker, ticket.patient_for(left))
 
 
 class Concurrency(contextlib.AbstractContextManager[Lease]):
@@ -364,7 +387,11 @@ class Concurrency(contextlib.AbstractContextManager[Lease]):
         ours = lease.enforced and not lease.released and lease.pid == os.getpid()
         lost = lease.lost
         limiter = self._limiter()
-        live = limiter._drive(limiter._engine.releasing(lease, ThreadWaker()))
+        if kind is GeneratorExit and asyncio._get_running_loop() is not None:
+            # Perhaps of the garbage collector, in the midst of what a task does here.
+            live: bool | None = limiter._engine.release_later(lease)
+        else:
+            live = limiter._release(lease)
         if self._raises and ours and (lost or live is False) and error is None:
             raise LeaseLost(f"the lease {lease.id} on {', '.join(lease.names)} ended before the work did")
 

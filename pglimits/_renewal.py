@@ -17,7 +17,7 @@ from . import _sql
 from ._database import ANSWERS_WITHIN, Database, Row, answering
 from ._database import run as run_statement
 from ._keeper import Claim
-from ._wake import Orphan, ThreadWaker, orphan, started
+from ._wake import OURS, Orphan, ThreadWaker, orphan, started
 
 log = logging.getLogger("pglimits.lease")
 
@@ -149,9 +149,7 @@ class Renewal:
         with self._lock:
             self._by_pause.setdefault(lease._pause, {})[lease.id] = (due, reference)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
-                self._thread = started(
-                    lambda: threading.Thread(target=self._work, name="pglimits-renewal", daemon=True)
-                )
+                self._thread = started(lambda: threading.Thread(target=self._work, name=f"{OURS}renewal", daemon=True))
             elif due < self._wakes_at:
                 self._waker.wake()
 

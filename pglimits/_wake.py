@@ -11,6 +11,9 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+OURS = "pglimits-"
+"""How the names of our threads begin."""
+
 
 class Anchor:
     """Lives as long as a call; see Orphan."""

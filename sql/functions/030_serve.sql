@@ -302,13 +302,15 @@ comment on function pglimits._in_use(pglimits._request) is 'The answer to a requ
 
 -- Begins the full duration of leases that were handed over.
 create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
-returns void
+returns table (lease_id uuid, limit_id bigint, key text, expires_at timestamptz)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
+#variable_conflict use_column
 begin
   -- Never waits for a row: whoever has it locked claims it, renews it or ends it right now.
+  return query
   update pglimits.leases l
   set claimed = true, expires_at = greatest(l.expires_at, now + l.lease_duration)
   from (
@@ -316,11 +318,12 @@ begin
     where u.lease_id = any (lease_ids) and not u.claimed and u.expires_at > now for update skip locked
   ) mine
   where l.lease_id = mine.lease_id
-    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key;
+    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key
+  returning l.lease_id, l.limit_id, l.key, l.expires_at;
 end $$;
 
 comment on function pglimits._claim(uuid[], timestamptz) is
-  'Begins the full duration of leases that were handed over to waiters.';
+  'Begins the full duration of leases that were handed over to waiters. Returns those, with their new ends.';
 
 -- What stands in the way of a request, given the states of its parts. Writes nothing: the same rules answer a peek, a
 -- refusal without a lock, and a decision under the locks.
@@ -973,6 +976,7 @@ declare
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
+  head_id uuid;
 begin
   for i in 1 .. here loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
@@ -1034,6 +1038,18 @@ begin
       states[i] := pglimits._advance(states[i], configs[i], now);
     end if;
     perform pglimits._save(states[i], was[i], now);
+    if served.answers is not null and (states[i]).waiting > 0 and (states[i]).next_look < now + pglimits._liveness() * 0.3 then
+      -- Who was put in line at its head hears when time alone may let it go on.
+      head_id := (
+        select q.lease_id from pglimits.queue q
+        where q.limit_id = (states[i]).limit_id and q.key = (states[i]).key and q.turn is null
+          and q.rank = (states[i]).head_rank and q.arrival = (states[i]).head_arrival);
+      for n in 1 .. cardinality(requests) loop
+        if (served.answers[n]).status = 'queued' and (requests[n]).lease_id = head_id then
+          answers[n].retry_after := greatest((states[i]).next_look - now, interval '0');
+        end if;
+      end loop;
+    end if;
   end loop;
   return answers;
 end $$;

@@ -153,11 +153,13 @@ begin
     answer.message := request.message;
   elsif cardinality(request.keys) = 0 and not request.chosen then
     answer.status := 'unlimited';
-  elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
-        and not (request.chosen and pglimits._are_known(array[request.lease_id])) then
+  elsif request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null then
     now := pglimits._now();
     findings := pglimits._glance(request, false, now);
-    if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
+    -- Asked after the look: what was granted to it meanwhile, when it was first asked, is no reason to refuse it.
+    if request.chosen and pglimits._are_known(array[request.lease_id]) then
+      null;
+    elsif findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
       answer.status := 'refused';
       if findings.fits_at < 'infinity' then
         answer.retry_after := findings.fits_at - now;

@@ -37,7 +37,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
-  now timestamptz;
+  now timestamptz := pglimits._now();
   mine tid[];
   seconds constant double precision := extract(epoch from renew.lease_duration);
   problem text := case when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
@@ -49,8 +49,9 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
+  -- Not those that have ended: who takes them out passes over a row that is locked.
   select array_agg(x.place) into mine from (
-    select l.ctid as place from pglimits.leases l where l.lease_id = any (lease_ids)
+    select l.ctid as place from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
     order by l.limit_id, l.key, l.lease_id for update) x;
   now := pglimits._now();
   return query
@@ -342,7 +343,6 @@ begin
   end if;
 
   now := pglimits._now();
-  perform pglimits._claim(lease_ids, now);
   if waits then
     -- Never waits for a row: one that is locked is being granted or removed right now.
     update pglimits.queue q
@@ -367,9 +367,14 @@ begin
       and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
   end if;
 
+  -- In one statement, so that what is handed over meanwhile is either claimed or not seen yet.
   return query
-  select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval, l.expires_at - now
-  from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
+  with claimed as materialized (select c.* from pglimits._claim(lease_ids, now) c)
+  select l.lease_id, 'granted', l.fence, e.expires_at, null::interval, null::interval, e.expires_at - now
+  from pglimits.leases l
+  left join claimed c on c.lease_id = l.lease_id and c.limit_id = l.limit_id and c.key = l.key
+  cross join lateral (select coalesce(c.expires_at, l.expires_at) as expires_at) e
+  where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
          case when q.expires_at <= now then 'retry'
@@ -528,8 +533,11 @@ comment on procedure pglimits.acquire_wait(
 $$Takes slots of one limit and waits for them, in plain SQL: queues, commits, and watches its own row.
 
 Arguments as acquire, but wait null, the default, waits for ever. Answers status (granted, refused when wait is over,
-unlimited), granted_lease_id, fence and expires_at. Must be called outside a transaction block. A caller that dies while
-it waits leaves the queue within 10 seconds.$$;
+unlimited), granted_lease_id, fence and expires_at. Must be called outside a transaction block.
+
+A caller that dies while it waits leaves the queue as soon as the server notices: call
+  set client_connection_check_interval = '1s'
+in the session before, or the server looks only when it has an answer, and the caller's turn comes to nobody for a whole lease.$$;
 
 -- Drivers that send strings without a type reach these instead of "function is not unique".
 create or replace function pglimits._uuid(lease_id text)

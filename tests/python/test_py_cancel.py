@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import poolers
@@ -653,3 +654,95 @@ def _at_work(conn: Connection) -> int:
             " where datname = current_database() and application_name = 'child' and state = 'active'",
         )
     )
+
+
+ABANDONS = """
+    import faulthandler, gc, threading
+    from pglimits import Limiter
+    faulthandler.dump_traceback_later(60, exit=True)
+    gc.set_threshold(50, 5, 5)
+    limiter = Limiter()
+    class Job:
+        def rows(self):
+            with limiter.concurrency("database"):
+                yield 1
+    def work():
+        for _ in range(3000):
+            job = Job()
+            job.rows_of_mine = job.rows()
+            next(job.rows_of_mine)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    print("done")
+    input()
+"""
+
+
+def test_a_block_in_a_generator_that_the_garbage_collector_closes_gives_its_slot_back(
+    children: Children, limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    """It does so in any thread and at any moment, also in the midst of a call of the limiter."""
+    limiter.create("database", 1000)
+    child = children(ABANDONS)
+    child.expect("done")
+    settles(conn, wait_until)
+    child.tell()
+    child.end()
+
+
+def test_a_generator_that_is_closed_leaves_its_block_at_once(limiter: Limiter, conn: Connection) -> None:
+    limiter.create("database", 1)
+
+    def rows() -> Iterator[int]:
+        with limiter.concurrency("database"):
+            yield 1
+
+    holding = rows()
+    next(holding)
+    assert held(conn) == 1
+    holding.close()  # type: ignore[attr-defined]
+    assert held(conn) == 0
+
+
+HANDLES = """
+    import faulthandler, signal, threading
+    from pglimits import Limiter, LimiterUnavailable
+    faulthandler.dump_traceback_later(60, exit=True)
+    limiter = Limiter()
+    mine = []
+    handled = refused = 0
+    def handle(*_):
+        global handled, refused
+        limiter.release(mine.pop())
+        try:
+            limiter.acquire("database")
+        except LimiterUnavailable:
+            refused += 1
+        handled += 1
+    signal.signal(signal.SIGALRM, handle)
+    while handled < 200 or not refused:
+        mine.append(limiter.acquire("database"))
+        before = handled
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        while handled == before:
+            with limiter.concurrency("database"):
+                pass
+    print("done")
+    input()
+"""
+
+
+def test_a_signal_handler_may_release_in_the_midst_of_another_call(
+    children: Children, limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    """It cannot take slots there: what it interrupts goes on only after it."""
+    limiter.create("database", 1000)
+    child = children(HANDLES)
+    child.expect("done")
+    settles(conn, wait_until)
+    child.tell()
+    child.end()

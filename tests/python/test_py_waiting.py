@@ -441,6 +441,36 @@ def test_a_sleeper_whose_limit_is_shut_waits_no_longer_than_its_timeout(
     assert nothing_left(conn)
 
 
+def test_a_sleeper_whose_turn_lies_beyond_its_timeout_when_its_limit_is_opened_again_is_told_so(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("api", 1, slot_decay_per_second=0.1)
+    api.rate_limit("api")
+    sleeps = api.start("rate_limit", "api", timeout_seconds=60)
+    wait_until(lambda: waiting(conn) == 1)
+    api.update("api", limit=0)
+    wait_until(lambda: value(conn, "select looks_at > now() from pglimits.queue where turn is null"))
+    api.update("api", limit=1, slot_decay_per_second=0.001)
+    with pytest.raises(AcquireTimeout, match="turn"):
+        sleeps.result(30)
+    wait_until(lambda: nothing_left(conn))
+
+
+def test_who_stood_in_line_and_is_given_a_turn_beyond_its_timeout_is_told_so(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("api", 1, slot_decay_per_second=0.001)
+    api.acquire("api")
+    ahead = api.start("acquire", "api")
+    wait_until(lambda: waiting(conn) == 1)
+    behind = api.start("rate_limit", "api", timeout_seconds=60)
+    wait_until(lambda: waiting(conn) == 2)
+    api.update("api", limit=2)
+    api.release(ahead.result(30))
+    with pytest.raises(AcquireTimeout, match="turn"):
+        behind.result(30)
+
+
 def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:

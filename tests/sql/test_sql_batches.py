@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -103,6 +105,14 @@ def test_a_batch_keeps_the_order_of_the_queue(db: Db, s: Session) -> None:
     s.release(held)
     assert s.watch_one(rows[0].lease_id).status == "granted"
     db.consistent()
+
+
+def test_the_head_of_a_line_that_a_batch_makes_is_told_when_time_lets_it_go_on(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("database", 1)
+    s.acquire("database", lease_duration="2 seconds")
+    rows = many(s, ask("database", wait="1 minute"), ask("database", wait="1 minute"))
+    assert [(row.status, seconds(row.retry_after)) for row in rows] == [("queued", 2), ("queued", 3)]
 
 
 def test_a_batch_of_refusals_takes_no_transaction_id_and_waits_for_nobody(db: Db, s: Session) -> None:
@@ -510,6 +520,24 @@ def test_acquire_wait_holds_no_lock_and_no_transaction_while_it_waits(db: Db, s:
     assert not future.done()
     s.reset("database")
     assert future.result(timeout=20).status == "granted"
+
+
+def test_acquire_wait_ends_with_its_caller_where_the_server_looks_whether_that_is_there(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    held = s.acquire("database").lease_id
+    caller = db.session().connection
+    caller.execute("set client_connection_check_interval = '100ms'")
+    pid = caller.info.backend_pid
+    caller.pgconn.send_query(b"call pglimits.acquire_wait('database')")
+    db.wait_until(lambda: len(s.waiters()) == 1)
+    # As when it is killed: nothing is said, the connection is closed.
+    with socket.socket(fileno=os.dup(caller.pgconn.socket)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+    db.wait_until(lambda: not s.value("select exists (select from pg_stat_activity where pid = %s)", pid))
+    s.run("update pglimits.queue set expires_at = clock_timestamp()")
+    assert s.waiters() == []
+    s.release(held)
+    assert s.acquire("database").status == "granted"
 
 
 def test_acquire_wait_gives_up_at_its_wait_and_leaves_the_queue(db: Db, s: Session) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import timedelta
 from uuid import UUID, uuid4
 
 import psycopg
@@ -166,6 +167,72 @@ def test_a_request_that_fits_is_not_refused_because_its_limit_is_changed(db: Db,
 
     assert db.together([changer, caller])[1] == {"granted"}
     assert s.acquire("database").status == "granted"
+
+
+def test_the_same_request_asked_twice_at_once_acts_once_and_is_not_refused(db: Db, s: Session) -> None:
+    """A client that lost its connection asks again, while the server is still at work on its first call."""
+    s.create("database", 1, max_waiters=1)
+    s.serves("database", 1)
+    ids = [uuid4() for _ in range(500)]
+    gate = threading.Barrier(2)
+
+    def caller(session: Session) -> object:
+        found = []
+        for lease_id in ids:
+            gate.wait(timeout=60)
+            try:
+                found.append(session.acquire("database", wait="1 minute", lease_id=lease_id).status)
+            except psycopg.Error as error:
+                found.append(str(error.sqlstate))
+            if gate.wait(timeout=60) == 0:
+                session.release(lease_id)
+            gate.wait(timeout=60)
+        return found
+
+    assert [{*found} for found in db.together([caller] * 2)] == [{"queued"}] * 2
+
+
+def test_what_is_handed_over_while_its_waiter_looks_is_claimed_when_it_is_told(db: Db, s: Session) -> None:
+    s.create("database", 1)
+    gate = threading.Barrier(2)
+    rounds = range(150)
+
+    def holder(session: Session) -> object:
+        for _ in rounds:
+            held = session.acquire("database").lease_id
+            gate.wait(timeout=60)
+            gate.wait(timeout=60)
+            session.release(held)
+            gate.wait(timeout=60)
+        return None
+
+    def waiter(session: Session) -> object:
+        found = set()
+        for _ in rounds:
+            gate.wait(timeout=60)
+            mine = session.queue("database", channel="pglimits_t")
+            gate.wait(timeout=60)
+            while (
+                row := session.one("select status, ends_in from pglimits.watch(array[%s::uuid])", mine)
+            ).status != "granted":
+                pass
+            found.add(row.ends_in > timedelta(minutes=1))
+            session.release(mine)
+            gate.wait(timeout=60)
+        return found
+
+    assert db.together([holder, waiter])[1] == {True}
+
+
+def test_renewing_what_has_ended_keeps_nobody_from_its_slots(db: Db, s: Session, clock: Clock) -> None:
+    s.create("database", 1)
+    ended = s.acquire("database", lease_duration="1 second").lease_id
+    clock.advance(2)
+    other = db.session()
+    other.run("begin")
+    assert not other.value("select pglimits.renew(%s::uuid)", ended)
+    assert s.acquire("database").status == "granted"
+    other.run("rollback")
 
 
 def test_the_clock_is_read_after_the_lock_is_held(db: Db, s: Session) -> None:

@@ -214,6 +214,19 @@ def test_whoever_waits_is_told_when_a_release_commits_and_never_of_one_that_is_r
     check_consistent(world)
 
 
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_a_lease_that_was_taken_since_the_snapshot_is_not_seen_and_stays(world: Session, db: Db, level: str) -> None:
+    session = db.session()
+    session.run(f"begin isolation level {level}")
+    session.all("select * from pglimits.limits")
+    world.create("newer", 1)
+    taken = world.acquire("newer").lease_id
+    assert not session.renew(taken)
+    assert not session.release(taken)
+    session.run("commit")
+    assert world.limit("newer").held == 1
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_in_a_transaction_that_only_reads_only_what_changes_nothing_works(world: Session, db: Db, level: str) -> None:
     session = db.session()

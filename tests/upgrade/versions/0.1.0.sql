@@ -2226,13 +2226,15 @@ comment on function pglimits._in_use(pglimits._request) is 'The answer to a requ
 
 -- Begins the full duration of leases that were handed over.
 create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
-returns void
+returns table (lease_id uuid, limit_id bigint, key text, expires_at timestamptz)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
+#variable_conflict use_column
 begin
   -- Never waits for a row: whoever has it locked claims it, renews it or ends it right now.
+  return query
   update pglimits.leases l
   set claimed = true, expires_at = greatest(l.expires_at, now + l.lease_duration)
   from (
@@ -2240,11 +2242,12 @@ begin
     where u.lease_id = any (lease_ids) and not u.claimed and u.expires_at > now for update skip locked
   ) mine
   where l.lease_id = mine.lease_id
-    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key;
+    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key
+  returning l.lease_id, l.limit_id, l.key, l.expires_at;
 end $$;
 
 comment on function pglimits._claim(uuid[], timestamptz) is
-  'Begins the full duration of leases that were handed over to waiters.';
+  'Begins the full duration of leases that were handed over to waiters. Returns those, with their new ends.';
 
 -- What stands in the way of a request, given the states of its parts. Writes nothing: the same rules answer a peek, a
 -- refusal without a lock, and a decision under the locks.
@@ -2897,6 +2900,7 @@ declare
   answers pglimits._answer[];
   at integer[];
   at_mine integer;
+  head_id uuid;
 begin
   for i in 1 .. here loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
@@ -2958,6 +2962,18 @@ begin
       states[i] := pglimits._advance(states[i], configs[i], now);
     end if;
     perform pglimits._save(states[i], was[i], now);
+    if served.answers is not null and (states[i]).waiting > 0 and (states[i]).next_look < now + pglimits._liveness() * 0.3 then
+      -- Who was put in line at its head hears when time alone may let it go on.
+      head_id := (
+        select q.lease_id from pglimits.queue q
+        where q.limit_id = (states[i]).limit_id and q.key = (states[i]).key and q.turn is null
+          and q.rank = (states[i]).head_rank and q.arrival = (states[i]).head_arrival);
+      for n in 1 .. cardinality(requests) loop
+        if (served.answers[n]).status = 'queued' and (requests[n]).lease_id = head_id then
+          answers[n].retry_after := greatest((states[i]).next_look - now, interval '0');
+        end if;
+      end loop;
+    end if;
   end loop;
   return answers;
 end $$;
@@ -3419,11 +3435,13 @@ begin
     answer.message := request.message;
   elsif cardinality(request.keys) = 0 and not request.chosen then
     answer.status := 'unlimited';
-  elsif (request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null)
-        and not (request.chosen and pglimits._are_known(array[request.lease_id])) then
+  elsif request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null then
     now := pglimits._now();
     findings := pglimits._glance(request, false, now);
-    if findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
+    -- Asked after the look: what was granted to it meanwhile, when it was first asked, is no reason to refuse it.
+    if request.chosen and pglimits._are_known(array[request.lease_id]) then
+      null;
+    elsif findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
       answer.status := 'refused';
       if findings.fits_at < 'infinity' then
         answer.retry_after := findings.fits_at - now;
@@ -4139,7 +4157,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
-  now timestamptz;
+  now timestamptz := pglimits._now();
   mine tid[];
   seconds constant double precision := extract(epoch from renew.lease_duration);
   problem text := case when renew.lease_duration is not null then pglimits._duration_error(renew.lease_duration) end;
@@ -4151,8 +4169,9 @@ begin
   if problem is not null then
     perform pglimits._fail('InvalidArgument', problem);
   end if;
+  -- Not those that have ended: who takes them out passes over a row that is locked.
   select array_agg(x.place) into mine from (
-    select l.ctid as place from pglimits.leases l where l.lease_id = any (lease_ids)
+    select l.ctid as place from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
     order by l.limit_id, l.key, l.lease_id for update) x;
   now := pglimits._now();
   return query
@@ -4444,7 +4463,6 @@ begin
   end if;
 
   now := pglimits._now();
-  perform pglimits._claim(lease_ids, now);
   if waits then
     -- Never waits for a row: one that is locked is being granted or removed right now.
     update pglimits.queue q
@@ -4469,9 +4487,14 @@ begin
       and q.limit_id is not distinct from due.limit_id and q.key is not distinct from due.key;
   end if;
 
+  -- In one statement, so that what is handed over meanwhile is either claimed or not seen yet.
   return query
-  select l.lease_id, 'granted', l.fence, l.expires_at, null::interval, null::interval, l.expires_at - now
-  from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now
+  with claimed as materialized (select c.* from pglimits._claim(lease_ids, now) c)
+  select l.lease_id, 'granted', l.fence, e.expires_at, null::interval, null::interval, e.expires_at - now
+  from pglimits.leases l
+  left join claimed c on c.lease_id = l.lease_id and c.limit_id = l.limit_id and c.key = l.key
+  cross join lateral (select coalesce(c.expires_at, l.expires_at) as expires_at) e
+  where l.lease_id = any (lease_ids) and l.expires_at > now
   union all
   select q.lease_id,
          case when q.expires_at <= now then 'retry'
@@ -4630,8 +4653,11 @@ comment on procedure pglimits.acquire_wait(
 $$Takes slots of one limit and waits for them, in plain SQL: queues, commits, and watches its own row.
 
 Arguments as acquire, but wait null, the default, waits for ever. Answers status (granted, refused when wait is over,
-unlimited), granted_lease_id, fence and expires_at. Must be called outside a transaction block. A caller that dies while
-it waits leaves the queue within 10 seconds.$$;
+unlimited), granted_lease_id, fence and expires_at. Must be called outside a transaction block.
+
+A caller that dies while it waits leaves the queue as soon as the server notices: call
+  set client_connection_check_interval = '1s'
+in the session before, or the server looks only when it has an answer, and the caller's turn comes to nobody for a whole lease.$$;
 
 -- Drivers that send strings without a type reach these instead of "function is not unique".
 create or replace function pglimits._uuid(lease_id text)

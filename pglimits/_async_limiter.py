@@ -48,14 +48,13 @@ class AsyncLimiter:
         self._user = User()
         self._engine = engine_of(self._user, dsn, pool, AsyncConnectionPool, durable, on_unavailable)
         self._on_unavailable = on_unavailable
-        self._pool = pool
         self._leads: set[asyncio.Task[None]] = set()
 
     @classmethod
     def _on(cls, engine: Engine, on_unavailable: OnUnavailable) -> AsyncLimiter:
         limiter = cls.__new__(cls)
         limiter._engine, limiter._on_unavailable, limiter._user = engine, on_unavailable, User()
-        limiter._pool, limiter._leads = None, set()
+        limiter._leads = set()
         return limiter
 
     # Taking slots.
@@ -263,7 +262,7 @@ class AsyncLimiter:
     async def _call(self, call: _calls.Call[T]) -> T:
         if self._user.closed:
             raise LimiterUnavailable("the limiter has been closed")
-        return call.read(await self._engine.database.execute_in_loop(call.sql, call.params, self._pool))
+        return call.read(await self._engine.database.execute_in_loop(call.sql, call.params))
 
     async def _drive(self, course: Generator[Step, None, T]) -> T:
         try:
@@ -292,7 +291,7 @@ class AsyncLimiter:
         if not batches.summoned and batches.can_go(ticket):
             batches.summoned = True
             # In a task of its own: whoever asked may be cancelled, and the batch carries others' requests too.
-            lead = asyncio.create_task(self._engine.lead_in_loop(batches, self._pool), name="pglimits-send")
+            lead = asyncio.create_task(self._engine.lead_in_loop(batches), name="pglimits-send")
             self._leads.add(lead)
             lead.add_done_callback(lambda done: self._led(batches, done))
 

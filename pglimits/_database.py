@@ -151,13 +151,19 @@ class Database:
     it is then missing from no count. After a fork the child opens its own; the parent's sockets are left alone.
     """
 
-    def __init__(self, conninfo: str, options: dict[str, Any], pool: ConnectionPool[Any] | None = None) -> None:
+    def __init__(
+        self,
+        conninfo: str,
+        options: dict[str, Any],
+        pool: ConnectionPool[Any] | AsyncConnectionPool[Any] | None = None,
+    ) -> None:
         self.conninfo = conninfo
         self.options = options
         self.pooled = False
         self.checked = False
         self._there: str | None = None
-        self._pool = pool
+        self._pool = pool if isinstance(pool, ConnectionPool) else None
+        self._pool_in_loops = pool if isinstance(pool, AsyncConnectionPool) else None
         self._idle: list[psycopg.Connection[Row]] = []
         self._idle_in_loops: list[psycopg.AsyncConnection[Row]] = []
         self._closed = False
@@ -165,8 +171,9 @@ class Database:
 
     def forked(self) -> None:
         """Called in the child of a fork: forget the parent's sockets without closing them."""
-        self._left_to_parent += [self._pool, *self._idle, *self._idle_in_loops]
+        self._left_to_parent += [self._pool, self._pool_in_loops, *self._idle, *self._idle_in_loops]
         self._pool = None
+        self._pool_in_loops = None
         self._idle = []
         self._idle_in_loops = []
 
@@ -301,12 +308,12 @@ class Database:
         self,
         sql: str,
         params: Sequence[object],
-        pool: AsyncConnectionPool[Any] | None = None,
         sender: Sender | None = None,
         within: float | None = None,
     ) -> list[Row]:
         """As ``execute``, in an event loop: on a connection of a pool of the caller's, or on one of our own."""
         sender = sender or _Nobody()
+        pool = self._pool_in_loops
         try:
             for last in (False, False, True):
                 try:

@@ -18,10 +18,8 @@ import time
 import weakref
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from uuid import UUID
-
-from psycopg_pool import AsyncConnectionPool
 
 from . import _sql
 from ._arguments import Part
@@ -412,7 +410,7 @@ class Engine:
                 self._given_up.put(slot)
                 raise
 
-    async def lead_in_loop(self, batches: Batches, pool: AsyncConnectionPool[Any] | None) -> None:
+    async def lead_in_loop(self, batches: Batches) -> None:
         """Send batches from an event loop, as long as there are any."""
         batches.summoned = False
         while True:
@@ -424,7 +422,7 @@ class Engine:
                     slot.orphan = None
                     return
                 sql, params = batches.statement(slot)
-                batches.finish(slot, await self.database.execute_in_loop(sql, params, pool, slot, ANSWERS_WITHIN))
+                batches.finish(slot, await self.database.execute_in_loop(sql, params, slot, ANSWERS_WITHIN))
             except BaseException as error:
                 if isinstance(error, Exception) and slot.batch is not None:
                     batches.fail(slot, error)

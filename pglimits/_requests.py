@@ -15,8 +15,6 @@ from json.encoder import encode_basestring
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from psycopg_pool import ConnectionPool
-
 from . import _arguments
 from ._batches import Kind
 from ._database import Database, connection_source
@@ -137,7 +135,7 @@ def engine_of(
     if not isinstance(pool, kind_of_pool):
         raise InvalidArgument(f"pool must be a psycopg_pool.{kind_of_pool.__name__}, not {pool!r}")
     conninfo, options = connection_source(pool)
-    engine = Engine(Database(conninfo, options, pool if isinstance(pool, ConnectionPool) else None), durable)
+    engine = Engine(Database(conninfo, options, pool), durable)
     engine.users.add(user)
     return engine
 

@@ -523,3 +523,50 @@ def test_an_asyncio_process_that_forks_leaves_its_leases_to_the_parent(
     child.tell()
     child.end()
     assert held(conn) == 0
+
+
+def test_a_forked_child_uses_an_async_limiter_on_a_pool_with_connections_of_its_own_and_the_parent_goes_on(
+    limiter: Limiter, children: Children, conn: Connection
+) -> None:
+    limiter.create("database", 2)
+    child = children(
+        """
+        import asyncio, os, threading
+        from psycopg_pool import AsyncConnectionPool
+        from pglimits import AsyncLimiter
+
+        async def use(limiter):
+            for _ in range(20):
+                async with limiter.concurrency("database", timeout_seconds=10):
+                    await limiter.get("database")
+
+        def in_child(limiter):
+            try:
+                asyncio.run(use(limiter))
+                os._exit(0)
+            finally:
+                os._exit(1)
+
+        async def main():
+            async with AsyncConnectionPool(os.environ["PGLIMITS_DSN"], min_size=1, max_size=1) as pool:
+                limiter = AsyncLimiter(pool=pool)
+                await use(limiter)
+                pid = os.fork()
+                if pid == 0:
+                    thread = threading.Thread(target=in_child, args=[limiter])
+                    thread.start()
+                    thread.join()
+                await use(limiter)
+                _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+                print("the child ended with", os.waitstatus_to_exitcode(status))
+                await use(limiter)
+                print("the parent still works")
+                await limiter.close()
+
+        asyncio.run(main())
+        """
+    )
+    child.expect("the child ended with 0")
+    child.expect("the parent still works")
+    child.end()
+    assert nothing_left(conn)

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from json.encoder import encode_basestring
 from typing import Any, TypeVar, cast
@@ -160,7 +160,13 @@ def decorate(
     in_task: Callable[[], AbstractAsyncContextManager[Any]],
 ) -> F:
     """Wrap a function, sync or async, so that each call runs within a context of its own."""
-    if asyncio.iscoroutinefunction(function):
+    if isinstance(function, (staticmethod, classmethod)):
+        return cast(F, type(function)(decorate(function.__func__, in_thread, in_task)))
+    import inspect
+
+    if not callable(function) or _is(function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+        raise InvalidArgument(f"concurrency decorates functions and coroutine functions, not {function!r}")
+    if _is(function, asyncio.iscoroutinefunction):
 
         @functools.wraps(function)
         async def in_task_wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -168,14 +174,25 @@ def decorate(
                 return await function(*args, **kwargs)
 
         return cast(F, in_task_wrapper)
-    import inspect
-
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function) or not callable(function):
-        raise InvalidArgument(f"concurrency decorates functions and coroutine functions, not {function!r}")
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with in_thread():
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if isinstance(result, (Coroutine, Generator, AsyncGenerator)):
+                if isinstance(result, Coroutine):
+                    result.close()
+                raise InvalidArgument(
+                    f"{function!r} returned {result!r}, which would run when its slots have been given back: "
+                    "decorate a coroutine function, or enter the context inside"
+                )
+            return result
 
     return cast(F, wrapper)
+
+
+def _is(function: Callable[..., Any], *tests: Callable[[Any], bool]) -> bool:
+    """Whether a function, or what an object does when it is called, passes one of the tests."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return any(test(function) or test(type(function).__call__) for test in tests)

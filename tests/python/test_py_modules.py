@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import inspect
 import subprocess
@@ -394,6 +395,90 @@ def test_one_async_context_entered_by_several_tasks_keeps_its_leases_apart(envir
 
 
 @BOTH
+def test_a_decorated_method_without_an_instance_holds_slots_while_it_runs(
+    environment: str, conn: Connection, module: ModuleType
+) -> None:
+    with Limiter(environment) as limiter:
+        limiter.create("database", 1)
+
+    class Jobs:
+        @module.concurrency("database")
+        @staticmethod
+        def static(x: int) -> tuple[int, int]:
+            return x, held(conn)
+
+        @module.concurrency("database")
+        @staticmethod
+        async def static_coroutine(x: int) -> tuple[int, int]:
+            await asyncio.sleep(0)
+            return x, held(conn)
+
+        @module.concurrency("database")
+        @classmethod
+        def of_class(cls) -> tuple[type, int]:
+            return cls, held(conn)
+
+        @module.concurrency("database")
+        @classmethod
+        async def coroutine_of_class(cls) -> tuple[type, int]:
+            await asyncio.sleep(0)
+            return cls, held(conn)
+
+    for jobs in (Jobs, Jobs()):
+        assert jobs.static(5) == (5, 1)
+        assert run(jobs.static_coroutine(5)) == (5, 1)
+        assert jobs.of_class() == (Jobs, 1)
+        assert run(jobs.coroutine_of_class()) == (Jobs, 1)
+    assert held(conn) == 0
+
+
+@BOTH
+def test_a_decorated_object_whose_calls_are_coroutines_holds_slots_while_they_run(
+    environment: str, conn: Connection, module: ModuleType
+) -> None:
+    with Limiter(environment) as limiter:
+        limiter.create("database", 1)
+
+    class Job:
+        async def __call__(self, x: int) -> tuple[int, int]:
+            await asyncio.sleep(0)
+            return x, held(conn)
+
+    for job in (Job(), functools.partial(Job()), functools.partial(Job().__call__)):
+        decorated = module.concurrency("database")(job)
+        assert asyncio.iscoroutinefunction(decorated)
+        assert run(decorated(5)) == (5, 1)
+    # To call the class itself is to make an object.
+    assert isinstance(module.concurrency("database")(Job)(), Job)
+    assert held(conn) == 0
+
+
+@BOTH
+def test_a_decorated_function_that_returns_what_would_run_without_its_slots_raises(
+    environment: str, conn: Connection, module: ModuleType
+) -> None:
+    with Limiter(environment) as limiter:
+        limiter.create("database", 1)
+    ran: list[str] = []
+
+    async def coroutine() -> None:
+        ran.append("coroutine")
+
+    def generator() -> Any:
+        yield ran.append("generator")
+
+    async def async_generator() -> Any:
+        yield ran.append("async generator")
+
+    for function in (coroutine, generator, async_generator):
+        for job in (lambda function=function: function(), functools.lru_cache(function)):
+            with pytest.raises(InvalidArgument, match="when its slots have been given back"):
+                module.concurrency("database")(job)()
+            assert nothing_left(conn)
+    assert not ran
+
+
+@BOTH
 def test_what_is_not_a_function_cannot_be_decorated(environment: str, module: ModuleType) -> None:
     def generator() -> Any:
         yield 1
@@ -401,7 +486,12 @@ def test_what_is_not_a_function_cannot_be_decorated(environment: str, module: Mo
     async def async_generator() -> Any:
         yield 1
 
-    for wrong in (generator, async_generator, 5, None):
+    class Yields:
+        def __call__(self) -> Any:
+            yield 1
+
+    wrapped = (staticmethod(generator), classmethod(async_generator), functools.partial(generator), Yields())
+    for wrong in (generator, async_generator, *wrapped, 5, None):
         with pytest.raises(InvalidArgument):
             module.concurrency("database")(wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,7 +90,7 @@ def run(
         "timeout_seconds": timeout,
         "lease_duration": lease_duration,
         "strict": strict,
-        "holder": _client.holder(command[0][:500]),
+        "holder": _client.holder(os.fsencode(command[0]).decode(errors="replace")[:500]),
         "key": key,
         "priority": priority,
     }

@@ -69,6 +69,21 @@ def test_the_command_knows_its_lease(process: Callable[..., Any], conn: Connecti
     assert holders[0]["holder"]["program"] == "sh"
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such name")
+def test_a_command_whose_path_is_no_unicode_runs_and_is_shown_as_well_as_can_be(
+    process: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / os.fsdecode(b"job-\xff")
+    file.write_text('#!/bin/sh\nexec "$1" -m pglimits_cli holders -o json\n')
+    file.chmod(0o755)
+    result = process("run", "database", "--", str(file), sys.executable)
+    assert (result.code, result.err) == (0, "")
+    assert result.json[0]["holder"]["program"] == str(tmp_path / "job-\ufffd")
+    file.chmod(0o644)
+    result = process("run", "database", "--", str(file))
+    assert result.code == 126 and result.err.endswith(": cannot be executed\n")
+
+
 def test_the_command_inherits_other_files(start: Start, tmp_path: Path) -> None:
     with (tmp_path / "third").open("w") as third:
         fd = third.fileno()

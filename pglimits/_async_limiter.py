@@ -17,7 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Batches, Kind, Ticket
-from ._engine import Engine, OnUnavailable, Request, Step, User, Wait
+from ._engine import OnUnavailable, Request, Step, User, Wait
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import TaskWaker
@@ -25,7 +25,7 @@ from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
 if TYPE_CHECKING:
-    from ._limiter import Concurrency
+    from ._limiter import Concurrency, Limiter
 
 T = TypeVar("T")
 
@@ -51,9 +51,10 @@ class AsyncLimiter:
         self._leads: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def _on(cls, engine: Engine, on_unavailable: OnUnavailable) -> AsyncLimiter:
+    def _on(cls, other: Limiter) -> AsyncLimiter:
+        """The same limiter, for tasks."""
         limiter = cls.__new__(cls)
-        limiter._engine, limiter._on_unavailable, limiter._user = engine, on_unavailable, User()
+        limiter._engine, limiter._on_unavailable, limiter._user = other._engine, other._on_unavailable, other._user
         limiter._leads = set()
         return limiter
 
@@ -350,7 +351,7 @@ class AsyncConcurrency(contextlib.AbstractAsyncContextManager[Lease]):
         from ._limiter import Concurrency, Limiter
 
         limiter = self._limiter()
-        return Concurrency(lambda: Limiter._on(limiter._engine, limiter._on_unavailable), self._arguments)
+        return Concurrency(lambda: Limiter._on(limiter), self._arguments)
 
 
 class _Hold:

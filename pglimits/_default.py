@@ -31,4 +31,4 @@ def limiter() -> Limiter:
 
 def async_limiter() -> AsyncLimiter:
     """The same for tasks: both share what is held and renewed."""
-    return AsyncLimiter._on(limiter()._engine, "raise")
+    return AsyncLimiter._on(limiter())

@@ -240,6 +240,7 @@ class Engine:
                     request.waker,
                     now + (answer.retry_after if answer.wait is None else min(answer.wait, 3.0)),  # type: ignore[operator]
                     None if answer.wait is None else now + answer.wait,
+                    user=user,
                     called_in=asked,
                     lease_duration=request.kind.lease_duration,
                     # A lease that is left alone is claimed before it is left.
@@ -281,6 +282,8 @@ class Engine:
 
     def _await_news(self, waiter: Waiter, deadline: float | None) -> Generator[Step, None, None]:
         while waiter.news is None and waiter.error is None:
+            if self.closed or waiter.user.closed:
+                raise LimiterUnavailable("the limiter has been closed")
             now = time.monotonic()
             if (
                 waiter.put_off
@@ -494,7 +497,7 @@ class Engine:
         self.database.execute(_sql.RELEASE, [lease_ids, self.durable, ANSWERS_WITHIN / 2], within=ANSWERS_WITHIN)
 
     def close(self, user: User) -> None:
-        """One user less: release what it holds. The last one stops the engine."""
+        """One user less: release what it holds, and end its waits. The last one stops the engine."""
         user.closed = True
         with _shared_lock:
             self.users.discard(user)
@@ -504,7 +507,8 @@ class Engine:
         if last:
             self.shut()
             return
-        ids = [lease.id for lease in self.renewal.all() if lease._user is user and self.renewal.remove(lease)]
+        ids = self.keeper.close(user)
+        ids += [lease.id for lease in self.renewal.all() if lease._user is user and self.renewal.remove(lease)]
         if ids:
             with contextlib.suppress(Exception):
                 self._release_all(ids)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import psycopg
@@ -30,6 +31,9 @@ from . import _sql
 from ._database import Database, Row, answer, answering
 from ._wake import OURS, Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
+
+if TYPE_CHECKING:
+    from ._engine import User
 
 log = logging.getLogger("pglimits.keeper")
 
@@ -85,6 +89,7 @@ class Waiter:
         "put_off",
         "trusting",
         "turn_at",
+        "user",
         "waker",
     )
 
@@ -95,12 +100,14 @@ class Waiter:
         looks_at: float,
         turn_at: float | None,
         *,
+        user: User,
         called_in: float = 0.0,
         lease_duration: float = 0.0,
         trusting: bool = False,
     ) -> None:
         self.lease_id = lease_id
         self.waker = waker
+        self.user = user
         self.looks_at = looks_at
         self.turn_at = turn_at
         self.lease_duration = lease_duration
@@ -161,9 +168,12 @@ class Keeper:
             self._stopped = True
             self._poke()
 
-    def close(self) -> None:
-        """Tell all waiters that the limiter is closed."""
-        self._give_up(LimiterUnavailable("the limiter has been closed"))
+    def close(self, user: User | None = None) -> list[UUID]:
+        """Have all waiters, or those of one user, see that their limiter is closed. Returns which they are."""
+        with self._lock:
+            waiters = [waiter for waiter in self._waiters.values() if user is None or waiter.user is user]
+        wake_all([waiter.waker for waiter in waiters])
+        return [waiter.lease_id for waiter in waiters]
 
     def _poke(self) -> None:
         if self._pipe is not None:

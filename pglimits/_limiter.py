@@ -19,7 +19,7 @@ from psycopg_pool import ConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Kind, Ticket
-from ._engine import Engine, OnUnavailable, Request, Step, User
+from ._engine import OnUnavailable, Request, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import Anchor, ThreadWaker
@@ -27,7 +27,7 @@ from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
 if TYPE_CHECKING:
-    from ._async_limiter import AsyncConcurrency
+    from ._async_limiter import AsyncConcurrency, AsyncLimiter
 
 T = TypeVar("T")
 
@@ -60,9 +60,10 @@ class Limiter:
         self._on_unavailable = on_unavailable
 
     @classmethod
-    def _on(cls, engine: Engine, on_unavailable: OnUnavailable) -> Limiter:
+    def _on(cls, other: AsyncLimiter) -> Limiter:
+        """The same limiter, for threads."""
         limiter = cls.__new__(cls)
-        limiter._engine, limiter._on_unavailable, limiter._user = engine, on_unavailable, User()
+        limiter._engine, limiter._on_unavailable, limiter._user = other._engine, other._on_unavailable, other._user
         return limiter
 
     # Taking slots.
@@ -405,4 +406,4 @@ class Concurrency(contextlib.AbstractContextManager[Lease]):
         from ._async_limiter import AsyncConcurrency, AsyncLimiter
 
         limiter = self._limiter()
-        return AsyncConcurrency(lambda: AsyncLimiter._on(limiter._engine, limiter._on_unavailable), self._arguments)
+        return AsyncConcurrency(lambda: AsyncLimiter._on(limiter), self._arguments)

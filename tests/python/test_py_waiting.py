@@ -702,6 +702,58 @@ def test_limiters_on_one_database_share_an_engine_until_the_last_is_closed(dsn: 
         assert first.release(lease) is False, "closing gave it back"
 
 
+@pytest.mark.parametrize("how", ["raise", "wait"])
+def test_closing_one_of_several_limiters_on_a_database_ends_the_waits_of_its_own_and_of_no_other(
+    api: Api, dsn: str, conn: Connection, wait_until: WaitUntil, how: str
+) -> None:
+    api.create("database", 1)
+    api.create("api", 1, slot_decay_per_second=0.001)
+    lease = api.acquire("database")
+    api.rate_limit("api")
+    with open_api(api.kind, dsn=dsn, on_unavailable=how) as goes:
+        waits, stays = [], []
+        for number, (method, name) in enumerate([("acquire", "database"), ("rate_limit", "api")], 1):
+            waits.append(goes.start(method, name))
+            wait_until(lambda: waiting(conn) == 2 * number - 1)
+            stays.append(api.start(method, name))
+            wait_until(lambda: waiting(conn) == 2 * number)
+        wait_until(lambda: is_watched(conn))
+        goes.close()
+        for wait in waits:
+            with pytest.raises(LimiterUnavailable, match="closed"):
+                wait.result(30)
+    assert (waiting(conn, "database"), waiting(conn, "api"), held(conn)) == (1, 1, 1)
+    assert not any(wait.done() for wait in stays)
+    assert api.release(lease)
+    assert api.release(stays[0].result(30))
+    api.update("api", slot_decay_per_second=1000)
+    stays[1].result(30)
+    assert nothing_left(conn)
+
+
+def test_closing_a_limiter_ends_the_waits_of_the_functions_of_the_other_kind_that_it_decorates(
+    api: Api, dsn: str, conn: Connection, wait_until: WaitUntil
+) -> None:
+    async def in_task() -> None:
+        raise AssertionError
+
+    def in_its_thread() -> None:
+        raise AssertionError
+
+    api.create("database", 1)
+    lease = api.acquire("database")
+    with open_api(api.kind, dsn=dsn) as goes:
+        decorate = goes.limiter.concurrency("database")
+        job = decorate(in_its_thread) if api.kind == "async" else lambda: run(decorate(in_task)())
+        waits = in_thread(job)
+        wait_until(lambda: waiting(conn) == 1)
+        goes.close()
+        with pytest.raises(LimiterUnavailable, match="closed"):
+            waits.result(30)
+    assert waiting(conn) == 0
+    assert api.release(lease)
+
+
 def test_opening_and_closing_limiters_leaves_no_thread_descriptor_or_connection(
     dsn: str, conn: Connection, wait_until: WaitUntil
 ) -> None:

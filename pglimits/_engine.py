@@ -258,6 +258,7 @@ class Engine:
                 if (
                     waiter.turn_at is not None
                     and waiter.news is None
+                    and waiter.error is None
                     and (self.keeper.listening or (answer.wait is not None and answer.wait <= _SHORTEST_WATCHED))
                 ):
                     return self._lease(request, user, answer, asked)

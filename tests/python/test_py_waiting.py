@@ -33,6 +33,7 @@ from wrappertest import (
 from pglimits import (
     AcquireTimeout,
     AsyncLimiter,
+    Limiter,
     LimiterUnavailable,
     LimitNotFound,
     NoSlotDecay,
@@ -469,6 +470,25 @@ def test_who_stood_in_line_and_is_given_a_turn_beyond_its_timeout_is_told_so(
     api.release(ahead.result(30))
     with pytest.raises(AcquireTimeout, match="turn"):
         behind.result(30)
+
+
+def test_a_sleeper_that_could_not_be_told_for_too_long_asks_again_and_does_not_go_early(
+    dsn: str, conn: Connection, wait_until: WaitUntil
+) -> None:
+    with Limiter(dsn, on_unavailable="wait") as limiter:
+        limiter.create("api", 1, slot_decay_per_second=0.001)
+        limiter.rate_limit("api")
+        sleeps = in_thread(lambda: limiter.rate_limit("api"))
+        wait_until(lambda: waiting(conn) == 1)
+        keeper = limiter._engine.keeper
+        wait_until(lambda: len(keeper._waiters) == 1)
+        # As after seconds without a connection, where there is one again by the time that it looks.
+        (waiter,) = keeper._waiters.values()
+        keeper._give_up(LimiterUnavailable("no connection"))
+        wait_until(lambda: waiter not in keeper._waiters.values() and len(keeper._waiters) == 1)
+        assert not sleeps.done()
+        limiter.update("api", slot_decay_per_second=10000)
+        sleeps.result(30)
 
 
 def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(

@@ -96,6 +96,7 @@ class Ticket:
         "lease_id",
         "not_before",
         "patience",
+        "sent",
         "tries",
         "wait",
         "waker",
@@ -122,6 +123,8 @@ class Ticket:
         self.batches: Batches | None = None
         # Sent before, and nobody knows what became of that.
         self.again = False
+        # When (monotonic) it last was.
+        self.sent = 0.0
         # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
         self.alone = False
         self.not_before = 0.0
@@ -235,7 +238,9 @@ class Batches:
                     batch += self._companions(batch, busy)
             slot.batch = batch
             self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
+            now = time.monotonic()
             for taken in batch:
+                taken.sent = now
                 self._pending.pop(taken, None)
         return True
 
@@ -284,6 +289,8 @@ class Batches:
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""
+        for ticket in slot.batch or ():
+            ticket.again = ticket.again or slot.again
         if slot.sql == _sql.ACQUIRE_MANY:
             for ticket, row in zip(slot.requests, rows, strict=True):
                 ticket.answer = Answer(*row)
@@ -292,7 +299,6 @@ class Batches:
                 ended = set(rows[0][0])
                 for ticket in slot.releases:
                     ticket.answer = not ended or ticket.lease_id not in ended
-                    ticket.again = ticket.again or slot.again
             if slot.requests:
                 _hand_out(slot.requests, rows[0][-1])
         self._close(slot)

@@ -202,7 +202,13 @@ class Engine:
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
                     out_of_touch = not isinstance(problem, Busy)
-                    if waiter is not None and waiter.turn_at is not None and isinstance(problem, LimiterUnavailable):
+                    if (
+                        waiter is not None
+                        and waiter.turn_at is not None
+                        and time.monotonic() >= waiter.turn_at
+                        and (waiter.news is None or waiter.news.status != "retry")
+                        and isinstance(problem, LimiterUnavailable)
+                    ):
                         # Its turn was taken and has come; it only asked again whether it had been put off.
                         return self._lease(request, user, None, asked)
                     if isinstance(problem, Busy) or ticket.error is None:
@@ -221,9 +227,13 @@ class Engine:
                     continue
 
                 answer = ticket.answer
+                asked = ticket.sent
                 out_of_touch = False
-                # Who was in line, and may not wait on since a limit was changed, may still stand there.
-                taken = answer.status in ("granted", "queued") or (answer.error is not None and waiter is not None)
+                # Who was in line, and may not wait on since a limit was changed, may still stand there; and who asked
+                # before, and never heard the answer, may have been granted what there is no longer.
+                taken = answer.status in ("granted", "queued") or (
+                    answer.error is not None and (waiter is not None or ticket.again)
+                )
                 if answer.error is not None:
                     raise BY_KIND.get(answer.error, PglimitsError)(answer.message or answer.error)
                 self._warn_missing(answer.missing)

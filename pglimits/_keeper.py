@@ -80,6 +80,7 @@ class Waiter:
     """
 
     __slots__ = (
+        "called_in",
         "ends",
         "error",
         "lease_duration",
@@ -111,6 +112,7 @@ class Waiter:
         self.looks_at = looks_at
         self.turn_at = turn_at
         self.lease_duration = lease_duration
+        self.called_in = called_in
         self.ends = called_in + min(LIVENESS, lease_duration)
         self.trusting = trusting and turn_at is None
         self.put_off = False
@@ -133,6 +135,7 @@ class Keeper:
         self._count = itertools.count()
         self._told: set[UUID] = set()
         self._told_all = False
+        self._told_all_at = 0.0
         # Told of their lease, and not woken yet.
         self._granted: list[Waiter] = []
         self._thread: threading.Thread | None = None
@@ -146,7 +149,9 @@ class Keeper:
             self._waiters[waiter.lease_id] = waiter
             if self._said:
                 waiter.looks_at = min(waiter.looks_at, self._next_look(time.monotonic(), LIVENESS))
-            self._schedule(waiter, 0.0 if waiter.lease_id in self._told else waiter.looks_at)
+            # It may have been told, with all others, since it asked.
+            told = waiter.lease_id in self._told or waiter.called_in <= self._told_all_at
+            self._schedule(waiter, 0.0 if told else waiter.looks_at)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._pipe = os.pipe()
                 os.set_blocking(self._pipe[1], False)
@@ -284,6 +289,7 @@ class Keeper:
         with self._lock:
             if payload == "":
                 self._told_all = True
+                self._told_all_at = time.monotonic()
             else:
                 try:
                     self._told_of(*payload.split(" "))

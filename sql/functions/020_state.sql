@@ -409,7 +409,8 @@ begin
   if head.for_rate then
     state := pglimits._book(state, config, head.slots, pglimits._decayed(config, now));
     state.next_death := least(state.next_death, head.expires_at);
-    update pglimits.queue q set turn = state.booked - config."limit"
+    -- A turn that comes at once is remembered from now on.
+    update pglimits.queue q set turn = greatest(state.booked - config."limit", pglimits._decayed(config, now))
     where q.lease_id = head.lease_id
       and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
   else

@@ -1043,7 +1043,7 @@ begin
       head_id := (
         select q.lease_id from pglimits.queue q
         where q.limit_id = (states[i]).limit_id and q.key = (states[i]).key and q.turn is null
-          and q.rank = (states[i]).head_rank and q.arrival = (states[i]).head_arrival);
+          and q.rank = (states[i]).head_rank and q.arrival = (states[i]).head_arrival limit 1);
       for n in 1 .. cardinality(requests) loop
         if (served.answers[n]).status = 'queued' and (requests[n]).lease_id = head_id then
           answers[n].retry_after := greatest((states[i]).next_look - now, interval '0');

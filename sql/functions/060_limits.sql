@@ -449,7 +449,9 @@ begin
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     used := 0;
   end if;
-  if slots >= 0 then
+  if slots = 0 then
+    return state;
+  elsif slots > 0 then
     state.booked := state.booked + slots;
     last_turn := (select max(q.turn) from pglimits.queue q
                   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed);

@@ -751,7 +751,9 @@ class Model:
         """
         if place.added_ahead <= 0:
             place.added = Fraction(0)
-        if slots >= 0:
+        if slots == 0:
+            return
+        if slots > 0:
             place.level += slots
             if place.sleepers:
                 place.added += slots

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from pglimits import (
     NoSlotDecay,
     QueueFull,
     SlotsExceedLimit,
+    _database,
 )
 
 
@@ -486,6 +488,86 @@ def test_a_sleeper_that_could_not_be_told_for_too_long_asks_again_and_does_not_g
         (waiter,) = keeper._waiters.values()
         keeper._give_up(LimiterUnavailable("no connection"))
         wait_until(lambda: waiter not in keeper._waiters.values() and len(keeper._waiters) == 1)
+        assert not sleeps.done()
+        limiter.update("api", slot_decay_per_second=10000)
+        sleeps.result(30)
+
+
+def test_a_sleeper_does_not_go_before_its_turn_while_the_database_is_away(
+    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Limiter(dsn, on_unavailable="wait") as limiter:
+        limiter.create("api", 1, slot_decay_per_second=0.001)
+        limiter.rate_limit("api")
+        sleeps = in_thread(lambda: limiter.rate_limit("api"))
+        wait_until(lambda: len(limiter._engine.keeper._waiters) == 1)
+        asked = []
+
+        def away(*_: Any) -> Any:
+            asked.append(1)
+            raise LimiterUnavailable("the database is away")
+
+        with monkeypatch.context() as outage:
+            outage.setattr(limiter._engine.database, "execute", away)
+            limiter._engine.keeper._give_up(LimiterUnavailable("no connection"))
+            wait_until(lambda: len(asked) >= 2)
+            assert not sleeps.done()
+        limiter.update("api", slot_decay_per_second=10000)
+        sleeps.result(30)
+
+
+def test_what_was_granted_to_a_request_that_is_an_error_when_it_is_asked_again_is_given_back(
+    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply was lost, and the limit has shrunk."""
+    with Limiter(dsn) as limiter:
+        limiter.create("database", 5)
+        real, lost = _database.run, []
+
+        def lossy(connection: Any, sql: str, params: Any, prepare: bool | None) -> Any:
+            rows = real(connection, sql, params, prepare)
+            if "acquire" in sql and not lost:
+                lost.append(1)
+                conn.execute("select pglimits.update_limit('database', 3)")
+                connection.close()
+                raise psycopg.OperationalError("the reply was lost")
+            return rows
+
+        monkeypatch.setattr(_database, "run", lossy)
+        with pytest.raises(SlotsExceedLimit):
+            limiter.acquire("database", 5, timeout_seconds=1)
+        assert lost
+        wait_until(lambda: nothing_left(conn))
+
+
+def test_a_sleeper_hears_of_what_all_were_told_just_before_it_was_looked_after(
+    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if poolers.MODE is not None:
+        pytest.skip("nobody is told")
+    with Limiter(dsn) as limiter:
+        limiter.create("other", 0)
+        limiter.create("api", 1, slot_decay_per_second=0.5)
+        limiter.rate_limit("api")
+        keeper = limiter._engine.keeper
+        in_thread(lambda: limiter.acquire("other"))
+        wait_until(lambda: is_watched(conn))
+        told: list[str] = []
+        notified, add = keeper._notified, keeper.add
+
+        def hears(notification: psycopg.Notify) -> None:
+            notified(notification)
+            told.append(notification.payload)
+
+        def adds_late(waiter: Any) -> None:
+            conn.execute("select pglimits.update_limit('api', slot_decay_per_second => 0.001)")
+            wait_until(lambda: "" in told)
+            add(waiter)
+
+        monkeypatch.setattr(keeper, "_notified", hears)
+        monkeypatch.setattr(keeper, "add", adds_late)
+        sleeps = in_thread(lambda: limiter.rate_limit("api"))
+        wait_until(lambda: any((each.turn_at or 0) > time.monotonic() + 60 for each in keeper._waiters.values()))
         assert not sleeps.done()
         limiter.update("api", slot_decay_per_second=10000)
         sleeps.result(30)

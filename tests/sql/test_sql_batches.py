@@ -115,6 +115,22 @@ def test_the_head_of_a_line_that_a_batch_makes_is_told_when_time_lets_it_go_on(c
     assert [(row.status, seconds(row.retry_after)) for row in rows] == [("queued", 2), ("queued", 3)]
 
 
+def test_two_who_arrived_in_one_moment_on_different_limits_may_meet_at_the_head_of_a_line(
+    clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("one", 1)
+    s.create("two", 1)
+    held = s.acquire("one").lease_id
+    s.acquire("two", lease_duration="2 seconds")
+    both = {"names": ["one", "two"], "wait": "1 minute", "lease_id": str(uuid4())}
+    assert [row.status for row in many(s, both, ask("two", wait="1 minute"))] == ["queued", "queued"]
+    s.release(held)
+    assert s.acquire(["one", "two"], wait="1 minute", lease_id=UUID(both["lease_id"])).status == "queued"
+    rows = many(s, ask("two", wait="1 minute"), ask("two", wait="1 minute"))
+    assert [row.status for row in rows] == ["queued", "queued"]
+
+
 def test_a_batch_of_refusals_takes_no_transaction_id_and_waits_for_nobody(db: Db, s: Session) -> None:
     s.create("database", 1)
     s.acquire("database")

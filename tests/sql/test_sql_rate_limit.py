@@ -380,6 +380,37 @@ def test_who_stood_in_line_for_a_turn_and_cannot_be_told_goes_when_it_hears_that
     assert seconds(s.rate_limit("api", wait=None).wait) == 19, "it is not taken for dead"
 
 
+def test_a_turn_that_is_handed_to_who_stood_in_line_is_remembered_from_then_on(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 600, 50)
+    clock.advance(15)
+    held = s.acquire("api", slots=600).lease_id
+    s.queue("api", channel="pglimits_x")
+    behind = uuid4()
+    ask = {"slots": 50, "wait": None, "lease_id": behind, "channel": "pglimits_x"}
+    assert s.rate_limit("api", **ask).status == "queued"
+    s.adjust("api", -600)
+    s.release(held)
+    s.rate_limit("api", wait=None, lease_id=uuid4())
+    level = s.limit("api").level
+    assert [row.status for row in s.watch(behind)] == ["granted"]
+    assert s.rate_limit("api", **ask).status == "granted"
+    assert s.limit("api").level == level
+
+
+def test_adjusting_by_nothing_changes_nothing_for_those_who_sleep(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 1)
+    s.rate_limit("api")
+    before = sleeping(s, 1)[0]
+    s.adjust("api", 2)
+    behind = sleeping(s, 1)[0]
+    s.adjust("api", 0)
+    s.adjust("api", -2)
+    (last,) = sleeping(s, 1)
+    assert turns(s, before, behind, last) == [1, 2, 3]
+
+
 def test_what_is_given_back_before_a_sleeper_in_plain_sql_goes_to_those_who_can_be_told(
     clock: Clock, s: Session
 ) -> None:

@@ -1036,7 +1036,8 @@ begin
   if head.for_rate then
     state := pglimits._book(state, config, head.slots, pglimits._decayed(config, now));
     state.next_death := least(state.next_death, head.expires_at);
-    update pglimits.queue q set turn = state.booked - config."limit"
+    -- A turn that comes at once is remembered from now on.
+    update pglimits.queue q set turn = greatest(state.booked - config."limit", pglimits._decayed(config, now))
     where q.lease_id = head.lease_id
       and q.limit_id is not distinct from head.limit_id and q.key is not distinct from head.key;
   else
@@ -2967,7 +2968,7 @@ begin
       head_id := (
         select q.lease_id from pglimits.queue q
         where q.limit_id = (states[i]).limit_id and q.key = (states[i]).key and q.turn is null
-          and q.rank = (states[i]).head_rank and q.arrival = (states[i]).head_arrival);
+          and q.rank = (states[i]).head_rank and q.arrival = (states[i]).head_arrival limit 1);
       for n in 1 .. cardinality(requests) loop
         if (served.answers[n]).status = 'queued' and (requests[n]).lease_id = head_id then
           answers[n].retry_after := greatest((states[i]).next_look - now, interval '0');
@@ -5240,7 +5241,9 @@ begin
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     used := 0;
   end if;
-  if slots >= 0 then
+  if slots = 0 then
+    return state;
+  elsif slots > 0 then
     state.booked := state.booked + slots;
     last_turn := (select max(q.turn) from pglimits.queue q
                   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed);

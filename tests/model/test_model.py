@@ -241,6 +241,9 @@ class Lives(RuleBasedStateMachine):
                     self.looks[lease_id] = self.model.now + LOOK
                     self.goes[lease_id] = self.model.now + self.model.until(asleep[0], asleep[1].ahead)
             else:
+                if status == "retry" and self.model.waiter(lease_id) is not None:
+                    # It may get an error when it asks again, and stay in line for as long as it lives.
+                    self.model.lives_for(lease_id, micros(row.ends_in) or 0)
                 was_looking = self.looks.pop(lease_id, None) is not None
                 self.deaf.discard(lease_id)
                 if status == "granted" and lease is not None:

@@ -207,7 +207,8 @@ def test_all_leases_of_a_process_are_renewed_in_one_statement_by_one_thread(
     monkeypatch.setattr(_renewal, "run_statement", counting)
     with open_api("sync", dsn=dsn) as threads, open_api("async", dsn=dsn) as tasks:
         threads.create("database", 40)
-        leases = [api.acquire("database", lease_duration=THIRD) for api in (threads, tasks) * 20]
+        # Long enough that, on a slow machine too, all are taken within the tenth of a third that comes along.
+        leases = [api.acquire("database", lease_duration=5 * THIRD) for api in (threads, tasks) * 20]
         ids = {lease.id for lease in leases}
         # Taken one after the other, they settle into one statement.
         wait_until(lambda: sum(asked == ids for _, asked in calls) >= 2, timeout=PATIENCE)

@@ -123,7 +123,7 @@ class Ticket:
         self.batches: Batches | None = None
         # Sent before, and nobody knows what became of that.
         self.again = False
-        # When (monotonic) it last was.
+        # When (monotonic) it was sent: an answer is of no earlier moment.
         self.sent = 0.0
         # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
         self.alone = False
@@ -240,7 +240,8 @@ class Batches:
             self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
             now = time.monotonic()
             for taken in batch:
-                taken.sent = now
+                if not taken.again:
+                    taken.sent = now
                 self._pending.pop(taken, None)
         return True
 

@@ -37,7 +37,6 @@ OnUnavailable = Literal["raise", "wait", "allow"]
 _SHORTEST_WATCHED = 0.1
 """Turns nearer than this many seconds are not worth telling anybody that they have moved."""
 
-
 _AS_GOOD_AS = 0.005
 """Seconds by which a turn may come after a deadline: it takes a moment to be told of it."""
 
@@ -193,12 +192,12 @@ class Engine:
                 self._ready_to_clean()
                 taken = True
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-                asked = time.monotonic()
                 ticket = request.ticket(left)
                 try:
                     yield ticket
                 finally:
                     ticket.withdraw()
+                asked = ticket.sent
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
                     out_of_touch = not isinstance(problem, Busy)
@@ -227,7 +226,6 @@ class Engine:
                     continue
 
                 answer = ticket.answer
-                asked = ticket.sent
                 out_of_touch = False
                 # Who was in line, and may not wait on since a limit was changed, may still stand there; and who asked
                 # before, and never heard the answer, may have been granted what there is no longer.

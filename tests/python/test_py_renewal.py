@@ -8,7 +8,7 @@ import threading
 import time
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -19,6 +19,7 @@ from wrappertest import (
     WaitUntil,
     backends,
     held,
+    in_thread,
     nothing_left,
     open_api,
     run,
@@ -27,6 +28,10 @@ from wrappertest import (
 )
 
 from pglimits import AsyncLimiter, Lease, LeaseLost, Limiter, _renewal
+from pglimits._arguments import Part
+from pglimits._batches import Batches, Slot, Ticket
+from pglimits._engine import kind_of
+from pglimits._wake import ThreadWaker
 
 THIRD = 3.0
 """A lease of so many seconds is renewed every second."""
@@ -64,6 +69,36 @@ def test_a_lease_tells_its_id_fence_and_end(api: Api, conn: Connection) -> None:
     assert not lease.lost
     api.release(lease)
     assert not lease.lost
+
+
+def test_a_lease_that_was_granted_after_a_long_wait_for_a_lock_counts_from_then(
+    limiter: Limiter, conn: Connection, server_dsn: str, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    limiter.release(limiter.acquire("database"))
+    with psycopg.connect(server_dsn) as locker:
+        locker.execute("select from pglimits.states for update")
+        began = time.monotonic()
+        asks = in_thread(lambda: limiter.acquire("database", lease_duration=1))
+        wait_until(lambda: time.monotonic() > began + 1.5)
+    lease = asks.result(30)
+    # From when the statement that was granted was sent: each of them waits for a lock for less than half a second.
+    assert lease._ends > began + 2
+    limiter.release(lease)
+
+
+def test_a_lease_that_was_asked_for_again_counts_from_when_it_may_have_been_granted() -> None:
+    """A sender was interrupted, and nobody knows what became of its batch."""
+    kind = kind_of((Part("database", "", 1),), None, 60.0, 0, False, False)
+    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    ticket = Ticket(uuid4(), kind, kind.places, None, "null", ThreadWaker(), None)
+    batches.submit(ticket)
+    first, second = Slot(batches), Slot(batches)
+    assert batches.take(first)
+    sent = ticket.sent
+    batches.put_back(first)
+    assert batches.take(second)
+    assert ticket.sent == sent
 
 
 def test_a_lease_lasts_five_minutes_by_default(api: Api) -> None:

@@ -11,8 +11,20 @@ import sys
 import time
 from typing import Any
 
+import poolers
 import pytest
-from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, value, waiting
+from wrappertest import (
+    Children,
+    Connection,
+    WaitUntil,
+    backends,
+    held,
+    in_thread,
+    nothing_left,
+    run,
+    value,
+    waiting,
+)
 
 from pglimits import AsyncLimiter, Limiter
 
@@ -233,13 +245,18 @@ def test_a_killed_waiter_leaves_the_queue_within_ten_seconds_and_those_behind_it
 
 
 def test_a_slot_handed_to_a_dead_waiter_goes_on_to_the_next(
-    database: Limiter, children: Children, conn: Connection, clock: Any, wait_until: WaitUntil
+    database: Limiter, dsn: str, children: Children, conn: Connection, clock: Any, wait_until: WaitUntil
 ) -> None:
     lease = database.acquire("database")
-    dead = children("from pglimits import Limiter; Limiter().acquire('database', lease_duration=3600)")
+    dead = children(
+        "from pglimits import Limiter; Limiter().acquire('database', lease_duration=3600)",
+        env={"PGLIMITS_DSN": f"{dsn} application_name=dead"},
+    )
     wait_until(lambda: waiting(conn) == 1)
     dead.signal(signal.SIGKILL)
     dead.end(-signal.SIGKILL)
+    # What it had sent before it died is done: a look under way would take up what comes now.
+    wait_until(lambda: poolers.MODE is not None or not backends(conn, application="dead"))
     database.release(lease)
     # It was granted what it can no longer take up. That lasts as long as it would have lived in the queue, no longer.
     assert held(conn) == 1

@@ -316,6 +316,8 @@ class Engine:
         lost = lease.lost
         lease.released = True
         try:
+            if lost:  # its time is over, and the thread that renews may not have noticed yet
+                self.renewal.lose(lease, "it was not renewed in time")
             self.renewal.remove(lease)
             yield ticket
         except BaseException:

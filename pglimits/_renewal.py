@@ -172,7 +172,7 @@ class Renewal:
                     del unclaimed[claim.lease_id]
                     self._extend(lease, reference, asked, claim.expires_at)
         for lease in gone:
-            self._lose(lease, "it had ended before it was claimed, or somebody ended it")
+            self.lose(lease, "it had ended before it was claimed, or somebody ended it")
 
     def remove(self, lease: Lease) -> bool:
         """Renew it no longer. Whether it was being renewed."""
@@ -258,7 +258,7 @@ class Renewal:
         for lease in due:
             renewed, expires_at = outcome.get(lease.id, (False, None))
             if not renewed:
-                self._lose(lease, "it had expired, or somebody ended it")
+                self.lose(lease, "it had expired, or somebody ended it")
                 continue
             with self._lock:
                 reference = self._due.pop(lease.id, None)
@@ -276,18 +276,19 @@ class Renewal:
         now = time.monotonic()
         for lease in due:
             if now >= lease._ends:
-                self._lose(lease, f"it could not be renewed: {error}")
+                self.lose(lease, f"it could not be renewed: {error}")
         with self._lock:
             left = [lease._ends - now for lease in due]
             self._not_before = now + min(_RETRY, *(max(seconds / 4, 0.02) for seconds in left))
 
-    def _lose(self, lease: Lease, why: str) -> None:
+    def lose(self, lease: Lease, why: str) -> None:
+        """Say that a lease is lost, once, and renew it no longer."""
         if not self.remove(lease):
             return
-        lease._lost = True
         if lease._on_lost is None:
             log.warning("the lease %s on %s was lost: %s", lease.id, ", ".join(lease.names), why)
-        else:
+        lease._lost = True
+        if lease._on_lost is not None:
             lease._on_lost()
 
 

@@ -332,6 +332,28 @@ def test_a_lost_lease_that_is_not_to_raise_warns_once(
     assert [record.levelname for record in warnings] == ["WARNING"]
 
 
+def test_a_lost_lease_warns_also_where_its_block_is_left_before_the_thread_that_renews_notices(
+    limiter: Limiter, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter.create("database", 1)
+    real, left = _renewal.run_statement, threading.Event()
+
+    def hangs(*arguments: Any, **options: Any) -> Any:
+        left.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(_renewal, "run_statement", hangs)
+    with caplog.at_level(logging.WARNING, "pglimits"):
+        try:
+            with limiter.concurrency("database", lease_duration=1) as lease:
+                wait_until(lambda: lease.lost)
+        finally:
+            left.set()
+        limiter.close()
+    warnings = [record for record in caplog.records if str(lease.id) in record.getMessage()]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+
+
 def test_a_lease_lost_only_at_the_exit_raises_too(limiter: Limiter, conn: Connection) -> None:
     """Nobody renewed in between, so the release is what finds out."""
     limiter.create("database", 1)

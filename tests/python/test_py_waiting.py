@@ -848,7 +848,7 @@ def test_closing_a_limiter_ends_the_waits_of_the_functions_of_the_other_kind_tha
         decorate = goes.limiter.concurrency("database")
         job = decorate(in_its_thread) if api.kind == "async" else lambda: run(decorate(in_task)())
         waits = in_thread(job)
-        wait_until(lambda: waiting(conn) == 1)
+        wait_until(lambda: waiting(conn) == 1 and goes.limiter._engine.keeper._waiters)
         goes.close()
         with pytest.raises(LimiterUnavailable, match="closed"):
             waits.result(30)

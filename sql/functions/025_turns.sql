@@ -238,6 +238,24 @@ comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
+-- Whether all who sleep from a turn on move by just what is given up before them: nobody has turns on other limits too, or cannot
+-- be told, and no gap waits to be closed.
+create or replace function pglimits._move_alike(state pglimits.states, decayed numeric, from_turn numeric)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return state.pinned = 0 and not exists (
+    select from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= from_turn
+      and (q.several or q.expires_at = 'infinity' or q.called));
+end $$;
+
+comment on function pglimits._move_alike(pglimits.states, numeric, numeric) is
+  'Whether all who sleep on a rate limit from a turn on move by just what is given up before them.';
+
 -- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
 -- where it was pinned.
 create or replace function pglimits._close_gaps(
@@ -253,11 +271,7 @@ declare
   given_up constant numeric := (select sum(u.slots) from unnest(slots) as u(slots));
   gap record;
 begin
-  -- The short way, where all move by what was given up before them.
-  if state.pinned = 0 and not exists (
-    select from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
-      and (q.several or q.expires_at = 'infinity' or q.called))
+  if pglimits._move_alike(state, decayed, first)
     and state.booked - given_up - pglimits._reserved(state, decayed) >= decayed
   then
     state.booked := state.booked - given_up;

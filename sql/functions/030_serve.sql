@@ -174,11 +174,12 @@ begin
   end if;
   request := row(
     coalesce(lease_id, gen_random_uuid()), for_rate, limit_ids, part_keys, part_slots, places,
-    case when error is null then -priority end,
+    case when error is distinct from 'InvalidArgument' then -priority end,
     -- A day has 24 hours, whatever the session's time zone.
-    case when error is null then make_interval(secs => extract(epoch from lease_duration)::double precision) end,
+    case when error is distinct from 'InvalidArgument'
+         then make_interval(secs => extract(epoch from lease_duration)::double precision) end,
     wait, holder, channel, lease_id is not null, bounded, missing, error, message);
-  if error is null and cardinality(part_keys) > 1 then
+  if error is distinct from 'InvalidArgument' and cardinality(part_keys) > 1 then
     request := pglimits._in_lock_order(request);
   end if;
   return request;
@@ -576,10 +577,11 @@ comment on function pglimits._leave(pglimits.states, uuid, timestamptz, timestam
   'Takes a waiting request out of the queue of a (limit, key), or has it keep its place there.';
 
 -- Why one more may not wait on a (limit, key), or null.
+-- Stable, so that it counts in the snapshot of who asks.
 create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
 returns text
 language plpgsql
-volatile
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -600,28 +602,17 @@ comment on function pglimits._queue_full(pglimits.states, pglimits.configs, time
   'Why one more request may not wait (in line or for its turn) on a (limit, key), or null.';
 
 -- Why a request that has to wait may not, or null.
-create or replace function pglimits._may_not_wait(
-  findings pglimits._findings, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+-- full_at: for each state, why one more may not wait there.
+create or replace function pglimits._may_not_wait(findings pglimits._findings, full_at text[])
 returns text
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  problem text;
-begin
-  if findings.blocked_at is not null then
-    return pglimits._queue_full(states[findings.blocked_at], configs[findings.blocked_at], now);
-  end if;
-  for p in 1 .. cardinality(at) loop
-    exit when problem is not null or findings.turn_in = interval '0';
-    problem := pglimits._queue_full(states[at[p]], configs[at[p]], now);
-  end loop;
-  return problem;
-end $$;
+language sql
+immutable
+return case
+  when findings.blocked_at is not null then full_at[findings.blocked_at]
+  when findings.turn_in > interval '0' then (select u.problem from unnest(full_at) as u(problem) where u.problem is not null limit 1)
+end;
 
-comment on function pglimits._may_not_wait(
-  pglimits._findings, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+comment on function pglimits._may_not_wait(pglimits._findings, text[]) is
   'Why a request that has to wait, in line or for its turn, may not: the queue is full; or null.';
 
 -- The (limit, key)s that a batch touches, in the order in which they are locked.
@@ -642,8 +633,7 @@ begin
            array_agg(p.key order by p.limit_id, p.key collate "C")
     into places.limit_ids, places.keys
     from (select distinct u.limit_id, u.key
-          from unnest(requests) r, unnest(r.limit_ids, r.keys) as u(limit_id, key)
-          where r.error is null) p;
+          from unnest(requests) r, unnest(r.limit_ids, r.keys) as u(limit_id, key)) p;
   end if;
   for i in 1 .. coalesce(cardinality(places.keys), 0) loop
     places.labels[i] := places.limit_ids[i] || ' ' || places.keys[i];
@@ -784,11 +774,15 @@ declare
   may_wait boolean := findings.blocked_at is not null and coalesce(request.wait > interval '0', true);
   answer pglimits._answer;
   keep_until timestamptz;
+  full_at text[];
 begin
   answer.lease_id := request.lease_id;
+  if request.error = 'LimitNotFound' then
+    findings.impossible := request.error || ' ' || request.message;
+  end if;
   -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
-  if at_mine is not null and mine.turn is null then
-    if may_wait and findings.impossible is null then
+  if at_mine is not null and mine.turn is null and findings.impossible is null then
+    if may_wait then
       keep_until := pglimits._keeps_until(mine, states[findings.blocked_at], configs[findings.blocked_at], now);
     end if;
     for p in 1 .. cardinality(at) loop
@@ -796,20 +790,25 @@ begin
         states[at[p]], request.lease_id, case when at[p] <> findings.blocked_at then keep_until end, now);
     end loop;
   end if;
-  if mine.lease_id is null and request.bounded and (findings.fits_at is null or may_wait) then
-    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
+  if mine.lease_id is null and request.bounded
+     and (may_wait or findings.fits_at is null and findings.turn_in > interval '0')
+  then
+    for p in 1 .. cardinality(at) loop
+      full_at[at[p]] := pglimits._queue_full(states[at[p]], configs[at[p]], now);
+    end loop;
+    findings.queue_full := pglimits._may_not_wait(findings, full_at);
   end if;
 
-  if findings.impossible is not null then
+  if mine.turn is not null then
+    -- A turn was taken the first time that this was asked.
+    answer.status := 'granted';
+    answer.wait := pglimits._turn_in(mine.lease_id, now);
+  elsif findings.impossible is not null then
     answer.status := 'error';
     answer.error := split_part(findings.impossible, ' ', 1);
     answer.message := substr(findings.impossible, strpos(findings.impossible, ' ') + 1);
   elsif findings.enforced = 0 then
     answer.status := 'unlimited';
-  elsif mine.turn is not null then
-    -- A turn was taken the first time that this was asked.
-    answer.status := 'granted';
-    answer.wait := pglimits._turn_in(mine.lease_id, now);
   elsif findings.queue_full is not null then
     answer.status := 'error';
     answer.error := 'QueueFull';
@@ -880,7 +879,7 @@ begin
       select u.ordinal, u.lease_id, u.limit_ids[1] as limit_id, u.keys[1] as key, u.slots[1] as slots, u.rank,
              u.lease_duration, u.holder, u.channel,
              dense_rank() over (order by u.limit_ids[1], u.keys[1] collate "C") as place,
-             not u.for_rate and cardinality(u.places) = 1 and u.lease_id <> all (repeated) as plain,
+             not u.for_rate and cardinality(u.places) = 1 and u.lease_id <> all (repeated) and u.error is null as plain,
              coalesce(u.wait > interval '0', true) and not u.bounded as may_wait
       from unnest(requests) with ordinality as u(
         lease_id, for_rate, limit_ids, keys, slots, places, rank, lease_duration, wait, holder, channel, chosen,
@@ -949,7 +948,8 @@ comment on function pglimits._serve_runs(
   'Grants, and puts in line, what a batch asks of single limits in runs. Null answers are left to be decided one by one.';
 
 -- Serves requests in their order, all in one transaction: locks every state that they touch, in the order of
--- (limit id, key), reads the clock, decides one after the other, and writes every state once.
+-- (limit id, key), reads the clock, decides one after the other, and writes every state once. Null, with nothing done but the
+-- locks taken: one of their limits was deleted meanwhile, and another may have its name by now. Check them again.
 create or replace function pglimits._serve(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -978,6 +978,11 @@ declare
   at_mine integer;
   head_id uuid;
 begin
+  for i in 1 .. here loop
+    if (states[i]).limit_id is null then
+      return null;
+    end if;
+  end loop;
   for i in 1 .. here loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
     configs[i] := config;
@@ -1055,4 +1060,4 @@ begin
 end $$;
 
 comment on function pglimits._serve(pglimits._request[]) is
-  'Serves a batch of checked requests in one transaction, in their order; one answer for each.';
+  'Serves a batch of checked requests in one transaction, in their order; one answer for each. Null: check them again.';

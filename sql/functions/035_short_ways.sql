@@ -36,16 +36,16 @@ begin
   end if;
   if wait = interval '0' then
     -- They may be refused, and that takes no lock.
-    now := pglimits._now();
     select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
            s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
-             and s.next_look > now
-             and (s.next_expiry > now or not exists (  -- it was renewed
+             and s.next_look > n.now
+             and (s.next_expiry > n.now or not exists (  -- it was renewed
                select from pglimits.leases l
                where l.limit_id = c.limit_id and l.key = _take_alike.key
-                 and l.expires_at >= s.next_expiry and l.expires_at <= now))
+                 and l.expires_at >= s.next_expiry and l.expires_at <= n.now))
              and not (chosen and pglimits._are_known(lease_ids)) as are_refused
-    into state from pglimits.configs c
+    into state from (select pglimits._now() as now offset 0) n  -- after the snapshot was taken
+    cross join pglimits.configs c
     cross join lateral (
       select x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
       where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1) s
@@ -130,14 +130,14 @@ begin
   end if;
   if wait is not null then
     -- They may be refused, and that takes no lock.
-    now := pglimits._now();
-    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, now)) + slots - c."limit", now) as first_in into state
-    from pglimits.configs c
+    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, n.now)) + slots - c."limit", n.now) as first_in
+    into state from (select pglimits._now() as now offset 0) n  -- after the snapshot was taken
+    cross join pglimits.configs c
     cross join lateral (
       select x.booked, x.waiting, x.pinned, x.next_expiry, x.next_look from pglimits.states x
       where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1) s
     where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
-      and s.waiting = 0 and s.pinned = 0 and now < s.next_expiry and now < s.next_look;
+      and s.waiting = 0 and s.pinned = 0 and n.now < s.next_expiry and n.now < s.next_look;
     if state.first_in > wait then
       if chosen and pglimits._are_known(lease_ids) then
         return;
@@ -227,7 +227,7 @@ end $$;
 comment on function pglimits._not_each_its_own(uuid[], jsonb) is
   'Whether some of several ids are the same, or some of their holders too long.';
 
--- Whether a lease or a waiter has one of these ids.
+-- Whether a live lease, or a waiter, has one of these ids: what is wrong with a request now, or in its way, is then no answer to it.
 create or replace function pglimits._are_known(lease_ids uuid[])
 returns boolean
 language plpgsql
@@ -235,11 +235,11 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > pglimits._now())
       or exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 end $$;
 
-comment on function pglimits._are_known(uuid[]) is 'Whether a lease or a waiter has one of these ids.';
+comment on function pglimits._are_known(uuid[]) is 'Whether a live lease, or a waiter, has one of these ids.';
 
 -- Leases that are all on one (limit, key) where nobody waits, and on no other. Returns the ids that were live.
 create or replace function pglimits._release_alike(lease_ids uuid[])

@@ -9,7 +9,9 @@
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
 -- settled: instead of null, reckon with what is due as if it had been applied.
-create or replace function pglimits._glance(request pglimits._request, settled boolean, now timestamptz)
+--
+-- Of each limit everything is read in one snapshot, and the clock after it was taken: what is found was so at that moment.
+create or replace function pglimits._glance(request pglimits._request, settled boolean)
 returns pglimits._findings
 language plpgsql
 volatile
@@ -17,47 +19,45 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   seen record;
-  state pglimits.states;
   states pglimits.states[];
   configs pglimits.configs[];
+  full_at text[];
   at integer[] := array[]::integer[];
   findings pglimits._findings;
 begin
   for p in 1 .. cardinality(request.keys) loop
-    -- In one statement, so that the limit was not changed, nor taken out what has ended, in between. A lease that was renewed has
-    -- not ended.
-    select c as config, h.state, h.is_due into seen
-    from pglimits.configs c
+    select c as config, t.state, h.is_due,
+           case when c.max_waiters is not null then pglimits._queue_full(t.state, c, n.now) end as is_full into seen
+    from (select pglimits._now() as now offset 0) n
+    cross join pglimits.configs c
     left join lateral (
+      -- A lease that was renewed has not ended.
       select s as state,
-             s.next_look <= now or s.next_expiry <= now and exists (
+             s.next_look <= n.now or s.next_expiry <= n.now and exists (
                select from pglimits.leases l
-               where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
+               where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= n.now) as is_due
       from pglimits.states s
       where s.limit_id = c.limit_id and s.key = request.keys[p]
       order by s.version desc limit 1) h on true
+    cross join lateral (
+      select case when h.is_due is null then pglimits._unused(c.limit_id, request.keys[p])
+                  when h.is_due and settled then pglimits._as_settled(h.state, c, n.now)
+                  else h.state end as state offset 0) t
     where c.limit_id = request.limit_ids[p];
-    if seen.is_due is null then
-      state := pglimits._unused(request.limit_ids[p], request.keys[p]);
-    elsif not seen.is_due then
-      state := seen.state;
-    elsif settled then
-      state := pglimits._as_settled(seen.state, seen.config, now);
-    else
+    if seen.is_due and not settled then
       return null;
     end if;
-    states[p] := state;
+    states[p] := seen.state;
     configs[p] := seen.config;
+    full_at[p] := seen.is_full;
     at[p] := p;
   end loop;
-  findings := pglimits._survey(request, at, states, configs, null, now);
-  if request.bounded then
-    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
-  end if;
+  findings := pglimits._survey(request, at, states, configs, null, pglimits._now());
+  findings.queue_full := pglimits._may_not_wait(findings, full_at);
   return findings;
 end $$;
 
-comment on function pglimits._glance(pglimits._request, boolean, timestamptz) is
+comment on function pglimits._glance(pglimits._request, boolean) is
   'What stands in the way of a request, read without a lock.';
 
 -- The state of a key that was never used.
@@ -82,11 +82,11 @@ end $$;
 
 comment on function pglimits._unused(bigint, text) is 'The state of a key that was never used.';
 
--- A state as _settle would leave it, as far as it can be told without writing.
+-- A state as _settle would leave it, as far as it can be told without writing. Stable, as _queue_full is.
 create or replace function pglimits._as_settled(state pglimits.states, config pglimits.configs, now timestamptz)
 returns pglimits.states
 language plpgsql
-volatile
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -144,25 +144,26 @@ as $$
 declare
   answer pglimits._answer;
   findings pglimits._findings;
-  now timestamptz;
 begin
   answer.lease_id := request.lease_id;
-  if request.error is not null then
+  -- Who has what it asks for gets it again, whatever would be wrong with it now.
+  if request.error is not null
+     and (request.error = 'InvalidArgument' or not request.chosen or not pglimits._are_known(array[request.lease_id]))
+  then
     answer.status := 'error';
     answer.error := request.error;
     answer.message := request.message;
   elsif cardinality(request.keys) = 0 and not request.chosen then
     answer.status := 'unlimited';
   elsif request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null then
-    now := pglimits._now();
-    findings := pglimits._glance(request, false, now);
+    findings := pglimits._glance(request, false);
     -- Asked after the look: what was granted to it meanwhile, when it was first asked, is no reason to refuse it.
     if request.chosen and pglimits._are_known(array[request.lease_id]) then
       null;
     elsif findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
       answer.status := 'refused';
       if findings.fits_at < 'infinity' then
-        answer.retry_after := findings.fits_at - now;
+        answer.retry_after := greatest(findings.fits_at - pglimits._now(), interval '0');
       end if;
     elsif findings.queue_full is not null then
       answer.status := 'error';
@@ -176,7 +177,7 @@ end $$;
 comment on function pglimits._answer_at_once(pglimits._request) is
   'The answer to a request that is certain without a lock; its status is null if there is none.';
 
--- Answers a batch of requests: refusals that are certain without a lock, the others under the locks.
+-- Answers a batch of requests: refusals that are certain without a lock, the others under the locks. Null: check them again.
 create or replace function pglimits._answer_all(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -207,6 +208,9 @@ begin
   end loop;
   if served is not null then
     served_answers := pglimits._serve(served);
+    if served_answers is null then
+      return null;
+    end if;
     for i in 1 .. cardinality(at) loop
       answers[at[i]] := served_answers[i];
     end loop;
@@ -215,25 +219,33 @@ begin
 end $$;
 
 comment on function pglimits._answer_all(pglimits._request[]) is
-  'Answers requests in their order: refusals that are certain without a lock, the others under the locks.';
+  'Answers requests in their order: refusals that are certain without a lock, the others under the locks. Null: check them again.';
 
 -- One request, with its errors raised and its missing limits named.
-create or replace function pglimits._answer(request pglimits._request)
+create or replace function pglimits._answer(
+  names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+  holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean)
 returns pglimits._answer
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  request pglimits._request;
   answer pglimits._answer;
 begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
-  answer := pglimits._answer_at_once(request);
-  if answer.status is null then
-    answer := (pglimits._serve(array[request]))[1];
-  end if;
+  loop
+    request := pglimits._check_request(
+      names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, for_rate);
+    answer := pglimits._answer_at_once(request);
+    if answer.status is null then
+      answer := (pglimits._serve(array[request]))[1];
+    end if;
+    exit when answer.status is not null;
+  end loop;
   if answer.error is not null then
     perform pglimits._fail(answer.error, answer.message);
   end if;
@@ -247,7 +259,9 @@ begin
   return answer;
 end $$;
 
-comment on function pglimits._answer(pglimits._request) is 'Serves one request; raises what is wrong with it.';
+comment on function pglimits._answer(
+  text[], integer[], text[], interval, interval, integer, jsonb, uuid, boolean, text, boolean) is
+  'Serves one request; raises what is wrong with it.';
 
 -- The place of a waiter in its queue, whose state is locked. The last of a line without dead stands where the line is long;
 -- only who has others behind it is counted, and all are looked at only as often as one may have died.
@@ -312,8 +326,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._answer(pglimits._check_request(
-    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+  answer pglimits._answer := pglimits._answer(
+    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, false);
 begin
   return row(answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
              case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired;
@@ -362,8 +376,8 @@ declare
     array[coalesce(lease_id, gen_random_uuid())], lease_id is not null, strict, channel);
 begin
   if answer.status is null then
-    answer := pglimits._answer(pglimits._check_request(
-      array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+    answer := pglimits._answer(
+      array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false);
   end if;
   return row(answer.status, answer.lease_id, answer.fences[1], answer.expires_at, answer.retry_after,
              case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired_one;
@@ -392,8 +406,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._answer(pglimits._check_request(
-    names, slots, keys, '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+  answer pglimits._answer := pglimits._answer(
+    names, slots, keys, '5 minutes', wait, 0, null, lease_id, strict, channel, true);
 begin
   return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
 end $$;
@@ -439,8 +453,8 @@ begin
   elsif turns.status is not null then
     return row(turns.status, null, turns.retry_after, null)::pglimits.reserved;
   end if;
-  answer := pglimits._answer(pglimits._check_request(
-    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+  answer := pglimits._answer(
+    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true);
   return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
 end $$;
 
@@ -468,7 +482,6 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   request pglimits._request;
-  now timestamptz := pglimits._now();
   findings pglimits._findings;
   peeked pglimits.peeked;
 begin
@@ -479,7 +492,7 @@ begin
   if request.error is not null then
     perform pglimits._fail(request.error, request.message);
   end if;
-  findings := pglimits._glance(request, true, now);
+  findings := pglimits._glance(request, true);
   peeked.status := case
     when findings.enforced = 0 then 'unlimited'
     when findings.fits_at is null then 'granted'
@@ -490,13 +503,13 @@ begin
   elsif peeked.status = 'granted' then
     peeked.wait := findings.turn_in;
   elsif findings.fits_at < 'infinity' then
-    peeked.retry_after := findings.fits_at - now;
+    peeked.retry_after := greatest(findings.fits_at - pglimits._now(), interval '0');
   end if;
   if peeked.status = 'queued' then
     peeked."position" := 1 + (
       select count(*) from pglimits.queue q
       where q.limit_id = request.limit_ids[findings.blocked_at] and q.key = request.keys[findings.blocked_at]
-        and q.turn is null and q.rank <= request.rank and q.expires_at > now);
+        and q.turn is null and q.rank <= request.rank and q.expires_at > pglimits._now());
   end if;
   return peeked;
 end $$;
@@ -656,20 +669,26 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  checked pglimits._request[] := pglimits._check_requests(requests);
+  checked pglimits._request[];
+  answers pglimits._answer[];
 begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
-  if checked is null then
-    return;
-  elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
-    perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
-  end if;
+  loop
+    checked := pglimits._check_requests(requests);
+    if checked is null then
+      return;
+    elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
+      perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
+    end if;
+    answers := pglimits._answer_all(checked);
+    exit when answers is not null;
+  end loop;
   return query
   select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,
          (checked[a.ordinal]).missing, a.error, a.message
-  from unnest(pglimits._answer_all(checked)) with ordinality as a(
+  from unnest(answers) with ordinality as a(
     status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
 end $$;
 

@@ -419,8 +419,8 @@ $$Adds slots to the level of a rate limit after the fact (an estimate was 500 to
 or takes them off, never below zero. Past the limit, later callers wait longer. Returns the new level in slots.
 Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
 
--- Raises the level behind those who sleep, or lowers it: by what was added behind them, then by what was used before they came.
--- What they have reserved stays reserved, only earlier.
+-- Raises the level behind those who sleep, or lowers it: by what was added behind the last of them, then behind the one before,
+-- and so on, and at last by what was used before they came. What they have reserved stays reserved, only earlier.
 create or replace function pglimits._add_to_level(
   state pglimits.states, config pglimits.configs, slots numeric, now timestamptz)
 returns pglimits.states
@@ -431,12 +431,26 @@ as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
   last_turn numeric;
-  behind numeric;
   used numeric;
+  -- What was added behind somebody who sleeps, the last first; and the turn of who comes next.
+  turns numeric[];
+  added numeric[];
 begin
   state.booked := greatest(state.booked, decayed);
   if state.added_behind <= decayed then
     state.added := 0;
+  end if;
+  select coalesce(array_agg(a.next_turn order by a.turn desc), '{}'), coalesce(array_agg(a.slots order by a.turn desc), '{}')
+  into turns, added
+  from (
+    select q.turn, coalesce(lead(q.turn) over later, 'Infinity') as next_turn,
+           coalesce(lead(q.turn - q.slots - q.gap) over later, state.booked - config."limit") - q.turn as slots
+    from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned
+    window later as (order by q.turn, q.lease_id)) a
+  where a.slots > 0 and state.added > 0;
+  if pglimits._move_alike(state, decayed, decayed) then
+    state.added := (select coalesce(sum(u.slots), 0) from unnest(added) as u(slots));
   end if;
   used := state.booked - decayed - pglimits._reserved(state, decayed) - state.added;
   if used < 0 then
@@ -461,12 +475,13 @@ begin
     end if;
     return state;
   end if;
-  behind := least(-slots, state.added);
-  state.added := state.added - behind;
-  last_turn := (select min(q.turn) from pglimits.queue q
-                where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned);
-  return pglimits._close_gaps(
-    state, config, now, array[decayed, coalesce(last_turn, 'Infinity')], array[least(-slots - behind, used), behind]);
+  slots := -slots;
+  for i in 1 .. cardinality(added) loop
+    added[i] := least(added[i], slots, state.added);
+    state.added := state.added - added[i];
+    slots := slots - added[i];
+  end loop;
+  return pglimits._close_gaps(state, config, now, turns || decayed, added || least(slots, used));
 end $$;
 
 comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is

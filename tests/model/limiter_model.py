@@ -56,9 +56,6 @@ class Place:
     limit: Limit
     key: str
     level: Fraction = Fraction(0)
-    # What was added to it behind those who slept, and how much has to decay until the last of them goes.
-    added: Fraction = Fraction(0)
-    added_ahead: Fraction = Fraction(0)
     line: list[Waiter] = field(default_factory=list)
     sleepers: list[Sleeper] = field(default_factory=list)
     # Of each grant, as far as they were told: its number and its fence.
@@ -275,7 +272,6 @@ class Model:
         for place in self.places():
             decayed = place.limit.rate * passed
             place.level = max(place.level - decayed, Fraction(0))
-            place.added_ahead -= decayed
             for sleeper in place.sleepers:
                 sleeper.ahead -= decayed
             self.let_go(place, was)
@@ -365,19 +361,15 @@ class Model:
             at = place.sleepers.index(gone)
             place.sleepers.remove(gone)
             place.level -= gone.slots
-            if gone.ahead <= place.added_ahead:
-                place.added_ahead -= gone.slots
             for behind in place.sleepers[at:]:
                 behind.ahead -= gone.slots
         self.let_go(place)
 
     # Asking.
 
-    def check(self, request: Request) -> Parts:
-        """Its parts that are enforced, in the order in which they are looked at."""
+    def check(self, request: Request) -> tuple[Parts, Wrong | None]:
+        """Its parts that are enforced, in the order in which they are looked at, and why it can never be granted."""
         found = [self.find(name, request.lease_id) for name in request.names]
-        if request.strict and None in found:
-            raise Wrong("PL002")
         named = tuple(
             limit.place(key) if limit is not None and limit.active else None
             for limit, key in zip(found, request.keys, strict=True)
@@ -387,15 +379,16 @@ class Model:
         for place, slots in zip(named, request.slots, strict=True):
             if place is not None:
                 parts[place] = parts.get(place, 0) + slots
-        codes = set()
+        codes = {"PL002"} if request.strict and None in found else set()
         for place, slots in parts.items():
+            if "PL002" in codes:
+                break
             if request.for_rate and not place.limit.rate:
                 codes.add("PL005")
             if slots > place.limit.most > 0:
                 codes.add("PL004")
-        if codes:
-            raise Wrong(*codes)
-        return {place: parts[place] for place in sorted(parts, key=Place.order)}
+        ordered = {place: parts[place] for place in sorted(parts, key=Place.order)}
+        return ordered, Wrong(*codes) if codes else None
 
     def ask(
         self, requests: list[Request], refused: Mapping[UUID, int | None] | None = None, full: Collection[UUID] = ()
@@ -405,19 +398,20 @@ class Model:
         refused: who was refused, with its retry_after, in case that it was certain before the others of its batch took
         anything: that takes no lock. full: who was told that the queue is full, likewise.
         """
-        checked: list[Parts | Wrong] = []
-        for request in requests:
-            try:
-                checked.append(self.check(request))
-            except Wrong as wrong:
-                checked.append(wrong)
-        touched = [place for parts in checked if not isinstance(parts, Wrong) for place in parts]
+        checked = [(request, *self.check(request)) for request in requests]
+        # What is wrong is no matter to who has what it asks for.
+        touched = [
+            place
+            for request, parts, wrong in checked
+            if wrong is None or self.is_known(request.lease_id)
+            for place in parts
+        ]  # fmt: skip
         for place in touched:
             self.settle(place)
         news = [
             (request, parts)
-            for request, parts in zip(requests, checked, strict=True)
-            if not isinstance(parts, Wrong) and parts and not self.is_known(request.lease_id)
+            for request, parts, wrong in checked
+            if wrong is None and parts and not self.is_known(request.lease_id)
         ]
         certain = {
             request.lease_id: refusal
@@ -426,10 +420,11 @@ class Model:
         }
         certainly_full = {request.lease_id for request, parts in news if self.finds_it_full(request, parts)} & {*full}
         answers = []
-        for request, parts in zip(requests, checked, strict=True):
+        for request, parts, wrong in checked:
             try:
-                if isinstance(parts, Wrong):
-                    raise parts
+                if wrong is not None:
+                    answers.append(self.decide(request, parts, wrong))
+                    continue
                 refusal = certain.get(request.lease_id)
                 if request.lease_id in certainly_full:
                     raise Wrong("PL006")
@@ -443,7 +438,7 @@ class Model:
             self.settle(place)
         return answers
 
-    def decide(self, request: Request, parts: Parts) -> Answer:
+    def decide(self, request: Request, parts: Parts, wrong: Wrong | None = None) -> Answer:
         if (lease := self.live(request.lease_id)) is not None:
             return self.answer_again(request, parts, lease)
         if (asleep := self.sleeper(request.lease_id)) is not None:
@@ -460,9 +455,13 @@ class Model:
             at, mine = in_line[0]
             if mine.request.for_rate != request.for_rate or parts.get(at) != mine.slots:
                 raise Wrong("PL001")
+            if wrong is not None:
+                raise wrong
             again = replace(mine, in_vain=mine.in_vain + mine.called)
             self.leave(request, in_line, self.blocked(request, parts, mine))
             mine = again
+        if wrong is not None:
+            raise wrong
         if not parts:
             return Answer("unlimited")
         if (refusal := self.refusal(request, parts, mine)) is not None:
@@ -689,12 +688,10 @@ class Model:
         for place in changed.places.values():
             if not changed.active:
                 place.level -= sum(sleeper.slots for sleeper in place.sleepers)
-                place.added = Fraction(0)
                 self.send_away(place)
                 continue
             for sleeper in place.sleepers:
                 sleeper.ahead -= grown
-            place.added_ahead -= grown
             self.let_go(place)
             self.give_back(place, [each for each in place.sleepers if self.is_hopeless(place, each)])
             place.line = [each for each in place.line if not self.is_hopeless(place, each)]
@@ -745,28 +742,25 @@ class Model:
         return place.level
 
     def add_to_level(self, place: Place, slots: Fraction | int) -> None:
-        """Up at will, behind those who sleep; down by what was added there, then by what was used before they came.
+        """Up at will, behind those who sleep; down by what lies there, then before the last of them, and so on.
 
         What they have reserved stays reserved, only earlier.
         """
-        if place.added_ahead <= 0:
-            place.added = Fraction(0)
-        if slots == 0:
-            return
         if slots > 0:
             place.level += slots
-            if place.sleepers:
-                place.added += slots
-                place.added_ahead = place.sleepers[-1].ahead
             return
-        used = place.level - sum(sleeper.slots for sleeper in place.sleepers) - place.added
-        of_added = min(-slots, place.added)
-        of_used = min(-slots - of_added, max(used, Fraction(0)))
-        for sleeper in place.sleepers:
-            sleeper.ahead -= of_used + (of_added if sleeper.ahead > place.added_ahead else 0)
-        place.added_ahead -= of_used
-        place.added -= of_added
-        place.level -= of_used + of_added
+        too_much, behind, ends = -slots, [], place.level
+        for sleeper in [*reversed(place.sleepers), None]:
+            # It goes when all but the limit has decayed of what lies before it and of its own.
+            begins = place.limit.most + sleeper.ahead if sleeper is not None else 0
+            off = min(too_much, ends - begins)
+            for later in behind:
+                later.ahead -= off
+            place.level -= off
+            too_much -= off
+            if sleeper is not None:
+                ends = begins - sleeper.slots
+                behind.append(sleeper)
         self.let_go(place)
 
     def reset(self, name: str, key: str | None) -> int:

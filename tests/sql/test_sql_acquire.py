@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -100,6 +101,63 @@ def test_acquire_over_several_repeated_with_its_id_acts_once(db: Db, clock: Cloc
     first = s.acquire(["two", "one"], lease_id=lease_id)
     with changes_nothing(db.session()):
         assert s.acquire(["two", "one"], lease_id=lease_id) == first
+
+
+def test_a_repeated_acquire_gets_its_lease_also_when_its_limits_could_not_grant_it_any_more(
+    db: Db, clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("one", 2)
+    s.create("two", 2)
+    one, both = uuid4(), uuid4()
+    first = s.acquire("one", slots=2, lease_id=one)
+    s.update("one", limit=1)
+    with changes_nothing(db.session()):
+        assert s.acquire("one", slots=2, lease_id=one) == first
+        assert s.acquire("one", slots=2, lease_id=one, wait=None) == first
+    with fails("PL004"):
+        s.acquire("one", slots=2, lease_id=uuid4())
+    s.update("one", limit=4)
+    fences = s.acquire(["one", "two"], slots=[2, 2], lease_id=both, strict=True).fences
+    s.delete("one")
+    assert s.acquire(["one", "two"], slots=[2, 2], lease_id=both, strict=True).fences == [None, fences[1]]
+    with fails("PL002"):
+        s.acquire(["one", "two"], slots=[2, 2], lease_id=uuid4(), strict=True)
+    clock.advance(301)
+    with fails("PL002"):
+        s.acquire(["one", "two"], slots=[2, 2], lease_id=both, strict=True)
+    db.consistent()
+
+
+def test_a_repeated_rate_limit_has_had_its_turn_also_when_its_limit_could_not_give_it_any_more(
+    clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("api", 2, 1)
+    lease_id = uuid4()
+    assert seconds(s.rate_limit("api", slots=2, lease_id=lease_id).wait) == 0
+    s.update("api", limit=1)
+    again = s.rate_limit("api", slots=2, lease_id=lease_id)
+    assert (again.status, seconds(again.wait)) == ("granted", 0)
+    with fails("PL004"):
+        s.rate_limit("api", slots=2, lease_id=uuid4())
+
+
+def test_a_waiter_that_asks_again_and_can_never_be_granted_gets_the_error(db: Db, clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("one", 1)
+    s.create("two", 1)
+    s.acquire("one")
+    lease_id = uuid4()
+    assert s.acquire(["one", "two"], lease_id=lease_id, wait=None, strict=True).status == "queued"
+    s.delete("two")
+    with fails("PL002"):
+        s.acquire(["one", "two"], lease_id=lease_id, wait=None, strict=True)
+    request = {"names": ["one", "two"], "lease_id": str(lease_id), "wait": None, "strict": True}
+    assert s.value("select error from pglimits.acquire_many(%s::jsonb)", json.dumps([request])) == "LimitNotFound"
+    assert s.release(lease_id), "an error changes nothing"
+    assert s.waiters() == []
+    db.consistent()
 
 
 def test_an_id_whose_lease_has_ended_is_granted_anew(db: Db, clock: Clock, s: Session) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from sqltest import Clock, Db, Session, changes_nothing, fails, seconds
 
@@ -259,6 +261,49 @@ def test_a_release_that_waits_while_its_limit_is_deleted_is_a_no_op(db: Db, s: S
     other.run("commit")
     assert release.result(timeout=20) is False
     assert acquire.result(timeout=20) == "unlimited"
+    db.consistent()
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_who_waits_for_the_lock_of_a_limit_that_is_made_anew_is_bound_by_the_new_one(
+    db: Db, s: Session, batch: bool
+) -> None:
+    for name in ("one", "two"):
+        s.create(name, 1)
+        s.release(s.acquire(name).lease_id)
+    other = db.session()
+
+    def ask(session: Session) -> str:
+        if batch:
+            requests = [{"names": ["one", "two"]}, {"names": ["two"]}]
+            return str(
+                session.all("select status from pglimits.acquire_many(%s::jsonb)", json.dumps(requests))[0].status
+            )
+        return str(session.acquire(["one", "two"], strict=True).status)
+
+    other.run("begin")
+    other.delete("one")
+    other.create("one", 1)
+    acquire, _ = db.start_blocked(ask)
+    other.run("commit")
+    assert acquire.result(timeout=20) == "granted"
+    assert sorted(held.name for held in s.holders()) == ["one", "two"]
+    db.consistent()
+
+
+def test_who_waits_for_the_lock_of_a_limit_that_is_deleted_is_told_with_strict(db: Db, s: Session) -> None:
+    for name in ("one", "two"):
+        s.create(name, 1)
+        s.release(s.acquire(name).lease_id)
+    other = db.session()
+    other.run("begin")
+    other.delete("two")
+    acquire, _ = db.start_blocked(lambda session: session.acquire(["one", "two"], strict=True).status)
+    other.run("commit")
+    with pytest.raises(psycopg.Error, match="there is no limit named 'two'") as caught:
+        acquire.result(timeout=20)
+    assert caught.value.sqlstate == "PL002"
+    assert s.holders() == []
     db.consistent()
 
 

@@ -260,6 +260,38 @@ def test_what_adjust_adds_stays_behind_those_who_sleep_when_one_of_them_gives_up
     assert [turn(s, each) for each in (second, behind)] == [2, 6]
 
 
+def test_what_adjust_takes_off_lets_no_newcomer_pass_who_came_between_two_times_that_it_added(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("api", 1, 1)
+    s.rate_limit("api")
+    first = reserve(s, "api")
+    s.adjust("api", 3)
+    second = reserve(s, "api")
+    assert s.adjust("api", 2) == 8
+    assert s.adjust("api", -4) == 4
+    newcomer = reserve(s, "api")
+    assert [turn(s, each) for each in (first, second, newcomer)] == [1, 3, 4]
+    assert s.adjust("api", -2) == 3
+    assert [turn(s, each) for each in (first, second, newcomer)] == [0, 1, 2]
+    db.consistent()
+
+
+def test_what_was_added_counts_as_used_once_those_before_it_have_gone(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 1)
+    s.rate_limit("api")
+    reserve(s, "api")
+    s.adjust("api", 3)
+    second = reserve(s, "api")
+    s.adjust("api", 2)
+    clock.advance(2)
+    assert s.adjust("api", -3) == 3
+    assert turn(s, second) == 2
+    assert turn(s, reserve(s, "api")) == 3
+
+
 @pytest.mark.parametrize("other", [True, False])
 def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit(
     clock: Clock, s: Session, other: bool

@@ -1317,6 +1317,24 @@ comment on function pglimits._take_turn(
   pglimits.states, pglimits.configs, pglimits._request, integer, interval, boolean, timestamptz, timestamptz) is
   'Records a turn on a rate limit, now or ahead, and returns the state with it booked or pinned.';
 
+-- Whether all who sleep from a turn on move by just what is given up before them: nobody has turns on other limits too, or cannot
+-- be told, and no gap waits to be closed.
+create or replace function pglimits._move_alike(state pglimits.states, decayed numeric, from_turn numeric)
+returns boolean
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return state.pinned = 0 and not exists (
+    select from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= from_turn
+      and (q.several or q.expires_at = 'infinity' or q.called));
+end $$;
+
+comment on function pglimits._move_alike(pglimits.states, numeric, numeric) is
+  'Whether all who sleep on a rate limit from a turn on move by just what is given up before them.';
+
 -- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
 -- where it was pinned.
 create or replace function pglimits._close_gaps(
@@ -1332,11 +1350,7 @@ declare
   given_up constant numeric := (select sum(u.slots) from unnest(slots) as u(slots));
   gap record;
 begin
-  -- The short way, where all move by what was given up before them.
-  if state.pinned = 0 and not exists (
-    select from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
-      and (q.several or q.expires_at = 'infinity' or q.called))
+  if pglimits._move_alike(state, decayed, first)
     and state.booked - given_up - pglimits._reserved(state, decayed) >= decayed
   then
     state.booked := state.booked - given_up;
@@ -2099,11 +2113,12 @@ begin
   end if;
   request := row(
     coalesce(lease_id, gen_random_uuid()), for_rate, limit_ids, part_keys, part_slots, places,
-    case when error is null then -priority end,
+    case when error is distinct from 'InvalidArgument' then -priority end,
     -- A day has 24 hours, whatever the session's time zone.
-    case when error is null then make_interval(secs => extract(epoch from lease_duration)::double precision) end,
+    case when error is distinct from 'InvalidArgument'
+         then make_interval(secs => extract(epoch from lease_duration)::double precision) end,
     wait, holder, channel, lease_id is not null, bounded, missing, error, message);
-  if error is null and cardinality(part_keys) > 1 then
+  if error is distinct from 'InvalidArgument' and cardinality(part_keys) > 1 then
     request := pglimits._in_lock_order(request);
   end if;
   return request;
@@ -2501,10 +2516,11 @@ comment on function pglimits._leave(pglimits.states, uuid, timestamptz, timestam
   'Takes a waiting request out of the queue of a (limit, key), or has it keep its place there.';
 
 -- Why one more may not wait on a (limit, key), or null.
+-- Stable, so that it counts in the snapshot of who asks.
 create or replace function pglimits._queue_full(state pglimits.states, config pglimits.configs, now timestamptz)
 returns text
 language plpgsql
-volatile
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -2525,28 +2541,17 @@ comment on function pglimits._queue_full(pglimits.states, pglimits.configs, time
   'Why one more request may not wait (in line or for its turn) on a (limit, key), or null.';
 
 -- Why a request that has to wait may not, or null.
-create or replace function pglimits._may_not_wait(
-  findings pglimits._findings, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
+-- full_at: for each state, why one more may not wait there.
+create or replace function pglimits._may_not_wait(findings pglimits._findings, full_at text[])
 returns text
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  problem text;
-begin
-  if findings.blocked_at is not null then
-    return pglimits._queue_full(states[findings.blocked_at], configs[findings.blocked_at], now);
-  end if;
-  for p in 1 .. cardinality(at) loop
-    exit when problem is not null or findings.turn_in = interval '0';
-    problem := pglimits._queue_full(states[at[p]], configs[at[p]], now);
-  end loop;
-  return problem;
-end $$;
+language sql
+immutable
+return case
+  when findings.blocked_at is not null then full_at[findings.blocked_at]
+  when findings.turn_in > interval '0' then (select u.problem from unnest(full_at) as u(problem) where u.problem is not null limit 1)
+end;
 
-comment on function pglimits._may_not_wait(
-  pglimits._findings, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
+comment on function pglimits._may_not_wait(pglimits._findings, text[]) is
   'Why a request that has to wait, in line or for its turn, may not: the queue is full; or null.';
 
 -- The (limit, key)s that a batch touches, in the order in which they are locked.
@@ -2567,8 +2572,7 @@ begin
            array_agg(p.key order by p.limit_id, p.key collate "C")
     into places.limit_ids, places.keys
     from (select distinct u.limit_id, u.key
-          from unnest(requests) r, unnest(r.limit_ids, r.keys) as u(limit_id, key)
-          where r.error is null) p;
+          from unnest(requests) r, unnest(r.limit_ids, r.keys) as u(limit_id, key)) p;
   end if;
   for i in 1 .. coalesce(cardinality(places.keys), 0) loop
     places.labels[i] := places.limit_ids[i] || ' ' || places.keys[i];
@@ -2709,11 +2713,15 @@ declare
   may_wait boolean := findings.blocked_at is not null and coalesce(request.wait > interval '0', true);
   answer pglimits._answer;
   keep_until timestamptz;
+  full_at text[];
 begin
   answer.lease_id := request.lease_id;
+  if request.error = 'LimitNotFound' then
+    findings.impossible := request.error || ' ' || request.message;
+  end if;
   -- Its old place in line goes; if it has to wait on, it comes back at its old time of arrival.
-  if at_mine is not null and mine.turn is null then
-    if may_wait and findings.impossible is null then
+  if at_mine is not null and mine.turn is null and findings.impossible is null then
+    if may_wait then
       keep_until := pglimits._keeps_until(mine, states[findings.blocked_at], configs[findings.blocked_at], now);
     end if;
     for p in 1 .. cardinality(at) loop
@@ -2721,20 +2729,25 @@ begin
         states[at[p]], request.lease_id, case when at[p] <> findings.blocked_at then keep_until end, now);
     end loop;
   end if;
-  if mine.lease_id is null and request.bounded and (findings.fits_at is null or may_wait) then
-    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
+  if mine.lease_id is null and request.bounded
+     and (may_wait or findings.fits_at is null and findings.turn_in > interval '0')
+  then
+    for p in 1 .. cardinality(at) loop
+      full_at[at[p]] := pglimits._queue_full(states[at[p]], configs[at[p]], now);
+    end loop;
+    findings.queue_full := pglimits._may_not_wait(findings, full_at);
   end if;
 
-  if findings.impossible is not null then
+  if mine.turn is not null then
+    -- A turn was taken the first time that this was asked.
+    answer.status := 'granted';
+    answer.wait := pglimits._turn_in(mine.lease_id, now);
+  elsif findings.impossible is not null then
     answer.status := 'error';
     answer.error := split_part(findings.impossible, ' ', 1);
     answer.message := substr(findings.impossible, strpos(findings.impossible, ' ') + 1);
   elsif findings.enforced = 0 then
     answer.status := 'unlimited';
-  elsif mine.turn is not null then
-    -- A turn was taken the first time that this was asked.
-    answer.status := 'granted';
-    answer.wait := pglimits._turn_in(mine.lease_id, now);
   elsif findings.queue_full is not null then
     answer.status := 'error';
     answer.error := 'QueueFull';
@@ -2805,7 +2818,7 @@ begin
       select u.ordinal, u.lease_id, u.limit_ids[1] as limit_id, u.keys[1] as key, u.slots[1] as slots, u.rank,
              u.lease_duration, u.holder, u.channel,
              dense_rank() over (order by u.limit_ids[1], u.keys[1] collate "C") as place,
-             not u.for_rate and cardinality(u.places) = 1 and u.lease_id <> all (repeated) as plain,
+             not u.for_rate and cardinality(u.places) = 1 and u.lease_id <> all (repeated) and u.error is null as plain,
              coalesce(u.wait > interval '0', true) and not u.bounded as may_wait
       from unnest(requests) with ordinality as u(
         lease_id, for_rate, limit_ids, keys, slots, places, rank, lease_duration, wait, holder, channel, chosen,
@@ -2874,7 +2887,8 @@ comment on function pglimits._serve_runs(
   'Grants, and puts in line, what a batch asks of single limits in runs. Null answers are left to be decided one by one.';
 
 -- Serves requests in their order, all in one transaction: locks every state that they touch, in the order of
--- (limit id, key), reads the clock, decides one after the other, and writes every state once.
+-- (limit id, key), reads the clock, decides one after the other, and writes every state once. Null, with nothing done but the
+-- locks taken: one of their limits was deleted meanwhile, and another may have its name by now. Check them again.
 create or replace function pglimits._serve(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -2903,6 +2917,11 @@ declare
   at_mine integer;
   head_id uuid;
 begin
+  for i in 1 .. here loop
+    if (states[i]).limit_id is null then
+      return null;
+    end if;
+  end loop;
   for i in 1 .. here loop
     select c.* into config from pglimits.configs c where c.limit_id = places.limit_ids[i];
     configs[i] := config;
@@ -2980,7 +2999,7 @@ begin
 end $$;
 
 comment on function pglimits._serve(pglimits._request[]) is
-  'Serves a batch of checked requests in one transaction, in their order; one answer for each.';
+  'Serves a batch of checked requests in one transaction, in their order; one answer for each. Null: check them again.';
 -- The short ways: what most calls ask for, decided and written in one go. Each is a special case of what _serve and
 -- _release_at do, takes half of their time or less, and leaves everything that is not so simple to them, by returning null
 -- with nothing done but the lock taken.
@@ -3019,16 +3038,16 @@ begin
   end if;
   if wait = interval '0' then
     -- They may be refused, and that takes no lock.
-    now := pglimits._now();
     select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
            s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
-             and s.next_look > now
-             and (s.next_expiry > now or not exists (  -- it was renewed
+             and s.next_look > n.now
+             and (s.next_expiry > n.now or not exists (  -- it was renewed
                select from pglimits.leases l
                where l.limit_id = c.limit_id and l.key = _take_alike.key
-                 and l.expires_at >= s.next_expiry and l.expires_at <= now))
+                 and l.expires_at >= s.next_expiry and l.expires_at <= n.now))
              and not (chosen and pglimits._are_known(lease_ids)) as are_refused
-    into state from pglimits.configs c
+    into state from (select pglimits._now() as now offset 0) n  -- after the snapshot was taken
+    cross join pglimits.configs c
     cross join lateral (
       select x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
       where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1) s
@@ -3113,14 +3132,14 @@ begin
   end if;
   if wait is not null then
     -- They may be refused, and that takes no lock.
-    now := pglimits._now();
-    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, now)) + slots - c."limit", now) as first_in into state
-    from pglimits.configs c
+    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, n.now)) + slots - c."limit", n.now) as first_in
+    into state from (select pglimits._now() as now offset 0) n  -- after the snapshot was taken
+    cross join pglimits.configs c
     cross join lateral (
       select x.booked, x.waiting, x.pinned, x.next_expiry, x.next_look from pglimits.states x
       where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1) s
     where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
-      and s.waiting = 0 and s.pinned = 0 and now < s.next_expiry and now < s.next_look;
+      and s.waiting = 0 and s.pinned = 0 and n.now < s.next_expiry and n.now < s.next_look;
     if state.first_in > wait then
       if chosen and pglimits._are_known(lease_ids) then
         return;
@@ -3210,7 +3229,7 @@ end $$;
 comment on function pglimits._not_each_its_own(uuid[], jsonb) is
   'Whether some of several ids are the same, or some of their holders too long.';
 
--- Whether a lease or a waiter has one of these ids.
+-- Whether a live lease, or a waiter, has one of these ids: what is wrong with a request now, or in its way, is then no answer to it.
 create or replace function pglimits._are_known(lease_ids uuid[])
 returns boolean
 language plpgsql
@@ -3218,11 +3237,11 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > pglimits._now())
       or exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 end $$;
 
-comment on function pglimits._are_known(uuid[]) is 'Whether a lease or a waiter has one of these ids.';
+comment on function pglimits._are_known(uuid[]) is 'Whether a live lease, or a waiter, has one of these ids.';
 
 -- Leases that are all on one (limit, key) where nobody waits, and on no other. Returns the ids that were live.
 create or replace function pglimits._release_alike(lease_ids uuid[])
@@ -3292,7 +3311,9 @@ comment on function pglimits._release_alike(uuid[]) is
 
 -- What a look without any lock finds. Null where only the locks can tell: something is due that would change the answer.
 -- settled: instead of null, reckon with what is due as if it had been applied.
-create or replace function pglimits._glance(request pglimits._request, settled boolean, now timestamptz)
+--
+-- Of each limit everything is read in one snapshot, and the clock after it was taken: what is found was so at that moment.
+create or replace function pglimits._glance(request pglimits._request, settled boolean)
 returns pglimits._findings
 language plpgsql
 volatile
@@ -3300,47 +3321,45 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   seen record;
-  state pglimits.states;
   states pglimits.states[];
   configs pglimits.configs[];
+  full_at text[];
   at integer[] := array[]::integer[];
   findings pglimits._findings;
 begin
   for p in 1 .. cardinality(request.keys) loop
-    -- In one statement, so that the limit was not changed, nor taken out what has ended, in between. A lease that was renewed has
-    -- not ended.
-    select c as config, h.state, h.is_due into seen
-    from pglimits.configs c
+    select c as config, t.state, h.is_due,
+           case when c.max_waiters is not null then pglimits._queue_full(t.state, c, n.now) end as is_full into seen
+    from (select pglimits._now() as now offset 0) n
+    cross join pglimits.configs c
     left join lateral (
+      -- A lease that was renewed has not ended.
       select s as state,
-             s.next_look <= now or s.next_expiry <= now and exists (
+             s.next_look <= n.now or s.next_expiry <= n.now and exists (
                select from pglimits.leases l
-               where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= now) as is_due
+               where l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= n.now) as is_due
       from pglimits.states s
       where s.limit_id = c.limit_id and s.key = request.keys[p]
       order by s.version desc limit 1) h on true
+    cross join lateral (
+      select case when h.is_due is null then pglimits._unused(c.limit_id, request.keys[p])
+                  when h.is_due and settled then pglimits._as_settled(h.state, c, n.now)
+                  else h.state end as state offset 0) t
     where c.limit_id = request.limit_ids[p];
-    if seen.is_due is null then
-      state := pglimits._unused(request.limit_ids[p], request.keys[p]);
-    elsif not seen.is_due then
-      state := seen.state;
-    elsif settled then
-      state := pglimits._as_settled(seen.state, seen.config, now);
-    else
+    if seen.is_due and not settled then
       return null;
     end if;
-    states[p] := state;
+    states[p] := seen.state;
     configs[p] := seen.config;
+    full_at[p] := seen.is_full;
     at[p] := p;
   end loop;
-  findings := pglimits._survey(request, at, states, configs, null, now);
-  if request.bounded then
-    findings.queue_full := pglimits._may_not_wait(findings, at, states, configs, now);
-  end if;
+  findings := pglimits._survey(request, at, states, configs, null, pglimits._now());
+  findings.queue_full := pglimits._may_not_wait(findings, full_at);
   return findings;
 end $$;
 
-comment on function pglimits._glance(pglimits._request, boolean, timestamptz) is
+comment on function pglimits._glance(pglimits._request, boolean) is
   'What stands in the way of a request, read without a lock.';
 
 -- The state of a key that was never used.
@@ -3365,11 +3384,11 @@ end $$;
 
 comment on function pglimits._unused(bigint, text) is 'The state of a key that was never used.';
 
--- A state as _settle would leave it, as far as it can be told without writing.
+-- A state as _settle would leave it, as far as it can be told without writing. Stable, as _queue_full is.
 create or replace function pglimits._as_settled(state pglimits.states, config pglimits.configs, now timestamptz)
 returns pglimits.states
 language plpgsql
-volatile
+stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3427,25 +3446,26 @@ as $$
 declare
   answer pglimits._answer;
   findings pglimits._findings;
-  now timestamptz;
 begin
   answer.lease_id := request.lease_id;
-  if request.error is not null then
+  -- Who has what it asks for gets it again, whatever would be wrong with it now.
+  if request.error is not null
+     and (request.error = 'InvalidArgument' or not request.chosen or not pglimits._are_known(array[request.lease_id]))
+  then
     answer.status := 'error';
     answer.error := request.error;
     answer.message := request.message;
   elsif cardinality(request.keys) = 0 and not request.chosen then
     answer.status := 'unlimited';
   elsif request.wait = interval '0' or request.bounded or request.for_rate and request.wait is not null then
-    now := pglimits._now();
-    findings := pglimits._glance(request, false, now);
+    findings := pglimits._glance(request, false);
     -- Asked after the look: what was granted to it meanwhile, when it was first asked, is no reason to refuse it.
     if request.chosen and pglimits._are_known(array[request.lease_id]) then
       null;
     elsif findings.fits_at is not null and (request.wait = interval '0' or findings.blocked_at is null) then
       answer.status := 'refused';
       if findings.fits_at < 'infinity' then
-        answer.retry_after := findings.fits_at - now;
+        answer.retry_after := greatest(findings.fits_at - pglimits._now(), interval '0');
       end if;
     elsif findings.queue_full is not null then
       answer.status := 'error';
@@ -3459,7 +3479,7 @@ end $$;
 comment on function pglimits._answer_at_once(pglimits._request) is
   'The answer to a request that is certain without a lock; its status is null if there is none.';
 
--- Answers a batch of requests: refusals that are certain without a lock, the others under the locks.
+-- Answers a batch of requests: refusals that are certain without a lock, the others under the locks. Null: check them again.
 create or replace function pglimits._answer_all(requests pglimits._request[])
 returns pglimits._answer[]
 language plpgsql
@@ -3490,6 +3510,9 @@ begin
   end loop;
   if served is not null then
     served_answers := pglimits._serve(served);
+    if served_answers is null then
+      return null;
+    end if;
     for i in 1 .. cardinality(at) loop
       answers[at[i]] := served_answers[i];
     end loop;
@@ -3498,25 +3521,33 @@ begin
 end $$;
 
 comment on function pglimits._answer_all(pglimits._request[]) is
-  'Answers requests in their order: refusals that are certain without a lock, the others under the locks.';
+  'Answers requests in their order: refusals that are certain without a lock, the others under the locks. Null: check them again.';
 
 -- One request, with its errors raised and its missing limits named.
-create or replace function pglimits._answer(request pglimits._request)
+create or replace function pglimits._answer(
+  names text[], slots integer[], keys text[], lease_duration interval, wait interval, priority integer,
+  holder jsonb, lease_id uuid, strict boolean, channel text, for_rate boolean)
 returns pglimits._answer
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  request pglimits._request;
   answer pglimits._answer;
 begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
-  answer := pglimits._answer_at_once(request);
-  if answer.status is null then
-    answer := (pglimits._serve(array[request]))[1];
-  end if;
+  loop
+    request := pglimits._check_request(
+      names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, for_rate);
+    answer := pglimits._answer_at_once(request);
+    if answer.status is null then
+      answer := (pglimits._serve(array[request]))[1];
+    end if;
+    exit when answer.status is not null;
+  end loop;
   if answer.error is not null then
     perform pglimits._fail(answer.error, answer.message);
   end if;
@@ -3530,7 +3561,9 @@ begin
   return answer;
 end $$;
 
-comment on function pglimits._answer(pglimits._request) is 'Serves one request; raises what is wrong with it.';
+comment on function pglimits._answer(
+  text[], integer[], text[], interval, interval, integer, jsonb, uuid, boolean, text, boolean) is
+  'Serves one request; raises what is wrong with it.';
 
 -- The place of a waiter in its queue, whose state is locked. The last of a line without dead stands where the line is long;
 -- only who has others behind it is counted, and all are looked at only as often as one may have died.
@@ -3595,8 +3628,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._answer(pglimits._check_request(
-    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+  answer pglimits._answer := pglimits._answer(
+    names, slots, keys, lease_duration, wait, priority, holder, lease_id, strict, channel, false);
 begin
   return row(answer.status, answer.lease_id, answer.fences, answer.expires_at, answer.retry_after,
              case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired;
@@ -3645,8 +3678,8 @@ declare
     array[coalesce(lease_id, gen_random_uuid())], lease_id is not null, strict, channel);
 begin
   if answer.status is null then
-    answer := pglimits._answer(pglimits._check_request(
-      array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false));
+    answer := pglimits._answer(
+      array[name], array[slots], array[key], lease_duration, wait, priority, holder, lease_id, strict, channel, false);
   end if;
   return row(answer.status, answer.lease_id, answer.fences[1], answer.expires_at, answer.retry_after,
              case when answer.status = 'queued' then pglimits._position(answer.lease_id) end)::pglimits.acquired_one;
@@ -3675,8 +3708,8 @@ set jit = off
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  answer pglimits._answer := pglimits._answer(pglimits._check_request(
-    names, slots, keys, '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+  answer pglimits._answer := pglimits._answer(
+    names, slots, keys, '5 minutes', wait, 0, null, lease_id, strict, channel, true);
 begin
   return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
 end $$;
@@ -3722,8 +3755,8 @@ begin
   elsif turns.status is not null then
     return row(turns.status, null, turns.retry_after, null)::pglimits.reserved;
   end if;
-  answer := pglimits._answer(pglimits._check_request(
-    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true));
+  answer := pglimits._answer(
+    array[name], array[slots], array[key], '5 minutes', wait, 0, null, lease_id, strict, channel, true);
   return row(answer.status, answer.wait, answer.retry_after, answer.lease_id)::pglimits.reserved;
 end $$;
 
@@ -3751,7 +3784,6 @@ set plan_cache_mode = force_generic_plan
 as $$
 declare
   request pglimits._request;
-  now timestamptz := pglimits._now();
   findings pglimits._findings;
   peeked pglimits.peeked;
 begin
@@ -3762,7 +3794,7 @@ begin
   if request.error is not null then
     perform pglimits._fail(request.error, request.message);
   end if;
-  findings := pglimits._glance(request, true, now);
+  findings := pglimits._glance(request, true);
   peeked.status := case
     when findings.enforced = 0 then 'unlimited'
     when findings.fits_at is null then 'granted'
@@ -3773,13 +3805,13 @@ begin
   elsif peeked.status = 'granted' then
     peeked.wait := findings.turn_in;
   elsif findings.fits_at < 'infinity' then
-    peeked.retry_after := findings.fits_at - now;
+    peeked.retry_after := greatest(findings.fits_at - pglimits._now(), interval '0');
   end if;
   if peeked.status = 'queued' then
     peeked."position" := 1 + (
       select count(*) from pglimits.queue q
       where q.limit_id = request.limit_ids[findings.blocked_at] and q.key = request.keys[findings.blocked_at]
-        and q.turn is null and q.rank <= request.rank and q.expires_at > now);
+        and q.turn is null and q.rank <= request.rank and q.expires_at > pglimits._now());
   end if;
   return peeked;
 end $$;
@@ -3939,20 +3971,26 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  checked pglimits._request[] := pglimits._check_requests(requests);
+  checked pglimits._request[];
+  answers pglimits._answer[];
 begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
-  if checked is null then
-    return;
-  elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
-    perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
-  end if;
+  loop
+    checked := pglimits._check_requests(requests);
+    if checked is null then
+      return;
+    elsif (select count(distinct c.lease_id) < count(*) from unnest(checked) c) then
+      perform pglimits._fail('InvalidArgument', 'requests must not give the same lease_id twice');
+    end if;
+    answers := pglimits._answer_all(checked);
+    exit when answers is not null;
+  end loop;
   return query
   select a.ordinal::integer, a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a.wait,
          (checked[a.ordinal]).missing, a.error, a.message
-  from unnest(pglimits._answer_all(checked)) with ordinality as a(
+  from unnest(answers) with ordinality as a(
     status, lease_id, fences, expires_at, retry_after, wait, error, message, ordinal);
 end $$;
 
@@ -5211,8 +5249,8 @@ $$Adds slots to the level of a rate limit after the fact (an estimate was 500 to
 or takes them off, never below zero. Past the limit, later callers wait longer. Returns the new level in slots.
 Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
 
--- Raises the level behind those who sleep, or lowers it: by what was added behind them, then by what was used before they came.
--- What they have reserved stays reserved, only earlier.
+-- Raises the level behind those who sleep, or lowers it: by what was added behind the last of them, then behind the one before,
+-- and so on, and at last by what was used before they came. What they have reserved stays reserved, only earlier.
 create or replace function pglimits._add_to_level(
   state pglimits.states, config pglimits.configs, slots numeric, now timestamptz)
 returns pglimits.states
@@ -5223,12 +5261,26 @@ as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
   last_turn numeric;
-  behind numeric;
   used numeric;
+  -- What was added behind somebody who sleeps, the last first; and the turn of who comes next.
+  turns numeric[];
+  added numeric[];
 begin
   state.booked := greatest(state.booked, decayed);
   if state.added_behind <= decayed then
     state.added := 0;
+  end if;
+  select coalesce(array_agg(a.next_turn order by a.turn desc), '{}'), coalesce(array_agg(a.slots order by a.turn desc), '{}')
+  into turns, added
+  from (
+    select q.turn, coalesce(lead(q.turn) over later, 'Infinity') as next_turn,
+           coalesce(lead(q.turn - q.slots - q.gap) over later, state.booked - config."limit") - q.turn as slots
+    from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned
+    window later as (order by q.turn, q.lease_id)) a
+  where a.slots > 0 and state.added > 0;
+  if pglimits._move_alike(state, decayed, decayed) then
+    state.added := (select coalesce(sum(u.slots), 0) from unnest(added) as u(slots));
   end if;
   used := state.booked - decayed - pglimits._reserved(state, decayed) - state.added;
   if used < 0 then
@@ -5253,12 +5305,13 @@ begin
     end if;
     return state;
   end if;
-  behind := least(-slots, state.added);
-  state.added := state.added - behind;
-  last_turn := (select min(q.turn) from pglimits.queue q
-                where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned);
-  return pglimits._close_gaps(
-    state, config, now, array[decayed, coalesce(last_turn, 'Infinity')], array[least(-slots - behind, used), behind]);
+  slots := -slots;
+  for i in 1 .. cardinality(added) loop
+    added[i] := least(added[i], slots, state.added);
+    state.added := state.added - added[i];
+    slots := slots - added[i];
+  end loop;
+  return pglimits._close_gaps(state, config, now, turns || decayed, added || least(slots, used));
 end $$;
 
 comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is

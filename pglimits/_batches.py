@@ -44,7 +44,7 @@ LOCK_WAIT = 0.3
 
 @dataclass(slots=True)
 class Answer:
-    """What became of a request. ``retry_after`` and ``wait`` in seconds."""
+    """What became of a request. ``retry_after``, ``wait`` and ``ends_in`` (how long its lease lasts) in seconds."""
 
     status: str
     fences: list[int | None] | None = None
@@ -54,6 +54,7 @@ class Answer:
     missing: list[str] | None = None
     error: str | None = None
     message: str | None = None
+    ends_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -240,8 +241,7 @@ class Batches:
             self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
             now = time.monotonic()
             for taken in batch:
-                if not taken.again:
-                    taken.sent = now
+                taken.sent = now
                 self._pending.pop(taken, None)
         return True
 
@@ -301,7 +301,7 @@ class Batches:
                 for ticket in slot.releases:
                     ticket.answer = not ended or ticket.lease_id not in ended
             if slot.requests:
-                _hand_out(slot.requests, rows[0][-1])
+                _hand_out(slot.requests, *rows[0][-2:])
         self._close(slot)
 
     def put_back(self, slot: Slot) -> None:
@@ -394,18 +394,19 @@ def _are_alike(requests: Sequence[Ticket]) -> bool:
     )
 
 
-def _hand_out(requests: Sequence[Ticket], answers: list[list[Any]]) -> None:
-    """What ``acquire_alike`` answered."""
+def _hand_out(requests: Sequence[Ticket], answers: list[list[Any]], told_at: float) -> None:
+    """What ``acquire_alike`` answered, and when (epoch)."""
     tickets = iter(requests)
     for number, status, fence, ends, *rest in answers:
         expires_at = None if ends is None else datetime.fromtimestamp(ends, UTC)
+        ends_in = None if ends is None else ends - told_at
         waits, retry_after, is_missing, error, message = [*rest, None, None, None, None, None][:5]
         for nth in range(number):
             ticket = next(tickets)
             missing = [ticket.kind.places[0][0]] if is_missing and ticket.kind is not None else None
             fences = None if fence is None else [fence + nth]
             wait = None if waits is None else waits[nth]
-            ticket.answer = Answer(status, fences, expires_at, retry_after, wait, missing, error, message)
+            ticket.answer = Answer(status, fences, expires_at, retry_after, wait, missing, error, message, ends_in)
 
 
 def _ids(batch: Sequence[Ticket]) -> str:

@@ -366,7 +366,8 @@ class Engine:
             answer.fences if answer is not None and answer.fences is not None else [None] * len(kind.places),
             answer.expires_at if answer is not None else None,
             kind.lease_duration,
-            asked + kind.lease_duration if news is None else news.ends,
+            # Where this was asked before, it may have been granted then.
+            news.ends if news is not None else asked + ((answer.ends_in if answer is not None else None) or 0.0),
             self.pid,
         )
         if enforced:

@@ -386,7 +386,11 @@ class Keeper:
     def _take_in(self, rows: list[Row], asked: float) -> None:
         now = time.monotonic()
         woken: list[Waker] = []
+        # Who sleeps over several limits has a turn on each, and goes at the last of them.
         turns: dict[UUID, float] = {}
+        for lease_id, *_, wait, _ in rows:
+            if wait is not None:
+                turns[lease_id] = max(turns.get(lease_id, 0.0), wait)
         claims: list[Claim] = []
         with self._lock:
             for lease_id, status, fence, expires_at, retry_after, wait, ends_in in rows:
@@ -396,7 +400,6 @@ class Keeper:
                     # It goes on already, or has given up.
                     claims.append(Claim(lease_id, expires_at if status == "granted" else None, ends))
                 elif wait is not None:
-                    turns[lease_id] = max(turns.get(lease_id, 0.0), wait)
                     turn_at = now + turns[lease_id]
                     if waiter.turn_at is None or abs(turn_at - waiter.turn_at) > 0.005:
                         woken.append(waiter.waker)

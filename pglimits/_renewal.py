@@ -45,6 +45,7 @@ class Lease:
         "_lost",
         "_on_lost",
         "_pause",
+        "_unclaimed",
         "_user",
         "enforced",
         "fences",
@@ -77,6 +78,8 @@ class Lease:
         self._ends = ends
         # Seconds from one renewal to the next.
         self._pause = duration / 3
+        # Handed over, and its full duration has not begun, as far as is known here.
+        self._unclaimed = False
         self._lost = False
         self._on_lost: Callable[[], None] | None = None
         self._user: object = None
@@ -141,13 +144,18 @@ class Renewal:
 
     def add(self, lease: Lease, claimed: bool = True) -> None:
         """Renew a lease from now on, a third of its duration after it was taken; one that is being claimed, soon."""
+        now = time.monotonic()
         due = lease._ends - lease._duration + lease._pause
-        if not claimed or due <= time.monotonic():
+        if not claimed:
+            lease._unclaimed = True
             lease._pause = _CLAIMED_WITHIN
-            due = time.monotonic() + lease._pause
+            due = now + lease._pause
         reference = orphan(lease, self._give_back, lease.id)
         with self._lock:
-            self._by_pause.setdefault(lease._pause, {})[lease.id] = (due, reference)
+            if due <= now:  # it was granted a while ago, and nobody heard of it
+                self._due[lease.id] = reference
+            else:
+                self._by_pause.setdefault(lease._pause, {})[lease.id] = (due, reference)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._thread = started(lambda: threading.Thread(target=self._work, name=f"{OURS}renewal", daemon=True))
             elif due < self._wakes_at:
@@ -162,7 +170,7 @@ class Renewal:
             for claim in claims:
                 _, reference = unclaimed.get(claim.lease_id, (0.0, None))
                 lease = None if reference is None else reference()
-                if reference is None or lease is None:
+                if reference is None or lease is None or not lease._unclaimed:
                     continue
                 asked = claim.ends - lease._duration
                 if claim.expires_at is None:
@@ -269,6 +277,7 @@ class Renewal:
         lease._expires_at = expires_at
         lease._ends = asked + lease._duration
         lease._pause = lease._duration / 3
+        lease._unclaimed = False
         self._by_pause.setdefault(lease._pause, {})[lease.id] = (asked + lease._pause, reference)
 
     def _failed(self, due: list[Lease], error: Exception) -> None:

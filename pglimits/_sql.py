@@ -1,7 +1,8 @@
 """Every SQL statement of the wrapper: calls of pglimits.*, and what goes around them.
 
 Intervals travel as seconds and rows in binary, so that no setting of a session (DateStyle, IntervalStyle, TimeZone)
-can change what is read.
+can change what is read. How long a lease lasts is told as well: counted from when the statement was sent, it ends no
+earlier than that.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ VERSION = "select pglimits.version(), pg_backend_pid()"
 
 ACQUIRE_MANY = """
     select a.status, a.fences, a.expires_at, extract(epoch from a.retry_after)::float8,
-           extract(epoch from a.wait)::float8, a.missing, a.error, a.message
+           extract(epoch from a.wait)::float8, a.missing, a.error, a.message,
+           extract(epoch from a.expires_at - clock_timestamp())::float8
     from pglimits.acquire_many(%s::jsonb, %s, make_interval(secs => %s)) a order by a.ordinal"""
 
 ACQUIRE_ALIKE = """
     select pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
-                                  %s, %s::bool, %s, make_interval(secs => %s))"""
+                                  %s, %s::bool, %s, make_interval(secs => %s)),
+           extract(epoch from clock_timestamp())::float8"""
 
 RELEASE_AND_ACQUIRE = """
     select pglimits.release_many(%s::uuid[], %s, make_interval(secs => %s)),
            pglimits.acquire_alike(%s, %s::uuid[], %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::bool,
-                                  %s, %s::bool, %s, make_interval(secs => %s))"""
+                                  %s, %s::bool, %s, make_interval(secs => %s)),
+           extract(epoch from clock_timestamp())::float8"""
 
 RELEASE = "select pglimits.release_many(%s::uuid[], %s, make_interval(secs => %s))"
 

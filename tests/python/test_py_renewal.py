@@ -27,11 +27,8 @@ from wrappertest import (
     value,
 )
 
-from pglimits import AsyncLimiter, Lease, LeaseLost, Limiter, _renewal
-from pglimits._arguments import Part
-from pglimits._batches import Batches, Slot, Ticket
-from pglimits._engine import kind_of
-from pglimits._wake import ThreadWaker
+from pglimits import AsyncLimiter, Lease, LeaseLost, Limiter, _limiter, _renewal
+from pglimits._keeper import Claim
 
 THIRD = 3.0
 """A lease of so many seconds is renewed every second."""
@@ -87,18 +84,42 @@ def test_a_lease_that_was_granted_after_a_long_wait_for_a_lock_counts_from_then(
     limiter.release(lease)
 
 
-def test_a_lease_that_was_asked_for_again_counts_from_when_it_may_have_been_granted() -> None:
-    """A sender was interrupted, and nobody knows what became of its batch."""
-    kind = kind_of((Part("database", "", 1),), None, 60.0, 0, False, False)
-    batches = Batches(True, "pglimits_t", lambda lease_id: None)
-    ticket = Ticket(uuid4(), kind, kind.places, None, "null", ThreadWaker(), None)
-    batches.submit(ticket)
-    first, second = Slot(batches), Slot(batches)
-    assert batches.take(first)
-    sent = ticket.sent
-    batches.put_back(first)
-    assert batches.take(second)
-    assert ticket.sent == sent
+@pytest.mark.parametrize("together", [False, True])
+def test_a_lease_that_was_granted_when_it_was_asked_for_before_counts_from_then_and_is_renewed_at_once(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Its connection broke before it was answered, and it took a while until there was another."""
+    names = ["database", "other"] if together else ["database"]
+    for name in names:
+        limiter.create(name, 1)
+    lease_id = uuid4()
+    granted = "select pglimits.acquire(%s::text[], lease_id => %s, lease_duration => '1 minute')"
+    conn.execute(granted, [names, lease_id])
+    conn.execute("update pglimits.leases set expires_at = clock_timestamp() + interval '20 seconds'")
+    monkeypatch.setattr(_limiter, "new_id", lambda: lease_id)
+    real, renews = _renewal.run_statement, threading.Event()
+
+    def held_up(*arguments: Any, **options: Any) -> Any:
+        renews.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(_renewal, "run_statement", held_up)
+    began = time.monotonic()
+    lease = limiter.acquire(names, lease_duration=60)
+    counted = lease._ends - time.monotonic()
+    renews.set()
+    assert (lease.id, counted <= 20) == (lease_id, True)
+    wait_until(lambda: lease._ends >= began + 60)
+    limiter.release(lease)
+
+
+def test_a_look_from_before_a_lease_was_granted_does_not_lose_it(limiter: Limiter, conn: Connection) -> None:
+    """Its waiter was told to ask again, and did, while all were looked at."""
+    limiter.create("database", 1)
+    lease = limiter.acquire("database", lease_duration=THIRD)
+    limiter._engine.renewal.claimed([Claim(lease.id, None, time.monotonic())])
+    assert not lease.lost
+    limiter.release(lease)
 
 
 def test_a_lease_lasts_five_minutes_by_default(api: Api) -> None:

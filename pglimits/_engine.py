@@ -16,14 +16,14 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 from uuid import UUID
 
 from . import _sql
 from ._arguments import Part
-from ._batches import PATIENCE, Answer, Batches, Kind, Slot, Ticket
+from ._batches import LOCK_WAIT, PATIENCE, Answer, Batches, Kind, Slot, Ticket
 from ._database import ANSWERS_WITHIN, Busy, Database, Late
 from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
@@ -463,7 +463,8 @@ class Engine:
                     )
 
     def _clean(self) -> None:
-        later: list[tuple[float, UUID]] = []
+        # When, which, and how often it has met a lock.
+        later: list[tuple[float, UUID, int]] = []
         stopping = False
         with self._lock:
             if self._cleaner is not threading.current_thread():
@@ -488,25 +489,50 @@ class Engine:
                     self.renewal.forget(lease_id)
                     self.keeper.remove(lease_id)
                     self._asking.pop(lease_id, None)
-                    later.append((0.0, lease_id))
+                    later.append((0.0, lease_id, 0))
                     if again_after:
-                        later.append((now + again_after, lease_id))
+                        later.append((now + again_after, lease_id, 0))
                     continue
             except queue.Empty:
                 pass
             due = [entry for entry in later if entry[0] <= now or stopping]
             if not due:
                 continue
+            # What has met a lock goes by itself, and after the others: it would hold them up.
+            due = [entry for entry in due if not entry[2]] or [min(due)]
             later = [entry for entry in later if entry not in due]
             try:
-                self._release_all(list({lease_id for _, lease_id in due}))
+                self._release({lease_id for _, lease_id, _ in due}, LOCK_WAIT)
+            except Busy:
+                now = time.monotonic()
+                for _, lease_id, met in due:
+                    if len(due) > 1:
+                        later.append((now, lease_id, 1))
+                    elif not stopping:
+                        later.append((now + min(0.1 * 2**met, 2.0), lease_id, met + 1))
             except Exception as error:
                 log.debug("giving back %d requests failed: %s", len(due), error)
                 if not stopping:
-                    later += [(time.monotonic() + 1.0, lease_id) for _, lease_id in due]
+                    later += [(time.monotonic() + 1.0, lease_id, met) for _, lease_id, met in due]
+
+    def _release(self, lease_ids: Collection[UUID], patience: float) -> None:
+        self.database.execute(_sql.RELEASE, [list(lease_ids), self.durable, patience], within=ANSWERS_WITHIN)
 
     def _release_all(self, lease_ids: list[UUID]) -> None:
-        self.database.execute(_sql.RELEASE, [lease_ids, self.durable, ANSWERS_WITHIN / 2], within=ANSWERS_WITHIN)
+        """Release as many as can be, for some seconds: what somebody keeps locked holds up none of the others."""
+        until = time.monotonic() + ANSWERS_WITHIN / 2
+        with contextlib.suppress(LimiterUnavailable):
+            try:
+                self._release(lease_ids, LOCK_WAIT)
+                return
+            except Busy:
+                left = list(dict.fromkeys(lease_ids))
+            while left and time.monotonic() < until:
+                lease_id = left.pop(0)
+                try:
+                    self._release([lease_id], 0.05)
+                except Busy:
+                    left.append(lease_id)
 
     def close(self, user: User) -> None:
         """One user less: release what it holds, and end its waits. The last one stops the engine."""

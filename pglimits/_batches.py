@@ -88,6 +88,7 @@ class Ticket:
         "again",
         "alone",
         "answer",
+        "apart",
         "batches",
         "done",
         "error",
@@ -126,8 +127,10 @@ class Ticket:
         self.again = False
         # When (monotonic) it was sent: an answer is of no earlier moment.
         self.sent = 0.0
-        # Sent by itself, and not before that moment: it has met a lock, or an error that may be another's.
+        # Sent by itself: it has met an error that may be another's. Or only with others on the same limits, and not
+        # before that moment: it has met a lock.
         self.alone = False
+        self.apart = False
         self.not_before = 0.0
         self.tries = 0
         self.abandoned = False
@@ -158,11 +161,13 @@ class Ticket:
 class Slot:
     """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("again", "batch", "batches", "connection", "orphan", "releases", "requests", "sql")
+    __slots__ = ("again", "apart", "batch", "batches", "connection", "orphan", "releases", "requests", "sql")
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
         self.again = False
+        # It has met a lock, or an error: it has a way of its own, and leaves the others theirs.
+        self.apart = False
         self.batch: list[Ticket] | None = None
         self.sql = ""
         self.releases: list[Ticket] = []
@@ -223,27 +228,40 @@ class Batches:
             first = ticket if ticket is not None else next(filter(self._can_go, self._pending), None)
             if first is None or first not in self._pending or not self._can_go(first):
                 return False
-            if first.alone:
-                batch = [first]
-            else:
-                is_release = first.kind is None
-                busy = set().union(*self._under_way.values())
-                batch = [
-                    other
-                    for other in self._pending
-                    if (other.kind is None) == is_release and not other.alone and busy.isdisjoint(other.lanes)
-                ][:LARGEST_BATCH]
-                if first not in batch:
-                    batch[-1] = first
-                if len(batch) <= SMALL_BATCH:
-                    batch += self._companions(batch, busy)
-            slot.batch = batch
+            slot.batch = batch = self._batch_with(first)
+            slot.apart = any(taken.alone or taken.apart for taken in batch)
             self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
             now = time.monotonic()
             for taken in batch:
                 taken.sent = now
                 self._pending.pop(taken, None)
         return True
+
+    def _batch_with(self, first: Ticket) -> list[Ticket]:
+        if first.alone:
+            return [first]
+        is_release = first.kind is None
+        busy = set().union(*self._under_way.values())
+        now = time.monotonic()
+        batch = [
+            other
+            for other in self._pending
+            if (other.kind is None) == is_release
+            and not other.alone
+            and other.not_before <= now
+            and busy.isdisjoint(other.lanes)
+        ]
+        apart = any(other.apart for other in batch)
+        if apart:
+            here = [other for other in batch if other.lanes == first.lanes]
+            apart = any(other.apart for other in here)
+            batch = here if apart else [other for other in batch if not other.apart]
+        del batch[LARGEST_BATCH:]
+        if first not in batch:
+            batch[-1] = first
+        if len(batch) <= SMALL_BATCH and not apart:
+            batch += self._companions(batch, busy)
+        return batch
 
     def _companions(self, batch: list[Ticket], busy: set[tuple[str, ...]]) -> list[Ticket]:
         """Releases that can go with few requests, or requests with few releases: all on one (limit, key)."""
@@ -254,7 +272,9 @@ class Batches:
         other_lanes = (("release", *lane) if first.kind is not None else lane[1:],)
         if not busy.isdisjoint(other_lanes):
             return []
-        others = [ticket for ticket in self._pending if ticket.lanes == other_lanes and not ticket.alone]
+        others = [
+            ticket for ticket in self._pending if ticket.lanes == other_lanes and not ticket.alone and not ticket.apart
+        ]
         requests = others if first.kind is None else batch
         return others if len(others) <= SMALL_BATCH and _are_alike(requests) else []
 
@@ -317,7 +337,7 @@ class Batches:
             if ticket.answer is not None:
                 continue
             if isinstance(problem, Busy):
-                ticket.alone = True
+                ticket.apart = True
                 ticket.tries += 1
                 ticket.not_before = time.monotonic() + min(0.02 * 2**ticket.tries, 1.0) * random.uniform(0.5, 1.0)
             elif len(slot.batch or ()) > 1 and _blames_the_request(problem):
@@ -375,11 +395,12 @@ class Batches:
         return ticket in self._pending and self._can_go(ticket)
 
     def _can_go(self, ticket: Ticket) -> bool:
-        under_way = len(self._under_way)
-        if under_way >= BATCHES_AT_ONCE:
+        apart = sum(slot.apart for slot in tuple(self._under_way))
+        if ticket.alone or ticket.apart:
+            if apart or ticket.not_before > time.monotonic():
+                return False
+        elif len(self._under_way) - apart >= BATCHES_AT_ONCE:
             return False
-        if ticket.alone and (under_way or ticket.not_before > time.monotonic()):
-            return False  # what meets locks leaves a way to the others
         return all(lanes.isdisjoint(ticket.lanes) for lanes in tuple(self._under_way.values()))
 
 

@@ -42,7 +42,8 @@ _LOOKS_EVERY = 0.1
 """Seconds after which a wait for an answer looks how late it is."""
 
 BATCHES_AT_ONCE = 2
-"""How many batches of one process may be on their way at the same time; each needs a connection."""
+"""How many batches of one process may be on their way at the same time, beside one that has met a lock; each needs a
+connection."""
 
 
 class NoAnswer(psycopg.OperationalError):

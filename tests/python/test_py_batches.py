@@ -20,8 +20,8 @@ from pglimits import (
     NoSlotDecay,
     SlotsExceedLimit,
 )
-from pglimits._batches import Answer, Ticket
-from pglimits._database import Database
+from pglimits._batches import Answer, Batches, Slot, Ticket
+from pglimits._database import Busy, Database
 from pglimits._engine import Request
 from pglimits._requests import checked, new_id
 from pglimits._wake import ThreadWaker
@@ -137,6 +137,44 @@ def test_a_release_and_a_request_on_one_limit_travel_together_and_the_release_co
     assert isinstance(asked.answer, Answer)
     assert asked.answer.status == "granted"
     limiter.release(asked.lease_id)
+
+
+def asks(batches: Batches, name: str) -> Ticket:
+    kind, _ = checked(name, 1, None, None, 300, False, None, None, "", 0)
+    ticket = Request(kind, ThreadWaker(), "raise", "null", new_id()).ticket(None)
+    batches.submit(ticket)
+    return ticket
+
+
+def taken(batches: Batches, ticket: Ticket) -> Slot:
+    slot = Slot(batches)
+    assert batches.take(slot, ticket)
+    return slot
+
+
+def test_what_has_met_a_lock_is_sent_however_busy_the_others_are() -> None:
+    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    met = [asks(batches, name) for name in ("one", "two")]
+    batches.fail(taken(batches, met[0]), Busy("locked"))
+    for name in ("three", "four"):
+        taken(batches, asks(batches, name))
+    for ticket in met:
+        ticket.not_before = 0.0
+    slot = taken(batches, met[0])
+    assert slot.batch == met[:1]
+    assert not batches.can_go(met[1]), "one such batch at a time"
+    assert not batches.can_go(asks(batches, "five")), "and the others have the ways that they had"
+
+
+def test_what_has_met_a_lock_goes_with_those_who_ask_for_the_same_and_nobody_else() -> None:
+    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    met = asks(batches, "one")
+    batches.fail(taken(batches, met), Busy("locked"))
+    met.not_before = 0.0
+    other = asks(batches, "two")
+    assert taken(batches, other).batch == [other]
+    newcomer = asks(batches, "one")
+    assert taken(batches, newcomer).batch == [met, newcomer]
 
 
 def test_a_rate_limit_call_is_one_statement_also_when_it_sleeps(

@@ -516,28 +516,37 @@ def test_a_sleeper_does_not_go_before_its_turn_while_the_database_is_away(
         sleeps.result(30)
 
 
-def test_what_was_granted_to_a_request_that_is_an_error_when_it_is_asked_again_is_given_back(
-    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("full", [False, True])
+def test_a_request_whose_reply_was_lost_gets_what_it_was_granted_or_leaves_the_line_if_it_is_an_error_by_now(
+    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
-    """Its reply was lost, and the limit has shrunk."""
     with Limiter(dsn) as limiter:
-        limiter.create("database", 5)
+        for name in ("database", "other"):
+            limiter.create(name, 5)
+        holds = limiter.acquire("database", 5) if full else None
         real, lost = _database.run, []
 
         def lossy(connection: Any, sql: str, params: Any, prepare: bool | None) -> Any:
             rows = real(connection, sql, params, prepare)
             if "acquire" in sql and not lost:
-                lost.append(1)
-                conn.execute("select pglimits.update_limit('database', 3)")
+                lost.append(waiting(conn))
+                conn.execute("select pglimits.delete_limit('other')")
                 connection.close()
                 raise psycopg.OperationalError("the reply was lost")
             return rows
 
         monkeypatch.setattr(_database, "run", lossy)
-        with pytest.raises(SlotsExceedLimit):
-            limiter.acquire("database", 5, timeout_seconds=1)
-        assert lost
-        wait_until(lambda: nothing_left(conn))
+        if holds is None:
+            lease = limiter.acquire(["database", "other"], 5, timeout_seconds=60, strict=True)
+            assert (lease.fences[0] is not None, lease.fences[1]) == (True, None)
+        else:
+            with pytest.raises(LimitNotFound):
+                limiter.acquire(["database", "other"], 5, timeout_seconds=60, strict=True)
+            lease = holds
+        assert lost == [int(full)]
+        wait_until(lambda: waiting(conn) == 0)
+        limiter.release(lease)
+        assert nothing_left(conn)
 
 
 def test_a_sleeper_hears_of_what_all_were_told_just_before_it_was_looked_after(
@@ -852,7 +861,7 @@ def test_closing_a_limiter_ends_the_waits_of_the_functions_of_the_other_kind_tha
         goes.close()
         with pytest.raises(LimiterUnavailable, match="closed"):
             waits.result(30)
-    assert waiting(conn) == 0
+    wait_until(lambda: waiting(conn) == 0)
     assert api.release(lease)
 
 

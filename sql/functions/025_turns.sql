@@ -514,7 +514,10 @@ begin
         where q.lease_id = sleeper.lease_id
           and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
         state.booked := state.booked + rest[i] + case when rest[i] > added[i] then free else 0 end;
-        state.added := state.added + added[i];
+        if added[i] > 0 then
+          state.added := added[i];
+          state.added_behind := behind[i];
+        end if;
         stopped[i] := true;
         perform pglimits._tell(sleeper.channel, null);
       elsif added[i] > 0 then

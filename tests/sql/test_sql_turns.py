@@ -292,6 +292,36 @@ def test_what_was_added_counts_as_used_once_those_before_it_have_gone(clock: Clo
     assert turn(s, reserve(s, "api")) == 3
 
 
+def test_what_was_added_stays_behind_those_over_several_limits_when_some_of_it_is_taken_off(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("one", 1, 1)
+    s.create("two", 1, 1)
+    s.adjust("one", 1)
+    first, second = reserve(s, "one"), reserve(s, BOTH)
+    s.adjust("one", 2)
+    behind = reserve(s, "one")
+    assert s.adjust("one", -1) == 5
+    assert [turn(s, each) for each in (first, second, behind)] == [1, 2, 4]
+    db.consistent()
+
+
+def test_what_was_used_is_not_taken_off_before_what_was_added(clock: Clock, db: Db, s: Session) -> None:
+    """Else somebody over several limits would go at once, right after who has just gone."""
+    clock.freeze()
+    s.create("one", 1, 1)
+    s.create("two", 1, 1)
+    s.rate_limit("one")
+    both = reserve(s, BOTH)
+    assert s.rate_limit("two").status == "granted"
+    s.adjust("two", 1)
+    s.adjust("two", -1)
+    s.adjust("one", -1)
+    assert turn(s, both) == 1
+    db.consistent()
+
+
 @pytest.mark.parametrize("other", [True, False])
 def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit(
     clock: Clock, s: Session, other: bool

@@ -243,15 +243,17 @@ class Batches:
         is_release = first.kind is None
         busy = set().union(*self._under_way.values())
         now = time.monotonic()
+        none_apart = not any(slot.apart for slot in self._under_way)
         batch = [
             other
             for other in self._pending
             if (other.kind is None) == is_release
             and not other.alone
+            and (none_apart or not other.apart)
             and other.not_before <= now
             and busy.isdisjoint(other.lanes)
         ]
-        apart = any(other.apart for other in batch)
+        apart = none_apart and any(other.apart for other in batch)
         if apart:
             here = [other for other in batch if other.lanes == first.lanes]
             apart = any(other.apart for other in here)

@@ -177,6 +177,17 @@ def test_what_has_met_a_lock_goes_with_those_who_ask_for_the_same_and_nobody_els
     assert taken(batches, newcomer).batch == [met, newcomer]
 
 
+def test_only_one_batch_at_a_time_is_sent_beside_the_others() -> None:
+    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    met = [asks(batches, name) for name in ("one", "two")]
+    batches.fail(taken(batches, met[0]), Busy("locked"))
+    for ticket in met:
+        ticket.not_before = 0.0
+    taken(batches, met[0])
+    newcomers = [asks(batches, name) for name in ("two", "three")]
+    assert taken(batches, newcomers[0]).batch == newcomers
+
+
 def test_a_rate_limit_call_is_one_statement_also_when_it_sleeps(
     api: Api, sent: list[Statement], conn: Connection
 ) -> None:

@@ -440,23 +440,23 @@ begin
   if state.added_behind <= decayed then
     state.added := 0;
   end if;
+  select coalesce(array_agg(a.next_turn order by a.turn desc), '{}'), coalesce(array_agg(a.slots order by a.turn desc), '{}')
+  into turns, added
+  from (
+    select q.turn, coalesce(lead(q.turn) over later, 'Infinity') as next_turn,
+           coalesce(lead(q.turn - q.slots - q.gap) over later, state.booked - config."limit") - q.turn as slots
+    from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned
+    window later as (order by q.turn, q.lease_id)) a
+  where a.slots > 0 and state.added > 0;
   if pglimits._move_alike(state, decayed, decayed) then
-    select coalesce(array_agg(a.next_turn order by a.turn desc), '{}'), coalesce(array_agg(a.slots order by a.turn desc), '{}')
-    into turns, added
-    from (
-      select q.turn, coalesce(lead(q.turn) over later, 'Infinity') as next_turn,
-             coalesce(lead(q.turn - q.slots - q.gap) over later, state.booked - config."limit") - q.turn as slots
-      from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
-      window later as (order by q.turn, q.lease_id)) a
-    where a.slots > 0 and state.added > 0;
     state.added := (select coalesce(sum(u.slots), 0) from unnest(added) as u(slots));
   else
-    -- All of it lies behind the last who slept when something was added.
-    turns := array[coalesce((
+    -- Where it cannot be told from their turns, it lies behind the last who slept when something was added.
+    turns := turns || coalesce((
       select min(q.turn) from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned), 'Infinity')];
-    added := array[state.added];
+      where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned), 'Infinity');
+    added := added || state.added;
   end if;
   used := state.booked - decayed - pglimits._reserved(state, decayed) - state.added;
   if used < 0 then

@@ -278,6 +278,22 @@ def test_what_adjust_takes_off_lets_no_newcomer_pass_who_came_between_two_times_
     db.consistent()
 
 
+def test_nor_does_it_where_one_of_them_sleeps_over_several_limits(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("one", 1, 1)
+    s.create("two", 1, 1)
+    s.rate_limit("one")
+    first = reserve(s, "one")
+    s.adjust("one", 3)
+    second = reserve(s, BOTH)
+    s.adjust("one", 2)
+    s.adjust("one", -4)
+    newcomer = reserve(s, "one")
+    # What is left of what was added lies behind who sleeps over several.
+    assert [turn(s, each) for each in (first, second, newcomer)] == [1, 2, 4]
+    db.consistent()
+
+
 def test_what_was_added_counts_as_used_once_those_before_it_have_gone(clock: Clock, s: Session) -> None:
     clock.freeze()
     s.create("api", 1, 1)

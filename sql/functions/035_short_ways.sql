@@ -35,17 +35,16 @@ begin
     end if;
   end if;
   if wait = interval '0' then
-    -- They may be refused, and that takes no lock.
+    -- They may be refused, and that takes no lock. The clock is read after the snapshot was taken.
     select s.held + wanted <= c."limit" and s.waiting = 0 as fit,
            s.held::bigint + slots > c."limit" and (slots <= c."limit" or c."limit" = 0)
-             and s.next_look > n.now
-             and (s.next_expiry > n.now or not exists (  -- it was renewed
+             and s.next_look > pglimits._now()
+             and (s.next_expiry > pglimits._now() or not exists (  -- it was renewed
                select from pglimits.leases l
                where l.limit_id = c.limit_id and l.key = _take_alike.key
-                 and l.expires_at >= s.next_expiry and l.expires_at <= n.now))
+                 and l.expires_at >= s.next_expiry and l.expires_at <= (select pglimits._now())))
              and not (chosen and pglimits._are_known(lease_ids)) as are_refused
-    into state from (select pglimits._now() as now offset 0) n  -- after the snapshot was taken
-    cross join pglimits.configs c
+    into state from pglimits.configs c
     cross join lateral (
       select x.held, x.waiting, x.next_expiry, x.next_look from pglimits.states x
       where x.limit_id = c.limit_id and x.key = _take_alike.key order by x.version desc limit 1) s
@@ -110,6 +109,7 @@ declare
   now timestamptz;
   decayed numeric;
   base numeric;
+  first_in interval;
   last_in interval;
   noted boolean;
   arrival timestamptz;
@@ -129,21 +129,26 @@ begin
     end if;
   end if;
   if wait is not null then
-    -- They may be refused, and that takes no lock.
-    select pglimits._until(c, greatest(s.booked, pglimits._decayed(c, n.now)) + slots - c."limit", n.now) as first_in
-    into state from (select pglimits._now() as now offset 0) n  -- after the snapshot was taken
-    cross join pglimits.configs c
+    -- They may be refused, and that takes no lock. The clock is read after the snapshot was taken.
+    select c as config, s.booked, s.next_expiry, s.next_look into state
+    from pglimits.configs c
     cross join lateral (
       select x.booked, x.waiting, x.pinned, x.next_expiry, x.next_look from pglimits.states x
       where x.limit_id = c.limit_id and x.key = _turns_alike.key order by x.version desc limit 1) s
     where c.name = _turns_alike.name and c.active and c.slot_decay_per_second > 0 and slots <= c."limit"
-      and s.waiting = 0 and s.pinned = 0 and n.now < s.next_expiry and n.now < s.next_look;
-    if state.first_in > wait then
+      and s.waiting = 0 and s.pinned = 0;
+    now := pglimits._now();
+    if now < state.next_expiry and now < state.next_look then
+      config := state.config;
+      first_in := pglimits._until(
+        config, greatest(state.booked, pglimits._decayed(config, now)) + slots - config."limit", now);
+    end if;
+    if first_in > wait then
       if chosen and pglimits._are_known(lease_ids) then
         return;
       end if;
       status := 'refused';
-      retry_after := state.first_in;
+      retry_after := first_in;
       return;
     end if;
   end if;

@@ -248,7 +248,11 @@ def backends(conn: Connection, query: str = "", application: str = "pglimits") -
 
 def listeners(conn: Connection) -> list[int]:
     """The connections that listen: what they last did is LISTEN, its test, or a look at those who wait."""
-    return sorted({*backends(conn, "pglimits.watch"), *backends(conn, "pg_notify"), *backends(conn, "listen pglimits")})
+    rows = conn.execute(
+        "select pid from pg_stat_activity where datname = current_database() and application_name = 'pglimits'"
+        " and query ~ 'pglimits.watch|pg_notify|listen pglimits' order by pid"
+    ).fetchall()
+    return [row[0] for row in rows]
 
 
 def is_watched(conn: Connection) -> bool:

@@ -308,7 +308,9 @@ def test_renewal_is_tried_until_the_end_of_the_lease_and_no_longer(
         # By the local clock it is lost no later than by the database's.
         wait_until(lambda: held(conn) == 1)
         assert limiter.release(short) is False
-        assert limiter.release(long)
+        # A pooler may say for a while that its logins fail: then it is released a little later.
+        assert limiter.release(long) is not False
+        wait_until(lambda: held(conn) == 0)
 
 
 # Lost leases.

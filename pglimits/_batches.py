@@ -253,11 +253,8 @@ class Batches:
             and other.not_before <= now
             and busy.isdisjoint(other.lanes)
         ]
-        apart = none_apart and any(other.apart for other in batch)
-        if apart:
-            here = [other for other in batch if other.lanes == first.lanes]
-            apart = any(other.apart for other in here)
-            batch = here if apart else [other for other in batch if not other.apart]
+        apart = any(other.apart and other.lanes == first.lanes for other in batch)
+        batch = [other for other in batch if (other.lanes == first.lanes if apart else not other.apart)]
         del batch[LARGEST_BATCH:]
         if first not in batch:
             batch[-1] = first

@@ -357,17 +357,18 @@ class Engine:
     def _lease(
         self, request: Request, user: User, answer: Answer | None, asked: float, news: News | None = None
     ) -> Lease:
-        enforced = answer is not None and answer.expires_at is not None
+        answer = answer or Answer("unlimited")
+        enforced = answer.expires_at is not None
         kind = request.kind
         lease = Lease(
             request.lease_id,
             kind.places,
             kind.release_lanes,
-            answer.fences if answer is not None and answer.fences is not None else [None] * len(kind.places),
-            answer.expires_at if answer is not None else None,
+            answer.fences if answer.fences is not None else [None] * len(kind.places),
+            answer.expires_at,
             kind.lease_duration,
             # Where this was asked before, it may have been granted then.
-            news.ends if news is not None else asked + ((answer.ends_in if answer is not None else None) or 0.0),
+            news.ends if news is not None else asked + (answer.ends_in or 0.0),
             self.pid,
         )
         if enforced:
@@ -521,18 +522,17 @@ class Engine:
     def _release_all(self, lease_ids: list[UUID]) -> None:
         """Release as many as can be, for some seconds: what somebody keeps locked holds up none of the others."""
         until = time.monotonic() + ANSWERS_WITHIN / 2
-        with contextlib.suppress(LimiterUnavailable):
+        try:
+            self._release(lease_ids, LOCK_WAIT)
+            return
+        except Busy:
+            left = list(dict.fromkeys(lease_ids))
+        while left and time.monotonic() < until:
+            lease_id = left.pop(0)
             try:
-                self._release(lease_ids, LOCK_WAIT)
-                return
+                self._release([lease_id], 0.05)
             except Busy:
-                left = list(dict.fromkeys(lease_ids))
-            while left and time.monotonic() < until:
-                lease_id = left.pop(0)
-                try:
-                    self._release([lease_id], 0.05)
-                except Busy:
-                    left.append(lease_id)
+                left.append(lease_id)
 
     def close(self, user: User) -> None:
         """One user less: release what it holds, and end its waits. The last one stops the engine."""

@@ -379,14 +379,14 @@ class Model:
         for place, slots in zip(named, request.slots, strict=True):
             if place is not None:
                 parts[place] = parts.get(place, 0) + slots
-        codes = {"PL002"} if request.strict and None in found else set()
+        codes = set()
         for place, slots in parts.items():
-            if "PL002" in codes:
-                break
             if request.for_rate and not place.limit.rate:
                 codes.add("PL005")
             if slots > place.limit.most > 0:
                 codes.add("PL004")
+        if request.strict and None in found:
+            codes = {"PL002"}
         ordered = {place: parts[place] for place in sorted(parts, key=Place.order)}
         return ordered, Wrong(*codes) if codes else None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from wrappertest import Api, Connection, Future, WaitUntil, held, nothing_left, open_api, value, waiting
+from wrappertest import Api, Connection, Future, Locked, WaitUntil, held, nothing_left, open_api, value, waiting
 
 from pglimits import (
     AcquireTimeout,
@@ -63,19 +63,6 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Statement]]:
     monkeypatch.setattr(Database, "execute", noting)
     monkeypatch.setattr(Database, "execute_in_loop", noting_in_loop)
     yield statements
-
-
-class Locked:
-    """Keeps a limit locked in a transaction of its own."""
-
-    def __init__(self, connect: Any, *names: str) -> None:
-        self.connection = connect(autocommit=False)
-        for name in names:
-            # Its key '' must exist for it to be locked; what this takes is undone.
-            self.connection.execute("select pglimits.acquire(%s)", [name])
-
-    def unlock(self) -> None:
-        self.connection.rollback()
 
 
 def blocked(conn: Connection) -> int:

@@ -16,7 +16,7 @@ import poolers
 import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
-from wrappertest import Children, Connection, WaitUntil, held, in_thread, nothing_left, run, value, waiting
+from wrappertest import Children, Connection, Locked, WaitUntil, held, in_thread, nothing_left, run, value, waiting
 
 from pglimits import AcquireTimeout, AsyncLimiter, Lease, Limiter
 
@@ -405,39 +405,33 @@ def test_a_lease_that_nobody_refers_to_any_longer_is_given_back(
     settles(conn, wait_until)
 
 
-def locked(server_dsn: str, name: str) -> psycopg.Connection[Any]:
-    """Somebody's long transaction, in which slots of a limit were taken."""
-    connection = psycopg.connect(server_dsn)
-    connection.execute("select pglimits.acquire(%s)", [name])
-    return connection
-
-
 def test_what_is_given_back_is_not_held_up_by_another_limit_that_somebody_keeps_locked(
-    limiter: Limiter, conn: Connection, server_dsn: str, wait_until: WaitUntil
+    limiter: Limiter, conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
     for name in ("free", "locked"):
         limiter.create(name, 9)
     leases = [limiter.acquire(name) for name in ("locked", "free", "locked", "free")]
-    with locked(server_dsn, "locked") as locker:
-        for lease in leases:
-            limiter._engine.give_back(lease.id)
-        wait_until(lambda: held(conn, "free") == 0)
-        assert held(conn, "locked") == 2
-        locker.rollback()
+    locked = Locked(connect, "locked")
+    for lease in leases:
+        limiter._engine.give_back(lease.id)
+    wait_until(lambda: held(conn, "free") == 0)
+    assert held(conn, "locked") == 2
+    locked.unlock()
     wait_until(lambda: held(conn, "locked") == 0)
 
 
 def test_a_limiter_that_is_closed_releases_all_but_what_somebody_keeps_locked(
-    dsn: str, conn: Connection, server_dsn: str
+    dsn: str, conn: Connection, connect: Any
 ) -> None:
     limiter = Limiter(dsn)
     for name in ("free", "locked"):
         limiter.create(name, 9)
     leases = [limiter.acquire(name) for name in ("locked", "free", "locked", "free")]
-    with locked(server_dsn, "locked"):
-        limiter.close()
-        assert (held(conn, "free"), held(conn, "locked")) == (0, 2)
-    assert all(lease.id for lease in leases)
+    locked = Locked(connect, "locked")
+    limiter.close()
+    assert (held(conn, "free"), held(conn, "locked")) == (0, 2)
+    locked.unlock()
+    del leases  # referred to until now: it is not the garbage collector that gave them back
 
 
 def test_a_lease_taken_without_renewal_outlives_its_handle(limiter: Limiter, conn: Connection) -> None:

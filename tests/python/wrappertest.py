@@ -260,6 +260,19 @@ def is_watched(conn: Connection) -> bool:
     return poolers.MODE is not None or len(listeners(conn)) == 1
 
 
+class Locked:
+    """Keeps a limit locked in a transaction of its own."""
+
+    def __init__(self, connect: Any, *names: str) -> None:
+        self.connection = connect(autocommit=False)
+        for name in names:
+            # Its key '' must exist for it to be locked; what this takes is undone.
+            self.connection.execute("select pglimits.acquire(%s)", [name])
+
+    def unlock(self) -> None:
+        self.connection.rollback()
+
+
 def terminate(conn: Connection, pids: list[int]) -> None:
     conn.execute("select pg_terminate_backend(pid) from unnest(%s::int[]) as u(pid)", [pids])
 

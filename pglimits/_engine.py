@@ -310,6 +310,7 @@ class Engine:
         """End a lease. Whether it was still live; None if the database could not be asked."""
         if not lease.enforced or lease.released or lease.pid != os.getpid():
             return False
+        self._ready_to_clean()
         ticket = _releasing(lease.id, lease._lanes, waker, None)
         anchor = Anchor()
         self._asking[lease.id] = orphan(anchor, self._given_up.put, lease.id)

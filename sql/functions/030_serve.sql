@@ -246,6 +246,9 @@ declare
   lease record;
   part integer;
 begin
+  if request.for_rate then
+    return pglimits._in_use(request);  -- no call of rate_limit gets a lease
+  end if;
   answer.status := 'granted';
   answer.lease_id := request.lease_id;
   answer.fences := array_fill(null::bigint, array[cardinality(request.places)]);

@@ -552,6 +552,8 @@ class Model:
 
     def answer_again(self, request: Request, parts: Parts, lease: Lease) -> Answer:
         """Once: who asks again is told of the lease that the first call took."""
+        if request.for_rate:
+            raise Wrong("PL001")
         for place, part in lease.parts.items():
             if parts.get(place) != part.slots and place.limit.active:
                 raise Wrong("PL001")

@@ -434,6 +434,26 @@ def test_a_limiter_that_is_closed_releases_all_but_what_somebody_keeps_locked(
     del leases  # referred to until now: it is not the garbage collector that gave them back
 
 
+def test_a_process_that_only_releases_goes_on_when_its_releases_were_interrupted(
+    limiter: Limiter, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter.create("database", 3)
+    ids = [value(conn, "select lease_id from pglimits.acquire('database')") for _ in range(3)]
+    real = limiter._engine.database.execute
+
+    def interrupted(*arguments: Any) -> Any:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(limiter._engine.database, "execute", interrupted)
+        for lease_id in ids[:2]:
+            with pytest.raises(KeyboardInterrupt):
+                limiter.release(lease_id)
+    assert in_thread(lambda: limiter.release(ids[2])).result(30)
+    assert held(conn) == 0
+
+
 def test_a_lease_taken_without_renewal_outlives_its_handle(limiter: Limiter, conn: Connection) -> None:
     limiter.create("database", 1)
     lease_id = limiter.acquire("database", renew=False).id

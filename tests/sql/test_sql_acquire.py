@@ -143,6 +143,19 @@ def test_a_repeated_rate_limit_has_had_its_turn_also_when_its_limit_could_not_gi
         s.rate_limit("api", slots=2, lease_id=uuid4())
 
 
+@pytest.mark.parametrize("rate", [0, 1])
+def test_rate_limit_with_the_id_of_a_lease_is_an_error_and_takes_nothing(db: Db, s: Session, rate: float) -> None:
+    s.create("it", 2, rate)
+    lease_id = s.acquire("it").lease_id
+    request = {"names": ["it"], "lease_id": str(lease_id), "for_rate": True}
+    with changes_nothing(db.session()):
+        with fails("PL001"):
+            s.rate_limit("it", lease_id=lease_id)
+        asked = "select error from pglimits.acquire_many(%s::jsonb)"
+        assert s.value(asked, json.dumps([request])) == "InvalidArgument"
+    assert s.renew(lease_id)
+
+
 def test_a_waiter_that_asks_again_and_can_never_be_granted_gets_the_error(db: Db, clock: Clock, s: Session) -> None:
     clock.freeze()
     s.create("one", 1)

@@ -43,7 +43,7 @@ left join lateral (
 ) s on true
 left join lateral (
   select count(*) as waiting from pglimits.queue q
-  where q.limit_id = c.limit_id and q.expires_at > clock.now and (q.turn is null or q.turn > v.decayed)
+  where q.limit_id = c.limit_id and q.expires_at > clock.now and (q.turn is null or q.turn > v.decayed) and not q.added
 ) w on true;
 
 comment on view pglimits.limits is
@@ -68,7 +68,7 @@ select
 from (select pglimits._now() as now) clock
 cross join pglimits.queue q
 join pglimits.configs c on c.limit_id = q.limit_id
-where q.expires_at > clock.now
+where q.expires_at > clock.now and not q.added
   and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
                                               * extract(epoch from clock.now - c.decayed_at));
 

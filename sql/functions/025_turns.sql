@@ -19,10 +19,8 @@ begin
   found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
   if state.pinned > 0 then
     for pin in
-      -- What goes a whole limit earlier has decayed by then.
       select q.turn, q.lease_id, q.slots from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.pinned
-        and q.turn > case when state.booked <= not_before then not_before - config."limit" else '-Infinity' end
       order by q.turn, q.lease_id
     loop
       exit when found_turn.turn <= pin.turn + rounded and pglimits._leaves_room(
@@ -169,7 +167,7 @@ comment on function pglimits._common_turn(
 
 -- Places a turn on one of the rate limits of a request. The level rises at once; but if another one is slower, so that the turn
 -- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
--- back until then, they would be missing to others.
+-- back until then, they would be missing to others. So it is where somebody keeps a turn that this limit no longer has.
 create or replace function pglimits._place_turn(
   state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz)
 returns pglimits._placed
@@ -181,7 +179,7 @@ declare
   decayed constant numeric := pglimits._decayed(config, now);
 begin
   if several and turn_in > interval '0'
-     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in
+     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) <> turn_in
   then
     state.pinned := state.pinned + 1;
     return row(state, pglimits._decayed(config, now + turn_in), true)::pglimits._placed;
@@ -217,10 +215,8 @@ begin
   delete from pglimits.queue q
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
   state.passed := greatest(state.passed, forget);
-  if arrival is null then
-    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
-    state.last_arrival := arrival;
-  end if;
+  arrival := coalesce(arrival, greatest(now, state.last_arrival + interval '1 microsecond'));
+  state.last_arrival := greatest(state.last_arrival, arrival);
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several, limit_ids, keys,
                               seen, lease_duration, holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, placed.turn, placed.pinned, true, several,
@@ -250,14 +246,14 @@ begin
   return state.pinned = 0 and not exists (
     select from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= from_turn
-      and (q.several or q.expires_at = 'infinity' or q.called));
+      and (q.several or q.expires_at = 'infinity' and not q.added or q.called));
 end $$;
 
 comment on function pglimits._move_alike(pglimits.states, numeric, numeric) is
   'Whether all who sleep on a rate limit from a turn on move by just what is given up before them.';
 
--- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
--- where it was pinned.
+-- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free right behind its turn;
+-- nothing where it was pinned.
 create or replace function pglimits._close_gaps(
   state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
 returns pglimits.states
@@ -275,13 +271,11 @@ begin
     and state.booked - given_up - pglimits._reserved(state, decayed) >= decayed
   then
     state.booked := state.booked - given_up;
-    state.added_behind := state.added_behind - (
-      select coalesce(sum(u.slots), 0) from unnest(turns, slots) as u(turn, slots) where u.turn <= state.added_behind);
     -- Also those whose turn comes by it: it comes now, and is remembered from now on.
     perform pglimits._tell_sleepers(state, decayed);
     update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
     from (
-      select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
+      select x.lease_id, sum(x.slots) over (order by x.turn, x.lease_id is null) as given_up
       from (
         select q.lease_id, q.turn, 0 as slots from pglimits.queue q
         where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
@@ -306,7 +300,7 @@ begin
     update pglimits.queue q set gap = q.gap + gap.slots, called = true
     where q.lease_id = (
       select n.lease_id from pglimits.queue n
-      where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and n.turn >= gap.turn and not n.pinned
+      where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and n.turn > gap.turn and not n.pinned
       order by n.turn limit 1)
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     if not found then
@@ -339,19 +333,15 @@ declare
   goes_at numeric[];
   from_here numeric;
   and_before numeric;
-  overcharged integer[] := array[]::integer[];
 begin
   for i in 1 .. cardinality(states) loop
     place_ids[i] := (states[i]).limit_id;
     place_keys[i] := (states[i]).key;
     decayed[i] := pglimits._decayed(configs[i], now);
     rates[i] := (configs[i]).slot_decay_per_second;
-    if (states[i]).added > 0 and (states[i]).added_behind > decayed[i] then
-      overcharged := overcharged || i;
-    end if;
   end loop;
   with ahead as (
-    select p.at::integer, q.lease_id, q.expires_at = 'infinity' as deaf,
+    select p.at::integer, q.lease_id, q.expires_at = 'infinity' and not q.added as deaf,
            row_number() over (partition by p.at order by q.turn, q.lease_id) as nth,
            q.called or q.limit_ids is not null and q.expires_at < 'infinity' and pglimits._is_outdated(q) as moves,
            max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end)
@@ -367,9 +357,7 @@ begin
   ), each as (
     select o.*, max(o.goes_after) over (partition by o.lease_id) as goes_at from ordered o
   )
-  -- What adjust has added fills gaps; so where it has, all are looked at.
-  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at),
-         case when bool_or(e.moves) then min(e.goes_at) filter (where e.moves or e.at = any (overcharged)) end
+  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at), min(e.goes_at) filter (where e.moves)
   into ids, at, nths, goes_at, from_here from each e;
   -- With everybody who comes behind one of them.
   while from_here is not null loop
@@ -382,17 +370,18 @@ begin
   end loop;
   return (
     select array_agg(
-      row(s.lease_id, x.deaf, x.elsewhere, x.channel, x.at, x.turns, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
+      row(s.lease_id, x.added, x.keeps, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
       order by s.goes_at, x.arrival, s.nth, s.lease_id)
     from (
       select u.lease_id, min(u.nth) as nth, min(u.goes_at) as goes_at
       from unnest(ids, nths, goes_at) as u(lease_id, nth, goes_at) where u.goes_at >= from_here group by u.lease_id
     ) s
     cross join lateral (
-      select bool_or(q.expires_at = 'infinity') as deaf, bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
+      select bool_or(q.added) as added, bool_or(q.expires_at = 'infinity' and not q.added) as deaf,
+             bool_and(q.limit_ids is not null and not pglimits._is_outdated(q)) as keeps,
+             bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
              min(q.arrival) as arrival,
              array_agg(p.at::integer order by p.at) filter (where p.at is not null) as at,
-             array_agg(q.turn order by p.at) filter (where p.at is not null) as turns,
              array_agg(q.slots order by p.at) filter (where p.at is not null) as slots,
              array_agg(q.pinned order by p.at) filter (where p.at is not null) as pinned,
              array_agg(case when q.turn > p.decayed and not q.pinned then q.slots + q.gap else 0 end order by p.at)
@@ -431,10 +420,6 @@ declare
   ends numeric[];
   stopped boolean[] := array_fill(false, array[cardinality(states)]);
   gaps numeric[] := rest;
-  -- Part of rest: what adjust has added, and the turn behind which it lies.
-  added numeric[] := rest;
-  behind numeric[];
-  last_turns numeric[];
   stays boolean;
   free numeric;
   moved record;
@@ -471,12 +456,6 @@ begin
   end loop;
   for at in 1 .. cardinality(states) loop
     state := states[at];
-    if state.added_behind > pglimits._decayed(configs[at], now) then
-      added[at] := state.added;
-      behind[at] := state.added_behind;
-      rest[at] := rest[at] + state.added;
-    end if;
-    state.added := 0;
     ends[at] := state.booked - gaps[at];
     state.booked := ends[at] - rest[at];
     states[at] := state;
@@ -488,14 +467,6 @@ begin
     for p in 1 .. cardinality(sleeper.at) loop
       i := sleeper.at[p];
       stays := stays or stopped[i];
-      if added[i] > 0 and sleeper.turns[p] > behind[i] and not stopped[i] then
-        state := states[i];
-        state.booked := state.booked + added[i];
-        state.added := added[i];
-        states[i] := state;
-        rest[i] := rest[i] - added[i];
-        added[i] := 0;
-      end if;
     end loop;
     if not stays then
       moved := pglimits._move(sleeper, states, configs, now);
@@ -513,29 +484,13 @@ begin
         set called = q.called or free > 0, gap = q.gap + case when sleeper.booked[p] > 0 then free else 0 end
         where q.lease_id = sleeper.lease_id
           and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-        state.booked := state.booked + rest[i] + case when rest[i] > added[i] then free else 0 end;
-        if added[i] > 0 then
-          state.added := added[i];
-          state.added_behind := behind[i];
-        end if;
+        state.booked := state.booked + rest[i] + case when rest[i] > 0 then free else 0 end;
         stopped[i] := true;
         perform pglimits._tell(sleeper.channel, null);
-      elsif added[i] > 0 then
-        -- It lies behind the last who slept already when it was added, wherever that is now.
-        last_turns[i] := greatest(last_turns[i], moved.turns[p], pglimits._decayed(configs[i], now));
-        state.added_behind := last_turns[i];
       end if;
       states[i] := state;
       rest[i] := rest[i] - sleeper.booked[p];
     end loop;
-  end loop;
-  for at in 1 .. cardinality(states) loop
-    if added[at] > 0 and not stopped[at] then
-      state := states[at];
-      state.booked := state.booked + added[at];
-      state.added := added[at];
-      states[at] := state;
-    end if;
   end loop;
   if some_back and not again then
     -- It kept clear of those behind it where they were, some of whom are before it now.
@@ -548,10 +503,12 @@ comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], t
   'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
 
 -- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
--- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there.
+-- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. Who sleeps over several
+-- that were not changed goes no later than it was told, whatever was added since. What adjust has added comes right behind
+-- those before it.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
-  out turns numeric[], out back boolean)
+  out back boolean)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -566,6 +523,14 @@ declare
   shut integer;
 begin
   back := false;
+  if sleeper.added then
+    placed := pglimits._add_behind(states[sleeper.at[1]], configs[sleeper.at[1]], sleeper.slots[1], now);
+    states[sleeper.at[1]] := placed.state;
+    update pglimits.queue q set turn = placed.turn, gap = 0, called = false
+    where q.lease_id = sleeper.lease_id
+      and q.limit_id is not distinct from (placed.state).limit_id and q.key is not distinct from (placed.state).key;
+    return;
+  end if;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     config := configs[sleeper.at[p]];
@@ -595,13 +560,15 @@ begin
 
   request.slots := sleeper.slots;
   turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now) - now;
+  if sleeper.keeps then
+    turn_in := least(turn_in, make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision));
+  end if;
   back := extract(epoch from turn_in) > sleeper.goes_in + 0.000002;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     placed := pglimits._place_turn(
       state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, cardinality(sleeper.at) > 1, now);
     states[sleeper.at[p]] := placed.state;
-    turns[p] := placed.turn;
     update pglimits.queue q
     set turn = placed.turn, pinned = placed.pinned, gap = 0, called = back,
         seen = case when q.limit_ids is not null then pglimits._changes(q.limit_ids) end
@@ -641,6 +608,54 @@ end $$;
 
 comment on function pglimits._stand_in_line(pglimits.states, uuid[], timestamptz) is
   'Has some who slept towards a turn stand in line, in their order of arrival, and tells them.';
+
+-- Books what adjust adds behind all that is booked, past the limit if need be. Its turn comes with its first slot, so that it lies
+-- between the turns of those before it and of those behind it, however wide it is.
+create or replace function pglimits._add_behind(
+  state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
+returns pglimits._placed
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+  turn constant numeric := greatest(state.booked + 1 - config."limit", decayed);
+begin
+  state.booked := greatest(state.booked, decayed) + slots;
+  return row(state, turn, false)::pglimits._placed;
+end $$;
+
+comment on function pglimits._add_behind(pglimits.states, pglimits.configs, integer, timestamptz) is
+  'Books what adjust adds behind all that is booked.';
+
+-- Raises the level. Where some sleep towards turns that are booked, what is added is noted as a turn behind theirs: it moves with
+-- them, and is the first to be taken off.
+create or replace function pglimits._add_turn(
+  state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+  placed constant pglimits._placed := pglimits._add_behind(state, config, slots, now);
+begin
+  if placed.turn > decayed and exists (
+    select from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned)
+  then
+    insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, added, for_rate, several, lease_duration,
+                                expires_at, looks_at)
+    values (gen_random_uuid(), state.limit_id, state.key, slots, 0, now, placed.turn, true, true, false, interval '0',
+            'infinity', now);
+  end if;
+  return placed.state;
+end $$;
+
+comment on function pglimits._add_turn(pglimits.states, pglimits.configs, integer, timestamptz) is
+  'Raises the level of a rate limit, behind those who sleep.';
 
 -- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several.
 create or replace function pglimits._around(places pglimits._places)

@@ -430,10 +430,8 @@ declare
   several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null
                      or request.for_rate and request.channel is null;
 begin
-  if arrival is null then
-    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
-    state.last_arrival := arrival;
-  end if;
+  arrival := coalesce(arrival, greatest(now, state.last_arrival + interval '1 microsecond'));
+  state.last_arrival := greatest(state.last_arrival, arrival);
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, limit_ids, keys, seen,
                               in_vain, lease_duration, holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
@@ -593,7 +591,7 @@ begin
       select from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.expires_at > now
         and (q.turn is null and q.kept_until is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-             or q.turn > pglimits._decayed(config, now))
+             or q.turn > pglimits._decayed(config, now) and not q.added)
       limit config.max_waiters) live)
   then
     return format('%s requests wait for %L already, and that is its max_waiters', config.max_waiters, config.name);

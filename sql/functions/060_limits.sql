@@ -189,8 +189,10 @@ declare
   shut uuid[];
 begin
   if not new.active then
-    state.booked := state.booked - pglimits._reserved(state, decayed);
-    state.added := 0;
+    -- What adjust has added stays.
+    state.booked := state.booked - pglimits._reserved(state, decayed) + (
+      select coalesce(sum(q.slots), 0) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.added and q.turn > decayed);
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
     state.pinned := 0;
@@ -216,11 +218,10 @@ begin
   )
   select count(*) > 0, state.pinned - count(*) filter (where m.pinned) into over_several, state.pinned from moves m;
   shift := case when over_several then 0 else grown end;
-  state.added_behind := state.added_behind - shift;
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
   update pglimits.queue q set called = q.called or over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
-    and q.expires_at < 'infinity' and not q.several and grown <> 0;
+    and (q.expires_at < 'infinity' or q.added) and not q.several and grown <> 0;
   -- Whoever can never be granted now is sent away to ask again, and gets the error. Who slept towards a limit that is 0 now
   -- stands in line. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
   with hopeless as (
@@ -237,7 +238,7 @@ begin
     update pglimits.queue q set turn = pglimits._decayed(new, q.looks_at), pinned = true, gap = 0
     from (
       select x.lease_id, x.turn, x.pinned, x.slots + x.gap as slots from pglimits.queue x
-      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.expires_at = 'infinity'
+      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.expires_at = 'infinity' and not x.added
         and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
     ) b
     where q.lease_id = b.lease_id
@@ -430,35 +431,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
-  last_turn numeric;
   used numeric;
-  -- What was added behind somebody who sleeps, the last first; and the turn of who comes next.
   turns numeric[];
-  added numeric[];
+  given_back numeric[];
+  added record;
 begin
+  if slots > 0 then
+    return pglimits._add_turn(state, config, slots::integer, now);
+  end if;
   state.booked := greatest(state.booked, decayed);
-  if state.added_behind <= decayed then
-    state.added := 0;
-  end if;
-  select coalesce(array_agg(a.next_turn order by a.turn desc), '{}'), coalesce(array_agg(a.slots order by a.turn desc), '{}')
-  into turns, added
-  from (
-    select q.turn, coalesce(lead(q.turn) over later, 'Infinity') as next_turn,
-           coalesce(lead(q.turn - q.slots - q.gap) over later, state.booked - config."limit") - q.turn as slots
-    from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned
-    window later as (order by q.turn, q.lease_id)) a
-  where a.slots > 0 and state.added > 0;
-  if pglimits._move_alike(state, decayed, decayed) then
-    state.added := (select coalesce(sum(u.slots), 0) from unnest(added) as u(slots));
-  else
-    -- Where it cannot be told from their turns, it lies behind the last who slept when something was added.
-    turns := turns || coalesce((
-      select min(q.turn) from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned), 'Infinity');
-    added := added || state.added;
-  end if;
-  used := state.booked - decayed - pglimits._reserved(state, decayed) - state.added;
+  used := state.booked - decayed - pglimits._reserved(state, decayed);
   if used < 0 then
     -- So much of the first gap has passed.
     update pglimits.queue q set gap = q.gap + used
@@ -469,25 +451,28 @@ begin
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     used := 0;
   end if;
-  if slots = 0 then
-    return state;
-  elsif slots > 0 then
-    state.booked := state.booked + slots;
-    last_turn := (select max(q.turn) from pglimits.queue q
-                  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed);
-    if last_turn is not null then
-      state.added := state.added + slots;
-      state.added_behind := last_turn;
+  for added in
+    select q.lease_id, q.turn, q.slots, q.gap from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.added and q.turn > decayed
+    order by q.turn desc
+  loop
+    exit when slots = 0;
+    turns := turns || added.turn;
+    if added.slots > -slots then
+      update pglimits.queue q set slots = q.slots + _add_to_level.slots
+      where q.lease_id = added.lease_id
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+      given_back := given_back || -slots;
+      slots := 0;
+    else
+      delete from pglimits.queue q
+      where q.lease_id = added.lease_id
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+      given_back := given_back || (added.slots + added.gap);
+      slots := slots + added.slots;
     end if;
-    return state;
-  end if;
-  slots := -slots;
-  for i in 1 .. cardinality(added) loop
-    added[i] := least(added[i], slots, state.added);
-    state.added := state.added - added[i];
-    slots := slots - added[i];
   end loop;
-  return pglimits._close_gaps(state, config, now, turns || decayed, added || least(slots, used));
+  return pglimits._close_gaps(state, config, now, turns || decayed, given_back || least(-slots, used));
 end $$;
 
 comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is

@@ -61,8 +61,6 @@ create table pglimits.states (
   held integer not null default 0,
   booked numeric not null default 0,
   pinned integer not null default 0,
-  added numeric not null default 0,
-  added_behind numeric not null default 0,
   next_expiry timestamptz not null default 'infinity',
   waiting integer not null default 0,
   head_rank integer not null default 0,
@@ -91,9 +89,6 @@ comment on column pglimits.states.booked is
   'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
 comment on column pglimits.states.pinned is
   'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
-comment on column pglimits.states.added is
-  'Part of booked: what adjust has added while some slept, who keep their turns. It lies behind the turn added_behind; when that '
-  'has come, it is no longer told apart.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
 comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
@@ -145,6 +140,7 @@ create table pglimits.queue (
   turn numeric,
   pinned boolean not null default false,
   gap numeric not null default 0,
+  added boolean not null default false,
   for_rate boolean not null,
   several boolean not null,
   limit_ids bigint[],
@@ -169,6 +165,7 @@ create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where 
 create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
 create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
 create index queue_asleep_over_several on pglimits.queue (limit_id, key) where turn is not null and limit_ids is not null;
+create index queue_added on pglimits.queue (limit_id, key, turn) where added;
 create index queue_gaps on pglimits.queue (limit_id, key) where gap > 0;
 create index queue_called on pglimits.queue (limit_id, key) where called and turn is not null;
 comment on table pglimits.queue is
@@ -182,6 +179,8 @@ comment on column pglimits.queue.pinned is
 comment on column pglimits.queue.gap is
   'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
   'than where those before it end.';
+comment on column pglimits.queue.added is
+  'No request, but what adjust has added while some slept, who keep their turns: it has a turn behind theirs.';
 comment on column pglimits.queue.several is
   'Part of a request over several limits, or, in line, of one for a turn that cannot be told: it is to try again, and never '
   'granted by others.';
@@ -283,20 +282,21 @@ comment on type pglimits._placed is 'A state with one more turn, where in virtua
 
 create type pglimits._sleeper as (
   lease_id uuid,
+  added boolean,
+  keeps boolean,
   deaf boolean,
   elsewhere boolean,
   channel text,
   at integer[],
-  turns numeric[],
   slots integer[],
   pinned boolean[],
   booked numeric[],
   goes_in numeric
 );
 comment on type pglimits._sleeper is
-  'Who sleeps towards turns on some locked states (at). turns, slots, pinned, booked: of each, where and how many; whether it is pinned there; and '
-  'what it takes of what is booked there. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds '
-  'until it goes.';
+  'Who sleeps towards turns on some locked states (at). slots, pinned, booked: of each, how many; whether it is pinned there; and '
+  'what it takes of what is booked there. added: what adjust has added. keeps: its limits were not changed, so that it goes no '
+  'later. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
 
 create type pglimits._turn as (
   turn numeric,

@@ -37,9 +37,9 @@ ROUNDED = 20
 
 names = st.sampled_from(NAMES)
 rates = st.sampled_from(["1", "2", "4", "0.5", "0.125", "2.5"]).map(Fraction)
-limits = st.sampled_from([1, 2, 3, 5])
+limits = st.sampled_from([1, 2, 3, 5, 6, 8])
 waits = st.sampled_from([0, 3 * SECOND, 9 * SECOND, None, None])
-asked_for = st.dictionaries(names, st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=3)
+asked_for = st.dictionaries(names, st.sampled_from([1, 1, 1, 2, 4, 5, 6, 7]), min_size=1, max_size=3)
 which = st.integers(0, 30)
 pauses = st.one_of(st.integers(1, 3 * SECOND), st.sampled_from([SECOND, 5 * SECOND, 12 * SECOND, 60 * SECOND]))
 
@@ -137,8 +137,9 @@ class Turns(RuleBasedStateMachine):
         self.slower = False
         self.dead_moves = False
 
-    @initialize(given=st.lists(st.tuples(limits, rates), min_size=3, max_size=3))
-    def begin(self, given: list[tuple[int, Fraction]]) -> None:
+    @initialize(given=st.lists(st.tuples(limits, rates), min_size=3, max_size=3), widest=st.sampled_from([1, 2, 8]))
+    def begin(self, given: list[tuple[int, Fraction]], widest: int) -> None:
+        self.widest = widest
         for name, (most, rate) in zip(NAMES, given, strict=True):
             self.s.create(name, most, float(rate))
             self.buckets[name] = Bucket(most, rate)
@@ -289,6 +290,7 @@ class Turns(RuleBasedStateMachine):
     @rule(slots=asked_for, wait=waits, told=st.sampled_from([True, True, False]))
     def rate_limit(self, slots: dict[str, int], wait: int | None, told: bool) -> None:
         self.ids += 1
+        slots = {name: min(each, self.widest, self.buckets[name].most) for name, each in slots.items()}
         self.reserve(Sleeper(UUID(int=self.ids), slots, wait, told, 0))
 
     @precondition(lambda self: self.sleepers)
@@ -385,7 +387,7 @@ class Turns(RuleBasedStateMachine):
                 slots = each.parts.pop(name, 0)
                 self.exact = self.exact and not slots
 
-    @rule(name=names, slots=st.integers(-2, 3))
+    @rule(name=names, slots=st.integers(-6, 6))
     def adjust(self, name: str, slots: int) -> None:
         if self.buckets[name].active:
             self.s.adjust(name, slots)

@@ -289,8 +289,7 @@ def test_nor_does_it_where_one_of_them_sleeps_over_several_limits(clock: Clock, 
     s.adjust("one", 2)
     s.adjust("one", -4)
     newcomer = reserve(s, "one")
-    # What is left of what was added lies behind who sleeps over several.
-    assert [turn(s, each) for each in (first, second, newcomer)] == [1, 2, 4]
+    assert [turn(s, each) for each in (first, second, newcomer)] == [1, 3, 4]
     db.consistent()
 
 
@@ -338,6 +337,53 @@ def test_what_was_used_is_not_taken_off_before_what_was_added(clock: Clock, db: 
     db.consistent()
 
 
+def test_turns_that_are_bound_to_a_slower_limit_weigh_on_each_other(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("slow", 1, 1)
+    s.create("fast", 6, 4)
+    s.rate_limit("slow")
+    s.rate_limit("slow", wait=None)
+    six = reserve(s, ["slow", "fast"], slots=[1, 6])
+    fives = [reserve(s, ["slow", "fast"], slots=[1, 5]) for _ in range(2)]
+    # 16 slots take 2.5 seconds from the first of them on.
+    assert [turn(s, each) for each in (six, *fives)] == [2, 3.25, 4.5]
+
+
+def test_what_adjust_adds_before_a_turn_that_is_bound_to_a_slower_limit_is_used_at_once(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    """Taken off again, it leaves no room for more than it took."""
+    clock.freeze()
+    s.create("one", 5, 1)
+    s.create("two", 5, 0.5)
+    s.adjust("two", 6)
+    bound = reserve(s, BOTH, slots=[4, 1])
+    s.adjust("one", 3)
+    alone = reserve(s, "one", slots=4)
+    assert [turn(s, each) for each in (bound, alone)] == [4, 7]
+    s.adjust("one", -3)
+    assert [turn(s, each) for each in (bound, alone)] == [4, 0]
+    db.consistent()
+
+
+def test_what_adjust_added_decays_before_a_turn_that_is_bound_to_a_slower_limit(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("one", 6, 1)
+    s.create("two", 8, 0.5)
+    s.rate_limit("two", slots=8)
+    first = reserve(s, "two", slots=7)
+    bound = reserve(s, BOTH, slots=[6, 1])
+    assert [turn(s, each) for each in (first, bound)] == [14, 16]
+    s.adjust("one", 5)
+    clock.advance(4)
+    assert s.rate_limit("one", slots=5).status == "granted"
+    assert s.release(first)
+    assert turn(s, bound) == 6
+    db.consistent()
+
+
 @pytest.mark.parametrize("other", [True, False])
 def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit(
     clock: Clock, s: Session, other: bool
@@ -352,7 +398,7 @@ def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit
     s.adjust("one", 50)
     assert [turn(s, each) for each in (first, second)] == [10, 20]
     s.release(first)
-    assert turn(s, second) == 10
+    assert turn(s, second) == 20
 
 
 @pytest.mark.parametrize("rate", [3, 7, 0.3])

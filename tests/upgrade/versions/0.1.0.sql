@@ -174,8 +174,6 @@ create table pglimits.states (
   held integer not null default 0,
   booked numeric not null default 0,
   pinned integer not null default 0,
-  added numeric not null default 0,
-  added_behind numeric not null default 0,
   next_expiry timestamptz not null default 'infinity',
   waiting integer not null default 0,
   head_rank integer not null default 0,
@@ -204,9 +202,6 @@ comment on column pglimits.states.booked is
   'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
 comment on column pglimits.states.pinned is
   'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
-comment on column pglimits.states.added is
-  'Part of booked: what adjust has added while some slept, who keep their turns. It lies behind the turn added_behind; when that '
-  'has come, it is no longer told apart.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
 comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
@@ -258,6 +253,7 @@ create table pglimits.queue (
   turn numeric,
   pinned boolean not null default false,
   gap numeric not null default 0,
+  added boolean not null default false,
   for_rate boolean not null,
   several boolean not null,
   limit_ids bigint[],
@@ -282,6 +278,7 @@ create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where 
 create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
 create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
 create index queue_asleep_over_several on pglimits.queue (limit_id, key) where turn is not null and limit_ids is not null;
+create index queue_added on pglimits.queue (limit_id, key, turn) where added;
 create index queue_gaps on pglimits.queue (limit_id, key) where gap > 0;
 create index queue_called on pglimits.queue (limit_id, key) where called and turn is not null;
 comment on table pglimits.queue is
@@ -295,6 +292,8 @@ comment on column pglimits.queue.pinned is
 comment on column pglimits.queue.gap is
   'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
   'than where those before it end.';
+comment on column pglimits.queue.added is
+  'No request, but what adjust has added while some slept, who keep their turns: it has a turn behind theirs.';
 comment on column pglimits.queue.several is
   'Part of a request over several limits, or, in line, of one for a turn that cannot be told: it is to try again, and never '
   'granted by others.';
@@ -396,20 +395,21 @@ comment on type pglimits._placed is 'A state with one more turn, where in virtua
 
 create type pglimits._sleeper as (
   lease_id uuid,
+  added boolean,
+  keeps boolean,
   deaf boolean,
   elsewhere boolean,
   channel text,
   at integer[],
-  turns numeric[],
   slots integer[],
   pinned boolean[],
   booked numeric[],
   goes_in numeric
 );
 comment on type pglimits._sleeper is
-  'Who sleeps towards turns on some locked states (at). turns, slots, pinned, booked: of each, where and how many; whether it is pinned there; and '
-  'what it takes of what is booked there. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds '
-  'until it goes.';
+  'Who sleeps towards turns on some locked states (at). slots, pinned, booked: of each, how many; whether it is pinned there; and '
+  'what it takes of what is booked there. added: what adjust has added. keeps: its limits were not changed, so that it goes no '
+  'later. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
 
 create type pglimits._turn as (
   turn numeric,
@@ -800,7 +800,7 @@ begin
   end if;
   update pglimits.states s
   set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
-      pinned = state.pinned, added = state.added, added_behind = state.added_behind, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
+      pinned = state.pinned, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
       head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
       next_death = state.next_death, next_waiter_death = state.next_waiter_death, next_look = state.next_look,
       changed_at = now
@@ -1098,10 +1098,8 @@ begin
   found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
   if state.pinned > 0 then
     for pin in
-      -- What goes a whole limit earlier has decayed by then.
       select q.turn, q.lease_id, q.slots from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.pinned
-        and q.turn > case when state.booked <= not_before then not_before - config."limit" else '-Infinity' end
       order by q.turn, q.lease_id
     loop
       exit when found_turn.turn <= pin.turn + rounded and pglimits._leaves_room(
@@ -1248,7 +1246,7 @@ comment on function pglimits._common_turn(
 
 -- Places a turn on one of the rate limits of a request. The level rises at once; but if another one is slower, so that the turn
 -- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
--- back until then, they would be missing to others.
+-- back until then, they would be missing to others. So it is where somebody keeps a turn that this limit no longer has.
 create or replace function pglimits._place_turn(
   state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz)
 returns pglimits._placed
@@ -1260,7 +1258,7 @@ declare
   decayed constant numeric := pglimits._decayed(config, now);
 begin
   if several and turn_in > interval '0'
-     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) < turn_in
+     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) <> turn_in
   then
     state.pinned := state.pinned + 1;
     return row(state, pglimits._decayed(config, now + turn_in), true)::pglimits._placed;
@@ -1296,10 +1294,8 @@ begin
   delete from pglimits.queue q
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.passed and q.turn <= forget and not q.pinned;
   state.passed := greatest(state.passed, forget);
-  if arrival is null then
-    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
-    state.last_arrival := arrival;
-  end if;
+  arrival := coalesce(arrival, greatest(now, state.last_arrival + interval '1 microsecond'));
+  state.last_arrival := greatest(state.last_arrival, arrival);
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, pinned, for_rate, several, limit_ids, keys,
                               seen, lease_duration, holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, placed.turn, placed.pinned, true, several,
@@ -1329,14 +1325,14 @@ begin
   return state.pinned = 0 and not exists (
     select from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= from_turn
-      and (q.several or q.expires_at = 'infinity' or q.called));
+      and (q.several or q.expires_at = 'infinity' and not q.added or q.called));
 end $$;
 
 comment on function pglimits._move_alike(pglimits.states, numeric, numeric) is
   'Whether all who sleep on a rate limit from a turn on move by just what is given up before them.';
 
--- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free where it stood; nothing
--- where it was pinned.
+-- Gives up turns that have not come: those who sleep behind them move up. slots: what each leaves free right behind its turn;
+-- nothing where it was pinned.
 create or replace function pglimits._close_gaps(
   state pglimits.states, config pglimits.configs, now timestamptz, turns numeric[], slots numeric[])
 returns pglimits.states
@@ -1354,13 +1350,11 @@ begin
     and state.booked - given_up - pglimits._reserved(state, decayed) >= decayed
   then
     state.booked := state.booked - given_up;
-    state.added_behind := state.added_behind - (
-      select coalesce(sum(u.slots), 0) from unnest(turns, slots) as u(turn, slots) where u.turn <= state.added_behind);
     -- Also those whose turn comes by it: it comes now, and is remembered from now on.
     perform pglimits._tell_sleepers(state, decayed);
     update pglimits.queue q set turn = greatest(q.turn - b.given_up, decayed)
     from (
-      select x.lease_id, sum(x.slots) over (order by x.turn) as given_up
+      select x.lease_id, sum(x.slots) over (order by x.turn, x.lease_id is null) as given_up
       from (
         select q.lease_id, q.turn, 0 as slots from pglimits.queue q
         where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and q.turn >= first
@@ -1385,7 +1379,7 @@ begin
     update pglimits.queue q set gap = q.gap + gap.slots, called = true
     where q.lease_id = (
       select n.lease_id from pglimits.queue n
-      where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and n.turn >= gap.turn and not n.pinned
+      where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and n.turn > gap.turn and not n.pinned
       order by n.turn limit 1)
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     if not found then
@@ -1418,19 +1412,15 @@ declare
   goes_at numeric[];
   from_here numeric;
   and_before numeric;
-  overcharged integer[] := array[]::integer[];
 begin
   for i in 1 .. cardinality(states) loop
     place_ids[i] := (states[i]).limit_id;
     place_keys[i] := (states[i]).key;
     decayed[i] := pglimits._decayed(configs[i], now);
     rates[i] := (configs[i]).slot_decay_per_second;
-    if (states[i]).added > 0 and (states[i]).added_behind > decayed[i] then
-      overcharged := overcharged || i;
-    end if;
   end loop;
   with ahead as (
-    select p.at::integer, q.lease_id, q.expires_at = 'infinity' as deaf,
+    select p.at::integer, q.lease_id, q.expires_at = 'infinity' and not q.added as deaf,
            row_number() over (partition by p.at order by q.turn, q.lease_id) as nth,
            q.called or q.limit_ids is not null and q.expires_at < 'infinity' and pglimits._is_outdated(q) as moves,
            max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end)
@@ -1446,9 +1436,7 @@ begin
   ), each as (
     select o.*, max(o.goes_after) over (partition by o.lease_id) as goes_at from ordered o
   )
-  -- What adjust has added fills gaps; so where it has, all are looked at.
-  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at),
-         case when bool_or(e.moves) then min(e.goes_at) filter (where e.moves or e.at = any (overcharged)) end
+  select array_agg(e.lease_id), array_agg(e.at), array_agg(e.nth), array_agg(e.goes_at), min(e.goes_at) filter (where e.moves)
   into ids, at, nths, goes_at, from_here from each e;
   -- With everybody who comes behind one of them.
   while from_here is not null loop
@@ -1461,17 +1449,18 @@ begin
   end loop;
   return (
     select array_agg(
-      row(s.lease_id, x.deaf, x.elsewhere, x.channel, x.at, x.turns, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
+      row(s.lease_id, x.added, x.keeps, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
       order by s.goes_at, x.arrival, s.nth, s.lease_id)
     from (
       select u.lease_id, min(u.nth) as nth, min(u.goes_at) as goes_at
       from unnest(ids, nths, goes_at) as u(lease_id, nth, goes_at) where u.goes_at >= from_here group by u.lease_id
     ) s
     cross join lateral (
-      select bool_or(q.expires_at = 'infinity') as deaf, bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
+      select bool_or(q.added) as added, bool_or(q.expires_at = 'infinity' and not q.added) as deaf,
+             bool_and(q.limit_ids is not null and not pglimits._is_outdated(q)) as keeps,
+             bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
              min(q.arrival) as arrival,
              array_agg(p.at::integer order by p.at) filter (where p.at is not null) as at,
-             array_agg(q.turn order by p.at) filter (where p.at is not null) as turns,
              array_agg(q.slots order by p.at) filter (where p.at is not null) as slots,
              array_agg(q.pinned order by p.at) filter (where p.at is not null) as pinned,
              array_agg(case when q.turn > p.decayed and not q.pinned then q.slots + q.gap else 0 end order by p.at)
@@ -1510,10 +1499,6 @@ declare
   ends numeric[];
   stopped boolean[] := array_fill(false, array[cardinality(states)]);
   gaps numeric[] := rest;
-  -- Part of rest: what adjust has added, and the turn behind which it lies.
-  added numeric[] := rest;
-  behind numeric[];
-  last_turns numeric[];
   stays boolean;
   free numeric;
   moved record;
@@ -1550,12 +1535,6 @@ begin
   end loop;
   for at in 1 .. cardinality(states) loop
     state := states[at];
-    if state.added_behind > pglimits._decayed(configs[at], now) then
-      added[at] := state.added;
-      behind[at] := state.added_behind;
-      rest[at] := rest[at] + state.added;
-    end if;
-    state.added := 0;
     ends[at] := state.booked - gaps[at];
     state.booked := ends[at] - rest[at];
     states[at] := state;
@@ -1567,14 +1546,6 @@ begin
     for p in 1 .. cardinality(sleeper.at) loop
       i := sleeper.at[p];
       stays := stays or stopped[i];
-      if added[i] > 0 and sleeper.turns[p] > behind[i] and not stopped[i] then
-        state := states[i];
-        state.booked := state.booked + added[i];
-        state.added := added[i];
-        states[i] := state;
-        rest[i] := rest[i] - added[i];
-        added[i] := 0;
-      end if;
     end loop;
     if not stays then
       moved := pglimits._move(sleeper, states, configs, now);
@@ -1592,29 +1563,13 @@ begin
         set called = q.called or free > 0, gap = q.gap + case when sleeper.booked[p] > 0 then free else 0 end
         where q.lease_id = sleeper.lease_id
           and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-        state.booked := state.booked + rest[i] + case when rest[i] > added[i] then free else 0 end;
-        if added[i] > 0 then
-          state.added := added[i];
-          state.added_behind := behind[i];
-        end if;
+        state.booked := state.booked + rest[i] + case when rest[i] > 0 then free else 0 end;
         stopped[i] := true;
         perform pglimits._tell(sleeper.channel, null);
-      elsif added[i] > 0 then
-        -- It lies behind the last who slept already when it was added, wherever that is now.
-        last_turns[i] := greatest(last_turns[i], moved.turns[p], pglimits._decayed(configs[i], now));
-        state.added_behind := last_turns[i];
       end if;
       states[i] := state;
       rest[i] := rest[i] - sleeper.booked[p];
     end loop;
-  end loop;
-  for at in 1 .. cardinality(states) loop
-    if added[at] > 0 and not stopped[at] then
-      state := states[at];
-      state.booked := state.booked + added[at];
-      state.added := added[at];
-      states[at] := state;
-    end if;
   end loop;
   if some_back and not again then
     -- It kept clear of those behind it where they were, some of whom are before it now.
@@ -1627,10 +1582,12 @@ comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], t
   'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
 
 -- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
--- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there.
+-- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. Who sleeps over several
+-- that were not changed goes no later than it was told, whatever was added since. What adjust has added comes right behind
+-- those before it.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
-  out turns numeric[], out back boolean)
+  out back boolean)
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
@@ -1645,6 +1602,14 @@ declare
   shut integer;
 begin
   back := false;
+  if sleeper.added then
+    placed := pglimits._add_behind(states[sleeper.at[1]], configs[sleeper.at[1]], sleeper.slots[1], now);
+    states[sleeper.at[1]] := placed.state;
+    update pglimits.queue q set turn = placed.turn, gap = 0, called = false
+    where q.lease_id = sleeper.lease_id
+      and q.limit_id is not distinct from (placed.state).limit_id and q.key is not distinct from (placed.state).key;
+    return;
+  end if;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     config := configs[sleeper.at[p]];
@@ -1674,13 +1639,15 @@ begin
 
   request.slots := sleeper.slots;
   turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now) - now;
+  if sleeper.keeps then
+    turn_in := least(turn_in, make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision));
+  end if;
   back := extract(epoch from turn_in) > sleeper.goes_in + 0.000002;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     placed := pglimits._place_turn(
       state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, cardinality(sleeper.at) > 1, now);
     states[sleeper.at[p]] := placed.state;
-    turns[p] := placed.turn;
     update pglimits.queue q
     set turn = placed.turn, pinned = placed.pinned, gap = 0, called = back,
         seen = case when q.limit_ids is not null then pglimits._changes(q.limit_ids) end
@@ -1720,6 +1687,54 @@ end $$;
 
 comment on function pglimits._stand_in_line(pglimits.states, uuid[], timestamptz) is
   'Has some who slept towards a turn stand in line, in their order of arrival, and tells them.';
+
+-- Books what adjust adds behind all that is booked, past the limit if need be. Its turn comes with its first slot, so that it lies
+-- between the turns of those before it and of those behind it, however wide it is.
+create or replace function pglimits._add_behind(
+  state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
+returns pglimits._placed
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+  turn constant numeric := greatest(state.booked + 1 - config."limit", decayed);
+begin
+  state.booked := greatest(state.booked, decayed) + slots;
+  return row(state, turn, false)::pglimits._placed;
+end $$;
+
+comment on function pglimits._add_behind(pglimits.states, pglimits.configs, integer, timestamptz) is
+  'Books what adjust adds behind all that is booked.';
+
+-- Raises the level. Where some sleep towards turns that are booked, what is added is noted as a turn behind theirs: it moves with
+-- them, and is the first to be taken off.
+create or replace function pglimits._add_turn(
+  state pglimits.states, config pglimits.configs, slots integer, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  decayed constant numeric := pglimits._decayed(config, now);
+  placed constant pglimits._placed := pglimits._add_behind(state, config, slots, now);
+begin
+  if placed.turn > decayed and exists (
+    select from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned)
+  then
+    insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, turn, added, for_rate, several, lease_duration,
+                                expires_at, looks_at)
+    values (gen_random_uuid(), state.limit_id, state.key, slots, 0, now, placed.turn, true, true, false, interval '0',
+            'infinity', now);
+  end if;
+  return placed.state;
+end $$;
+
+comment on function pglimits._add_turn(pglimits.states, pglimits.configs, integer, timestamptz) is
+  'Raises the level of a rate limit, behind those who sleep.';
 
 -- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several.
 create or replace function pglimits._around(places pglimits._places)
@@ -2372,10 +2387,8 @@ declare
   several boolean := cardinality(request.slots) > 1 or array_position(request.places, null) is not null
                      or request.for_rate and request.channel is null;
 begin
-  if arrival is null then
-    arrival := greatest(now, state.last_arrival + interval '1 microsecond');
-    state.last_arrival := arrival;
-  end if;
+  arrival := coalesce(arrival, greatest(now, state.last_arrival + interval '1 microsecond'));
+  state.last_arrival := greatest(state.last_arrival, arrival);
   insert into pglimits.queue (lease_id, limit_id, key, slots, rank, arrival, for_rate, several, limit_ids, keys, seen,
                               in_vain, lease_duration, holder, channel, expires_at, looks_at)
   values (request.lease_id, state.limit_id, state.key, slots, request.rank, arrival, request.for_rate, several,
@@ -2535,7 +2548,7 @@ begin
       select from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.expires_at > now
         and (q.turn is null and q.kept_until is null and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-             or q.turn > pglimits._decayed(config, now))
+             or q.turn > pglimits._decayed(config, now) and not q.added)
       limit config.max_waiters) live)
   then
     return format('%s requests wait for %L already, and that is its max_waiters', config.max_waiters, config.name);
@@ -5030,8 +5043,10 @@ declare
   shut uuid[];
 begin
   if not new.active then
-    state.booked := state.booked - pglimits._reserved(state, decayed);
-    state.added := 0;
+    -- What adjust has added stays.
+    state.booked := state.booked - pglimits._reserved(state, decayed) + (
+      select coalesce(sum(q.slots), 0) from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.added and q.turn > decayed);
     perform pglimits._send_away(state.limit_id, state.key);
     state.waiting := 0;
     state.pinned := 0;
@@ -5057,11 +5072,10 @@ begin
   )
   select count(*) > 0, state.pinned - count(*) filter (where m.pinned) into over_several, state.pinned from moves m;
   shift := case when over_several then 0 else grown end;
-  state.added_behind := state.added_behind - shift;
   -- Turns lie where the level will have come down to the limit: as the limit moves, so do they, but not into the past.
   update pglimits.queue q set called = q.called or over_several, turn = greatest(q.turn - shift, decayed)
   where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed
-    and q.expires_at < 'infinity' and not q.several and grown <> 0;
+    and (q.expires_at < 'infinity' or q.added) and not q.several and grown <> 0;
   -- Whoever can never be granted now is sent away to ask again, and gets the error. Who slept towards a limit that is 0 now
   -- stands in line. Who cannot be told of anything goes at the moment that it was told at first, and is pinned there.
   with hopeless as (
@@ -5078,7 +5092,7 @@ begin
     update pglimits.queue q set turn = pglimits._decayed(new, q.looks_at), pinned = true, gap = 0
     from (
       select x.lease_id, x.turn, x.pinned, x.slots + x.gap as slots from pglimits.queue x
-      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.expires_at = 'infinity'
+      where x.limit_id = state.limit_id and x.key = state.key and x.turn > decayed and x.expires_at = 'infinity' and not x.added
         and (grown <> 0 or new.slot_decay_per_second <> old.slot_decay_per_second)
     ) b
     where q.lease_id = b.lease_id
@@ -5271,35 +5285,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
-  last_turn numeric;
   used numeric;
-  -- What was added behind somebody who sleeps, the last first; and the turn of who comes next.
   turns numeric[];
-  added numeric[];
+  given_back numeric[];
+  added record;
 begin
+  if slots > 0 then
+    return pglimits._add_turn(state, config, slots::integer, now);
+  end if;
   state.booked := greatest(state.booked, decayed);
-  if state.added_behind <= decayed then
-    state.added := 0;
-  end if;
-  select coalesce(array_agg(a.next_turn order by a.turn desc), '{}'), coalesce(array_agg(a.slots order by a.turn desc), '{}')
-  into turns, added
-  from (
-    select q.turn, coalesce(lead(q.turn) over later, 'Infinity') as next_turn,
-           coalesce(lead(q.turn - q.slots - q.gap) over later, state.booked - config."limit") - q.turn as slots
-    from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed and not q.pinned
-    window later as (order by q.turn, q.lease_id)) a
-  where a.slots > 0 and state.added > 0;
-  if pglimits._move_alike(state, decayed, decayed) then
-    state.added := (select coalesce(sum(u.slots), 0) from unnest(added) as u(slots));
-  else
-    -- Where it cannot be told from their turns, it lies behind the last who slept when something was added.
-    turns := turns || coalesce((
-      select min(q.turn) from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.turn > state.added_behind and not q.pinned), 'Infinity');
-    added := added || state.added;
-  end if;
-  used := state.booked - decayed - pglimits._reserved(state, decayed) - state.added;
+  used := state.booked - decayed - pglimits._reserved(state, decayed);
   if used < 0 then
     -- So much of the first gap has passed.
     update pglimits.queue q set gap = q.gap + used
@@ -5310,25 +5305,28 @@ begin
       and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
     used := 0;
   end if;
-  if slots = 0 then
-    return state;
-  elsif slots > 0 then
-    state.booked := state.booked + slots;
-    last_turn := (select max(q.turn) from pglimits.queue q
-                  where q.limit_id = state.limit_id and q.key = state.key and q.turn > decayed);
-    if last_turn is not null then
-      state.added := state.added + slots;
-      state.added_behind := last_turn;
+  for added in
+    select q.lease_id, q.turn, q.slots, q.gap from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.added and q.turn > decayed
+    order by q.turn desc
+  loop
+    exit when slots = 0;
+    turns := turns || added.turn;
+    if added.slots > -slots then
+      update pglimits.queue q set slots = q.slots + _add_to_level.slots
+      where q.lease_id = added.lease_id
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+      given_back := given_back || -slots;
+      slots := 0;
+    else
+      delete from pglimits.queue q
+      where q.lease_id = added.lease_id
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+      given_back := given_back || (added.slots + added.gap);
+      slots := slots + added.slots;
     end if;
-    return state;
-  end if;
-  slots := -slots;
-  for i in 1 .. cardinality(added) loop
-    added[i] := least(added[i], slots, state.added);
-    state.added := state.added - added[i];
-    slots := slots - added[i];
   end loop;
-  return pglimits._close_gaps(state, config, now, turns || decayed, added || least(slots, used));
+  return pglimits._close_gaps(state, config, now, turns || decayed, given_back || least(-slots, used));
 end $$;
 
 comment on function pglimits._add_to_level(pglimits.states, pglimits.configs, numeric, timestamptz) is
@@ -5679,7 +5677,7 @@ left join lateral (
 ) s on true
 left join lateral (
   select count(*) as waiting from pglimits.queue q
-  where q.limit_id = c.limit_id and q.expires_at > clock.now and (q.turn is null or q.turn > v.decayed)
+  where q.limit_id = c.limit_id and q.expires_at > clock.now and (q.turn is null or q.turn > v.decayed) and not q.added
 ) w on true;
 
 comment on view pglimits.limits is
@@ -5704,7 +5702,7 @@ select
 from (select pglimits._now() as now) clock
 cross join pglimits.queue q
 join pglimits.configs c on c.limit_id = q.limit_id
-where q.expires_at > clock.now
+where q.expires_at > clock.now and not q.added
   and (q.turn is null or q.turn > c.decayed + c.slot_decay_per_second::numeric
                                               * extract(epoch from clock.now - c.decayed_at));
 

@@ -390,7 +390,7 @@ class Turns(RuleBasedStateMachine):
     @rule(name=names, slots=st.integers(-6, 6))
     def adjust(self, name: str, slots: int) -> None:
         if self.buckets[name].active:
-            self.s.adjust(name, slots)
+            assert self.s.adjust(name, slots) == pytest.approx(self.s.limit(name).level, abs=1e-5)
             self.buckets[name].adjust(slots)
             # It may fill a gap that was left in front of a turn.
             self.exact = self.exact and not (slots and self.sleepers)

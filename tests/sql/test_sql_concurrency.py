@@ -749,3 +749,25 @@ def test_a_renewal_of_many_and_the_end_of_all_do_not_wait_for_each_other(db: Db,
     ending.result(timeout=20)
     assert s.holders() == []
     db.consistent()
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_asked_again_by_the_id_of_a_lease_that_ends_while_it_is_renewed_it_waits_for_that(
+    db: Db, s: Session, clock: Clock, renewed: bool
+) -> None:
+    clock.freeze()
+    s.create("db", 1)
+    lease_id = uuid4()
+    first = s.acquire("db", lease_id=lease_id, lease_duration="2 s")
+    renewing = db.session()
+    clock.advance(1.5)
+    renewing.run("begin")
+    assert renewing.renew(lease_id)
+    clock.advance(1)
+    again, _ = db.start_blocked(lambda session: session.acquire("db", lease_id=lease_id, lease_duration="2 s"))
+    renewing.run("commit" if renewed else "rollback")
+    second = again.result(timeout=20)
+    assert second.status == "granted"
+    assert (second.fence == first.fence) == renewed
+    assert [held.lease_id for held in s.holders()] == [lease_id]
+    db.consistent()

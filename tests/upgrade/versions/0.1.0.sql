@@ -2926,6 +2926,7 @@ declare
   config pglimits.configs;
   chosen uuid[];
   leased uuid[];
+  ended bigint;
   queued uuid[];
   request pglimits._request;
   mine pglimits.queue;
@@ -2955,8 +2956,18 @@ begin
     chosen := array[(requests[1]).lease_id];
   end if;
   if chosen is not null then
-    select array_agg(l.lease_id) into leased from pglimits.leases l
-    where l.lease_id = any (chosen) and l.expires_at > now;
+    select array_agg(l.lease_id) filter (where l.expires_at > now), count(*) filter (where l.expires_at <= now)
+    into leased, ended from pglimits.leases l where l.lease_id = any (chosen);
+    if ended > 0 then
+      -- Somebody renews or releases it right now: only then is known what becomes of it.
+      perform from pglimits.leases l where l.lease_id = any (chosen) and l.expires_at <= now
+      order by l.limit_id, l.key, l.lease_id for update;
+      for i in 1 .. here loop
+        states[i] := pglimits._take_expired(states[i], now);
+      end loop;
+      select array_agg(l.lease_id) into leased from pglimits.leases l
+      where l.lease_id = any (chosen) and l.expires_at > now;
+    end if;
     select array_agg(q.lease_id) into queued from pglimits.queue q where q.lease_id = any (chosen);
   end if;
 

@@ -173,7 +173,7 @@ begin
   end if;
   update pglimits.states s
   set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
-      pinned = state.pinned, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
+      pinned = state.pinned, peak = state.peak, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
       head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
       next_death = state.next_death, next_waiter_death = state.next_waiter_death, next_look = state.next_look,
       changed_at = now

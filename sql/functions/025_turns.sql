@@ -12,15 +12,31 @@ as $$
 declare
   -- Moments are whole microseconds; what that puts off does not count.
   rounded constant numeric := config.slot_decay_per_second::numeric / 1000000;
+  peak constant numeric := greatest(state.peak, config."limit" + 2 * rounded);
   found_turn pglimits._turn;
+  first_turn numeric := '-Infinity';
+  since_first integer := 0;
+  booked_since numeric := '-Infinity';
   pin record;
 begin
   found_turn.booked := state.booked;
   found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
   if state.pinned > 0 then
+    -- From the last one on before which nothing matters then: as no turn leaves more than the peak, those that come later have
+    -- booked as much as can be left of the earlier ones.
+    for pin in
+      select q.turn, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.pinned and q.turn < not_before
+      order by q.turn desc, q.lease_id desc
+    loop
+      first_turn := pin.turn;
+      since_first := since_first + pin.slots;
+      booked_since := greatest(booked_since, pin.turn + since_first);
+      exit when booked_since >= pin.turn + peak + since_first;
+    end loop;
     for pin in
       select q.turn, q.lease_id, q.slots from pglimits.queue q
-      where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      where q.limit_id = state.limit_id and q.key = state.key and q.pinned and q.turn >= first_turn
       order by q.turn, q.lease_id
     loop
       exit when found_turn.turn <= pin.turn + rounded and pglimits._leaves_room(
@@ -36,6 +52,33 @@ end $$;
 
 comment on function pglimits._find_turn(pglimits.states, pglimits.configs, integer, numeric) is
   'The earliest turn on a rate limit that can be had for so many slots, not before a virtual time.';
+
+-- Notes how much the pinned turns leave on the level, those that are kept although more was added since among them.
+create or replace function pglimits._note_peak(state pglimits.states)
+returns pglimits.states
+language plpgsql
+volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  booked numeric := state.booked;
+  pin record;
+begin
+  state.peak := 0;
+  if state.pinned > 0 then
+    for pin in
+      select q.turn, q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and q.pinned
+      order by q.turn, q.lease_id
+    loop
+      booked := greatest(booked, pin.turn) + pin.slots;
+      state.peak := greatest(state.peak, booked - pin.turn);
+    end loop;
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._note_peak(pglimits.states) is 'Notes how much the pinned turns leave on the level at most.';
 
 -- Whether pinned turns, from the given one on, can still be kept if so much is booked before them.
 create or replace function pglimits._leaves_room(
@@ -496,6 +539,9 @@ begin
     -- It kept clear of those behind it where they were, some of whom are before it now.
     return pglimits._rearrange(states, configs, now, true);
   end if;
+  for at in 1 .. cardinality(states) loop
+    states[at] := pglimits._note_peak(states[at]);
+  end loop;
   return states;
 end $$;
 
@@ -651,7 +697,7 @@ begin
     values (gen_random_uuid(), state.limit_id, state.key, slots, 0, now, placed.turn, true, true, false, interval '0',
             'infinity', now);
   end if;
-  return placed.state;
+  return pglimits._note_peak(placed.state);
 end $$;
 
 comment on function pglimits._add_turn(pglimits.states, pglimits.configs, integer, timestamptz) is

@@ -75,6 +75,7 @@ begin
   state.held := 0;
   state.booked := 0;
   state.pinned := 0;
+  state.peak := 0;
   state.waiting := 0;
   state.next_expiry := timestamptz 'infinity';
   return state;

@@ -260,7 +260,7 @@ begin
   if turns is not null then
     state := pglimits._close_gaps(state, new, now, turns, slots);
   end if;
-  state := pglimits._settle(state, new, now);
+  state := pglimits._settle(pglimits._note_peak(state), new, now);
   perform pglimits._save(state, was, now);
 end $$;
 

@@ -61,6 +61,7 @@ create table pglimits.states (
   held integer not null default 0,
   booked numeric not null default 0,
   pinned integer not null default 0,
+  peak numeric not null default 0,
   next_expiry timestamptz not null default 'infinity',
   waiting integer not null default 0,
   head_rank integer not null default 0,
@@ -89,6 +90,8 @@ comment on column pglimits.states.booked is
   'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
 comment on column pglimits.states.pinned is
   'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
+comment on column pglimits.states.peak is
+  'No such turn leaves more than this on the level, or than the limit if that is more. More where adjust has added since.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
 comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';

@@ -234,6 +234,19 @@ class Turns(RuleBasedStateMachine):
         self.nobody_goes_before_whom_it_came_after()
         self.let_go()
 
+    def no_turn_leaves_more_than_the_peak(self) -> None:
+        """Else those that matter to later ones are not looked at."""
+        booked: dict[int, Fraction] = {}
+        for turn in self.s.all("""
+            select s.limit_id, s.booked, s.peak, q.turn, q.slots, c."limit", c.slot_decay_per_second
+            from pglimits.states s join pglimits.configs c using (limit_id) join pglimits.queue q using (limit_id, key)
+            where q.pinned order by q.turn, q.lease_id
+        """):
+            before = booked.get(turn.limit_id, Fraction(turn.booked))
+            booked[turn.limit_id] = max(before, Fraction(turn.turn)) + turn.slots
+            peak = max(turn.peak, turn.limit + 2 * turn.slot_decay_per_second / SECOND)
+            assert booked[turn.limit_id] - Fraction(turn.turn) <= peak, "past the peak"
+
     def nobody_could_go_earlier(self) -> None:
         if not self.exact or any(slots > 1 for each in self.sleepers for slots in each.parts.values()):
             # A wide request may be waited for by narrow ones, which would find room before it.
@@ -262,6 +275,7 @@ class Turns(RuleBasedStateMachine):
         if not self.buckets:
             return
         self.look()
+        self.no_turn_leaves_more_than_the_peak()
         if not self.sleepers:
             self.dead_moves = False
             levels = {name: self.s.limit(name).level for name in NAMES}

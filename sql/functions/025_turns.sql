@@ -369,6 +369,7 @@ declare
   place_keys text[];
   decayed numeric[];
   rates numeric[];
+  changes integer[];
   -- Of each turn that lies ahead here: whose it is, on which state, the how manieth there, and when the sleeper goes.
   ids uuid[];
   at integer[];
@@ -382,6 +383,7 @@ begin
     place_keys[i] := (states[i]).key;
     decayed[i] := pglimits._decayed(configs[i], now);
     rates[i] := (configs[i]).slot_decay_per_second;
+    changes[i] := (configs[i]).changes;
   end loop;
   with ahead as (
     select p.at::integer, q.lease_id, q.expires_at = 'infinity' and not q.added as deaf,
@@ -413,7 +415,7 @@ begin
   end loop;
   return (
     select array_agg(
-      row(s.lease_id, x.added, x.keeps, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
+      row(s.lease_id, x.added, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.changed, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
       order by s.goes_at, x.arrival, s.nth, s.lease_id)
     from (
       select u.lease_id, min(u.nth) as nth, min(u.goes_at) as goes_at
@@ -421,17 +423,19 @@ begin
     ) s
     cross join lateral (
       select bool_or(q.added) as added, bool_or(q.expires_at = 'infinity' and not q.added) as deaf,
-             bool_and(q.limit_ids is not null and not pglimits._is_outdated(q)) as keeps,
              bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
              min(q.arrival) as arrival,
              array_agg(p.at::integer order by p.at) filter (where p.at is not null) as at,
              array_agg(q.slots order by p.at) filter (where p.at is not null) as slots,
+             array_agg(coalesce(q.seen[array_position(q.limit_ids, q.limit_id)] <> p.changes, true) order by p.at)
+               filter (where p.at is not null) as changed,
              array_agg(q.pinned order by p.at) filter (where p.at is not null) as pinned,
              array_agg(case when q.turn > p.decayed and not q.pinned then q.slots + q.gap else 0 end order by p.at)
                filter (where p.at is not null) as booked,
              max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end) as goes_in
       from pglimits.queue q
-      left join unnest(place_ids, place_keys, decayed, rates) with ordinality as p(limit_id, key, decayed, rate, at)
+      left join unnest(place_ids, place_keys, decayed, rates, changes)
+        with ordinality as p(limit_id, key, decayed, rate, changes, at)
         on p.limit_id = q.limit_id and p.key = q.key
       where q.lease_id = s.lease_id) x);
 end $$;
@@ -549,9 +553,9 @@ comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], t
   'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
 
 -- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
--- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. Who sleeps over several
--- that were not changed goes no later than it was told, whatever was added since. What adjust has added comes right behind
--- those before it.
+-- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. It goes no later than it
+-- was told, whatever was added since, unless one that was changed has no turn for it then. What adjust has added comes right
+-- behind those before it.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
   out back boolean)
@@ -562,6 +566,8 @@ as $$
 declare
   request pglimits._request;
   turn_in interval;
+  told interval;
+  changed_at integer[];
   state pglimits.states;
   config pglimits.configs;
   placed pglimits._placed;
@@ -606,8 +612,13 @@ begin
 
   request.slots := sleeper.slots;
   turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now) - now;
-  if sleeper.keeps then
-    turn_in := least(turn_in, make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision));
+  told := make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision);
+  if turn_in > told then
+    select array_agg(u.at), array_agg(u.slots) into changed_at, request.slots
+    from unnest(sleeper.at, sleeper.slots, sleeper.changed) as u(at, slots, changed) where u.changed;
+    if changed_at is null or pglimits._common_turn(request, changed_at, states, configs, now) - now <= told then
+      turn_in := told;
+    end if;
   end if;
   back := extract(epoch from turn_in) > sleeper.goes_in + 0.000002;
   for p in 1 .. cardinality(sleeper.at) loop

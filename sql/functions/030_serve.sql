@@ -401,7 +401,7 @@ comment on function pglimits._survey(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
   'What stands in the way of a request. See the type pglimits._findings.';
 
--- How often limits have been changed, in the order of their ids. One that was deleted is missing.
+-- How often each of some limits has been changed. Null for one that was deleted.
 create or replace function pglimits._changes(limit_ids bigint[])
 returns integer[]
 language plpgsql
@@ -409,11 +409,13 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return array(select c.changes from pglimits.configs c where c.limit_id = any (limit_ids) order by c.limit_id);
+  return array(
+    select (select c.changes from pglimits.configs c where c.limit_id = u.limit_id)
+    from unnest(limit_ids) with ordinality as u(limit_id, nth) order by u.nth);
 end $$;
 
 comment on function pglimits._changes(bigint[]) is
-  'How often limits have been changed, in the order of their ids, without those that are gone.';
+  'How often each of some limits has been changed; null for one that was deleted.';
 
 -- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
 -- now may be by then. So does one for a turn that cannot be told of it: what it did not hear of in time would have decayed.

@@ -139,6 +139,7 @@ begin
   new.active := coalesce(update_limit.active, old.active);
   new.max_waiters := case when max_waiters = -1 then null else coalesce(update_limit.max_waiters, old.max_waiters) end;
   new.description := coalesce(update_limit.description, old.description);
+  new.changes := old.changes + 1;
   if new.slot_decay_per_second <> old.slot_decay_per_second then
     new.decayed := pglimits._decayed(old, now);
     new.decayed_at := now;
@@ -146,7 +147,7 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, changes = c.changes + 1, updated_at = now
+      decayed_at = new.decayed_at, changes = new.changes, updated_at = now
   where c.limit_id = old.limit_id;
   if new.name <> old.name then
     insert into pglimits.former_names (name, limit_id) values (old.name, old.limit_id) on conflict do nothing;

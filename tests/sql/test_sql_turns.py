@@ -401,6 +401,21 @@ def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit
     assert turn(s, second) == 20
 
 
+def test_nor_does_it_when_another_of_their_limits_is_deactivated(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("one", 1, 1)
+    s.create("two", 2, 2)
+    s.create("three", 3, 1)
+    s.adjust("three", 4)
+    asleep = reserve(s, ["one", "two", "three"], slots=[1, 1, 2])
+    s.adjust("one", 5)
+    s.update("two", active=False)
+    assert turn(s, asleep) == 3
+    s.update("one", slot_decay_per_second=0.5)
+    assert turn(s, asleep) == 10
+    db.consistent()
+
+
 @pytest.mark.parametrize("rate", [3, 7, 0.3])
 def test_a_moment_that_is_rounded_up_finds_its_place_among_turns_that_lie_close(
     clock: Clock, s: Session, rate: float

@@ -399,20 +399,20 @@ comment on type pglimits._placed is 'A state with one more turn, where in virtua
 create type pglimits._sleeper as (
   lease_id uuid,
   added boolean,
-  keeps boolean,
   deaf boolean,
   elsewhere boolean,
   channel text,
   at integer[],
   slots integer[],
+  changed boolean[],
   pinned boolean[],
   booked numeric[],
   goes_in numeric
 );
 comment on type pglimits._sleeper is
-  'Who sleeps towards turns on some locked states (at). slots, pinned, booked: of each, how many; whether it is pinned there; and '
-  'what it takes of what is booked there. added: what adjust has added. keeps: its limits were not changed, so that it goes no '
-  'later. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
+  'Who sleeps towards turns on some locked states (at). slots, changed, pinned, booked: of each, how many; whether the limit '
+  'was changed since it asked; whether it is pinned there; and what it takes of what is booked there. added: what adjust has '
+  'added. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
 
 create type pglimits._turn as (
   turn numeric,
@@ -1451,6 +1451,7 @@ declare
   place_keys text[];
   decayed numeric[];
   rates numeric[];
+  changes integer[];
   -- Of each turn that lies ahead here: whose it is, on which state, the how manieth there, and when the sleeper goes.
   ids uuid[];
   at integer[];
@@ -1464,6 +1465,7 @@ begin
     place_keys[i] := (states[i]).key;
     decayed[i] := pglimits._decayed(configs[i], now);
     rates[i] := (configs[i]).slot_decay_per_second;
+    changes[i] := (configs[i]).changes;
   end loop;
   with ahead as (
     select p.at::integer, q.lease_id, q.expires_at = 'infinity' and not q.added as deaf,
@@ -1495,7 +1497,7 @@ begin
   end loop;
   return (
     select array_agg(
-      row(s.lease_id, x.added, x.keeps, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
+      row(s.lease_id, x.added, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.changed, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
       order by s.goes_at, x.arrival, s.nth, s.lease_id)
     from (
       select u.lease_id, min(u.nth) as nth, min(u.goes_at) as goes_at
@@ -1503,17 +1505,19 @@ begin
     ) s
     cross join lateral (
       select bool_or(q.added) as added, bool_or(q.expires_at = 'infinity' and not q.added) as deaf,
-             bool_and(q.limit_ids is not null and not pglimits._is_outdated(q)) as keeps,
              bool_or(p.at is null) as elsewhere, max(q.channel) as channel,
              min(q.arrival) as arrival,
              array_agg(p.at::integer order by p.at) filter (where p.at is not null) as at,
              array_agg(q.slots order by p.at) filter (where p.at is not null) as slots,
+             array_agg(coalesce(q.seen[array_position(q.limit_ids, q.limit_id)] <> p.changes, true) order by p.at)
+               filter (where p.at is not null) as changed,
              array_agg(q.pinned order by p.at) filter (where p.at is not null) as pinned,
              array_agg(case when q.turn > p.decayed and not q.pinned then q.slots + q.gap else 0 end order by p.at)
                filter (where p.at is not null) as booked,
              max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end) as goes_in
       from pglimits.queue q
-      left join unnest(place_ids, place_keys, decayed, rates) with ordinality as p(limit_id, key, decayed, rate, at)
+      left join unnest(place_ids, place_keys, decayed, rates, changes)
+        with ordinality as p(limit_id, key, decayed, rate, changes, at)
         on p.limit_id = q.limit_id and p.key = q.key
       where q.lease_id = s.lease_id) x);
 end $$;
@@ -1631,9 +1635,9 @@ comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], t
   'Moves those up who sleep where something came free before them, and those over several limits of which one was changed.';
 
 -- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
--- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. Who sleeps over several
--- that were not changed goes no later than it was told, whatever was added since. What adjust has added comes right behind
--- those before it.
+-- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. It goes no later than it
+-- was told, whatever was added since, unless one that was changed has no turn for it then. What adjust has added comes right
+-- behind those before it.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
   out back boolean)
@@ -1644,6 +1648,8 @@ as $$
 declare
   request pglimits._request;
   turn_in interval;
+  told interval;
+  changed_at integer[];
   state pglimits.states;
   config pglimits.configs;
   placed pglimits._placed;
@@ -1688,8 +1694,13 @@ begin
 
   request.slots := sleeper.slots;
   turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now) - now;
-  if sleeper.keeps then
-    turn_in := least(turn_in, make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision));
+  told := make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision);
+  if turn_in > told then
+    select array_agg(u.at), array_agg(u.slots) into changed_at, request.slots
+    from unnest(sleeper.at, sleeper.slots, sleeper.changed) as u(at, slots, changed) where u.changed;
+    if changed_at is null or pglimits._common_turn(request, changed_at, states, configs, now) - now <= told then
+      turn_in := told;
+    end if;
   end if;
   back := extract(epoch from turn_in) > sleeper.goes_in + 0.000002;
   for p in 1 .. cardinality(sleeper.at) loop
@@ -2407,7 +2418,7 @@ comment on function pglimits._survey(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], pglimits.queue, timestamptz) is
   'What stands in the way of a request. See the type pglimits._findings.';
 
--- How often limits have been changed, in the order of their ids. One that was deleted is missing.
+-- How often each of some limits has been changed. Null for one that was deleted.
 create or replace function pglimits._changes(limit_ids bigint[])
 returns integer[]
 language plpgsql
@@ -2415,11 +2426,13 @@ volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return array(select c.changes from pglimits.configs c where c.limit_id = any (limit_ids) order by c.limit_id);
+  return array(
+    select (select c.changes from pglimits.configs c where c.limit_id = u.limit_id)
+    from unnest(limit_ids) with ordinality as u(limit_id, nth) order by u.nth);
 end $$;
 
 comment on function pglimits._changes(bigint[]) is
-  'How often limits have been changed, in the order of their ids, without those that are gone.';
+  'How often each of some limits has been changed; null for one that was deleted.';
 
 -- Puts a request in line. One that named more limits than this tries again for itself when it can go: what is not enforced
 -- now may be by then. So does one for a turn that cannot be told of it: what it did not hear of in time would have decayed.
@@ -5054,6 +5067,7 @@ begin
   new.active := coalesce(update_limit.active, old.active);
   new.max_waiters := case when max_waiters = -1 then null else coalesce(update_limit.max_waiters, old.max_waiters) end;
   new.description := coalesce(update_limit.description, old.description);
+  new.changes := old.changes + 1;
   if new.slot_decay_per_second <> old.slot_decay_per_second then
     new.decayed := pglimits._decayed(old, now);
     new.decayed_at := now;
@@ -5061,7 +5075,7 @@ begin
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = nullif(new.description, ''), decayed = new.decayed,
-      decayed_at = new.decayed_at, changes = c.changes + 1, updated_at = now
+      decayed_at = new.decayed_at, changes = new.changes, updated_at = now
   where c.limit_id = old.limit_id;
   if new.name <> old.name then
     insert into pglimits.former_names (name, limit_id) values (old.name, old.limit_id) on conflict do nothing;

@@ -136,6 +136,8 @@ class Turns(RuleBasedStateMachine):
         # Whether turns may come later: a limit has just been changed, or one who is dead has not moved since.
         self.slower = False
         self.dead_moves = False
+        # Until when somebody who is dead may be taken for alive.
+        self.alive_until = 0
 
     @initialize(given=st.lists(st.tuples(limits, rates), min_size=3, max_size=3), widest=st.sampled_from([1, 2, 8]))
     def begin(self, given: list[tuple[int, Fraction]], widest: int) -> None:
@@ -331,6 +333,7 @@ class Turns(RuleBasedStateMachine):
     def die(self, nth: int) -> None:
         mortal = [each for each in self.sleepers if each.told and each.alive]
         mortal[nth % len(mortal)].alive = False
+        self.alive_until = self.now + 10 * SECOND
         self.exact = False
 
     @rule(pause=pauses)
@@ -369,7 +372,7 @@ class Turns(RuleBasedStateMachine):
     def shut_and_open(self, name: str) -> None:
         """Those who slept stand in line meanwhile, in their order of arrival."""
         here = {each.lease_id: each for each in self.sleepers if name in each.parts}
-        if not all(each.told and each.alive for each in here.values()):
+        if self.now <= self.alive_until or not all(each.told and each.alive for each in here.values()):
             return
         self.expect_later_turns()
         self.s.update(name, limit=0)

@@ -1096,9 +1096,9 @@ declare
   rounded constant numeric := config.slot_decay_per_second::numeric / 1000000;
   peak constant numeric := greatest(state.peak, config."limit" + 2 * rounded);
   found_turn pglimits._turn;
-  first_turn numeric := '-Infinity';
+  first_turn numeric := numeric '-Infinity';
   since_first integer := 0;
-  booked_since numeric := '-Infinity';
+  booked_since numeric := numeric '-Infinity';
   pin record;
 begin
   found_turn.booked := state.booked;

@@ -177,36 +177,36 @@ end $$;
 comment on function pglimits._unpin(pglimits.states, pglimits.configs, timestamptz) is
   'Books the pinned turns that have come.';
 
--- The first moment from now on at which every rate limit of a request has a turn for it.
+-- How long until every rate limit of a request has a turn for it. In seconds, never in days: these may have 23 or 25 hours.
 create or replace function pglimits._common_turn(
   request pglimits._request, at integer[], states pglimits.states[], configs pglimits.configs[], now timestamptz)
-returns timestamptz
+returns interval
 language plpgsql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  go_at timestamptz := now;
-  later timestamptz := now;
+  go_in interval := interval '0';
+  later interval := interval '0';
   config pglimits.configs;
 begin
   loop
     for p in 1 .. cardinality(at) loop
       config := configs[at[p]];
       continue when config.active is not true;
-      later := greatest(later, now + pglimits._until(config, (pglimits._find_turn(
-        states[at[p]], config, request.slots[p], pglimits._decayed(config, go_at))).turn, now));
+      later := greatest(later, pglimits._until(config, (pglimits._find_turn(
+        states[at[p]], config, request.slots[p], pglimits._decayed(config, now + go_in))).turn, now));
     end loop;
     -- A turn that one limit has put off may not be free on the others.
-    exit when later = go_at or cardinality(at) = 1;
-    go_at := later;
+    exit when later = go_in or cardinality(at) = 1;
+    go_in := later;
   end loop;
   return later;
 end $$;
 
 comment on function pglimits._common_turn(
   pglimits._request, integer[], pglimits.states[], pglimits.configs[], timestamptz) is
-  'The first moment from now on at which every rate limit of a request has a turn for it.';
+  'How long until every rate limit of a request has a turn for it.';
 
 -- Places a turn on one of the rate limits of a request. The level rises at once; but if another one is slower, so that the turn
 -- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
@@ -611,12 +611,12 @@ begin
   end if;
 
   request.slots := sleeper.slots;
-  turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now) - now;
+  turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now);
   told := make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision);
   if turn_in > told then
     select array_agg(u.at), array_agg(u.slots) into changed_at, request.slots
     from unnest(sleeper.at, sleeper.slots, sleeper.changed) as u(at, slots, changed) where u.changed;
-    if changed_at is null or pglimits._common_turn(request, changed_at, states, configs, now) - now <= told then
+    if changed_at is null or pglimits._common_turn(request, changed_at, states, configs, now) <= told then
       turn_in := told;
     end if;
   end if;
@@ -624,7 +624,7 @@ begin
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     placed := pglimits._place_turn(
-      state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, cardinality(sleeper.at) > 1, now);
+      state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, true, now);
     states[sleeper.at[p]] := placed.state;
     update pglimits.queue q
     set turn = placed.turn, pinned = placed.pinned, gap = 0, called = back,

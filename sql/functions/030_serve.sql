@@ -389,7 +389,7 @@ begin
     end if;
   end loop;
   if request.for_rate and findings.blocked_at is null then
-    findings.turn_in := pglimits._common_turn(request, at, states, configs, now) - now;
+    findings.turn_in := pglimits._common_turn(request, at, states, configs, now);
   end if;
   if findings.blocked_at is null and findings.turn_in > coalesce(request.wait, findings.turn_in) then
     findings.fits_at := now + findings.turn_in;

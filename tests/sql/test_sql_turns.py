@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -411,9 +412,20 @@ def test_nor_does_it_when_another_of_their_limits_is_deactivated(clock: Clock, d
     s.adjust("one", 5)
     s.update("two", active=False)
     assert turn(s, asleep) == 3
+    s.update("three", active=False)
+    assert turn(s, asleep) == 3
     s.update("one", slot_decay_per_second=0.5)
     assert turn(s, asleep) == 10
     db.consistent()
+
+
+def test_a_turn_days_ahead_is_right_where_the_clocks_are_set_back_meanwhile(clock: Clock, s: Session) -> None:
+    clock.freeze(datetime(2026, 10, 24, 12, tzinfo=UTC))
+    s.run("set timezone = 'Europe/Berlin'")
+    s.create("one", 1, 1 / 3600)
+    s.create("two", 1, 1 / 86400)
+    s.rate_limit("two", wait=None)
+    assert turn(s, reserve(s, BOTH)) == 86400
 
 
 @pytest.mark.parametrize("rate", [3, 7, 0.3])

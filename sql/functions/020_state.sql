@@ -173,8 +173,8 @@ begin
   end if;
   update pglimits.states s
   set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
-      pinned = state.pinned, peak = state.peak, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
-      head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
+      pinned = state.pinned, peak = state.peak, next_expiry = state.next_expiry, waiting = state.waiting,
+      head_rank = state.head_rank, head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
       next_death = state.next_death, next_waiter_death = state.next_waiter_death, next_look = state.next_look,
       changed_at = now
   where s.limit_id = was.limit_id and s.key = was.key and s.version = was.version;

@@ -803,8 +803,8 @@ begin
   end if;
   update pglimits.states s
   set version = greatest(state.version, was.version + 1), held = state.held, booked = state.booked,
-      pinned = state.pinned, peak = state.peak, next_expiry = state.next_expiry, waiting = state.waiting, head_rank = state.head_rank,
-      head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
+      pinned = state.pinned, peak = state.peak, next_expiry = state.next_expiry, waiting = state.waiting,
+      head_rank = state.head_rank, head_arrival = state.head_arrival, last_arrival = state.last_arrival, passed = state.passed,
       next_death = state.next_death, next_waiter_death = state.next_waiter_death, next_look = state.next_look,
       changed_at = now
   where s.limit_id = was.limit_id and s.key = was.key and s.version = was.version;
@@ -1097,24 +1097,23 @@ declare
   peak constant numeric := greatest(state.peak, config."limit" + 2 * rounded);
   found_turn pglimits._turn;
   first_turn numeric := numeric '-Infinity';
-  since_first integer := 0;
+  slots_since numeric := 0;
   booked_since numeric := numeric '-Infinity';
   pin record;
 begin
   found_turn.booked := state.booked;
   found_turn.turn := greatest(not_before, found_turn.booked + slots - config."limit");
   if state.pinned > 0 then
-    -- From the last one on before which nothing matters then: as no turn leaves more than the peak, those that come later have
-    -- booked as much as can be left of the earlier ones.
+    -- Back to where earlier ones cannot matter at that time: none leaves more than the peak, and those since have booked as much.
     for pin in
       select q.turn, q.slots from pglimits.queue q
       where q.limit_id = state.limit_id and q.key = state.key and q.pinned and q.turn < not_before
       order by q.turn desc, q.lease_id desc
     loop
       first_turn := pin.turn;
-      since_first := since_first + pin.slots;
-      booked_since := greatest(booked_since, pin.turn + since_first);
-      exit when booked_since >= pin.turn + peak + since_first;
+      slots_since := slots_since + pin.slots;
+      booked_since := greatest(booked_since, pin.turn + slots_since);
+      exit when booked_since >= pin.turn + peak + slots_since;
     end loop;
     for pin in
       select q.turn, q.lease_id, q.slots from pglimits.queue q
@@ -1497,7 +1496,8 @@ begin
   end loop;
   return (
     select array_agg(
-      row(s.lease_id, x.added, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.changed, x.pinned, x.booked, x.goes_in)::pglimits._sleeper
+      row(s.lease_id, x.added, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.changed, x.pinned, x.booked,
+          x.goes_in)::pglimits._sleeper
       order by s.goes_at, x.arrival, s.nth, s.lease_id)
     from (
       select u.lease_id, min(u.nth) as nth, min(u.goes_at) as goes_at

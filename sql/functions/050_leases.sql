@@ -289,8 +289,8 @@ comment on function pglimits._release_at(bigint, text, uuid[]) is
 
 -- What waiting processes call when they are notified, when it is time to look again, and at least every few seconds.
 -- It takes up what was handed over, keeps the others alive, and tells all of them how they stand. It touches a state
--- only if something is due there.
-create or replace function pglimits.watch(lease_ids uuid[])
+-- only if something is due there, and not at all if it is not to settle anything.
+create or replace function pglimits.watch(lease_ids uuid[], settle boolean default true)
 returns table (
   lease_id uuid, status text, fence bigint, expires_at timestamptz, retry_after interval, wait interval,
   ends_in interval)
@@ -318,9 +318,12 @@ begin
     perform pglimits._refuse_standby();
   end if;
   perform pglimits._check_ids(lease_ids);
+  if settle is null then
+    perform pglimits._fail('InvalidArgument', 'settle must not be null');
+  end if;
   waits := exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
 
-  if waits then
+  if waits and settle then
     select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
     from (select distinct q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)) p
     where now >= (select s.next_look from pglimits.states s
@@ -396,8 +399,9 @@ begin
     and not exists (select from pglimits.queue q where q.lease_id = asked.id and q.kept_until is null);
 end $$;
 
-comment on function pglimits.watch(uuid[]) is
-$$How requests that were queued stand now; keeps them alive for another 10 seconds. A row for each (one for each limit
+comment on function pglimits.watch(uuid[], boolean) is
+$$How requests that were queued stand now; keeps them alive for another 10 seconds. settle: grant, and move, what time or a
+change has made possible where they wait; false waits for no limit that somebody keeps locked. A row for each (one for each limit
 of a turn on several): granted (a lease begins its full duration; a turn comes after wait), queued (watch again within
 retry_after; also who slept towards a limit that was set to 0), or retry (ask again with the same lease_id: the limit was
 changed or deleted, the place was lost, or a request over several limits, or one for a turn without a channel, has been

@@ -148,7 +148,7 @@ FUNCTIONS: dict[str, tuple[str, str, dict[str, dict[str, str]]]] = {
         "lease_ids", "array[gen_random_uuid()]",
         {"lease_ids": ID_ARRAYS, "durable": BOOLEANS, "patience": PATIENCES},
     ),
-    "watch": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS}),
+    "watch": ("lease_ids", "array[gen_random_uuid()]", {"lease_ids": ID_ARRAYS, "settle": BOOLEANS}),
     "acquire_many": ("requests", "'[]'::jsonb", {"durable": BOOLEANS, "patience": PATIENCES}),
     "acquire_alike": (
         "lease_ids", "array[gen_random_uuid()]",

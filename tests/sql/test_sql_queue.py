@@ -957,3 +957,21 @@ def test_a_peek_reckons_with_those_who_are_granted_first_what_has_come_free(
     assert s.peek("database", slots=1, priority=priority).status == "granted"
     assert s.acquire("database", slots=2, priority=priority).status == "refused"
     assert s.acquire("database", slots=1, priority=priority).status == "granted"
+
+
+def test_those_who_wait_for_a_limit_that_somebody_keeps_locked_can_be_kept_alive_in_their_order(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("db", 1)
+    s.acquire("db", lease_duration="2 s")
+    waiters = [s.queue("db") for _ in range(3)]
+    locking = db.session()
+    locking.run("begin")
+    locking.run("select from pglimits.states for update")
+    for _ in range(3):
+        clock.advance(7)
+        rows = s.all("select status, retry_after from pglimits.watch(%s::uuid[], settle => false)", waiters)
+        assert [row.status for row in rows] == ["queued"] * 3
+    locking.run("rollback")
+    assert statuses(s, *waiters) == ["granted", "queued", "queued"]

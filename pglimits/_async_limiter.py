@@ -233,7 +233,11 @@ class AsyncLimiter:
 
     async def renew(self, lease: Lease | UUID, lease_duration: float | None = None) -> bool:
         """Renew a lease that is not renewed by itself. Whether it was still live."""
-        return await self._call(_calls.renew(lease, lease_duration))
+        asked = time.monotonic()
+        renewed = await self._call(_calls.renew(lease, lease_duration))
+        if isinstance(lease, Lease):
+            self._engine.renewal.by_hand(lease, asked, lease_duration, renewed)
+        return renewed.live
 
     async def sweep(self) -> Swept:
         """Tidy up. Nothing depends on it but the size of the tables."""

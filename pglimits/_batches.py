@@ -24,7 +24,7 @@ from uuid import UUID
 from psycopg import BaseConnection
 
 from . import _sql
-from ._database import BATCHES_AT_ONCE, Busy, Row, translate
+from ._database import BATCHES_AT_ONCE, LOCK_WAIT, Busy, Row, translate
 from ._wake import Orphan, Waker, wake_all
 from .errors import LimiterUnavailable, NotInstalled, PermissionDenied, PglimitsError, VersionMismatch
 
@@ -38,13 +38,13 @@ SMALL_BATCH = 48
 PATIENCE = 1.0
 """Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
 
-LOCK_WAIT = 0.3
-"""Seconds that a batch waits for a lock: longer than contention takes; then somebody keeps it in a long transaction."""
-
 
 @dataclass(slots=True)
 class Answer:
-    """What became of a request. ``retry_after``, ``wait`` and ``ends_in`` (how long its lease lasts) in seconds."""
+    """What became of a request. ``retry_after``, ``wait`` and ``ends_in`` (how long its lease lasts) in seconds.
+
+    ``turn``: the moment that lies ``wait`` ahead, by the database's clock.
+    """
 
     status: str
     fences: list[int | None] | None = None
@@ -55,6 +55,7 @@ class Answer:
     error: str | None = None
     message: str | None = None
     ends_in: float | None = None
+    turn: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,7 +184,7 @@ class Batches:
     are under way, not a counter, and a batch whose sender was struck is put back as a whole and sent again.
     """
 
-    def __init__(self, durable: bool, channel: str, abandon: Callable[[UUID], None]) -> None:
+    def __init__(self, durable: bool, channel: str, abandon: Callable[[UUID, tuple[Place, ...]], None]) -> None:
         self.durable = durable
         self.channel = channel
         self._abandon = abandon
@@ -364,7 +365,7 @@ class Batches:
         wake_all([ticket.waker for ticket in batch if not ticket.abandoned])
         for ticket in batch:
             if ticket.done and ticket.abandoned and ticket.kind is not None:
-                self._abandon(ticket.lease_id)
+                self._abandon(ticket.lease_id, ticket.kind.places)
         slot.batch = None
         slot.orphan = None
         self.nudge()
@@ -386,7 +387,7 @@ class Batches:
             self._pending.pop(ticket, None)
             under_way = any(ticket in (slot.batch or ()) for slot in self._under_way)
         if not never_sent and not under_way and ticket.kind is not None:
-            self._abandon(ticket.lease_id)
+            self._abandon(ticket.lease_id, ticket.kind.places)
         self.nudge()
 
     def can_go(self, ticket: Ticket) -> bool:
@@ -426,7 +427,10 @@ def _hand_out(requests: Sequence[Ticket], answers: list[list[Any]], told_at: flo
             missing = [ticket.kind.places[0][0]] if is_missing and ticket.kind is not None else None
             fences = None if fence is None else [fence + nth]
             wait = None if waits is None else waits[nth]
-            ticket.answer = Answer(status, fences, expires_at, retry_after, wait, missing, error, message, ends_in)
+            turn = None if wait is None else told_at + wait
+            ticket.answer = Answer(
+                status, fences, expires_at, retry_after, wait, missing, error, message, ends_in, turn
+            )
 
 
 def _ids(batch: Sequence[Ticket]) -> str:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from . import _arguments, _sql
 from ._database import Row
-from ._renewal import Lease
+from ._renewal import Lease, Renewed
 from .errors import InvalidArgument, LimitNotFound
 from .models import Holder, Limit, Peek, Swept, Waiter
 
@@ -156,9 +156,9 @@ def peek(names: _arguments.Names, occupy: int, key: str, priority: int, strict: 
     )
 
 
-def renew(lease: Lease | UUID, lease_duration: float | None) -> Call[bool]:
+def renew(lease: Lease | UUID, lease_duration: float | None) -> Call[Renewed]:
     seconds = None if lease_duration is None else _arguments.lease_duration(lease_duration)
-    return Call(_sql.RENEW, ([lease_id(lease)], seconds), lambda rows: bool(rows[0][1]))
+    return Call(_sql.RENEW, (None, [lease_id(lease)], seconds), lambda rows: Renewed(*rows[0]))
 
 
 def sweep() -> Call[Swept]:

@@ -38,6 +38,10 @@ ANSWERS_WITHIN = 10.0
 
 It waits for a lock for a fraction of that."""
 
+LOCK_WAIT = 0.3
+"""Seconds that what serves many waits for a lock: longer than contention takes; then somebody keeps it in a long
+transaction."""
+
 _LOOKS_EVERY = 0.1
 """Seconds after which a wait for an answer looks how late it is."""
 
@@ -127,6 +131,11 @@ def translate(error: BaseException) -> PglimitsError:
     if isinstance(error, psycopg.OperationalError) or state[:2] in _GAVE_UP or ended:
         return LimiterUnavailable(f"the database cannot be reached or gave up: {message}")
     return PglimitsError(message)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether it says that nothing was done, and that it may be tried again."""
+    return isinstance(translate(error), Busy)
 
 
 class Sender(Protocol):

@@ -12,22 +12,21 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import threading
 import time
 import weakref
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 from uuid import UUID
 
-from . import _sql
 from ._arguments import Part
-from ._batches import LOCK_WAIT, PATIENCE, Answer, Batches, Kind, Slot, Ticket
+from ._batches import PATIENCE, Answer, Batches, Kind, Place, Slot, Ticket
+from ._cleaner import Cleaner, Gone
 from ._database import ANSWERS_WITHIN, Busy, Database, Late
 from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
-from ._wake import OURS, Anchor, Orphan, Waker, orphan, started
+from ._wake import OURS, Anchor, Orphan, Waker, orphan
 from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
 
 log = logging.getLogger("pglimits")
@@ -149,18 +148,16 @@ class Engine:
     def _begin(self) -> None:
         self.pid = os.getpid()
         self.closed = False
-        self._asking: dict[UUID, Orphan[UUID]] = {}
+        self._asking: dict[UUID, Orphan[Gone]] = {}
+        # Gives back in the background what nobody waits for any longer.
+        self.cleaner = Cleaner(self.database, self.durable, self._forget)
         self.keeper = Keeper(self.database, lambda claims: self.renewal.claimed(claims))
         self.batches = self._new_batches()
         self._last_loop: tuple[asyncio.AbstractEventLoop | None, Batches | None] = None, None
         self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Batches] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
         # Of each thread: what lives as long as its call here, and None while that waits.
         self.inside = threading.local()
-        self._given_up: queue.SimpleQueue[tuple[UUID, float] | Slot | Orphan[Slot] | Orphan[UUID] | None]
-        self._given_up = queue.SimpleQueue()
-        self.renewal = Renewal(self.database, self._given_up.put)
-        self._cleaner: threading.Thread | None = None
+        self.renewal = Renewal(self.database, self.cleaner.put)
 
     def forked(self) -> None:
         """Called in the child of a fork."""
@@ -184,12 +181,13 @@ class Engine:
         taken = False
         out_of_touch = False
         anchor = Anchor()
-        self._asking[request.lease_id] = orphan(anchor, self._given_up.put, request.lease_id)
+        gone = Gone(request.lease_id, request.kind.places)
+        self._asking[request.lease_id] = orphan(anchor, self.cleaner.put, gone)
         try:
             while True:
                 if self.closed or user.closed:
                     raise LimiterUnavailable("the limiter has been closed")
-                self._ready_to_clean()
+                self.cleaner.ready()
                 taken = True
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 ticket = request.ticket(left)
@@ -217,7 +215,7 @@ class Engine:
                         raise problem
                     elif request.on_unavailable == "allow":
                         log.warning("%s not enforced: %s", request.named(), problem)
-                        self.give_back(request.lease_id, 1.0)
+                        self.give_back(request.lease_id, request.kind.places, 1.0)
                         return self._lease(request, user, None, asked)
                     elif left is not None and left <= 0:
                         raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
@@ -249,6 +247,8 @@ class Engine:
                     now + (answer.retry_after if answer.wait is None else min(answer.wait, 3.0)),  # type: ignore[operator]
                     None if answer.wait is None else now + answer.wait,
                     user=user,
+                    places=request.kind.places,
+                    turn=answer.turn,
                     called_in=asked,
                     lease_duration=request.kind.lease_duration,
                     # A lease that is left alone is claimed before it is left.
@@ -282,7 +282,7 @@ class Engine:
         except BaseException:
             if taken:
                 # Once more a little later where the first time may come before what it is to undo.
-                self.give_back(request.lease_id, 1.0 if out_of_touch else 0.0)
+                self.give_back(request.lease_id, request.kind.places, 1.0 if out_of_touch else 0.0)
             self._asking.pop(request.lease_id, None)
             raise
         finally:
@@ -295,10 +295,10 @@ class Engine:
                 raise LimiterUnavailable("the limiter has been closed")
             now = time.monotonic()
             if (
-                waiter.put_off
+                waiter.put_off_to is not None
                 and waiter.turn_at is not None
                 and deadline is not None
-                and waiter.turn_at > deadline + _AS_GOOD_AS
+                and waiter.put_off_to > deadline + _AS_GOOD_AS
             ):
                 raise AcquireTimeout("the turn lies beyond the timeout: the limit was changed, or others were ahead")
             until = waiter.turn_at if waiter.turn_at is not None else deadline
@@ -308,12 +308,12 @@ class Engine:
 
     def releasing(self, lease: Lease, waker: Waker) -> Generator[Step, None, bool | None]:
         """End a lease. Whether it was still live; None if the database could not be asked."""
-        if not lease.enforced or lease.released or lease.pid != os.getpid():
+        if not lease.is_ours():
             return False
-        self._ready_to_clean()
+        self.cleaner.ready()
         ticket = _releasing(lease.id, lease._lanes, waker, None)
         anchor = Anchor()
-        self._asking[lease.id] = orphan(anchor, self._given_up.put, lease.id)
+        self._asking[lease.id] = orphan(anchor, self.cleaner.put, Gone(lease.id, lease.places))
         lost = lease.lost
         lease.released = True
         try:
@@ -323,14 +323,14 @@ class Engine:
             yield ticket
         except BaseException:
             ticket.withdraw()
-            self.give_back(lease.id)
+            self.give_back(lease.id, lease.places)
             self._asking.pop(lease.id, None)
             raise
         self._asking.pop(lease.id, None)
         if ticket.error is not None:
             if not lease.places:
                 raise ticket.error  # it was named by its id: who holds it is elsewhere
-            self.give_back(lease.id, 0.5)
+            self.give_back(lease.id, lease.places, 0.5)
             if not isinstance(ticket.error, LimiterUnavailable):
                 raise ticket.error
             log.warning("the lease %s could not be released yet, trying on: %s", lease.id, ticket.error)
@@ -348,11 +348,11 @@ class Engine:
 
     def release_later(self, lease: Lease) -> bool:
         """End a lease in the background. Whether it was still live, as far as is known here. Callable from anywhere."""
-        if not lease.enforced or lease.released or lease.pid != os.getpid():
+        if not lease.is_ours():
             return False
         live = not lease.lost
         lease.released = True
-        self.give_back(lease.id)
+        self.give_back(lease.id, lease.places)
         return live
 
     def _lease(
@@ -409,7 +409,7 @@ class Engine:
             slot = Slot(batches)
             anchor = Anchor()
             try:
-                slot.orphan = orphan(anchor, self._given_up.put, slot)
+                slot.orphan = orphan(anchor, self.cleaner.put, slot)
                 if not batches.take(slot, ticket):
                     slot.orphan = None
                     return
@@ -417,14 +417,14 @@ class Engine:
                 sql, params = batches.statement(slot)
                 batches.finish(slot, self.database.execute(sql, params, slot, ANSWERS_WITHIN, until))
             except Late:
-                self._given_up.put(slot)
+                self.cleaner.put(slot)
                 return
             except BaseException as error:
                 if isinstance(error, PglimitsError):
                     batches.fail(slot, error)
                     continue
                 # Not the database's: a signal's, for instance, raised wherever the caller's thread happened to be.
-                self._given_up.put(slot)
+                self.cleaner.put(slot)
                 raise
 
     async def lead_in_loop(self, batches: Batches) -> None:
@@ -434,7 +434,7 @@ class Engine:
             slot = Slot(batches)
             anchor = Anchor()
             try:
-                slot.orphan = orphan(anchor, self._given_up.put, slot)
+                slot.orphan = orphan(anchor, self.cleaner.put, slot)
                 if not batches.take(slot):
                     slot.orphan = None
                     return
@@ -444,96 +444,17 @@ class Engine:
                 if isinstance(error, Exception) and slot.batch is not None:
                     batches.fail(slot, error)
                     continue
-                self._given_up.put(slot)
+                self.cleaner.put(slot)
                 raise
 
-    # Giving back what nobody waits for any longer.
+    def give_back(self, lease_id: UUID, places: tuple[Place, ...] = (), again_after: float = 0.0) -> None:
+        """Release a lease, a place or a turn in the background. Callable from anywhere. Arguments as of Gone."""
+        self.cleaner.put(Gone(lease_id, places, again_after))
 
-    def give_back(self, lease_id: UUID, again_after: float = 0.0) -> None:
-        """Release a lease, a place or a turn in the background. Callable from anywhere.
-
-        again_after: release it once more so many seconds later, where the first may have been too early.
-        """
-        self._given_up.put((lease_id, again_after))
-
-    def _ready_to_clean(self) -> None:
-        if self._cleaner is None or not self._cleaner.is_alive():
-            with self._lock:
-                if self._cleaner is None or not self._cleaner.is_alive():
-                    self._cleaner = started(
-                        lambda: threading.Thread(target=self._clean, name=f"{OURS}release", daemon=True)
-                    )
-
-    def _clean(self) -> None:
-        # When, which, and how often it has met a lock.
-        later: list[tuple[float, UUID, int]] = []
-        stopping = False
-        with self._lock:
-            if self._cleaner is not threading.current_thread():
-                return
-        while not stopping or later or not self._given_up.empty():
-            now = time.monotonic()
-            timeout = None if not later else max(min(later)[0] - now, 0.0)
-            try:
-                item = self._given_up.get(timeout=0 if stopping else timeout)
-                if isinstance(item, Orphan):
-                    item = (item.subject, 0.0) if isinstance(item.subject, UUID) else item.subject
-                if item is None:
-                    stopping = True
-                elif isinstance(item, Slot):
-                    if item.connection is not None:
-                        self.database.let_end(item.connection)
-                        item.connection = None
-                    item.batches.put_back(item)
-                    continue
-                else:
-                    lease_id, again_after = item
-                    self.renewal.forget(lease_id)
-                    self.keeper.remove(lease_id)
-                    self._asking.pop(lease_id, None)
-                    later.append((0.0, lease_id, 0))
-                    if again_after:
-                        later.append((now + again_after, lease_id, 0))
-                    continue
-            except queue.Empty:
-                pass
-            due = [entry for entry in later if entry[0] <= now or stopping]
-            if not due:
-                continue
-            # What has met a lock goes by itself, and after the others: it would hold them up.
-            due = [entry for entry in due if not entry[2]] or [min(due)]
-            later = [entry for entry in later if entry not in due]
-            try:
-                self._release({lease_id for _, lease_id, _ in due}, LOCK_WAIT)
-            except Busy:
-                now = time.monotonic()
-                for _, lease_id, met in due:
-                    if len(due) > 1:
-                        later.append((now, lease_id, 1))
-                    elif not stopping:
-                        later.append((now + min(0.1 * 2**met, 2.0), lease_id, met + 1))
-            except Exception as error:
-                log.debug("giving back %d requests failed: %s", len(due), error)
-                if not stopping:
-                    later += [(time.monotonic() + 1.0, lease_id, met) for _, lease_id, met in due]
-
-    def _release(self, lease_ids: Collection[UUID], patience: float) -> None:
-        self.database.execute(_sql.RELEASE, [list(lease_ids), self.durable, patience], within=ANSWERS_WITHIN)
-
-    def _release_all(self, lease_ids: list[UUID]) -> None:
-        """Release as many as can be, for some seconds: what somebody keeps locked holds up none of the others."""
-        until = time.monotonic() + ANSWERS_WITHIN / 2
-        try:
-            self._release(lease_ids, LOCK_WAIT)
-            return
-        except Busy:
-            left = list(dict.fromkeys(lease_ids))
-        while left and time.monotonic() < until:
-            lease_id = left.pop(0)
-            try:
-                self._release([lease_id], 0.05)
-            except Busy:
-                left.append(lease_id)
+    def _forget(self, lease_id: UUID) -> None:
+        self.renewal.forget(lease_id)
+        self.keeper.remove(lease_id)
+        self._asking.pop(lease_id, None)
 
     def close(self, user: User) -> None:
         """One user less: release what it holds, and end its waits. The last one stops the engine."""
@@ -546,11 +467,8 @@ class Engine:
         if last:
             self.shut()
             return
-        ids = self.keeper.close(user)
-        ids += [lease.id for lease in self.renewal.all() if lease._user is user and self.renewal.remove(lease)]
-        if ids:
-            with contextlib.suppress(Exception):
-                self._release_all(ids)
+        gone = [Gone(waiter.lease_id, waiter.places) for waiter in self.keeper.close(user)]
+        self._release_all([*gone, *self._end_leases(user)])
 
     def shut(self) -> None:
         """Release what is held, and stop."""
@@ -558,18 +476,27 @@ class Engine:
         self.keeper.stop()
         self._let_all_end()
         # Together with who still waits here, so that nothing is handed over to a process that goes.
-        asking = list(self._asking)
-        ids = [*asking, *(lease.id for lease in self.renewal.all() if self.renewal.remove(lease))]
+        gone = [asking.subject for asking in list(self._asking.values())]
+        gone += self._end_leases()
         self.keeper.close()
-        if ids:
-            with contextlib.suppress(Exception):
-                self._release_all(ids)
+        self._release_all(gone)
         self.renewal.stop()
-        if self._cleaner is not None:
-            self._given_up.put(None)
-            self._cleaner.join(timeout=5)
+        self.cleaner.stop()
         self.database.close()
         _engines.discard(self)
+
+    def _end_leases(self, user: User | None = None) -> list[Gone]:
+        """Have all leases, or those of one user, be given back: whoever is at work under one has lost it."""
+        leases = [lease for lease in self.renewal.all() if user is None or lease._user is user]
+        leases = [lease for lease in leases if self.renewal.remove(lease)]
+        for lease in leases:
+            lease._end()
+        return [Gone(lease.id, lease.places) for lease in leases]
+
+    def _release_all(self, gone: list[Gone]) -> None:
+        if gone:
+            with contextlib.suppress(Exception):
+                self.cleaner.release_all(gone)
 
     def _let_all_end(self) -> None:
         """Have nothing on its way: what comes after all has been released might be granted, to nobody."""
@@ -579,7 +506,7 @@ class Engine:
         for loop, batches in of_loops:
             if not loop.is_running():
                 for slot in batches.under_way():
-                    self._given_up.put(slot)
+                    self.cleaner.put(slot)
         mine = asyncio._get_running_loop()
         waited_for = [self.batches, *(batches for loop, batches in of_loops if loop is not mine)]
         until = time.monotonic() + ANSWERS_WITHIN / 2

@@ -12,6 +12,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import os
 import random
 import selectors
@@ -28,7 +29,9 @@ from psycopg.adapt import Transformer
 from psycopg.pq import ConnStatus, ExecStatus, Format
 
 from . import _sql
-from ._database import Database, Row, answer, answering
+from ._apart import AGAIN, Apart
+from ._batches import Place
+from ._database import LOCK_WAIT, Database, Row, answer, answering, is_busy
 from ._wake import OURS, Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
 
@@ -45,6 +48,8 @@ _LINGER = 30.0
 _POLL = 0.05
 _TRUSTED = 3.0
 """Seconds that a lease must still have, come what may, for its waiter to go on before it has been claimed."""
+_AS_BEFORE = 0.005
+"""Seconds by which a turn may seem to have moved that has not."""
 _WATCH = b"pglimits_watch"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -76,7 +81,11 @@ class Waiter:
     """A request that waits in this process: queued, or asleep until ``turn_at`` (monotonic).
 
     ``ends``: when a lease that it is handed ends at the earliest (monotonic), counted from when it last called in.
+    ``places``: each limit and key that it asked for.
+    ``put_off_to``: not before that (monotonic) its turn comes, if it was put off.
     ``trusting``: whether it goes on with a lease that has not been claimed yet.
+    ``turn``: its turn by the database's clock, which alone tells whether it has moved: how long an answer travels does
+    not count. ``turn_at`` is as much later as the answer took, and never too early.
     """
 
     __slots__ = (
@@ -87,8 +96,10 @@ class Waiter:
         "lease_id",
         "looks_at",
         "news",
-        "put_off",
+        "places",
+        "put_off_to",
         "trusting",
+        "turn",
         "turn_at",
         "user",
         "waker",
@@ -102,6 +113,8 @@ class Waiter:
         turn_at: float | None,
         *,
         user: User,
+        places: tuple[Place, ...],
+        turn: float | None = None,
         called_in: float = 0.0,
         lease_duration: float = 0.0,
         trusting: bool = False,
@@ -109,13 +122,15 @@ class Waiter:
         self.lease_id = lease_id
         self.waker = waker
         self.user = user
+        self.places = places
+        self.turn = turn
         self.looks_at = looks_at
         self.turn_at = turn_at
         self.lease_duration = lease_duration
         self.called_in = called_in
         self.ends = called_in + min(LIVENESS, lease_duration)
         self.trusting = trusting and turn_at is None
-        self.put_off = False
+        self.put_off_to: float | None = None
         self.news: News | None = None
         self.error: PglimitsError | None = None
 
@@ -138,6 +153,8 @@ class Keeper:
         self._told_all_at = 0.0
         # Told of their lease, and not woken yet.
         self._granted: list[Waiter] = []
+        # The places at which somebody keeps a lock that a look needs.
+        self._apart: Apart[tuple[Place, ...]] = Apart()
         self._thread: threading.Thread | None = None
         self._pipe: tuple[int, int] | None = None
         self._said = False
@@ -173,12 +190,12 @@ class Keeper:
             self._stopped = True
             self._poke()
 
-    def close(self, user: User | None = None) -> list[UUID]:
+    def close(self, user: User | None = None) -> list[Waiter]:
         """Have all waiters, or those of one user, see that their limiter is closed. Returns which they are."""
         with self._lock:
             waiters = [waiter for waiter in self._waiters.values() if user is None or waiter.user is user]
         wake_all([waiter.waker for waiter in waiters])
-        return [waiter.lease_id for waiter in waiters]
+        return waiters
 
     def _poke(self) -> None:
         if self._pipe is not None:
@@ -215,7 +232,7 @@ class Keeper:
                     self._look_again()
                 if due := self._due():
                     self._look(connection, due)
-                else:
+                if not self._look_apart(connection) and not due:
                     self._sleep(selector, connection, poked)
                 lost_at, pause = None, 0.1
             except Exception as error:
@@ -309,6 +326,7 @@ class Keeper:
             self._granted.append(waiter)
 
     def _look_again(self) -> None:
+        self._apart.clear()
         with self._lock:
             for waiter in self._waiters.values():
                 self._schedule(waiter, 0.0)
@@ -343,18 +361,45 @@ class Keeper:
                 self._told.clear()
             while (moment := self._next_moment()) is not None and moment <= now:
                 due[heapq.heappop(self._agenda)[2].lease_id] = None
+            if self._apart:
+                return [lease_id for lease_id in due if not self._is_apart(lease_id)]
         return list(due)
 
+    def _is_apart(self, lease_id: UUID) -> bool:
+        waiter = self._waiters.get(lease_id)
+        return waiter is not None and waiter.places in self._apart
+
     def _look(self, connection: psycopg.Connection[Row], due: list[UUID]) -> None:
+        try:
+            self._ask(connection, due, LOCK_WAIT)
+        except Exception as error:
+            if not is_busy(error):
+                raise
+            with self._lock:
+                waiters = [waiter for lease_id in due if (waiter := self._waiters.get(lease_id)) is not None]
+            self._apart.add(sorted(waiter.places for waiter in waiters))
+
+    def _look_apart(self, connection: psycopg.Connection[Row]) -> bool:
+        """Look at some of those whose limits somebody keeps locked, if it is time; whether it was."""
+
+        def look(places: list[tuple[Place, ...]]) -> None:
+            with self._lock:
+                due = [waiter.lease_id for waiter in self._waiters.values() if waiter.places in places]
+            if due:
+                self._ask(connection, due, AGAIN)
+
+        return self._apart.try_next(look)
+
+    def _ask(self, connection: psycopg.Connection[Row], due: list[UUID], patience: float) -> None:
         asked = time.monotonic()
         # They cannot run before this thread lets go of the interpreter, which it does to send the look: their leases
         # are claimed even if they keep it to themselves from then on.
         self._wake_granted()
-        ids = [f"{{{','.join(map(str, due))}}}".encode()]
+        params = [f"{{{','.join(map(str, due))}}}".encode(), f"{patience * 1000:.0f}ms".encode()]
         if self.listening:
-            connection.pgconn.send_query_prepared(_WATCH, ids, result_format=Format.BINARY)
+            connection.pgconn.send_query_prepared(_WATCH, params, result_format=Format.BINARY)
         else:
-            connection.pgconn.send_query_params(_sql.WATCH.encode(), ids, result_format=Format.BINARY)
+            connection.pgconn.send_query_params(_sql.WATCH.encode(), params, result_format=Format.BINARY)
         result = answer(connection.pgconn, _ANSWERS_WITHIN)[-1]
         if result.status != ExecStatus.TUPLES_OK:
             self._hear(connection)  # an answer that never came is an error without a state
@@ -368,6 +413,8 @@ class Keeper:
         """Wait for a notification, a new waiter, or the next moment to look."""
         with self._lock:
             until = self._next_moment()
+        if self._apart:
+            until = min(self._apart.next_at, math.inf if until is None else until)
         for key, _ in selector.select(_LINGER if until is None else max(until - time.monotonic(), 0.0)):
             if key.fd == poked:
                 os.read(poked, 65536)
@@ -387,31 +434,27 @@ class Keeper:
         now = time.monotonic()
         woken: list[Waker] = []
         # Who sleeps over several limits has a turn on each, and goes at the last of them.
-        turns: dict[UUID, float] = {}
-        for lease_id, *_, wait, _ in rows:
+        turns: dict[UUID, tuple[float, float]] = {}
+        for lease_id, *_, wait, _, turn in rows:
             if wait is not None:
-                turns[lease_id] = max(turns.get(lease_id, 0.0), wait)
+                turns[lease_id] = max(turns.get(lease_id, (0.0, 0.0)), (wait, turn))
         claims: list[Claim] = []
         with self._lock:
-            for lease_id, status, fence, expires_at, retry_after, wait, ends_in in rows:
+            for lease_id, status, fence, expires_at, retry_after, wait, ends_in, _ in rows:
                 waiter = self._waiters.get(lease_id)
                 ends = asked + (ends_in or 0.0)
                 if waiter is None or (waiter.news is not None and not waiter.news.claimed):
                     # It goes on already, or has given up.
                     claims.append(Claim(lease_id, expires_at if status == "granted" else None, ends))
                 elif wait is not None:
-                    turn_at = now + turns[lease_id]
-                    if waiter.turn_at is None or abs(turn_at - waiter.turn_at) > 0.005:
+                    if self._has_moved(waiter, *turns[lease_id], asked, now):
                         woken.append(waiter.waker)
-                        # Also where it stood in line before: nobody knew of its timeout who gave it the turn.
-                        waiter.put_off = waiter.put_off or waiter.turn_at is None or turn_at > waiter.turn_at
-                        waiter.turn_at = turn_at
                     self._schedule(waiter, self._next_look(now, LIVENESS * 0.3))
                 elif status == "queued":
                     waiter.ends = min(ends, asked + waiter.lease_duration)
                     if waiter.turn_at is not None:  # its limit was set to 0
                         woken.append(waiter.waker)
-                        waiter.turn_at = None
+                        waiter.turn_at = waiter.turn = None
                     self._schedule(waiter, self._next_look(now, retry_after))
                 else:
                     waiter.news = News(status, fence, expires_at, ends)
@@ -420,6 +463,18 @@ class Keeper:
         wake_all(woken)
         if claims:
             self._claimed(claims)
+
+    def _has_moved(self, waiter: Waiter, wait: float, turn: float, asked: float, now: float) -> bool:
+        """Note when a waiter's turn comes, as it was answered now. Whether that is not when it counted on."""
+        before, turn_at = waiter.turn, now + wait
+        moved = before is None or abs(turn - before) > _AS_BEFORE
+        if not moved and (waiter.turn_at is None or turn_at > waiter.turn_at - _AS_BEFORE):
+            return False
+        # Also where it stood in line before: nobody knew of its timeout who gave it the turn.
+        if moved and (before is None or turn > before or waiter.put_off_to is not None):
+            waiter.put_off_to = asked + wait
+        waiter.turn, waiter.turn_at = turn, turn_at
+        return True
 
     def _next_look(self, now: float, seconds: float) -> float:
         if not self.listening:

@@ -273,7 +273,11 @@ class Limiter:
 
     def renew(self, lease: Lease | UUID, lease_duration: float | None = None) -> bool:
         """Renew a lease that is not renewed by itself. Whether it was still live."""
-        return self._call(_calls.renew(lease, lease_duration))
+        asked = time.monotonic()
+        renewed = self._call(_calls.renew(lease, lease_duration))
+        if isinstance(lease, Lease):
+            self._engine.renewal.by_hand(lease, asked, lease_duration, renewed)
+        return renewed.live
 
     def sweep(self) -> Swept:
         """Tidy up. Nothing depends on it but the size of the tables."""

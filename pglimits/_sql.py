@@ -12,7 +12,8 @@ VERSION = "select pglimits.version(), pg_backend_pid()"
 ACQUIRE_MANY = """
     select a.status, a.fences, a.expires_at, extract(epoch from a.retry_after)::float8,
            extract(epoch from a.wait)::float8, a.missing, a.error, a.message,
-           extract(epoch from a.expires_at - clock_timestamp())::float8
+           extract(epoch from a.expires_at - clock_timestamp())::float8,
+           extract(epoch from clock_timestamp() + a.wait)::float8
     from pglimits.acquire_many(%s::jsonb, %s, make_interval(secs => %s)) a order by a.ordinal"""
 
 ACQUIRE_ALIKE = """
@@ -28,12 +29,19 @@ RELEASE_AND_ACQUIRE = """
 
 RELEASE = "select pglimits.release_many(%s::uuid[], %s, make_interval(secs => %s))"
 
-RENEW = "select r.lease_id, r.renewed, r.expires_at from pglimits.renew(%s::uuid[], make_interval(secs => %s)) r"
+RENEW = """
+    select r.lease_id, r.renewed, r.expires_at
+    from set_config('lock_timeout', coalesce(%s, current_setting('lock_timeout')), true) as patience,
+         pglimits.renew(case when patience <> '' then %s::uuid[] end, make_interval(secs => %s)) r"""
+"""How long it waits for a lock comes first, as the call depends on it; for this transaction alone, as a session may be
+a pooler's."""
 
 WATCH = """
     select w.lease_id, w.status, w.fence, w.expires_at, extract(epoch from w.retry_after)::float8,
-           extract(epoch from w.wait)::float8, extract(epoch from w.ends_in)::float8
-    from pglimits.watch($1::uuid[]) w"""
+           extract(epoch from w.wait)::float8, extract(epoch from w.ends_in)::float8,
+           extract(epoch from clock_timestamp() + w.wait)::float8
+    from set_config('lock_timeout', $2, true) as patience,
+         pglimits.watch(case when patience <> '' then $1::uuid[] end) w"""
 
 LIMITS = """
     select name, "limit", active, slot_decay_per_second, held, level, waiting, max_waiters, description,

@@ -140,7 +140,7 @@ def taken(batches: Batches, ticket: Ticket) -> Slot:
 
 
 def test_what_has_met_a_lock_is_sent_however_busy_the_others_are() -> None:
-    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    batches = Batches(True, "pglimits_t", lambda *_: None)
     met = [asks(batches, name) for name in ("one", "two")]
     batches.fail(taken(batches, met[0]), Busy("locked"))
     for name in ("three", "four"):
@@ -154,7 +154,7 @@ def test_what_has_met_a_lock_is_sent_however_busy_the_others_are() -> None:
 
 
 def test_what_has_met_a_lock_goes_with_those_who_ask_for_the_same_and_nobody_else() -> None:
-    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    batches = Batches(True, "pglimits_t", lambda *_: None)
     met = asks(batches, "one")
     batches.fail(taken(batches, met), Busy("locked"))
     met.not_before = 0.0
@@ -165,7 +165,7 @@ def test_what_has_met_a_lock_goes_with_those_who_ask_for_the_same_and_nobody_els
 
 
 def test_only_one_batch_at_a_time_is_sent_beside_the_others() -> None:
-    batches = Batches(True, "pglimits_t", lambda lease_id: None)
+    batches = Batches(True, "pglimits_t", lambda *_: None)
     met = [asks(batches, name) for name in ("one", "two")]
     batches.fail(taken(batches, met[0]), Busy("locked"))
     for ticket in met:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -237,6 +238,34 @@ def test_a_lease_is_renewed_by_hand_for_any_duration(api: Api, conn: Connection)
     assert api.renew(lease.id) is False
 
 
+def test_a_lease_that_was_renewed_by_hand_tells_its_new_end_and_is_not_taken_as_lost_before(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", lease_duration=1, renew=False)
+    first = end_of(conn, lease)
+    assert api.renew(lease, 1000) is True
+    assert lease.expires_at == end_of(conn, lease)
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s", [first]))
+    assert not lease.lost
+    # Never nearer.
+    assert api.renew(lease, 10) is True
+    assert lease.expires_at == end_of(conn, lease) > first + timedelta(seconds=900)
+    assert api.release(lease)
+
+
+def test_a_lease_that_was_renewed_by_hand_is_renewed_by_its_new_duration(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", lease_duration=2 * THIRD)
+    assert api.renew(lease, 1)
+    outlives(conn, lease, wait_until, 2)
+    assert not lease.lost
+    assert held(conn) == 1
+    assert api.release(lease)
+
+
 def test_an_event_loop_blocked_for_three_lease_durations_loses_no_lease(dsn: str, conn: Connection) -> None:
     async def main() -> None:
         async with AsyncLimiter(dsn) as limiter:
@@ -257,7 +286,7 @@ def test_all_leases_of_a_process_are_renewed_in_one_statement_by_one_thread(
     real = _renewal.run_statement
 
     def counting(connection: Any, sql: str, params: Any, prepare: bool | None) -> Any:
-        calls.append((threading.current_thread().name, set(params[0])))
+        calls.append((threading.current_thread().name, set(params[1])))
         return real(connection, sql, params, prepare)
 
     monkeypatch.setattr(_renewal, "run_statement", counting)
@@ -382,6 +411,56 @@ def test_a_lease_lost_only_at_the_exit_raises_too(limiter: Limiter, conn: Connec
     limiter.create("database", 1)
     with pytest.raises(LeaseLost), limiter.concurrency("database", strict=True) as lease:
         conn.execute("select pglimits.release(%s)", [lease.id])
+
+
+def test_who_asks_to_be_told_that_a_lease_is_lost_is_told_once_also_when_it_is_lost_already(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("database", 2)
+    before, after = [api.acquire("database", lease_duration=1) for _ in range(2)]
+    told: list[str] = []
+    before.on_lost(lambda: told.append("before"))
+    for lease in (before, after):
+        conn.execute("select pglimits.release(%s)", [lease.id])
+    wait_until(lambda: before._lost and after._lost)
+    after.on_lost(lambda: told.append("after"))
+    for lease in (before, after):
+        assert not api.release(lease)
+    assert told == ["before", "after"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_limiter_that_is_closed_in_a_block_loses_its_lease_and_does_not_warn(
+    dsn: str, conn: Connection, caplog: pytest.LogCaptureFixture, shared: bool, strict: bool
+) -> None:
+    went_on = []
+
+    def at_work(limiter: Limiter) -> None:
+        with limiter.concurrency("database", strict=strict) as lease:
+            limiter.close()
+            assert lease.lost
+            went_on.append(lease)
+
+    async def in_task() -> None:
+        limiter = AsyncLimiter(dsn)
+        async with limiter.concurrency("database", strict=strict) as lease:
+            await limiter.close()
+            assert lease.lost
+            await asyncio.sleep(0)
+            went_on.append(lease)
+
+    with open_api("sync", dsn=dsn) as other, caplog.at_level(logging.WARNING, "pglimits"):
+        other.create("database", 1)
+        if not shared:
+            other.close()
+        for work in (lambda: at_work(Limiter(dsn)), lambda: run(in_task())):
+            with pytest.raises(LeaseLost) if strict else contextlib.nullcontext():
+                work()
+            assert nothing_left(conn)
+    assert not caplog.records
+    # The body in a task is cancelled, as whenever a lease is lost.
+    assert len(went_on) == (1 if strict else 2)
 
 
 def test_an_error_in_the_body_is_not_replaced_by_a_lost_lease(

@@ -41,6 +41,7 @@ from pglimits import (
     QueueFull,
     SlotsExceedLimit,
     _database,
+    _keeper,
 )
 
 
@@ -598,6 +599,52 @@ def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(
     sleeps.result(30)
     # Its old turn has long passed; it went at the new one.
     assert value(conn, "select clock_timestamp() >= %s", [turn])
+
+
+@pytest.fixture
+def answers_travel_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What those who wait are told is half a second under way."""
+    real = _keeper.answer
+
+    def late(*arguments: Any) -> Any:
+        answered = real(*arguments)
+        time.sleep(0.5)
+        return answered
+
+    monkeypatch.setattr(_keeper, "answer", late)
+
+
+@pytest.mark.usefixtures("answers_travel_long")
+@pytest.mark.parametrize("several", [False, True])
+def test_a_turn_that_has_not_moved_is_not_put_off_by_the_network(api: Api, conn: Connection, several: bool) -> None:
+    names = ["api", "mails"] if several else ["api"]
+    for name in names:
+        api.create(name, 1, slot_decay_per_second=0.25)
+    api.rate_limit(names)
+    # It is looked at before its turn, which comes just before its timeout.
+    api.rate_limit(names, timeout_seconds=4.1)
+    assert waiting(conn) == 0
+
+
+@pytest.mark.usefixtures("answers_travel_long")
+def test_a_turn_that_was_put_off_by_less_than_the_network_takes_is_waited_for(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("api", 1, slot_decay_per_second=1)
+    for _ in range(2):
+        api.rate_limit("api")
+    api.adjust("api", 3)
+    sleeps = api.start("rate_limit", "api", timeout_seconds=60)
+    wait_until(lambda: waiting(conn) == 1)
+    # So much later: four times one hundredth of a second.
+    api.update("api", slot_decay_per_second=0.96)
+    turn = value(
+        conn,
+        "select clock_timestamp() + pglimits._until(c, q.turn, clock_timestamp())"
+        " from pglimits.queue q join pglimits.configs c using (limit_id)",
+    )
+    sleeps.result(30)
+    assert value(conn, "select clock_timestamp() >= %s - interval '5 milliseconds'", [turn])
 
 
 @pytest.mark.parametrize("changed", ["slow", "fast"])

@@ -268,6 +268,12 @@ class Locked:
         for name in names:
             # Its key '' must exist for it to be locked; what this takes is undone.
             self.connection.execute("select pglimits.acquire(%s)", [name])
+            # A refusal locks nothing.
+            self.connection.execute(
+                "select from pglimits.states where limit_id in (select limit_id from pglimits.configs where name = %s)"
+                " for update",
+                [name],
+            )
 
     def unlock(self) -> None:
         self.connection.rollback()

@@ -1,0 +1,224 @@
+"""A limit, or a lease, that somebody keeps locked in a long transaction holds up what needs it, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from wrappertest import Api, Connection, Locked, WaitUntil, held, in_thread, nothing_left, value, waiting
+
+from pglimits import AcquireTimeout, Lease, Limiter
+
+LONGER_THAN_A_WAITER_LIVES = "12 seconds"
+"""If it does not call in."""
+
+
+def blocked(conn: Connection, query: str) -> bool:
+    """Whether a statement with this in it waits for a lock."""
+    return bool(
+        value(
+            conn,
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock' and query like %s)",
+            [f"%{query}%"],
+        )
+    )
+
+
+def passes(conn: Connection, wait_until: WaitUntil, interval: str) -> None:
+    since = value(conn, "select clock_timestamp()")
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s + %s::interval", [since, interval]), timeout=60)
+
+
+def taken_for_a_second(conn: Connection, *names: str) -> None:
+    """Whoever waits for these limits looks again in a second, as time alone frees a slot then."""
+    for name in names:
+        conn.execute("select pglimits.acquire(%s, lease_duration => '1 second')", [name])
+
+
+# Who waits.
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_who_waits_for_a_limit_gets_its_slot_while_somebody_keeps_others_locked(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil, several: int
+) -> None:
+    locks = [f"locked-{number}" for number in range(several)]
+    frees = [f"free-{number}" for number in range(several)]
+    for name in (*locks, *frees):
+        api.create(name, 1)
+    leases = [api.acquire(name) for name in frees]
+    taken_for_a_second(conn, *locks)
+    held_up = [api.start("acquire", name) for name in locks]
+    wait_until(lambda: waiting(conn) == several)
+    locked = Locked(connect, *locks)
+    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    served = [api.start("acquire", name) for name in frees]
+    wait_until(lambda: waiting(conn) == 2 * several)
+    for lease in leases:
+        api.release(lease)
+    for wait in served:
+        api.release(wait.result(30))
+    assert not any(wait.done() for wait in held_up)
+    locked.unlock()
+    for wait in held_up:
+        api.release(wait.result(30))
+    assert nothing_left(conn)
+
+
+def test_who_waits_keeps_its_place_while_somebody_keeps_another_limit_locked_for_long(
+    limiter: Limiter, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    for name in ("locked", "free"):
+        limiter.create(name, 1)
+    taken_for_a_second(conn, "locked")
+    lease = limiter.acquire("free")
+    held_up = in_thread(limiter.acquire, "locked")
+    wait_until(lambda: waiting(conn) == 1)
+    served = in_thread(limiter.acquire, "free")
+    wait_until(lambda: waiting(conn) == 2)
+    locked = Locked(connect, "locked")
+    passes(conn, wait_until, LONGER_THAN_A_WAITER_LIVES)
+    assert waiting(conn, "free") == 1
+    limiter.release(lease)
+    limiter.release(served.result(30))
+    # It has lost its place by now, and asks again.
+    assert not held_up.done()
+    locked.unlock()
+    limiter.release(held_up.result(30))
+    assert nothing_left(conn)
+
+
+def test_what_time_frees_is_found_while_somebody_keeps_another_limit_locked(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    for name in ("locked", "free"):
+        api.create(name, 1)
+    taken_for_a_second(conn, "locked")
+    held_up = api.start("acquire", "locked")
+    wait_until(lambda: waiting(conn) == 1)
+    locked = Locked(connect, "locked")
+    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    for _ in range(3):
+        taken_for_a_second(conn, "free")
+        api.release(api.start("acquire", "free").result(30))
+    assert not held_up.done()
+    locked.unlock()
+    api.release(held_up.result(30))
+
+
+def test_who_waits_for_a_limit_that_somebody_keeps_locked_waits_no_longer_than_its_timeout(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    api.create("locked", 1)
+    taken_for_a_second(conn, "locked")
+    held_up = api.start("acquire", "locked", timeout_seconds=4)
+    wait_until(lambda: waiting(conn) == 1)
+    locked = Locked(connect, "locked")
+    with pytest.raises(AcquireTimeout):
+        held_up.result(30)
+    locked.unlock()
+    wait_until(lambda: nothing_left(conn))
+
+
+def test_a_request_over_a_locked_limit_and_another_is_apart_from_those_on_the_other(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    for name in ("locked", "free"):
+        api.create(name, 1)
+    taken_for_a_second(conn, "locked")
+    lease = api.acquire("free")
+    # It stands in line for the first of them.
+    both = api.start("acquire", ["locked", "free"])
+    wait_until(lambda: waiting(conn) == 1)
+    locked = Locked(connect, "locked")
+    one = api.start("acquire", "free")
+    wait_until(lambda: waiting(conn) == 2)
+    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    api.release(lease)
+    api.release(one.result(30))
+    assert not both.done()
+    locked.unlock()
+    api.release(both.result(30))
+
+
+# Who holds.
+
+
+class LockedLease:
+    """Keeps the row of a lease locked in a transaction of its own."""
+
+    def __init__(self, connect: Any, *leases: Lease) -> None:
+        self.connection = connect(autocommit=False)
+        self.connection.execute(
+            "select from pglimits.leases where lease_id = any (%s) for update", [[lease.id for lease in leases]]
+        )
+
+    def unlock(self) -> None:
+        self.connection.rollback()
+
+
+def test_a_lease_that_somebody_keeps_locked_loses_no_other(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.create("database", 20)
+    shorts = [api.acquire("database", lease_duration=2) for _ in range(8)]
+    locked_one, longer = api.acquire("database", lease_duration=2), api.acquire("database", lease_duration=60)
+    locked = LockedLease(connect, locked_one, longer)
+    with caplog.at_level(logging.WARNING, logger="pglimits.lease"):
+        wait_until(lambda: locked_one.lost)
+        passes(conn, wait_until, "4 seconds")
+        wait_until(lambda: str(locked_one.id) in caplog.text)
+    assert not any(lease.lost for lease in (*shorts, longer))
+    assert held(conn) == 9
+    locked.unlock()
+    assert all(api.release(lease) for lease in (*shorts, longer))
+    assert not api.release(locked_one)
+
+
+def test_a_lease_that_somebody_kept_locked_for_less_than_its_duration_is_not_lost(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    api.create("database", 3)
+    leases = [api.acquire("database", lease_duration=6) for _ in range(2)]
+    first = value(conn, "select min(expires_at) from pglimits.holders")
+    locked = LockedLease(connect, *leases)
+    wait_until(lambda: blocked(conn, "pglimits.renew"))
+    passes(conn, wait_until, "1 second")
+    locked.unlock()
+    wait_until(lambda: value(conn, "select clock_timestamp() > %s", [first]))
+    assert not any(lease.lost for lease in leases)
+    assert all(api.release(lease) for lease in leases)
+
+
+# What is given back in the background.
+
+
+def test_what_is_given_back_on_a_free_limit_does_not_wait_for_what_somebody_keeps_locked(
+    limiter: Limiter, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    for name in ("free", "locked"):
+        limiter.create(name, 100)
+    leases = [limiter.acquire(name) for _ in range(40) for name in ("locked", "free")]
+    attempts: list[int] = []
+    real = limiter._engine.cleaner._release
+
+    def counting(lease_ids: Any, patience: float) -> None:
+        attempts.append(held(conn, "free"))
+        real(lease_ids, patience)
+
+    limiter._engine.cleaner._release = counting  # type: ignore[method-assign]
+    locked = Locked(connect, "locked")
+    for lease in leases:
+        limiter._engine.renewal.remove(lease)
+        limiter._engine.give_back(lease.id, lease.places)
+    wait_until(lambda: held(conn, "free") == 0)
+    # With all of them at once, with all of a locked limit, and so on: not with one after the other.
+    assert len([before for before in attempts if before]) <= 4
+    assert held(conn, "locked") == 40
+    # What comes later does not wait for it either.
+    later = limiter.acquire("free")
+    limiter._engine.give_back(later.id, later.places)
+    wait_until(lambda: held(conn, "free") == 0)
+    locked.unlock()
+    wait_until(lambda: nothing_left(conn))

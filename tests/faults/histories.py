@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ class Run:
         self.folder, self.wait_until = folder, wait_until
         self.random = random.Random(SEED)
         self.happened = 0
+        self.locked: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self._all: list[Workers] = []
 
     def workers(
@@ -203,8 +205,8 @@ class Run:
             report.write(json.dumps(line) + "\n")
 
     def tolerance(self, tolerance: Tolerance | None = None) -> Tolerance:
-        """The same, and that nobody can be granted anything while the server is away."""
-        return dataclasses.replace(tolerance or Tolerance(), away=self.server.away)
+        """The same, and that nobody can be granted anything while the server is away, or of what is kept locked."""
+        return dataclasses.replace(tolerance or Tolerance(), away=self.server.away, locked=self.locked)
 
     def abandon(self) -> None:
         for workers in self._all:

@@ -150,15 +150,22 @@ class Tolerance:
             looks finds: a waiter that was killed or stopped just then is found dead after 10 s.
         visible: how long (seconds) a commit may take to be seen by others.
         away: when the server was not there (from, to), so that nobody could be granted anything.
+        locked: of a limit, by its name, when somebody kept it, or one of its leases, locked: nobody could be granted
+            anything of it then, nor be told that it is free.
     """
 
     wake_up: float = 2.0
     visible: float = 2.0
     away: Sequence[tuple[float, float]] = ()
+    locked: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
-    def away_during(self, begin: float, end: float) -> float:
-        """How long of that the server was not there."""
-        return sum(max(min(end, back) - max(begin, gone), 0.0) for gone, back in self.away)
+    def out_of_reach(self, name: str, begin: float, end: float) -> float:
+        """For how long of that nobody could be granted anything of a limit."""
+        total, until = 0.0, begin
+        for gone, back in sorted([*self.away, *self.locked.get(name, ())]):
+            total += max(min(end, back) - max(until, gone), 0.0)
+            until = max(until, back)
+        return total
 
 
 def check(history: History, tolerance: Tolerance | None = None, ended: bool = True) -> list[Violation]:
@@ -246,6 +253,7 @@ class _Replay:
         self.found: list[Violation] = []
         self.config: Row | None = None
         self.name = str(place)
+        self.name_of_limit = ""
         self.leases: dict[str, Row] = {}
         self.queue: dict[str, Row] = {}
         self.fence = 0
@@ -291,7 +299,8 @@ class _Replay:
             lease_id = change.row.get("lease_id")
             if change.what == "configs":
                 self.config = becomes
-                self.name = str(change.row["name"]) + (f" with key {self.place[1]}" if self.place[1] else "")
+                self.name_of_limit = str(change.row["name"])
+                self.name = self.name_of_limit + (f" with key {self.place[1]}" if self.place[1] else "")
             elif change.what == "queue":
                 if becomes is None:
                     self.queue.pop(change.row["lease_id"], None)
@@ -371,7 +380,7 @@ class _Replay:
                 self.idle_since = None
                 continue
             self.idle_since = begins if self.idle_since is None else self.idle_since
-            idle = ends - self.idle_since - self.tolerance.away_during(self.idle_since, ends)
+            idle = ends - self.idle_since - self.tolerance.out_of_reach(self.name_of_limit, self.idle_since, ends)
             self.longest_idle = max(self.longest_idle, idle)
             if idle > self.tolerance.wake_up:
                 head = moment.head(begins)
@@ -511,6 +520,8 @@ def _false_refusals(history: History, replays: Mapping[Key, _Replay], tolerance:
             if len(asked.more["slots"]) != 1 or asked.more.get("rate"):
                 continue
             ((name, slots),) = asked.more["slots"].items()
+            if tolerance.out_of_reach(name, asked.at - tolerance.visible, refused.at):
+                continue
             for limit_id in ids.get(name, ()):
                 replay = replays.get((limit_id, asked.more["key"]))
                 rank = -asked.more["priority"]
@@ -525,6 +536,22 @@ def longest_idle(history: History, tolerance: Tolerance | None = None) -> float:
     """For how long (seconds) slots stayed free at most while a live waiter fitted."""
     replays = _replays(history, tolerance or Tolerance())
     return max((replay.longest_idle for replay in replays.values()), default=0.0)
+
+
+def longest_unheard(history: History, tolerance: Tolerance | None = None) -> float:
+    """For how long (seconds) a request on one limit had been granted at most before it heard of that."""
+    tolerance = tolerance or Tolerance()
+    first: dict[str, float] = {}
+    for change in history.changes:
+        if change.what == "leases" and change.was is None:
+            first.setdefault(change.row["lease_id"], float(change.row["acquired_at"]))
+    unheard = [0.0]
+    for said in _attempts(history).values():
+        for granted in said.get("granted", ()):
+            names, begin = list(said["asked"][0].more["slots"]), first[granted.more["lease_id"]]
+            if len(names) == 1:
+                unheard.append(granted.at - begin - tolerance.out_of_reach(names[0], begin, granted.at))
+    return max(unheard)
 
 
 def slots_gone(history: History, name: str) -> list[tuple[float, int]]:

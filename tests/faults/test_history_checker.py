@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from history import Change, History, Said, Tolerance, check, longest_idle, read_log, slots_gone
+from history import Change, History, Said, Tolerance, check, longest_idle, longest_unheard, read_log, slots_gone
 
 
 class Story:
@@ -285,6 +285,33 @@ def test_slots_are_not_idle_while_the_server_is_away_or_the_waiter_dead_or_too_w
     story.waits(21, "too wide", slots=3)
     story.leaves(30, "too wide")
     assert story.breaks() == []
+
+
+def test_what_is_locked_is_neither_idle_nor_refused_wrongly_but_another_limit_is() -> None:
+    story = a_queue_that_moves_on()
+    idling(story)
+    assert story.breaks(Tolerance(locked={"database": [(12.2, 14.5), (12.4, 14.9)]})) == []
+    assert "No idling" in story.breaks(Tolerance(locked={"licence": [(12.2, 14.9)]}))
+    assert "No idling" in story.breaks(Tolerance(locked={"database": [(12.2, 12.5), (12.3, 12.6)]}))
+
+    story = Story()
+    story.granted(1, "x")
+    story.ended(2, "x")
+    story.asked(10, "refused")
+    story.say(10.1, "refused", "refused")
+    story.configure(11, 1)
+    assert "No false refusal" in story.breaks(Tolerance(locked={"licence": [(9, 11)]}))
+    assert story.breaks(Tolerance(locked={"database": [(9, 11)]})) == []
+
+
+def test_how_late_a_holder_hears_of_its_lease_counts_only_while_it_is_not_locked() -> None:
+    story = Story(limit=2)
+    for number, heard in enumerate([10.5, 13.0]):
+        story.asked(9, str(number))
+        story.granted(10, str(number))
+        story.say(heard, str(number), "granted", lease_id=str(number), fences=[number + 1], lost=False)
+    assert longest_unheard(story.history()) == pytest.approx(3)
+    assert longest_unheard(story.history(), Tolerance(locked={"database": [(9, 12)]})) == pytest.approx(1)
 
 
 def test_one_that_dies_or_leaves_may_be_passed() -> None:

@@ -9,16 +9,18 @@ import contextlib
 import os
 import resource
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import history
 import psutil
 import psycopg
 import pytest
 from cluster import Cluster, cluster
-from histories import CALM, ONE, RATE, ROUGH, SECONDS, SEVERAL, Run, Workers, granted, started
+from histories import CALM, ONE, RATE, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, Workers, granted, started
 from psycopg.conninfo import make_conninfo
 
 from pglimits import EmbeddedUnavailable, _embedded
@@ -51,6 +53,79 @@ def test_statements_and_waits_for_locks_are_cut_short_inside_of_our_functions(ru
     run.let(keep_locked)
     found = run.finish(ROUGH)
     assert any("statement timeout" in said.more["message"] for said in found.said if said.what == "failed")
+
+
+class Locks:
+    """Keeps limits, and leases, locked in transactions of its own, several at a time, for up to 12 seconds each."""
+
+    AT_ONCE = 2
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.leases: set[str] = set()
+        self._threads: list[threading.Thread] = []
+
+    def keep_one(self) -> None:
+        """Keep one more locked, unless there are enough."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        if len(self._threads) < self.AT_ONCE:
+            keep = self.run.random.choice([self._keep_limit, self._keep_lease])
+            seconds = self.run.random.uniform(0.2, 12)
+            self._threads.append(threading.Thread(target=keep, args=(seconds,), daemon=True))
+            self._threads[-1].start()
+
+    def end(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _keep_limit(self, seconds: float) -> None:
+        name = self.run.random.choice(["database", "licence", "gpu", "api"])
+        with self._noted([name]), psycopg.connect(self.run.dsn) as connection:
+            connection.execute(
+                "select from pglimits.states where limit_id = (select limit_id from pglimits.configs where name = %s)"
+                " for update",
+                [name],
+            )
+            time.sleep(seconds)
+            connection.rollback()
+
+    def _keep_lease(self, seconds: float) -> None:
+        holders = self.run.sql("select lease_id::text, array_agg(name) from pglimits.holders group by 1")
+        if not holders:
+            return
+        lease_id, names = self.run.random.choice(holders)
+        self.leases.add(lease_id)
+        with self._noted(names), psycopg.connect(self.run.dsn) as connection:
+            connection.execute("select from pglimits.leases where lease_id = %s for update", [lease_id])
+            time.sleep(seconds)
+            connection.rollback()
+
+    @contextlib.contextmanager
+    def _noted(self, names: Sequence[str]) -> Iterator[None]:
+        since = time.time()
+        try:
+            yield
+        finally:
+            for name in names:
+                self.run.locked[name].append((since, time.time()))
+
+
+def test_limits_and_leases_are_kept_locked_in_long_transactions(run: Run) -> None:
+    """Nobody fails, no lease is lost but one that was locked itself, and everything else goes on."""
+    # All kinds of requests in each process.
+    run.workers((*WIDTHS, *MANY), each=2, kinds=("sync", "async"), hold=1.5, at_once=8)
+    # It has no patience of its own.
+    run.workers(ONE, kinds=("sql",), dsn=make_conninfo(run.dsn, options="-c lock_timeout=300"))
+    locks = Locks(run)
+    run.let(locks.keep_one)
+    locks.end()
+    found = run.finish(CALM)
+    assert granted(found) > SECONDS
+    assert not [said for said in found.said if said.what == "failed"]
+    assert history.longest_unheard(found, run.tolerance()) <= CALM.wake_up
+    lost = {said.attempt for said in found.said if said.more.get("lost") and not said.worker.startswith("sql")}
+    ids = {said.attempt: said.more["lease_id"] for said in found.said if said.what == "granted"}
+    assert {ids[attempt] for attempt in lost} <= locks.leases
 
 
 def test_sessions_that_idle_in_a_transaction_are_ended(run: Run) -> None:

@@ -602,19 +602,25 @@ def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(
 
 
 @pytest.fixture
-def answers_travel_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What those who wait are told is half a second under way."""
-    real = _keeper.answer
+def slow_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether those who wait have anything to do is asked, and answered, with a third of a second under way each."""
+    asks, answers = _keeper.Keeper._wake_granted, _keeper.answer
 
-    def late(*arguments: Any) -> Any:
-        answered = real(*arguments)
-        time.sleep(0.5)
+    def asked_late(keeper: _keeper.Keeper) -> None:
+        asks(keeper)
+        time.sleep(0.3)
+
+    def answered_late(*arguments: Any) -> Any:
+        answered = answers(*arguments)
+        time.sleep(0.3)
         return answered
 
-    monkeypatch.setattr(_keeper, "answer", late)
+    # What comes last before a look is sent.
+    monkeypatch.setattr(_keeper.Keeper, "_wake_granted", asked_late)
+    monkeypatch.setattr(_keeper, "answer", answered_late)
 
 
-@pytest.mark.usefixtures("answers_travel_long")
+@pytest.mark.usefixtures("slow_network")
 @pytest.mark.parametrize("several", [False, True])
 def test_a_turn_that_has_not_moved_is_not_put_off_by_the_network(api: Api, conn: Connection, several: bool) -> None:
     names = ["api", "mails"] if several else ["api"]
@@ -626,7 +632,7 @@ def test_a_turn_that_has_not_moved_is_not_put_off_by_the_network(api: Api, conn:
     assert waiting(conn) == 0
 
 
-@pytest.mark.usefixtures("answers_travel_long")
+@pytest.mark.usefixtures("slow_network")
 def test_a_turn_that_was_put_off_by_less_than_the_network_takes_is_waited_for(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
@@ -636,7 +642,7 @@ def test_a_turn_that_was_put_off_by_less_than_the_network_takes_is_waited_for(
     api.adjust("api", 3)
     sleeps = api.start("rate_limit", "api", timeout_seconds=60)
     wait_until(lambda: waiting(conn) == 1)
-    # So much later: four times one hundredth of a second.
+    # By about a tenth of a second.
     api.update("api", slot_decay_per_second=0.96)
     turn = value(
         conn,

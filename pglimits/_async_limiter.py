@@ -248,7 +248,7 @@ class AsyncLimiter:
         return await self._call(_calls.version())
 
     async def close(self) -> None:
-        """Release what is still held and close connections of our own."""
+        """Release what is still held, which whoever is at work under it has lost, and close connections of our own."""
         if not self._user.closed:
             await asyncio.to_thread(self._engine.close, self._user)
 

@@ -62,12 +62,21 @@ class Busy(LimiterUnavailable):
     """Nothing was done and it may be tried again at once: a deadlock, a lock timeout, a serialization failure."""
 
 
+class Cancelled(LimiterUnavailable):
+    """Nothing was done: a statement timeout, or somebody who cancelled it.
+
+    Or a lock timeout: one that fires in the moment in which the server goes on to wait for its next lock is taken for a
+    user's request. Among many who wait for a lock that somebody keeps, that is not rare.
+    """
+
+
 _ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
 """How every connection of ours is opened, whatever the encoding of the database is."""
 
-_NOTHING_DONE = (Busy, ReadOnlyServer, VersionMismatch)
+_NOTHING_DONE = (Busy, Cancelled, ReadOnlyServer, VersionMismatch)
 
 _BUSY = {"40001", "40P01", "55P03"}
+_CANCELLED = "57014"
 _CHANGED = {"42883", "42P01", "42703", "42704", "42804"}
 """What a statement meets, at its start or in its middle, that counts on functions or tables of another version."""
 _CHANGED_UNDERNEATH = ("cache lookup failed", "could not open relation")
@@ -129,7 +138,8 @@ def translate(error: BaseException) -> PglimitsError:
         return PermissionDenied(f"{message}: grant pglimits_user (or pglimits_admin) to the role")
     ended = error.diag.severity_nonlocalized in _ENDS_THE_SESSION
     if isinstance(error, psycopg.OperationalError) or state[:2] in _GAVE_UP or ended:
-        return LimiterUnavailable(f"the database cannot be reached or gave up: {message}")
+        kind = Cancelled if state == _CANCELLED else LimiterUnavailable
+        return kind(f"the database cannot be reached or gave up: {message}")
     return PglimitsError(message)
 
 
@@ -491,7 +501,7 @@ def worth_another_try(problem: PglimitsError, error: psycopg.Error) -> bool:
     """Whether a statement that failed so may go through if it is sent again at once."""
     if isinstance(problem, VersionMismatch):
         return True  # an upgrade may have come in the middle
-    return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("55P03", "57014", "53300")
+    return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("55P03", "53300")
 
 
 @contextlib.contextmanager

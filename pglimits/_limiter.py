@@ -288,7 +288,7 @@ class Limiter:
         return self._call(_calls.version())
 
     def close(self) -> None:
-        """Release what is still held and close connections of our own."""
+        """Release what is still held, which whoever is at work under it has lost, and close connections of our own."""
         if not self._user.closed:
             self._engine.close(self._user)
 

@@ -538,19 +538,20 @@ def longest_idle(history: History, tolerance: Tolerance | None = None) -> float:
     return max((replay.longest_idle for replay in replays.values()), default=0.0)
 
 
-def longest_unheard(history: History, tolerance: Tolerance | None = None) -> float:
-    """For how long (seconds) a request on one limit had been granted at most before it heard of that."""
+def longest_unheard(history: History, tolerance: Tolerance | None = None) -> tuple[float, str]:
+    """For how long (seconds) a request on one limit had been granted at most before it heard of that, and which."""
     tolerance = tolerance or Tolerance()
     first: dict[str, float] = {}
     for change in history.changes:
         if change.what == "leases" and change.was is None:
             first.setdefault(change.row["lease_id"], float(change.row["acquired_at"]))
-    unheard = [0.0]
+    unheard = [(0.0, "")]
     for said in _attempts(history).values():
         for granted in said.get("granted", ()):
             names, begin = list(said["asked"][0].more["slots"]), first[granted.more["lease_id"]]
             if len(names) == 1:
-                unheard.append(granted.at - begin - tolerance.out_of_reach(names[0], begin, granted.at))
+                seconds = granted.at - begin - tolerance.out_of_reach(names[0], begin, granted.at)
+                unheard.append((seconds, f"{granted.attempt} of {granted.worker}, for {names[0]}, from {begin:.3f} on"))
     return max(unheard)
 
 

@@ -142,6 +142,26 @@ def test_a_request_over_a_locked_limit_and_another_is_apart_from_those_on_the_ot
     api.release(both.result(30))
 
 
+def test_a_request_goes_on_whose_wait_for_a_lock_ends_as_if_it_had_been_cancelled(
+    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+) -> None:
+    """As the server says of some lock timeouts: a statement that is cancelled has done nothing."""
+    api.create("locked", 2)
+    lease = api.acquire("locked")
+    locked = Locked(connect, "locked")
+    calls = [api.start("acquire", "locked"), api.start("release", lease)]
+    cancels = (
+        "select count(pg_cancel_backend(pid)) from pg_stat_activity where wait_event_type = 'Lock' and query like %s"
+    )
+    for statement in ("pglimits.acquire_alike", "pglimits.release_many"):
+        wait_until(lambda like=f"%{statement}%": value(conn, cancels, [like]))
+    locked.unlock()
+    other, released = (call.result(30) for call in calls)
+    assert released
+    assert held(conn) == 1
+    api.release(other)
+
+
 # Who holds.
 
 

@@ -386,16 +386,23 @@ class Keeper:
             with self._lock:
                 due = [waiter.lease_id for waiter in self._waiters.values() if waiter.places in places]
             if due:
-                self._ask(connection, due, AGAIN)
+                try:
+                    self._ask(connection, due, AGAIN)
+                except Exception as error:
+                    if is_busy(error):  # they have to be kept alive all the same
+                        self._ask(connection, due, AGAIN, settle=False)
+                    raise
 
         return self._apart.try_next(look)
 
-    def _ask(self, connection: psycopg.Connection[Row], due: list[UUID], patience: float) -> None:
+    def _ask(
+        self, connection: psycopg.Connection[Row], due: list[UUID], patience: float, *, settle: bool = True
+    ) -> None:
         asked = time.monotonic()
         # They cannot run before this thread lets go of the interpreter, which it does to send the look: their leases
         # are claimed even if they keep it to themselves from then on.
         self._wake_granted()
-        params = [f"{{{','.join(map(str, due))}}}".encode(), f"{patience * 1000:.0f}ms".encode()]
+        params = [f"{{{','.join(map(str, due))}}}".encode(), f"{patience * 1000:.0f}ms".encode(), str(settle).encode()]
         if self.listening:
             connection.pgconn.send_query_prepared(_WATCH, params, result_format=Format.BINARY)
         else:

@@ -41,7 +41,7 @@ WATCH = """
            extract(epoch from w.wait)::float8, extract(epoch from w.ends_in)::float8,
            extract(epoch from clock_timestamp() + w.wait)::float8
     from set_config('lock_timeout', $2, true) as patience,
-         pglimits.watch(case when patience <> '' then $1::uuid[] end) w"""
+         pglimits.watch(case when patience <> '' then $1::uuid[] end, $3::boolean) w"""
 
 LIMITS = """
     select name, "limit", active, slot_decay_per_second, held, level, waiting, max_waiters, description,

@@ -66,26 +66,34 @@ def test_who_waits_for_a_limit_gets_its_slot_while_somebody_keeps_others_locked(
     assert nothing_left(conn)
 
 
-def test_who_waits_keeps_its_place_while_somebody_keeps_another_limit_locked_for_long(
+def test_who_waits_keeps_its_place_while_somebody_keeps_its_limit_or_another_one_locked_for_long(
     limiter: Limiter, conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
     for name in ("locked", "free"):
         limiter.create(name, 1)
-    taken_for_a_second(conn, "locked")
+    conn.execute("select pglimits.acquire('locked', lease_duration => '5 seconds')")
     lease = limiter.acquire("free")
-    held_up = in_thread(limiter.acquire, "locked")
-    wait_until(lambda: waiting(conn) == 1)
     served = in_thread(limiter.acquire, "free")
-    wait_until(lambda: waiting(conn) == 2)
+    wait_until(lambda: waiting(conn) == 1)
+    held_up = []
+    for nth in range(2):
+        held_up.append(in_thread(limiter.acquire, "locked"))
+        wait_until(lambda nth=nth: waiting(conn, "locked") == nth + 1)
     locked = Locked(connect, "locked")
+    # Until there is something due, they are kept alive without the lock.
+    wait_until(lambda: blocked(conn, "pglimits.watch"))
     passes(conn, wait_until, LONGER_THAN_A_WAITER_LIVES)
     assert waiting(conn, "free") == 1
     limiter.release(lease)
     limiter.release(served.result(30))
-    # It has lost its place by now, and asks again.
-    assert not held_up.done()
+    assert waiting(conn, "locked") == 2
     locked.unlock()
-    limiter.release(held_up.result(30))
+    fences = []
+    for wait in held_up:
+        held = wait.result(30)
+        fences.append(held.fence)
+        limiter.release(held)
+    assert fences == sorted(fences)
     assert nothing_left(conn)
 
 

@@ -46,7 +46,7 @@ _LEAVES_WITHIN = 0.25
 class Request:
     """What a caller wants."""
 
-    __slots__ = ("holder", "kind", "lease_id", "on_unavailable", "renew", "waker")
+    __slots__ = ("gone", "holder", "kind", "lease_id", "on_unavailable", "renew", "waker")
 
     def __init__(
         self,
@@ -63,6 +63,8 @@ class Request:
         self.holder = holder
         self.lease_id = lease_id
         self.renew = renew
+        # What is to be released if nobody waits for it any longer.
+        self.gone = Gone(lease_id, kind.places)
 
     def ticket(self, left: float | None) -> Ticket:
         """To ask, with so many seconds left."""
@@ -181,8 +183,7 @@ class Engine:
         taken = False
         out_of_touch = False
         anchor = Anchor()
-        gone = Gone(request.lease_id, request.kind.places)
-        self._asking[request.lease_id] = orphan(anchor, self.cleaner.put, gone)
+        self._asking[request.lease_id] = orphan(anchor, self.cleaner.put, request.gone)
         try:
             while True:
                 if self.closed or user.closed:
@@ -313,7 +314,7 @@ class Engine:
         self.cleaner.ready()
         ticket = _releasing(lease.id, lease._lanes, waker, None)
         anchor = Anchor()
-        self._asking[lease.id] = orphan(anchor, self.cleaner.put, Gone(lease.id, lease.places))
+        self._asking[lease.id] = orphan(anchor, self.cleaner.put, lease._gone)
         lost = lease.lost
         lease.released = True
         try:
@@ -362,8 +363,7 @@ class Engine:
         enforced = answer.expires_at is not None
         kind = request.kind
         lease = Lease(
-            request.lease_id,
-            kind.places,
+            request.gone,
             kind.release_lanes,
             answer.fences if answer.fences is not None else [None] * len(kind.places),
             answer.expires_at,
@@ -491,7 +491,7 @@ class Engine:
         leases = [lease for lease in leases if self.renewal.remove(lease)]
         for lease in leases:
             lease._end()
-        return [Gone(lease.id, lease.places) for lease in leases]
+        return [lease._gone for lease in leases]
 
     def _release_all(self, gone: list[Gone]) -> None:
         if gone:

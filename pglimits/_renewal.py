@@ -56,6 +56,7 @@ class Lease:
         "_ends",
         "_expires_at",
         "_given_back",
+        "_gone",
         "_lanes",
         "_lost",
         "_on_lost",
@@ -72,8 +73,7 @@ class Lease:
 
     def __init__(
         self,
-        lease_id: UUID,
-        places: tuple[tuple[str, str], ...],
+        gone: Gone,
         lanes: tuple[tuple[str, ...], ...],
         fences: Sequence[int | None],
         expires_at: datetime | None,
@@ -81,8 +81,9 @@ class Lease:
         ends: float,
         pid: int,
     ) -> None:
-        self.id = lease_id
-        self.places = places
+        self.id = gone.lease_id
+        self.places = gone.places
+        self._gone = gone
         self._lanes = lanes
         self.fences = tuple(fences)
         self.enforced = expires_at is not None
@@ -104,7 +105,7 @@ class Lease:
     @classmethod
     def foreign(cls, lease_id: UUID) -> Lease:
         """A lease that somebody else holds, or held, to be released."""
-        lease = cls(lease_id, (), (), (), None, 0.0, math.inf, os.getpid())
+        lease = cls(Gone(lease_id), (), (), None, 0.0, math.inf, os.getpid())
         lease.enforced = True
         return lease
 
@@ -193,7 +194,7 @@ class Renewal:
             lease._unclaimed = True
             lease._pause = _CLAIMED_WITHIN
             due = now + lease._pause
-        reference = orphan(lease, self._give_back, Gone(lease.id, lease.places))
+        reference = orphan(lease, self._give_back, lease._gone)
         with self._lock:
             if due <= now:  # it was granted a while ago, and nobody heard of it
                 self._due[lease.id] = reference

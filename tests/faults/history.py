@@ -539,19 +539,21 @@ def longest_idle(history: History, tolerance: Tolerance | None = None) -> float:
 
 
 def longest_unheard(history: History, tolerance: Tolerance | None = None) -> tuple[float, str]:
-    """For how long (seconds) a request on one limit had been granted at most before it heard of that, and which."""
+    """For how long (seconds) a lease on one limit was there at most before its holder heard of it, and which.
+
+    One that ended before that counts too: it was granted to nobody.
+    """
     tolerance = tolerance or Tolerance()
-    first: dict[str, float] = {}
-    for change in history.changes:
-        if change.what == "leases" and change.was is None:
-            first.setdefault(change.row["lease_id"], float(change.row["acquired_at"]))
     unheard = [(0.0, "")]
-    for said in _attempts(history).values():
+    replays = _replays(history, tolerance).values()
+    for attempt, said in _attempts(history).items():
         for granted in said.get("granted", ()):
-            names, begin = list(said["asked"][0].more["slots"]), first[granted.more["lease_id"]]
-            if len(names) == 1:
-                seconds = granted.at - begin - tolerance.out_of_reach(names[0], begin, granted.at)
-                unheard.append((seconds, f"{granted.attempt} of {granted.worker}, for {names[0]}, from {begin:.3f} on"))
+            names, lease_id = list(said["asked"][0].more["slots"]), granted.more["lease_id"]
+            lives = [life for replay in replays for life in replay.lives.get(lease_id, ())]
+            for begin, end, _ in lives if len(names) == 1 else ():
+                until = min(granted.at, end)
+                seconds = until - begin - tolerance.out_of_reach(names[0], begin, until)
+                unheard.append((seconds, f"{attempt} of {granted.worker}, for {names[0]}, from {begin:.3f} on"))
     return max(unheard)
 
 

@@ -122,7 +122,7 @@ EACH_BY_ITSELF: Sequence[Mapping[str, Any]] = (
 def test_limits_and_leases_are_kept_locked_in_long_transactions(run: Run, asks: Sequence[Mapping[str, Any]]) -> None:
     """Nobody fails, no lease is lost but one that was locked itself, and everything else goes on."""
     # All kinds of requests in each process.
-    run.workers(asks, each=2, kinds=("sync", "async"), hold=1.5, at_once=8)
+    run.workers(asks, each=2, kinds=("sync", "async"), hold=2.5, lease=4.0, at_once=8)
     # It has no patience of its own.
     run.workers(ONE, kinds=("sql",), dsn=make_conninfo(run.dsn, options="-c lock_timeout=300"))
     locks = Locks(run)

@@ -31,15 +31,18 @@ from machines import EXAMPLES, PROFILE, empty
 from sqltest import Clock, Session, check_consistent
 
 NAMES = ("one", "two", "three")
+# Each with the name and key of its limit.
+PLACES = {"one": ("one", ""), "one a": ("one", "a"), "two": ("two", ""), "three": ("three", "")}
 LOOK = 3 * SECOND
 # Each move rounds up to a microsecond.
 ROUNDED = 20
 
 names = st.sampled_from(NAMES)
+places = st.sampled_from([*PLACES])
 rates = st.sampled_from(["1", "2", "4", "0.5", "0.125", "2.5"]).map(Fraction)
 limits = st.sampled_from([1, 2, 3, 5, 6, 8])
 waits = st.sampled_from([0, 3 * SECOND, 9 * SECOND, None, None])
-asked_for = st.dictionaries(names, st.sampled_from([1, 1, 1, 2, 4, 5, 6, 7]), min_size=1, max_size=3)
+asked_for = st.dictionaries(places, st.sampled_from([1, 1, 1, 2, 4, 5, 6, 7]), min_size=1, max_size=3)
 which = st.integers(0, 30)
 pauses = st.one_of(st.integers(1, 3 * SECOND), st.sampled_from([SECOND, 5 * SECOND, 12 * SECOND, 60 * SECOND]))
 
@@ -144,14 +147,20 @@ class Turns(RuleBasedStateMachine):
         self.widest = widest
         for name, (most, rate) in zip(NAMES, given, strict=True):
             self.s.create(name, most, float(rate))
-            self.buckets[name] = Bucket(most, rate)
+            for place in self.places_of(name):
+                self.buckets[place] = Bucket(most, rate)
+
+    @staticmethod
+    def places_of(name: str) -> list[str]:
+        return [place for place, (its_name, _) in PLACES.items() if its_name == name]
 
     # Asking.
 
     def ask(self, sleeper: Sleeper) -> Any:
         return self.s.rate_limit(
-            list(sleeper.slots), slots=list(sleeper.slots.values()), wait=interval(sleeper.wait),
-            lease_id=sleeper.lease_id, channel=CHANNEL if sleeper.told else None,
+            [PLACES[place][0] for place in sleeper.slots], keys=[PLACES[place][1] for place in sleeper.slots],
+            slots=list(sleeper.slots.values()), wait=interval(sleeper.wait), lease_id=sleeper.lease_id,
+            channel=CHANNEL if sleeper.told else None,
         )  # fmt: skip
 
     def enforced(self, sleeper: Sleeper) -> dict[str, int]:
@@ -238,16 +247,16 @@ class Turns(RuleBasedStateMachine):
 
     def no_turn_leaves_more_than_the_peak(self) -> None:
         """Else those that matter to later ones are not looked at."""
-        booked: dict[int, Fraction] = {}
+        booked: dict[tuple[int, str], Fraction] = {}
         for turn in self.s.all("""
-            select s.limit_id, s.booked, s.peak, q.turn, q.slots, c."limit", c.slot_decay_per_second
+            select s.limit_id, s.key, s.booked, s.peak, q.turn, q.slots, c."limit", c.slot_decay_per_second
             from pglimits.states s join pglimits.configs c using (limit_id) join pglimits.queue q using (limit_id, key)
             where q.pinned order by q.turn, q.lease_id
         """):
-            before = booked.get(turn.limit_id, Fraction(turn.booked))
-            booked[turn.limit_id] = max(before, Fraction(turn.turn)) + turn.slots
+            place = (turn.limit_id, turn.key)
+            booked[place] = max(booked.get(place, Fraction(turn.booked)), Fraction(turn.turn)) + turn.slots
             peak = max(turn.peak, turn.limit + 2 * turn.slot_decay_per_second / SECOND)
-            assert booked[turn.limit_id] - Fraction(turn.turn) <= peak, "past the peak"
+            assert booked[place] - Fraction(turn.turn) <= peak, "past the peak"
 
     def nobody_could_go_earlier(self) -> None:
         if not self.exact or any(slots > 1 for each in self.sleepers for slots in each.parts.values()):
@@ -281,9 +290,13 @@ class Turns(RuleBasedStateMachine):
         if not self.sleepers:
             self.dead_moves = False
             levels = {name: self.s.limit(name).level for name in NAMES}
-            for name, bucket in self.buckets.items():
-                assert levels[name] >= float(bucket.gone) - 1e-5, "what has gone was not charged"
-                assert not self.exact or levels[name] <= float(bucket.level) + 1e-5, "more was charged than has gone"
+            for name, level in levels.items():
+                buckets = [self.buckets[place] for place in self.places_of(name)]
+                gone, charged = (
+                    float(sum(amounts)) for amounts in zip(*((b.gone, b.level) for b in buckets), strict=True)
+                )
+                assert level >= gone - 1e-5, "what has gone was not charged"
+                assert not self.exact or level <= charged + 1e-5, "more was charged than has gone"
             self.exact = self.exact or not any(levels.values())
 
     def teardown(self) -> None:
@@ -340,9 +353,12 @@ class Turns(RuleBasedStateMachine):
     def time_passes(self, pause: int) -> None:
         self.pass_time(pause)
 
+    def asleep_at(self, name: str) -> list[Sleeper]:
+        return [each for each in self.sleepers if not each.parts.keys().isdisjoint(self.places_of(name))]
+
     def may_change(self, name: str, is_less: bool) -> bool:
         """Whether nobody sleeps for it who would have to be told of less."""
-        deaf = any(not each.told and name in each.parts for each in self.sleepers)
+        deaf = any(not each.told for each in self.asleep_at(name))
         self.exact = self.exact and not deaf
         return not (deaf and is_less)
 
@@ -353,31 +369,33 @@ class Turns(RuleBasedStateMachine):
 
     @rule(name=names, rate=rates)
     def change_the_rate(self, name: str, rate: Fraction) -> None:
-        bucket = self.buckets[name]
-        if self.may_change(name, rate < bucket.rate):
+        buckets = [self.buckets[place] for place in self.places_of(name)]
+        if self.may_change(name, rate < buckets[0].rate):
             self.expect_later_turns()
             self.s.update(name, slot_decay_per_second=float(rate))
-            bucket.rate = rate
+            for bucket in buckets:
+                bucket.rate = rate
 
     @rule(name=names, most=limits)
     def change_the_limit(self, name: str, most: int) -> None:
-        bucket = self.buckets[name]
-        wanted = [each.parts[name] for each in self.sleepers if name in each.parts]
-        if self.may_change(name, most < bucket.most) and most >= max(wanted, default=0):
+        here = self.places_of(name)
+        wanted = [slots for each in self.sleepers for place, slots in each.parts.items() if place in here]
+        if self.may_change(name, most < self.buckets[here[0]].most) and most >= max(wanted, default=0):
             self.expect_later_turns()
             self.s.update(name, limit=most)
-            bucket.most = most
+            for place in here:
+                self.buckets[place].most = most
 
     @rule(name=names)
     def shut_and_open(self, name: str) -> None:
         """Those who slept stand in line meanwhile, in their order of arrival."""
-        here = {each.lease_id: each for each in self.sleepers if name in each.parts}
+        here = {each.lease_id: each for each in self.asleep_at(name)}
         if self.now <= self.alive_until or not all(each.told and each.alive for each in here.values()):
             return
         self.expect_later_turns()
         self.s.update(name, limit=0)
         assert {row.status for row in self.s.all("select * from pglimits.watch(%s::uuid[])", list(here))} <= {"queued"}
-        self.s.update(name, limit=self.buckets[name].most)
+        self.s.update(name, limit=self.buckets[self.places_of(name)[0]].most)
         waiting = set(here)
         while waiting:
             rows = self.s.all("select * from pglimits.watch(%s::uuid[])", list(waiting))
@@ -396,19 +414,22 @@ class Turns(RuleBasedStateMachine):
 
     @rule(name=names)
     def turn_off_or_on(self, name: str) -> None:
-        bucket = self.buckets[name]
-        bucket.active = not bucket.active
-        self.s.update(name, active=bucket.active)
-        if not bucket.active:
+        active = not self.buckets[self.places_of(name)[0]].active
+        self.s.update(name, active=active)
+        for place in self.places_of(name):
+            self.buckets[place].active = active
             for each in self.sleepers:
-                slots = each.parts.pop(name, 0)
+                slots = each.parts.pop(place, 0) if not active else 0
                 self.exact = self.exact and not slots
 
-    @rule(name=names, slots=st.integers(-6, 6))
-    def adjust(self, name: str, slots: int) -> None:
-        if self.buckets[name].active:
-            assert self.s.adjust(name, slots) == pytest.approx(self.s.limit(name).level, abs=1e-5)
-            self.buckets[name].adjust(slots)
+    @rule(place=places, slots=st.integers(-6, 6))
+    def adjust(self, place: str, slots: int) -> None:
+        name, key = PLACES[place]
+        if self.buckets[place].active:
+            level = self.s.adjust(name, slots, key)
+            beside = [self.s.adjust(name, 0, PLACES[each][1]) for each in self.places_of(name) if each != place]
+            assert level + sum(beside) == pytest.approx(self.s.limit(name).level, abs=1e-5)
+            self.buckets[place].adjust(slots)
             # It may fill a gap that was left in front of a turn.
             self.exact = self.exact and not (slots and self.sleepers)
 

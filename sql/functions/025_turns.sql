@@ -211,7 +211,8 @@ comment on function pglimits._common_turn(
 -- lies later than this limit needs, it is only pinned: charged now, the slots would have decayed before they are used, and kept
 -- back until then, they would be missing to others. So it is where somebody keeps a turn that this limit no longer has.
 create or replace function pglimits._place_turn(
-  state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, now timestamptz)
+  state pglimits.states, config pglimits.configs, slots integer, turn_in interval, several boolean, stays_pinned boolean,
+  now timestamptz)
 returns pglimits._placed
 language plpgsql
 volatile
@@ -220,8 +221,8 @@ as $$
 declare
   decayed constant numeric := pglimits._decayed(config, now);
 begin
-  if several and turn_in > interval '0'
-     and pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) <> turn_in
+  if several and turn_in > interval '0' and (
+    stays_pinned or pglimits._until(config, (pglimits._find_turn(state, config, slots, decayed)).turn, now) <> turn_in)
   then
     state.pinned := state.pinned + 1;
     return row(state, pglimits._decayed(config, now + turn_in), true)::pglimits._placed;
@@ -231,7 +232,7 @@ begin
 end $$;
 
 comment on function pglimits._place_turn(
-  pglimits.states, pglimits.configs, integer, interval, boolean, timestamptz) is
+  pglimits.states, pglimits.configs, integer, interval, boolean, boolean, timestamptz) is
   'Books or pins a turn that comes after turn_in. Returns the state with it, and where in virtual time it lies.';
 
 -- Takes a turn on a rate limit, and notes it if it may be asked for again.
@@ -247,7 +248,7 @@ as $$
 declare
   alive_until timestamptz := case when request.channel is null then 'infinity' else now + pglimits._liveness() end;
   forget numeric := pglimits._forgotten(config, now);
-  placed constant pglimits._placed := pglimits._place_turn(state, config, slots, turn_in, several, now);
+  placed constant pglimits._placed := pglimits._place_turn(state, config, slots, turn_in, several, false, now);
 begin
   state := placed.state;
   if turn_in = interval '0' and not request.chosen then
@@ -308,6 +309,7 @@ declare
   first constant numeric := (select min(u.turn) from unnest(turns) as u(turn));
   given_up constant numeric := (select sum(u.slots) from unnest(slots) as u(slots));
   gap record;
+  called text;
 begin
   if pglimits._move_alike(state, decayed, first)
     and state.booked - given_up - pglimits._reserved(state, decayed) >= decayed
@@ -337,15 +339,20 @@ begin
       where n.limit_id = state.limit_id and n.key = state.key and n.pinned and n.turn >= gap.turn
         and not exists (select from pglimits.queue o where o.lease_id = n.lease_id and not o.pinned)
       order by n.turn limit 1)
-      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.channel into called;
+    perform pglimits._tell(called, null);
     continue when gap.slots = 0;
     update pglimits.queue q set gap = q.gap + gap.slots, called = true
     where q.lease_id = (
       select n.lease_id from pglimits.queue n
       where n.limit_id = state.limit_id and n.key = state.key and n.turn > decayed and n.turn > gap.turn and not n.pinned
       order by n.turn limit 1)
-      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
-    if not found then
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+    returning q.channel into called;
+    if found then
+      perform pglimits._tell(called, null);
+    else
       state.booked := state.booked - gap.slots;
     end if;
   end loop;
@@ -369,6 +376,7 @@ declare
   decayed numeric[];
   rates numeric[];
   changes integer[];
+  changed boolean[];
   -- Of each turn that lies ahead here: whose it is, on which state, the how manieth there, and when the sleeper goes.
   ids uuid[];
   at integer[];
@@ -383,6 +391,11 @@ begin
     decayed[i] := pglimits._decayed(configs[i], now);
     rates[i] := (configs[i]).slot_decay_per_second;
     changes[i] := (configs[i]).changes;
+    -- Since somebody asked who sleeps there and on others too.
+    changed[i] := exists (
+      select from pglimits.queue q
+      where q.limit_id = place_ids[i] and q.key = place_keys[i] and q.turn > decayed[i] and q.limit_ids is not null
+        and q.seen[array_position(q.limit_ids, q.limit_id)] <> changes[i]);
   end loop;
   with ahead as (
     select p.at::integer, q.lease_id, q.expires_at = 'infinity' and not q.added as deaf,
@@ -414,7 +427,7 @@ begin
   end loop;
   return (
     select array_agg(
-      row(s.lease_id, x.added, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.changed, x.pinned, x.booked,
+      row(s.lease_id, x.added, x.changed, x.deaf, x.elsewhere, x.channel, x.at, x.slots, x.pinned, x.booked,
           x.goes_in)::pglimits._sleeper
       order by s.goes_at, x.arrival, s.nth, s.lease_id)
     from (
@@ -427,15 +440,14 @@ begin
              min(q.arrival) as arrival,
              array_agg(p.at::integer order by p.at) filter (where p.at is not null) as at,
              array_agg(q.slots order by p.at) filter (where p.at is not null) as slots,
-             array_agg(coalesce(q.seen[array_position(q.limit_ids, q.limit_id)] <> p.changes, true) order by p.at)
-               filter (where p.at is not null) as changed,
+             bool_or(coalesce(q.seen[array_position(q.limit_ids, q.limit_id)] <> p.changes, p.changed)) as changed,
              array_agg(q.pinned order by p.at) filter (where p.at is not null) as pinned,
              array_agg(case when q.turn > p.decayed and not q.pinned then q.slots + q.gap else 0 end order by p.at)
                filter (where p.at is not null) as booked,
              max(case when p.rate > 0 then (q.turn - p.decayed) / p.rate else 'Infinity' end) as goes_in
       from pglimits.queue q
-      left join unnest(place_ids, place_keys, decayed, rates, changes)
-        with ordinality as p(limit_id, key, decayed, rate, changes, at)
+      left join unnest(place_ids, place_keys, decayed, rates, changes, changed)
+        with ordinality as p(limit_id, key, decayed, rate, changes, changed, at)
         on p.limit_id = q.limit_id and p.key = q.key
       where q.lease_id = s.lease_id) x);
 end $$;
@@ -450,6 +462,9 @@ comment on function pglimits._sleepers(pglimits.states[], pglimits.configs[], ti
 -- Who sleeps over several limits moves on all of them at once, and so only if all their states are here. Where one is not, it
 -- keeps what came free before it, and all behind it stay; it is called, and told: whoever watches there, it or another, locks
 -- what it needs. Who cannot be told goes at the moment that it knows.
+--
+-- Where a limit was changed, those who sleep there may have to move back. Each makes room for those who sleep on others only and
+-- need not move, wherever these go, and for none of those that come after it and have to move as well.
 create or replace function pglimits._rearrange(
   states pglimits.states[], configs pglimits.configs[], now timestamptz, again boolean default false)
 returns pglimits.states[]
@@ -467,6 +482,9 @@ declare
   ends numeric[];
   stopped boolean[] := array_fill(false, array[cardinality(states)]);
   gaps numeric[] := rest;
+  -- Whether some may have to move back, and if so, whether all can move.
+  some_changed constant boolean := (select bool_or(s.changed and not s.deaf) from unnest(sleepers) s);
+  make_room constant boolean := some_changed and (select not bool_or(s.elsewhere) from unnest(sleepers) s);
   stays boolean;
   free numeric;
   moved record;
@@ -488,8 +506,19 @@ begin
         state.pinned := state.pinned + (sleeper.booked[p] > 0)::integer;
         states[i] := state;
         gaps[i] := gaps[i] + sleeper.booked[p];
+      elsif make_room then
+        rest[i] := rest[i] + sleeper.booked[p];
+        if not sleeper.added and (sleeper.changed and sleeper.pinned[p] or not sleeper.changed and sleeper.booked[p] > 0) then
+          update pglimits.queue q set pinned = not sleeper.changed
+          where q.lease_id = sleeper.lease_id
+            and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
+          state.pinned := state.pinned + case when sleeper.changed then -1 else 1 end;
+          states[i] := state;
+          sleeper.pinned[p] := not sleeper.changed;
+        end if;
       elsif sleeper.booked[p] > 0 then
         if gaps[i] > 0 then
+          perform pglimits._tell(sleeper.channel, null);
           update pglimits.queue q set gap = q.gap + gaps[i], called = true
           where q.lease_id = sleeper.lease_id
             and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
@@ -499,6 +528,7 @@ begin
         rest[i] := rest[i] + sleeper.booked[p];
       end if;
     end loop;
+    sleeper.changed := some_changed and (sleeper.changed or not make_room);
     sleepers[nth] := sleeper;
   end loop;
   for at in 1 .. cardinality(states) loop
@@ -533,7 +563,9 @@ begin
           and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
         state.booked := state.booked + rest[i] + case when rest[i] > 0 then free else 0 end;
         stopped[i] := true;
-        perform pglimits._tell(sleeper.channel, null);
+        if free > 0 then
+          perform pglimits._tell(sleeper.channel, null);
+        end if;
       end if;
       states[i] := state;
       rest[i] := rest[i] - sleeper.booked[p];
@@ -554,8 +586,7 @@ comment on function pglimits._rearrange(pglimits.states[], pglimits.configs[], t
 
 -- Gives a sleeper that is not booked anywhere the first moment that it can have, on all its limits. If it can never be granted
 -- now, it is sent away to ask again, and gets the error; if one of them is 0, it stands in line there. It goes no later than it
--- was told, whatever was added since, unless one that was changed has no turn for it then. What adjust has added comes right
--- behind those before it.
+-- was told, whatever was added since, unless one of them was changed. What adjust has added comes right behind those before it.
 create or replace function pglimits._move(
   sleeper pglimits._sleeper, inout states pglimits.states[], configs pglimits.configs[], now timestamptz,
   out back boolean)
@@ -567,7 +598,6 @@ declare
   request pglimits._request;
   turn_in interval;
   told interval;
-  changed_at integer[];
   state pglimits.states;
   config pglimits.configs;
   placed pglimits._placed;
@@ -613,18 +643,16 @@ begin
   request.slots := sleeper.slots;
   turn_in := pglimits._common_turn(request, sleeper.at, states, configs, now);
   told := make_interval(secs => least(ceil(sleeper.goes_in * 1000000) / 1000000, 3e9)::double precision);
-  if turn_in > told then
-    select array_agg(u.at), array_agg(u.slots) into changed_at, request.slots
-    from unnest(sleeper.at, sleeper.slots, sleeper.changed) as u(at, slots, changed) where u.changed;
-    if changed_at is null or pglimits._common_turn(request, changed_at, states, configs, now) <= told then
-      turn_in := told;
-    end if;
+  if not sleeper.changed then
+    turn_in := least(turn_in, told);
   end if;
   back := extract(epoch from turn_in) > sleeper.goes_in + 0.000002;
   for p in 1 .. cardinality(sleeper.at) loop
     state := states[sleeper.at[p]];
     placed := pglimits._place_turn(
-      state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, true, now);
+      state, configs[sleeper.at[p]], sleeper.slots[p], turn_in, true,
+      -- Booked now, it would take the room between those that are pinned before it from others.
+      not sleeper.changed and sleeper.pinned[p] and sleeper.booked[p] = 0 and turn_in = told, now);
     states[sleeper.at[p]] := placed.state;
     update pglimits.queue q
     set turn = placed.turn, pinned = placed.pinned, gap = 0, called = back,
@@ -714,7 +742,8 @@ end $$;
 comment on function pglimits._add_turn(pglimits.states, pglimits.configs, integer, timestamptz) is
   'Raises the level of a rate limit, behind those who sleep.';
 
--- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several.
+-- What is needed to move those who sleep on some (limit, key)s: these, with all the others of who sleeps there over several, and
+-- so on: whoever has to stay stops all those behind it.
 create or replace function pglimits._around(places pglimits._places)
 returns pglimits._places
 language plpgsql
@@ -727,22 +756,22 @@ begin
   if places.keys is null then
     return null;
   end if;
-  select array_agg(p.limit_id), array_agg(p.key) into around.limit_ids, around.keys
-  from (
-    select h.limit_id, h.key from unnest(places.limit_ids, places.keys) as h(limit_id, key)
+  with recursive connected as (
+    select h.limit_id, h.key collate "C" as key from unnest(places.limit_ids, places.keys) as h(limit_id, key)
     union
-    select o.limit_id, o.key
-    from unnest(places.limit_ids, places.keys) as h(limit_id, key)
+    select o.limit_id, o.key collate "C"
+    from connected c
     cross join lateral (
       select q.limit_ids, q.keys from pglimits.queue q
-      where q.limit_id = h.limit_id and q.key = h.key and q.turn is not null and q.limit_ids is not null offset 0) s
+      where q.limit_id = c.limit_id and q.key = c.key and q.turn is not null and q.limit_ids is not null offset 0) s
     cross join lateral unnest(s.limit_ids, s.keys) as o(limit_id, key)
-  ) p;
+  )
+  select array_agg(c.limit_id), array_agg(c.key) into around.limit_ids, around.keys from connected c;
   return around;
 end $$;
 
 comment on function pglimits._around(pglimits._places) is
-  'Some (limit, key)s with all the others of those who sleep there over several limits.';
+  'Some (limit, key)s with all the others of those who sleep there over several limits, and the others of who sleeps on these.';
 
 -- The same for all keys of a limit.
 create or replace function pglimits._around_limit(limit_id bigint)

@@ -286,20 +286,20 @@ comment on type pglimits._placed is 'A state with one more turn, where in virtua
 create type pglimits._sleeper as (
   lease_id uuid,
   added boolean,
+  changed boolean,
   deaf boolean,
   elsewhere boolean,
   channel text,
   at integer[],
   slots integer[],
-  changed boolean[],
   pinned boolean[],
   booked numeric[],
   goes_in numeric
 );
 comment on type pglimits._sleeper is
-  'Who sleeps towards turns on some locked states (at). slots, changed, pinned, booked: of each, how many; whether the limit '
-  'was changed since it asked; whether it is pinned there; and what it takes of what is booked there. added: what adjust has '
-  'added. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
+  'Who sleeps towards turns on some locked states (at). slots, pinned, booked: of each, how many; whether it is pinned '
+  'there; and what it takes of what is booked there. added: what adjust has added. changed: one of their limits was, since it '
+  'asked. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
 
 create type pglimits._turn as (
   turn numeric,

@@ -385,6 +385,60 @@ def test_what_adjust_added_decays_before_a_turn_that_is_bound_to_a_slower_limit(
     db.consistent()
 
 
+def test_what_is_given_up_reaches_those_who_are_connected_by_others_only(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("all", 5, 4)
+    s.create("tenant", 1, 0.125)
+    for key in ("a", "b"):
+        s.rate_limit("tenant", key=key)
+    alone = [reserve(s, "tenant", key=key) for key in ("a", "b")]
+    both = [reserve(s, ["all", "tenant"], keys=["", key]) for key in ("a", "b")]
+    assert [turn(s, each) for each in (*alone, *both)] == [8, 8, 16, 16]
+    assert s.release(alone[1])
+    listener = db.session().connection
+    listener.execute("listen pglimits_t")
+    assert [turn(s, each) for each in (alone[0], *both)] == [8, 16, 8]
+    s.run("select pg_notify('pglimits_t', 'end')")
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == ["end"]
+    db.consistent()
+
+
+def test_alike_requests_stay_in_their_order_when_a_limit_shrinks(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("one", 3, 0.125)
+    s.create("two", 3, 8)
+    s.rate_limit("one", slots=2, wait=None)
+    s.adjust("one", 4)
+    s.adjust("one", 6, "k")
+    reserve(s, "one")
+    for _ in range(2):
+        reserve(s, BOTH, slots=[2, 2])
+    reserve(s, "one", slots=2, key="k")
+    first = reserve(s, BOTH, slots=[1, 1], keys=["k", ""])
+    reserve(s, BOTH, slots=[2, 2], keys=["k", ""])
+    second = reserve(s, BOTH, slots=[1, 1], keys=["k", ""])
+    s.update("one", limit=8)
+    s.update("two", slot_decay_per_second=0.25)
+    s.update("one", limit=5)
+    assert turn(s, first) < turn(s, second)
+    db.consistent()
+
+
+def test_what_is_added_and_taken_off_again_takes_no_room_from_others(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("one", 6, 0.125)
+    s.create("two", 6, 0.25)
+    for slots, times in (([6, 1], 1), ([1, 6], 7), ([6, 1], 2)):
+        for _ in range(times):
+            reserve(s, BOTH, slots=slots)
+    reserve(s, "one", slots=6)
+    before = s.peek("one", for_rate=True, wait=None).wait
+    s.adjust("two", 1)
+    s.adjust("two", -1)
+    assert s.peek("one", for_rate=True, wait=None).wait == before
+    db.consistent()
+
+
 @pytest.mark.parametrize("other", [True, False])
 def test_what_adjust_adds_does_not_put_off_those_who_are_bound_to_a_slower_limit(
     clock: Clock, s: Session, other: bool

@@ -482,9 +482,10 @@ declare
   ends numeric[];
   stopped boolean[] := array_fill(false, array[cardinality(states)]);
   gaps numeric[] := rest;
-  -- Whether some may have to move back, and if so, whether all can move.
+  -- Whether all can move, and some may have to move back.
+  all_here constant boolean := (select not bool_or(s.elsewhere) from unnest(sleepers) s);
   some_changed constant boolean := (select bool_or(s.changed and not s.deaf) from unnest(sleepers) s);
-  make_room constant boolean := some_changed and (select not bool_or(s.elsewhere) from unnest(sleepers) s);
+  make_room constant boolean := some_changed and all_here;
   stays boolean;
   free numeric;
   moved record;
@@ -499,7 +500,7 @@ begin
     for p in 1 .. cardinality(sleeper.at) loop
       i := sleeper.at[p];
       state := states[i];
-      if sleeper.deaf then
+      if sleeper.deaf and all_here then
         update pglimits.queue q set pinned = q.pinned or sleeper.booked[p] > 0, gap = 0, called = false
         where q.lease_id = sleeper.lease_id
           and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;
@@ -539,8 +540,8 @@ begin
   end loop;
 
   foreach sleeper in array sleepers loop
-    continue when sleeper.deaf;
-    stays := sleeper.elsewhere;
+    continue when sleeper.deaf and all_here;
+    stays := sleeper.elsewhere or sleeper.deaf;
     for p in 1 .. cardinality(sleeper.at) loop
       i := sleeper.at[p];
       stays := stays or stopped[i];

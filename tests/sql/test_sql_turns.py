@@ -553,6 +553,25 @@ def test_who_cannot_be_told_keeps_its_moment_and_others_are_placed_around_it(clo
     db.consistent()
 
 
+def test_a_newcomer_comes_right_behind_where_one_died_before_somebody_who_cannot_be_told(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("one", 5, 1)
+    s.create("two", 3, 0.125)
+    s.rate_limit(BOTH, slots=[1, 3])
+    reserve(s, "two", slots=3)
+    clock.advance(5)
+    reserve(s, BOTH, slots=[1, 3], channel=None)
+    told = reserve(s, BOTH, slots=[1, 3])
+    assert turn(s, told) == 67
+    clock.advance(5)
+    # One has died by now, and nobody has moved up yet.
+    newcomer = s.rate_limit(BOTH, slots=[1, 3], wait=None, channel="pglimits_t", lease_id=uuid4())
+    assert seconds(newcomer.wait) == 86
+    db.consistent()
+
+
 def test_moves_give_ups_and_changes_of_the_limits_never_deadlock(db: Db, s: Session) -> None:
     names = ["everyone", *"abcd"]
     for name in names:

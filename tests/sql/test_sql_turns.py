@@ -403,6 +403,19 @@ def test_what_is_given_up_reaches_those_who_are_connected_by_others_only(clock: 
     db.consistent()
 
 
+def test_an_adjustment_by_nothing_tells_nobody(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 1)
+    s.rate_limit("api")
+    asleep = reserve(s, "api")
+    listener = db.session().connection
+    listener.execute("listen pglimits_t")
+    assert s.adjust("api", 0) == 2
+    s.run("select pg_notify('pglimits_t', 'end')")
+    assert [each.payload for each in listener.notifies(timeout=20, stop_after=1)] == ["end"]
+    assert turn(s, asleep) == 1
+
+
 def test_alike_requests_stay_in_their_order_when_a_limit_shrinks(clock: Clock, db: Db, s: Session) -> None:
     clock.freeze()
     s.create("one", 3, 0.125)

@@ -5401,6 +5401,8 @@ declare
 begin
   if slots > 0 then
     return pglimits._add_turn(state, config, slots::integer, now);
+  elsif slots = 0 then
+    return state;
   end if;
   state.booked := greatest(state.booked, decayed);
   used := state.booked - decayed - pglimits._reserved(state, decayed);

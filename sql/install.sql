@@ -30,18 +30,24 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \endif
 
 \ir functions/010_basics.sql
-\ir functions/020_state.sql
-\ir functions/025_turns.sql
-\ir functions/030_serve.sql
-\ir functions/035_short_ways.sql
-\ir functions/040_acquire.sql
-\ir functions/050_leases.sql
-\ir functions/055_hot.sql
-\ir functions/060_limits.sql
-\ir functions/070_sweep.sql
-\ir functions/080_cron.sql
+\ir functions/020_virtual_time.sql
+\ir functions/030_state.sql
+\ir functions/040_slots.sql
+\ir functions/050_line.sql
+\ir functions/055_several.sql
+\ir functions/060_request.sql
+\ir functions/070_decide.sql
+\ir functions/080_short_way.sql
+\ir functions/090_acquire.sql
+\ir functions/095_batches.sql
+\ir functions/100_leases.sql
+\ir functions/110_waiting.sql
+\ir functions/120_limits.sql
+\ir functions/130_sweep.sql
+\ir functions/140_cron.sql
 \ir views.sql
 \ir tidy.sql
+\ir settings.sql
 \ir grants.sql
 commit;
 select 'pglimits ' || pglimits.version() || ' is installed in ' || current_database() as done \gset

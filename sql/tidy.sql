@@ -1,15 +1,16 @@
--- Drops what an older version had and this one has not: the views and routines that were not written in this transaction.
+-- Drops what an older version had and this one has not: the views and routines that were there before and were not written since.
 -- Those that are as they were keep their grants, and whatever of yours is built on them.
 do $$
 declare
+  before constant text[] := string_to_array(current_setting('pglimits.before'), ' ');
   views text;
   routines text;
   dependents text;
 begin
   select string_agg(c.oid::regclass::text, ', ') into views from pg_class c
-  where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'v' and c.xmin <> pg_current_xact_id()::xid;
+  where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'v' and 'v' || c.oid || '@' || c.xmin = any (before);
   select string_agg(p.oid::regprocedure::text, ', ') into routines from pg_proc p
-  where p.pronamespace = 'pglimits'::regnamespace and p.xmin <> pg_current_xact_id()::xid;
+  where p.pronamespace = 'pglimits'::regnamespace and 'f' || p.oid || '@' || p.xmin = any (before);
   if views is not null then
     execute 'drop view ' || views;
   end if;

@@ -1,8 +1,8 @@
--- Tables and types. Private: nobody but the functions and views of this schema reads or writes them.
+-- Tables and types. Private: only the functions and views of this schema read or write them.
 --
--- A (limit, key) is the unit of locking: its one row in states is locked first, by everybody, and only then are
--- its leases and its queue touched. Every hot table has (limit_id, key) in its primary key, and no constraint
--- reaches from one (limit, key) to another.
+-- A (limit, key) is the unit of locking: its one row in states is locked first, by everybody, and only then are its leases
+-- and its line touched. Every hot table has (limit_id, key) in its primary key, and no constraint reaches from one
+-- (limit, key) to another.
 
 create table pglimits.meta (
   only_row boolean primary key default true check (only_row),
@@ -11,8 +11,7 @@ create table pglimits.meta (
 );
 comment on table pglimits.meta is 'One row about the installation.';
 comment on column pglimits.meta.schema_version is 'Number of the newest migration that was applied.';
-comment on column pglimits.meta.fence_floor is
-  'No deleted limit ever gave a higher fence; new limits start above it.';
+comment on column pglimits.meta.fence_floor is 'No deleted limit ever gave a higher fence; new limits start above it.';
 
 create table pglimits.configs (
   limit_id bigint generated always as identity primary key,
@@ -22,57 +21,50 @@ create table pglimits.configs (
   active boolean not null,
   max_waiters integer check (max_waiters >= 0),
   description text,
-  decayed numeric not null default 0,
+  decayed double precision not null default 0,
   decayed_at timestamptz not null,
   fence_floor bigint not null,
-  changes integer not null default 0,
   created_at timestamptz not null,
   updated_at timestamptz not null
 );
 comment on table pglimits.configs is
-  'One row per limit: what its owner decided. Changed rarely, read by every request after it has locked a state.';
-comment on column pglimits.configs.decayed is
-  'Virtual time at decayed_at: the slots that had decayed since the limit was created. See _decayed().';
+  'One row per limit: what its owner decided. Each of its states has a copy of what decisions need, so that whoever has locked that has it.';
+comment on column pglimits.configs.decayed is 'Virtual time at decayed_at. See _decayed().';
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
-comment on column pglimits.configs.changes is 'How often it was changed: a request that waits for several limits notices by this.';
 
-create table pglimits.former_names (
-  name text collate "C" not null,
-  limit_id bigint not null,
-  primary key (name, limit_id)
-);
-comment on table pglimits.former_names is
-  'Names that a limit had before it was renamed: who asked under one, and waits or holds, asks again under it.';
-
-create table pglimits.keys (
+create table pglimits.known_keys (
   limit_id bigint not null,
   key text collate "C" not null,
   primary key (limit_id, key)
 );
-comment on table pglimits.keys is
-  'Which (limit, key)s have a state. Its primary key is what keeps two first users from creating two: that of states '
-  'cannot tell once the version has moved on, and a transaction with an old snapshot does not see the state at all.';
+comment on table pglimits.known_keys is
+  'Which (limit, key)s have a state. Its primary key keeps two first users from creating two: that of states cannot, once the '
+  'generation has moved on.';
 
 create table pglimits.states (
   limit_id bigint not null,
   key text collate "C" not null,
+  generation bigint not null,
+  name text collate "C" not null,
+  "limit" integer not null,
+  slot_decay_per_second double precision not null,
+  active boolean not null,
+  max_waiters integer,
+  decayed double precision not null,
+  decayed_at timestamptz not null,
   version bigint not null,
-  held integer not null default 0,
-  booked numeric not null default 0,
-  pinned integer not null default 0,
-  peak numeric not null default 0,
-  next_expiry timestamptz not null default 'infinity',
-  waiting integer not null default 0,
-  head_rank integer not null default 0,
-  head_arrival timestamptz not null default '-infinity',
-  last_arrival timestamptz not null default '-infinity',
-  passed numeric not null default 0,
-  next_death timestamptz not null default 'infinity',
-  next_waiter_death timestamptz not null default 'infinity',
-  next_look timestamptz not null default 'infinity',
+  held integer not null,
+  booked double precision not null,
+  next_expiry timestamptz not null,
+  waiting integer not null,
+  waiting_slots bigint not null,
+  head_rank integer not null,
+  head_arrival timestamptz not null,
+  last_arrival timestamptz not null,
+  next_look timestamptz not null,
   changed_at timestamptz not null,
-  primary key (limit_id, key, version)
+  primary key (limit_id, key, generation)
 ) with (
   fillfactor = 50,
   autovacuum_vacuum_scale_factor = 0,
@@ -80,30 +72,24 @@ create table pglimits.states (
   autovacuum_analyze_scale_factor = 0.5,
   autovacuum_vacuum_cost_delay = 0
 );
+create unique index states_by_name on pglimits.states (name, key, generation);
 comment on table pglimits.states is
-  'The hot row: one per (limit, key), rewritten by every grant. Its version is part of the key and only grows, so '
-  'that "order by version desc limit 1" meets the live row first even while an old snapshot keeps every dead '
-  'version alive. Being locked by whoever decides, it is also where every decision is recorded.';
+  'The hot row: one per (limit, key), rewritten by every grant and release. Whoever decides has it locked.';
+comment on column pglimits.states.generation is
+  'version / 64, and part of the key: while an old snapshot keeps all dead versions alive, "order by generation desc limit 1" '
+  'meets at most 64 of them. Between two generations no index has to change (HOT).';
+comment on column pglimits.states.name is 'As the six that follow, a copy of what is in configs: update_limit changes all of them.';
 comment on column pglimits.states.version is 'Grows with every write and with every grant: the source of fences.';
-comment on column pglimits.states.held is 'Slots under leases, including those that ended but that nobody took out yet.';
-comment on column pglimits.states.booked is
-  'The virtual time at which the level reaches zero. level = greatest(booked - virtual time now, 0).';
-comment on column pglimits.states.pinned is
-  'Turns that lie ahead because another limit of the same request is slower; they are not in booked yet.';
-comment on column pglimits.states.peak is
-  'No such turn leaves more than this on the level, or than the limit if that is more. More where adjust has added since.';
+comment on column pglimits.states.held is 'Slots under leases, including those that have ended and that nobody took out yet.';
+comment on column pglimits.states.booked is 'The virtual time at which the level reaches zero.';
 comment on column pglimits.states.next_expiry is
   'No lease ends before this. A lower bound: renewing and releasing leave it alone. The expiry index is read from here.';
-comment on column pglimits.states.waiting is 'Rows of the queue that have no turn yet.';
-comment on column pglimits.states.head_rank is
-  'With head_arrival: no waiter stands before this place. The queue is read from here.';
-comment on column pglimits.states.passed is 'Turns up to this virtual time were removed from the queue.';
-comment on column pglimits.states.next_death is 'No sleeper of the rate limit can be found dead before this.';
-comment on column pglimits.states.next_waiter_death is
-  'No waiter in line can be found dead before this, so that until then waiting counts the live ones. A lower bound: calling '
-  'in and leaving leave it alone.';
+comment on column pglimits.states.waiting is 'Rows of the queue in this line, those of the dead included that nobody took out yet.';
+comment on column pglimits.states.waiting_slots is 'What all of these wait for.';
+comment on column pglimits.states.head_rank is 'With head_arrival: no waiter stands before this place. The queue is read from here.';
+comment on column pglimits.states.last_arrival is 'Nobody arrived later. Makes arrivals differ.';
 comment on column pglimits.states.next_look is
-  'The moment at which time alone (a lease ends, a level decays, a waiter dies) may let somebody in the queue go on.';
+  'When time alone may let the head of the line go: then the line has to be served by whoever comes by.';
 
 create table pglimits.leases (
   lease_id uuid not null,
@@ -111,9 +97,10 @@ create table pglimits.leases (
   key text collate "C" not null,
   slots integer not null,
   holder jsonb,
+  session text[],
   fence bigint not null,
   priority integer not null,
-  lease_duration interval not null,
+  lease_duration double precision not null,
   claimed boolean not null,
   parts integer not null,
   acquired_at timestamptz not null,
@@ -126,12 +113,23 @@ create table pglimits.leases (
   autovacuum_vacuum_cost_delay = 0
 );
 create index leases_expiry on pglimits.leases (limit_id, key, expires_at);
-comment on table pglimits.leases is 'Slots held. A request over several limits has one row for each.';
+comment on table pglimits.leases is 'What was granted: a row for each limit of a lease.';
+comment on column pglimits.leases.slots is
+  '0: no lease, but what became of a request that stood in line, until its caller knows: a rate_limit that was granted, or, with '
+  'fence 0, one whose time was over.';
+comment on column pglimits.leases.session is 'Where no holder was given: whose it is.';
+comment on column pglimits.leases.fence is '0: slots that are kept for a request over several limits while it waits for the others.';
 comment on column pglimits.leases.claimed is
   'False between a hand-over and the moment its waiter hears of it; until then the lease ends when the waiter would have.';
+comment on column pglimits.leases.parts is 'How many rows the lease has over all its limits: lost on one, it is lost.';
+comment on column pglimits.leases.acquired_at is 'The moment of the grant: its holder goes then, and not before.';
 
-comment on column pglimits.leases.parts is
-  'How many rows the lease has over all its limits: lost on one, it is lost.';
+create type pglimits._part as (
+  limit_id bigint,
+  key text,
+  slots integer
+);
+comment on type pglimits._part is 'What a request over several limits wants of one of them.';
 
 create table pglimits.queue (
   lease_id uuid not null,
@@ -140,23 +138,13 @@ create table pglimits.queue (
   slots integer not null,
   rank integer not null,
   arrival timestamptz not null,
-  turn numeric,
-  pinned boolean not null default false,
-  gap numeric not null default 0,
-  added boolean not null default false,
-  for_rate boolean not null,
-  several boolean not null,
-  limit_ids bigint[],
-  keys text[],
-  seen integer[],
-  called boolean not null default false,
-  in_vain integer not null default 0,
-  kept_until timestamptz,
-  lease_duration interval not null,
+  parts pglimits._part[],
+  lease_duration double precision,
   holder jsonb,
   channel text,
-  expires_at timestamptz not null,
+  deadline timestamptz not null,
   looks_at timestamptz not null,
+  expires_at timestamptz not null,
   primary key (lease_id, limit_id, key)
 ) with (
   fillfactor = 70,
@@ -164,190 +152,94 @@ create table pglimits.queue (
   autovacuum_vacuum_threshold = 2000,
   autovacuum_vacuum_cost_delay = 0
 );
-create index queue_order on pglimits.queue (limit_id, key, rank, arrival) where turn is null;
-create index queue_turns on pglimits.queue (limit_id, key, turn) where turn is not null;
-create index queue_pinned on pglimits.queue (limit_id, key, turn, lease_id) where pinned;
-create index queue_asleep_over_several on pglimits.queue (limit_id, key) where turn is not null and limit_ids is not null;
-create index queue_added on pglimits.queue (limit_id, key, turn) where added;
-create index queue_gaps on pglimits.queue (limit_id, key) where gap > 0;
-create index queue_called on pglimits.queue (limit_id, key) where called and turn is not null;
-comment on table pglimits.queue is
-  'Who waits. Without a turn: in line for slots. With a turn: has its place on a rate limit and sleeps until then.';
+create index queue_order on pglimits.queue (limit_id, key, rank, arrival);
+comment on table pglimits.queue is 'Who waits: a row for each request, in one line, also where it is one over several limits.';
 comment on column pglimits.queue.rank is 'The priority, negated, so that the index is read in one direction.';
 comment on column pglimits.queue.arrival is
-  'When the request arrived by the database clock, made unique within the (limit, key). Kept when it moves to another limit.';
-comment on column pglimits.queue.turn is 'Virtual time at which it may go. Moves by itself when the rate changes.';
-comment on column pglimits.queue.pinned is
-  'The turn lies later than this limit needs, since another is slower: it is charged when it comes, and others may go before.';
-comment on column pglimits.queue.gap is
-  'Slots of virtual time right before it that nobody uses: they came free and it has not moved up yet, or it was pinned later '
-  'than where those before it end.';
-comment on column pglimits.queue.added is
-  'No request, but what adjust has added while some slept, who keep their turns: it has a turn behind theirs.';
-comment on column pglimits.queue.several is
-  'Part of a request over several limits, or, in line, of one for a turn that cannot be told: it is to try again, and never '
-  'granted by others.';
-comment on column pglimits.queue.limit_ids is 'With keys: all the (limit, key)s of such a request that are enforced.';
-comment on column pglimits.queue.seen is 'How often each of them had been changed when it asked. See _changes().';
-comment on column pglimits.queue.called is
-  'In line: such a request was woken and has not tried again yet. With a turn: it may move up, or has to move. See _rearrange().';
-comment on column pglimits.queue.in_vain is 'How often it was called, and found another of its limits taken.';
-comment on column pglimits.queue.kept_until is
-  'Called in vain too often, it waits on another limit now, and until then nobody behind it goes before it here.';
-comment on column pglimits.queue.expires_at is 'The waiter is dead after this unless it calls in. infinity: it never has to.';
-comment on column pglimits.queue.looks_at is
-  'When its process was told to look again; of a turn without a channel: when it was told to go, and will.';
+  'When the request arrived by the database clock, made unique. Kept when it goes to stand in another line.';
+comment on column pglimits.queue.parts is 'Of a request over several limits: all that it wants, in the order of locking.';
+comment on column pglimits.queue.lease_duration is 'Seconds. Null: a rate_limit, which gets no lease.';
+comment on column pglimits.queue.deadline is 'Not to be granted later than this: its timeout, counted from its first call.';
+comment on column pglimits.queue.looks_at is 'When its process was told to look, unless it hears something before.';
+comment on column pglimits.queue.expires_at is 'It is dead after this, unless it, or its process, calls in.';
+
+create table pglimits.processes (
+  channel text collate "C" primary key,
+  expires_at timestamptz not null
+) with (
+  fillfactor = 50,
+  autovacuum_vacuum_scale_factor = 0,
+  autovacuum_vacuum_threshold = 1000
+);
+comment on table pglimits.processes is 'The heartbeats of processes that wait, by the channels on which they listen.';
+comment on column pglimits.processes.expires_at is 'The process is dead after this, and all that waits in it, unless it calls in.';
 
 -- What travels between the functions.
 
 create type pglimits._request as (
-  lease_id uuid,
   for_rate boolean,
+  names text[],
   limit_ids bigint[],
   keys text[],
   slots integer[],
-  places integer[],
   rank integer,
-  lease_duration interval,
-  wait interval,
-  holder jsonb,
+  timeout_seconds double precision,
+  lease_duration double precision,
   channel text,
-  chosen boolean,
-  bounded boolean,
-  missing text[],
-  error text,
-  message text
+  missing text[]
 );
 comment on type pglimits._request is
-  'A checked request. limit_ids, keys and slots are its parts, in the order in which they are locked; places says '
-  'which part each given name became (null: not enforced). wait null: for ever. chosen: the caller gave the id, so this may be a repetition. '
-  'bounded: some of its limits have max_waiters. '
-  'error and message: what was wrong with it.';
+  'A checked request. limit_ids, keys and slots are its parts that are enforced, in the order in which they are locked. '
+  'timeout_seconds null: for ever. missing: the names of which there is no limit.';
 
-create type pglimits._answer as (
+create type pglimits._outcome as (
+  first integer,
+  last integer,
   status text,
-  lease_id uuid,
-  fences bigint[],
+  fence bigint,
   expires_at timestamptz,
-  retry_after interval,
-  wait interval,
-  error text,
-  message text
+  seconds double precision[]
 );
-comment on type pglimits._answer is 'What became of a request.';
+comment on type pglimits._outcome is
+  'What became of requests that are alike, from the first to the last. status: granted, queued, refused, or full (the line is). '
+  'fence: of the first; each of the others has the next. seconds: of each, until it may go, or until it is to look (null: not known).';
 
-create type pglimits._places as (
-  limit_ids bigint[],
-  keys text[],
-  labels text[]
-);
-comment on type pglimits._places is 'The (limit, key)s of a batch, in the order in which they are locked.';
-
-create type pglimits._findings as (
-  enforced integer,
-  impossible text,
-  blocked_at integer,
-  looks_at timestamptz,
-  fits_at timestamptz,
-  turn_in interval,
-  queue_full text
-);
-comment on type pglimits._findings is
-  'What stands in the way of a request. enforced: how many of its parts are. impossible: why it can never be granted. '
-  'blocked_at: the first state that blocks it. looks_at: when time alone may change that. fits_at: null, it can go on; '
-  'else the moment from which on it could, infinity where only a release can tell. turn_in: how long until its turn '
-  'on the slowest rate limit. queue_full: why it may not wait.';
-
-create type pglimits._decision as (
-  answer pglimits._answer,
-  states pglimits.states[]
-);
-comment on type pglimits._decision is 'What becomes of a request, and of the states that it touches.';
-
-create type pglimits._withdrawn as (
-  state pglimits.states,
-  live uuid[]
-);
-comment on type pglimits._withdrawn is 'A state without requests that were taken out of its queue, and which of them were live.';
-
-create type pglimits._served as (
-  answers pglimits._answer[],
-  states pglimits.states[]
-);
-comment on type pglimits._served is 'What becomes of a batch, and of the states that it touches.';
-
-create type pglimits._placed as (
-  state pglimits.states,
-  turn numeric,
-  pinned boolean
-);
-comment on type pglimits._placed is 'A state with one more turn, where in virtual time that is, and whether it is pinned.';
-
-create type pglimits._sleeper as (
-  lease_id uuid,
-  added boolean,
-  changed boolean,
-  deaf boolean,
-  elsewhere boolean,
-  channel text,
-  at integer[],
-  slots integer[],
-  pinned boolean[],
-  booked numeric[],
-  goes_in numeric
-);
-comment on type pglimits._sleeper is
-  'Who sleeps towards turns on some locked states (at). slots, pinned, booked: of each, how many; whether it is pinned '
-  'there; and what it takes of what is booked there. added: what adjust has added. changed: one of their limits was, since it '
-  'asked. deaf: it cannot be told. elsewhere: it has turns on others too. goes_in: seconds until it goes.';
-
-create type pglimits._turn as (
-  turn numeric,
-  booked numeric,
-  passed_turn numeric,
-  passed_id uuid
-);
-comment on type pglimits._turn is
-  'The earliest turn that can be had. booked: before it, with the pinned turns that it comes after, the last of which is '
-  'passed_turn, passed_id.';
+-- What callers get.
 
 create type pglimits.acquired as (
   status text,
   lease_id uuid,
-  fences bigint[],
+  fence bigint,
   expires_at timestamptz,
-  retry_after interval,
+  retry_after double precision,
   "position" integer
 );
 comment on type pglimits.acquired is
-  'Answer of acquire over several limits: status granted, queued, refused or unlimited; one fence for each name, '
-  'in the order of the names (null where not enforced); when to look again; the place in the queue.';
+  'Answer of acquire. status: granted, queued, refused or unlimited. retry_after: seconds. position: the place in line.';
 
-create type pglimits.acquired_one as (
+create type pglimits.acquired_all as (
   status text,
   lease_id uuid,
-  fence bigint,
+  fences bigint[],
   expires_at timestamptz,
-  retry_after interval,
+  retry_after double precision,
   "position" integer
 );
-comment on type pglimits.acquired_one is 'Answer of acquire on one limit: as pglimits.acquired, with one fence.';
+comment on type pglimits.acquired_all is
+  'Answer of acquire_all: as pglimits.acquired, with a fence for each name, in the order of the names (null where not enforced).';
 
-create type pglimits.reserved as (
+create type pglimits.rate_limited as (
   status text,
-  wait interval,
-  retry_after interval,
-  lease_id uuid
+  retry_after double precision,
+  lease_id uuid,
+  "position" integer
 );
-comment on type pglimits.reserved is
-  'Answer of rate_limit: granted (sleep for wait, then go), queued (ask again with lease_id after retry_after), '
-  'refused (retry_after tells when it would be granted; null: time alone does not help) or unlimited.';
+comment on type pglimits.rate_limited is
+  'Answer of rate_limit. status: granted (go now), queued, refused or unlimited. retry_after: seconds. position: the place in line.';
 
 create type pglimits.peeked as (
   status text,
-  wait interval,
-  retry_after interval,
+  retry_after double precision,
   "position" integer
 );
-comment on type pglimits.peeked is
-  'What would happen: status granted (for a rate limit after wait), queued (at position), refused or unlimited.';
+comment on type pglimits.peeked is 'Answer of peek: what the request would be told.';

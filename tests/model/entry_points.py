@@ -13,11 +13,6 @@ from limiter_model import SECOND, Request
 from sqltest import Session
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
-CHANNEL = "pglimits_model"
-KINDS = {
-    "InvalidArgument": "PL001", "LimitNotFound": "PL002", "LimitExists": "PL003", "SlotsExceedLimit": "PL004",
-    "NoSlotDecay": "PL005", "QueueFull": "PL006",
-}  # fmt: skip
 
 Reply: TypeAlias = dict[str, Any]
 Way: TypeAlias = Callable[[Session, Sequence[Request]], list[Reply]]
@@ -27,12 +22,12 @@ def moment(value: datetime | None) -> int | None:
     return None if value is None else (value - START) // timedelta(microseconds=1)
 
 
-def micros(value: timedelta | None) -> int | None:
-    return None if value is None else value // timedelta(microseconds=1)
+def micros(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * SECOND)
 
 
-def interval(value: int | None) -> timedelta | None:
-    return None if value is None else timedelta(microseconds=value)
+def seconds(value: int | None) -> float | None:
+    return None if value is None else value / SECOND
 
 
 def attempt(call: Callable[[], Reply]) -> Reply:
@@ -47,33 +42,31 @@ def _read(row: Any) -> Reply:
     reply: Reply = row._asdict()
     if "expires_at" in reply:
         reply["expires_at"] = moment(reply["expires_at"])
-    for name in ("retry_after", "wait"):
-        if name in reply:
-            reply[name] = micros(reply[name])
+    if "retry_after" in reply:
+        reply["wait"] = micros(reply.pop("retry_after"))
     if "fence" in reply:
         reply["fences"] = [reply.pop("fence")]
     return reply
 
 
-def _arguments(request: Request, several: bool, channel: bool = True) -> dict[str, Any]:
+def _arguments(request: Request, several: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "slots": list(request.slots) if several else request.slots[0],
-        "wait": interval(request.wait),
+        "keys" if several else "key": list(request.keys) if several else request.keys[0],
+        "timeout_seconds": seconds(request.timeout),
+        "priority": request.priority,
+        "holder": request.holder,
         "strict": request.strict,
         "lease_id": request.lease_id,
+        "channel": request.channel,
     }
-    found["keys" if several else "key"] = list(request.keys) if several else request.keys[0]
-    if channel:
-        found["channel"] = CHANNEL
     if not request.for_rate:
-        found |= {
-            "lease_duration": interval(request.duration), "priority": request.priority, "holder": request.holder,
-        }  # fmt: skip
+        found["lease_duration"] = seconds(request.duration)
     return found
 
 
-def one_by_one(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire and rate_limit on one limit, or on several."""
+def by_itself(s: Session, requests: Sequence[Request]) -> list[Reply]:
+    """acquire and rate_limit, or acquire_all and rate_limit_all."""
 
     def call(request: Request, several: bool) -> Reply:
         names = list(request.names) if several else request.names[0]
@@ -84,7 +77,7 @@ def one_by_one(s: Session, requests: Sequence[Request]) -> list[Reply]:
 
 
 def as_arrays(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire and rate_limit on several limits, which may be one."""
+    """acquire_all and rate_limit_all, also of one limit."""
 
     def call(request: Request) -> Reply:
         function = s.rate_limit if request.for_rate else s.acquire
@@ -93,107 +86,73 @@ def as_arrays(s: Session, requests: Sequence[Request]) -> list[Reply]:
     return [attempt(lambda: call(request)) for request in requests]
 
 
-def many(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire_many."""
-
-    def asked(request: Request) -> dict[str, Any]:
-        texts = {"lease_duration": request.duration} | ({} if request.wait is None else {"wait": request.wait})
-        found = _arguments(request, True) | {name: f"{value / SECOND:f} seconds" for name, value in texts.items()}
-        found |= {"names": list(request.names), "lease_id": str(request.lease_id), "for_rate": request.for_rate}
-        return found
-
-    rows = s.all("select * from pglimits.acquire_many(%s::jsonb)", json.dumps([asked(each) for each in requests]))
-    assert [row.ordinal for row in rows] == list(range(1, len(requests) + 1))
-    replies = [_read(row) for row in rows]
-    for reply in replies:
-        if reply["status"] == "error":
-            reply["code"] = KINDS[reply["error"]]
-    return replies
-
-
-def alike(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire_alike: requests on one limit that differ in nothing but ids and holders."""
+def batch(s: Session, requests: Sequence[Request]) -> list[Reply]:
+    """_acquire_batch: requests that differ in nothing but ids and holders."""
     first = requests[0]
-
-    def call() -> list[Any]:
-        found: list[Any] = s.value(
-            "select pglimits.acquire_alike("
-            "%s, %s::uuid[], %s, %s, %s::interval, %s::interval, %s, %s::jsonb, %s, %s, %s)",
-            first.names[0], [each.lease_id for each in requests], first.slots[0], first.keys[0],
-            interval(first.duration), interval(first.wait), first.priority,
-            json.dumps([each.holder for each in requests]), first.strict, CHANNEL, first.for_rate,
-        )  # fmt: skip
-        return found
-
     try:
-        runs = call()
+        runs = s.all(
+            "select * from pglimits._acquire_batch(%s::text[], %s::int[], %s::text[], %s, %s::float8, %s::float8, %s,"
+            " %s::uuid[], %s::jsonb, true, %s, %s)",
+            list(first.names), list(first.slots), list(first.keys), first.for_rate, seconds(first.timeout),
+            seconds(first.duration), first.priority, [each.lease_id for each in requests],
+            json.dumps([each.holder for each in requests]), first.strict, first.channel,
+        )  # fmt: skip
     except psycopg.Error as error:
         return [{"status": "error", "code": error.diag.sqlstate}] * len(requests)
     replies: list[Reply] = []
     for run in runs:
-        count, status = run[:2]
-        told: list[Any] = [*run[2:], *[None] * (9 - len(run))]
-        fence, ends, waits, retry_after, _, kind, _ = told
-        for nth in range(count):
-            reply: Reply = {"status": status, "retry_after": _micros(retry_after)}
-            if kind is not None:
-                reply["code"] = KINDS[kind]
-            if status == "granted" and first.for_rate:
-                reply["wait"] = _micros(waits[nth])
-            elif status == "granted":
-                reply["fences"] = [None if fence is None else fence + nth]
-                reply["expires_at"] = _micros(ends - START.timestamp())
+        assert run.first == len(replies) + 1
+        for nth in range(run.last - run.first + 1):
+            waits = run.seconds or [None]
+            wait = waits[min(nth, len(waits) - 1)]
+            reply: Reply = {"status": run.status, "wait": micros(wait)}
+            if run.status == "full":
+                reply = {"status": "error", "code": "PL006"}
+            elif run.status == "granted":
+                later = (wait or 0) - (waits[0] or 0)
+                reply["expires_at"] = None if run.expires_at is None else (moment(run.expires_at) or 0) + micros(later)  # type: ignore[operator]
+                reply["wait"] = micros(wait or 0)
+                if not first.for_rate:
+                    assert run.fences is not None
+                    reply["fences"] = [fence + nth if len(first.names) == 1 else fence for fence in run.fences]
             replies.append(reply)
     assert len(replies) == len(requests)
     return replies
 
 
-def _micros(value: float | None) -> int | None:
-    return None if value is None else round(value * SECOND)
-
-
-def _call(s: Session, procedure: str, request: Request) -> Reply:
-    return _read(
-        s.one(
-            f"call pglimits.{procedure}(%s, %s::int, %s, %s::interval, %s::interval, %s::int, %s::jsonb, %s::uuid, %s)",
-            request.names[0], request.slots[0], request.keys[0], interval(request.duration), interval(request.wait),
-            request.priority, json.dumps(request.holder), request.lease_id, request.strict,
-        )
-    )  # fmt: skip
-
-
-def hot(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire_hot."""
-    return [attempt(lambda: _call(s, "acquire_hot", request)) for request in requests]
-
-
-def wait_in_sql(s: Session, requests: Sequence[Request]) -> list[Reply]:
-    """acquire_wait, where there is nothing to wait for."""
+def waiting(s: Session, requests: Sequence[Request]) -> list[Reply]:
+    """acquire_wait and rate_limit_wait, where there is nothing to wait for."""
 
     def call(request: Request) -> Reply:
-        reply = _call(s, "acquire_wait", request)
+        lasts, values = ("", []) if request.for_rate else ("%s::float8, ", [seconds(request.duration)])
+        reply = _read(
+            s.one(
+                f"call pglimits.{'rate_limit' if request.for_rate else 'acquire'}_wait("
+                f"%s, %s::int, %s, %s::float8, {lasts}%s::int, %s::jsonb, %s::uuid, %s)",
+                request.names[0], request.slots[0], request.keys[0], seconds(request.timeout), *values,
+                request.priority, json.dumps(request.holder), request.lease_id, request.strict,
+            )
+        )  # fmt: skip
         if reply["status"] != "granted":
-            del reply["expires_at"]
+            reply.pop("expires_at", None)
         return reply
 
     return [attempt(lambda: call(request)) for request in requests]
 
 
+def tells(way: Way) -> bool:
+    """Whether its callers are told how long to sleep before they go."""
+    return way is batch
+
+
 def ways(requests: Sequence[Request]) -> list[Way]:
     """By which of them these requests can be made."""
-    found: list[Way] = [many]
     first = requests[0]
-    kinds = {
-        (r.names, r.slots, r.keys, r.wait, r.duration, r.priority, r.strict, r.for_rate) for r in requests
-    }  # fmt: skip
-    if len(first.names) == 1 and len(kinds) == 1:
-        found.append(alike)
-    if len(requests) == 1:
-        found += [one_by_one, as_arrays]
-        if len(first.names) == 1 and not first.for_rate:
-            found.append(hot)
-            if first.wait == 0:
-                found.append(wait_in_sql)
+    if len(requests) > 1:
+        return [batch]
+    found: list[Way] = [batch, by_itself, as_arrays]
+    if len(first.names) == 1 and first.timeout == 0 and first.channel is None:
+        found.append(waiting)
     return found
 
 
@@ -201,30 +160,27 @@ def peek(s: Session, request: Request) -> Reply:
     return attempt(
         lambda: _read(
             s.peek(
-                list(request.names), slots=list(request.slots), keys=list(request.keys), wait=interval(request.wait),
-                priority=request.priority, strict=request.strict, for_rate=request.for_rate,
+                list(request.names), slots=list(request.slots), keys=list(request.keys),
+                timeout_seconds=seconds(request.timeout), priority=request.priority, strict=request.strict,
+                for_rate=request.for_rate,
             )
         )
     )  # fmt: skip
 
 
-def release(s: Session, lease_ids: Sequence[UUID], way: int) -> set[UUID]:
-    """The ids that were live."""
-    if len(lease_ids) == 1 and way % 5 < 3:
-        query = (
-            "select pglimits.release(%s::uuid)", "call pglimits.release_hot(%s::uuid)",
-            "select pglimits.release(%s::text)",
-        )[way % 5]  # fmt: skip
-        return set(lease_ids) if s.value(query, lease_ids[0]) else set()
+def release(s: Session, lease_ids: Sequence[UUID], way: int) -> tuple[set[UUID], bool]:
+    """The ids that were live, and whether other lines were served with those of the wrapper."""
+    if len(lease_ids) == 1 and way % 4 < 2:
+        query = ("select pglimits.release(%s::uuid)", "call pglimits.release_wait(%s::uuid)")[way % 4]
+        return (set(lease_ids) if s.value(query, lease_ids[0]) else set()), False
     if way % 2:
-        return set(lease_ids) - set(s.value("select pglimits.release_many(%s)", list(lease_ids)))
-    rows = s.all("select * from pglimits.release(%s::uuid[])", list(lease_ids))
-    return {row.lease_id for row in rows if row.released}
+        return set(lease_ids) - set(s.value("select pglimits._release_batch(%s)", list(lease_ids))), True
+    rows = s.all("select * from pglimits.release_all(%s::uuid[])", list(lease_ids))
+    return {row.lease_id for row in rows if row.released}, False
 
 
 def renew(s: Session, lease_ids: Sequence[UUID], duration: int | None, way: int) -> dict[UUID, bool]:
-    if len(lease_ids) == 1 and way % 3 < 2:
-        query = f"select pglimits.renew(%s::{('uuid', 'text')[way % 3]}, %s::interval)"
-        return {lease_ids[0]: s.value(query, lease_ids[0], interval(duration))}
-    rows = s.all("select * from pglimits.renew(%s::uuid[], %s::interval)", list(lease_ids), interval(duration))
+    if len(lease_ids) == 1 and way % 2:
+        return {lease_ids[0]: s.renew(lease_ids[0], seconds(duration))}
+    rows = s.all("select * from pglimits.renew_all(%s::uuid[], %s::float8)", list(lease_ids), seconds(duration))
     return {row.lease_id: row.renewed for row in rows}

@@ -1,25 +1,25 @@
 """What limits promise, in Python, with a clock that is passed in and no regard to speed.
 
-Times are whole microseconds and levels are fractions, so nothing is rounded but waits, up to the next microsecond.
-What the promises leave open (fences, the moment from which a waiter is dead) is told to the model, which checks that
-they allow it.
+Times are whole microseconds and levels are fractions, so nothing is rounded but moments, up to the next microsecond.
+What the promises leave open (fences) is told to the model, which checks that they allow it.
+
+A (limit, key) is a Place: it has leases, a level in virtual time, and one line. ``serve`` is the rule of the line, and
+``serve_several`` that of requests over several limits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias
 from uuid import UUID
 
 SECOND = 1_000_000
 LIVENESS = 10 * SECOND
-# For how long a place in line is kept at first.
-KEPT = SECOND // 10
-# A sign of life may be written down only when so much of the last one is used up.
-SURELY_ALIVE = 7 * SECOND
+HEARTBEAT = 3 * SECOND
+HORIZON = SECOND // 10
 
 
 class Wrong(Exception):
@@ -40,13 +40,18 @@ class Limit:
     description: str | None
     number: int
     fence_floor: int
-    former_names: set[str] = field(default_factory=set)
+    decayed_at: int
+    decayed: Fraction = Fraction(0)
     places: dict[str, Place] = field(default_factory=dict)
 
     def place(self, key: str) -> Place:
         if key not in self.places:
             self.places[key] = Place(self, key)
         return self.places[key]
+
+    def virtual(self, at: int) -> Fraction:
+        """Virtual time: the slots that have decayed since the limit was created."""
+        return self.decayed + self.rate * Fraction(at - self.decayed_at, SECOND)
 
 
 @dataclass(eq=False)
@@ -55,61 +60,37 @@ class Place:
 
     limit: Limit
     key: str
-    level: Fraction = Fraction(0)
+    booked: Fraction = Fraction(0)
     line: list[Waiter] = field(default_factory=list)
-    sleepers: list[Sleeper] = field(default_factory=list)
+    # What requests over several limits keep of it: how many slots, and until when.
+    kept: dict[UUID, tuple[int, int]] = field(default_factory=dict)
+    # When time alone may let the head go, and when a lease may end. None: never.
+    next_look: int | None = None
+    next_expiry: int | None = None
+    last_arrival: int = -1
     # Of each grant, as far as they were told: its number and its fence.
     fences: list[tuple[int, int]] = field(default_factory=list)
 
     def order(self) -> tuple[int, str]:
         return (self.limit.number, self.key)
 
-    def everybody(self) -> list[UUID]:
-        """Who stands in line here, or sleeps."""
-        return [each.request.lease_id for each in self.line] + [each.request.lease_id for each in self.sleepers]
+
+Parts: TypeAlias = dict[Place, int]
 
 
 @dataclass(eq=False)
 class Waiter:
-    """Stands in line."""
-
     request: Request
     slots: int
     arrival: int
-    several: bool
-    alive_until: int
-    # Of one over several: all the limits that it needs; whether one of them was changed since it asked; whether it was
-    # called, how often in vain; and until when it keeps this place while it waits for another limit.
-    over: frozenset[Limit] = frozenset()
-    outdated: bool = False
-    called: bool = False
-    in_vain: int = 0
-    kept_until: int | None = None
-    # Of one that slept before: until when it is alive for certain.
-    surely_until: int | None = None
+    deadline: int | None
+    looks_at: int | None
+    expires_at: int
+    # Of a request over several limits: all that it wants.
+    parts: Parts | None = None
 
     def order(self) -> tuple[int, int]:
         return (-self.request.priority, self.arrival)
-
-
-@dataclass(eq=False)
-class Sleeper:
-    """Has a turn ahead, when so many slots more will have decayed."""
-
-    request: Request
-    slots: int
-    arrival: int
-    ahead: Fraction
-    surely_until: int
-    alive_until: int
-
-
-@dataclass(eq=False)
-class Passed:
-    """Had a turn, which has come."""
-
-    parts: dict[Place, int]
-    at: int
 
 
 @dataclass(eq=False)
@@ -126,7 +107,19 @@ class Lease:
     expires_at: int
     duration: int
     claimed: bool = True
+    # Not so if a part was reset.
     whole: bool = True
+    number: int = 0
+
+
+@dataclass(eq=False)
+class Told:
+    """What became of a request that stood in line and gets no lease: a rate_limit, or a refusal (no moment)."""
+
+    request: Request
+    places: list[Place]
+    moment: int | None
+    until: int
     number: int = 0
 
 
@@ -136,30 +129,23 @@ class Request:
     names: tuple[str, ...]
     slots: tuple[int, ...]
     keys: tuple[str, ...]
-    wait: int | None = 0
+    timeout: int | None = 0
     duration: int = 300 * SECOND
     priority: int = 0
     holder: Any = None
     strict: bool = False
     for_rate: bool = False
-
-    def may_wait(self) -> bool:
-        return self.wait is None or self.wait > 0
+    channel: str | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
     status: str
     expires_at: int | None = None
-    retry_after: int | None = None
+    # Until it may go, is to look, or might be let in.
     wait: int | None = None
     position: int | None = None
     codes: tuple[str, ...] = ()
-    # For each name, the (limit, key) whose fence is told.
-    places: tuple[Place | None, ...] = ()
-
-
-Parts: TypeAlias = dict[Place, int]
 
 
 class Model:
@@ -167,15 +153,16 @@ class Model:
         self.now = now
         self.limits: dict[str, Limit] = {}
         self.leases: dict[UUID, Lease] = {}
+        self.told: dict[UUID, Told] = {}
+        # Until when a process is alive, by its channel.
+        self.processes: dict[str, int] = {}
         self.fence_floor = 0
         self.numbers = 0
-        self.passed: dict[UUID, Passed] = {}
-        # What the names of each request stood for when it last asked.
-        self.named: dict[UUID, tuple[Place | None, ...]] = {}
-        # Waiters that died. The place of one that comes back may be kept.
-        self.lost: dict[UUID, int] = {}
 
     # Looking.
+
+    def places(self) -> list[Place]:
+        return [place for limit in self.limits.values() for place in limit.places.values()]
 
     def live(self, lease_id: UUID) -> Lease | None:
         lease = self.leases.get(lease_id)
@@ -184,201 +171,259 @@ class Model:
     def live_leases(self) -> list[Lease]:
         return [lease for lease in self.leases.values() if lease.expires_at > self.now and lease.parts]
 
-    def places(self) -> list[Place]:
-        return [place for limit in self.limits.values() for place in limit.places.values()]
-
     def held(self, place: Place) -> int:
-        return sum(lease.parts[place].slots for lease in self.live_leases() if place in lease.parts)
+        leased = sum(lease.parts[place].slots for lease in self.live_leases() if place in lease.parts)
+        return leased + sum(slots for slots, until in place.kept.values() if until > self.now)
+
+    def level(self, place: Place) -> Fraction:
+        return max(place.booked - place.limit.virtual(self.now), Fraction(0))
+
+    def lives_until(self, waiter: Waiter) -> int:
+        return max(waiter.expires_at, self.processes.get(waiter.request.channel or "", 0))
 
     def waiting(self, place: Place) -> list[Waiter]:
-        return [waiter for waiter in place.line if waiter.alive_until > self.now]
-
-    def sleeping(self, place: Place) -> list[Sleeper]:
-        return [sleeper for sleeper in place.sleepers if sleeper.alive_until > self.now]
-
-    def lost_level(self, place: Place) -> int:
-        """The slots of those who sleep and are dead."""
-        return sum(sleeper.slots for sleeper in place.sleepers if sleeper.alive_until <= self.now)
+        return [waiter for waiter in place.line if self.lives_until(waiter) > self.now]
 
     def waiter(self, lease_id: UUID) -> tuple[Place, Waiter] | None:
-        found = [(p, w) for p, w in self.in_line(lease_id) if w.kept_until is None]
-        assert len(found) <= 1
-        return found[0] if found else None
-
-    def in_line(self, lease_id: UUID) -> list[tuple[Place, Waiter]]:
-        """Where it waits, and where it keeps its place meanwhile."""
         found = [(p, w) for p in self.places() for w in p.line if w.request.lease_id == lease_id]
-        return sorted(found, key=lambda each: each[1].kept_until is not None)
-
-    def sleeper(self, lease_id: UUID) -> tuple[Place, Sleeper] | None:
-        found = [(p, w) for p in self.places() for w in p.sleepers if w.request.lease_id == lease_id]
         assert len(found) <= 1
         return found[0] if found else None
 
     def is_known(self, lease_id: UUID) -> bool:
-        known = self.live(lease_id) or self.sleeper(lease_id) or self.waiter(lease_id) or self.passed.get(lease_id)
-        return known is not None
-
-    def is_full(self, place: Place) -> bool:
-        bound = place.limit.max_waiters
-        waiting = [waiter for waiter in self.waiting(place) if waiter.kept_until is None]
-        return bound is not None and len(waiting) + len(self.sleeping(place)) >= bound
-
-    def find(self, name: str, lease_id: UUID | None) -> Limit | None:
-        """The limit of that name; or, for who waits, holds or had a turn, the one that had that name then."""
-        named = self.limits.get(name)
-        if lease_id is None or (named is not None and self.is_at(named, lease_id)):
-            return named
-        for limit in sorted(self.limits.values(), key=lambda limit: limit.number):
-            if name in limit.former_names and self.is_at(limit, lease_id):
-                return limit
-        return named
-
-    def is_at(self, limit: Limit, lease_id: UUID) -> bool:
-        """Whether that id holds slots of a limit, waits for them, or had a turn."""
-        lease, asleep = self.leases.get(lease_id), self.sleeper(lease_id)
-        places = [] if lease is None else [*lease.parts]
-        places += self.passed[lease_id].parts if lease_id in self.passed else []
-        places += [asleep[0]] if asleep is not None else []
-        in_line = self.in_line(lease_id)
-        return any(place.limit is limit for place in places) or any(
-            place.limit is limit or limit in waiter.over for place, waiter in in_line
-        )
-
-    def is_behind(self, priority: int, mine: Waiter | None, place: Place) -> bool:
-        """Whether somebody in line goes before: a newcomer passes only those of lower priority."""
-        if not place.line:
-            return False
-        head = place.line[0]
-        return head.request.priority >= priority if mine is None else head.order() < mine.order()
-
-    def has_room(self, place: Place, slots: int) -> bool:
-        limit = place.limit
-        return self.held(place) + slots <= limit.most and (not limit.rate or place.level + slots <= limit.most)
-
-    def turn_in(self, place: Place, slots: int) -> int:
-        return self.until(place, place.level + slots - place.limit.most)
+        told = self.told.get(lease_id)
+        return bool(self.live(lease_id) or self.waiter(lease_id) or (told and told.until > self.now))
 
     @staticmethod
-    def until(place: Place, ahead: Fraction) -> int:
-        return math.ceil(ahead * SECOND / place.limit.rate) if ahead > 0 else 0
+    def before(place: Place, order: tuple[int, float]) -> list[Waiter]:
+        return [waiter for waiter in place.line if waiter.order() < order]
+
+    @staticmethod
+    def slots_of(waiters: Iterable[Waiter]) -> int:
+        return sum(waiter.slots for waiter in waiters)
+
+    # When.
+
+    def moment(self, place: Place, slots: int) -> int:
+        """When the level has room for so many slots."""
+        too_much = self.level(place) + slots - place.limit.most
+        return self.now + (math.ceil(too_much * SECOND / place.limit.rate) if too_much > 0 else 0)
+
+    def ready_at(self, place: Place, slots: int, for_rate: bool) -> int | None:
+        """From when on it has room for that; None where slots have to be released, or the limit is shut."""
+        limit = place.limit
+        if limit.most == 0 or (not for_rate and self.held(place) + slots > limit.most):
+            return None
+        return self.moment(place, slots) if limit.rate else self.now
+
+    def looks_in(self, place: Place, before: int, slots: int, for_rate: bool) -> int | None:
+        limit, at = place.limit, None
+        if limit.most == 0:
+            return None
+        if limit.rate and (before > 0 or for_rate or self.held(place) + slots <= limit.most):
+            at = self.moment(place, before + slots) - HORIZON // 2
+            if before > 0 and at <= self.now:
+                return None  # it is not the level that whoever is before it waits for
+        elif before == 0 and place.next_expiry is not None:
+            at = max(place.next_expiry, self.now + HORIZON // 10)
+        return None if at is None else max(at - self.now, 0)
+
+    def later(self, seconds: int | None) -> int | None:
+        return None if seconds is None else self.now + seconds
+
+    @staticmethod
+    def is_hopeless(limit: Limit, slots: int, for_rate: bool) -> bool:
+        return (slots > limit.most > 0) or (for_rate and not limit.rate)
 
     # Time.
 
     def move_to(self, now: int) -> None:
-        was = self.now
-        passed = Fraction(now - was, SECOND)
         self.now = now
-        for place in self.places():
-            decayed = place.limit.rate * passed
-            place.level = max(place.level - decayed, Fraction(0))
-            for sleeper in place.sleepers:
-                sleeper.ahead -= decayed
-            self.let_go(place, was)
-        self.leases = {lease_id: lease for lease_id, lease in self.leases.items() if lease.expires_at > now}
 
-    def let_go(self, place: Place, since: int | None = None) -> None:
-        """Those whose turn has come are no longer asleep. It came now, or by mere time since a moment."""
-        for sleeper in [each for each in place.sleepers if each.ahead <= 0]:
-            place.sleepers.remove(sleeper)
-            came = self.now
-            if since is not None and place.limit.rate:
-                came = max(since, self.now + math.floor(sleeper.ahead * SECOND / place.limit.rate))
-            passed = self.passed.setdefault(sleeper.request.lease_id, Passed({}, came))
-            passed.parts[place] = sleeper.slots
-
-    def settle(self, place: Place) -> None:
-        """What time or a change has made possible: the dead are gone, and the head of the line goes while it fits."""
-        if not place.limit.active:
+    def take_expired(self, place: Place) -> None:
+        """What has ended counts no longer (anywhere here); from now on is known when the next one ends."""
+        if place.next_expiry is None or self.now < place.next_expiry:
             return
-        self.give_back(place, [each for each in place.sleepers if each.alive_until <= self.now])
-        for dead in [each for each in place.line if each.alive_until <= self.now]:
-            place.line.remove(dead)
-            if dead.kept_until is None:
-                self.lost[dead.request.lease_id] = dead.arrival
-        while place.line and self.goes(place):
+        for lease_id, lease in [*self.leases.items()]:
+            if lease.expires_at <= self.now:
+                lease.parts.pop(place, None)
+                if not lease.parts:
+                    del self.leases[lease_id]
+        for lease_id, told in [*self.told.items()]:
+            if told.until <= self.now and place in told.places:
+                told.places.remove(place)
+                if not told.places:
+                    del self.told[lease_id]
+        place.kept = {each: (slots, until) for each, (slots, until) in place.kept.items() if until > self.now}
+        ends = [lease.expires_at for lease in self.leases.values() if place in lease.parts]
+        ends += [told.until for told in self.told.values() if place in told.places]
+        ends += [until for _, until in place.kept.values()]
+        place.next_expiry = min(ends, default=None)
+
+    def expires(self, place: Place, at: int) -> None:
+        place.next_expiry = at if place.next_expiry is None else min(place.next_expiry, at)
+
+    # The line.
+
+    def stand(self, place: Place, waiters: list[Waiter]) -> None:
+        first = waiters[0]
+        if not place.line or first.order() < place.line[0].order():
+            place.next_look = self.next_look(first, first.looks_at)
+        place.line += waiters
+        place.line.sort(key=Waiter.order)
+        place.last_arrival = max(place.last_arrival, waiters[-1].arrival)
+
+    def next_look(self, head: Waiter, looks_at: int | None) -> int:
+        """When somebody has to serve the line: time may let the head go, or it may have died."""
+        lives_until = self.lives_until(head)
+        return lives_until if looks_at is None else min(looks_at, lives_until)
+
+    def serve(self, place: Place, own: bool, mine: UUID | None = None) -> None:
+        """Grants from the head all whose moment is within the horizon; tells the one that stays when to look."""
+        self.take_expired(place)
+        place.next_look = None
+        looks_in = None
+        while place.line:
             head = place.line[0]
-            if head.several:
-                head.called = head.kept_until is None
-                return
-            self.hand_over(place, place.line.pop(0))
+            lease_id, for_rate = head.request.lease_id, head.request.for_rate
+            if head.parts is not None:
+                place.kept.pop(lease_id, None)
+            ready = self.ready_at(place, head.slots, for_rate)
+            if self.lives_until(head) <= self.now or self.is_hopeless(place.limit, head.slots, for_rate):
+                place.line.remove(head)
+            elif head.deadline is not None and (
+                head.deadline <= self.now or (ready is not None and head.deadline < ready)
+            ):
+                self.time_out(place, head)
+            elif ready is None or ready > self.now + HORIZON:
+                looks_in = self.looks_in(place, 0, head.slots, for_rate)
+                break
+            elif head.parts is not None:
+                others = any(each is not place and self.is_enforced(each) for each in head.parts)
+                if others and not (own or lease_id == mine):
+                    # It is to look for itself, as its other limits must not be locked.
+                    head.looks_at = self.now if head.looks_at is None else min(head.looks_at, self.now)
+                    break
+                self.serve_several(place, head)
+            else:
+                place.line.remove(head)
+                self.hand_over(head, {place: head.slots}, ready)
+        if place.line:
+            head, looks_at = place.line[0], self.later(looks_in)
+            place.next_look = self.next_look(head, looks_at)
+            told_at = self.now + HEARTBEAT if head.looks_at is None else head.looks_at - HORIZON // 20
+            if looks_at is not None and looks_at < min(told_at, self.now + HEARTBEAT):
+                head.looks_at = looks_at
 
-    def goes(self, place: Place) -> bool:
-        """Whether the head of the line can go: on to its slots, or to a turn."""
-        head = place.line[0]
-        return place.limit.most > 0 if head.request.for_rate else self.has_room(place, head.slots)
-
-    def is_idle(self, place: Place) -> bool:
-        """Whether something is free that the head of the line waits for, and it was not told."""
-        if not place.limit.active or not place.line or place.line[0].kept_until is not None:
-            return False
-        return not place.line[0].called and self.goes(place)
-
-    @staticmethod
-    def is_hopeless(place: Place, each: Waiter | Sleeper) -> bool:
-        """It can never be granted now: it is told, asks again, and gets the error."""
-        limit = place.limit
-        return (each.slots > limit.most > 0) or (each.request.for_rate and not limit.rate)
-
-    def hand_over(self, place: Place, head: Waiter) -> None:
-        if head.request.for_rate:
-            self.take_turn(place, head.request, head.slots, head.arrival, head.alive_until, head.surely_until)
+    def serve_several(self, here: Place, head: Waiter) -> None:
+        assert head.parts is not None
+        for_rate = head.request.for_rate
+        parts = {place: slots for place, slots in head.parts.items() if self.is_enforced(place)}
+        had = set()
+        for place in parts:
+            if place is not here:
+                self.take_expired(place)
+                if place.kept.pop(head.request.lease_id, None):
+                    had.add(place)
+        ready = {place: self.ready_at(place, slots, for_rate) for place, slots in parts.items()}
+        takes = {place: slots / place.limit.rate if place.limit.rate else Fraction(0) for place, slots in parts.items()}
+        older = [place for place in parts if place is not here and self.before(place, head.order())]
+        wanting = [
+            place for place, at in ready.items() if at is None or at > self.now + HORIZON + round(takes[place] * SECOND)
+        ]
+        slowest = max(parts, key=lambda place: takes[place])
+        slowest_at = ready[slowest]
+        beyond = takes[slowest] > 0 and slowest_at is not None and slowest_at > self.now + HORIZON
+        targets = older or wanting or ([slowest] if beyond else [])
+        joint = max((at for at in ready.values() if at is not None), default=self.now)
+        if not targets and (head.deadline is None or joint <= head.deadline):
+            here.line.remove(head)
+            self.hand_over(head, parts, joint)
+            return
+        if targets:
+            here.line.remove(head)
+            self.stand_again(targets[0], head)
         else:
-            # Until it takes it up, the lease ends when the waiter would have died.
-            ends = min(head.alive_until, self.now + head.request.duration)
-            self.take_slots(head.request, {place: head.slots}, ends, claimed=False)
+            self.time_out(here, head)
+        for place in parts:
+            at = ready[place]
+            keeps = bool(targets) and not older and not for_rate and place is not targets[0]
+            keeps = keeps and self.now > head.arrival + HORIZON
+            if place in had or (keeps and at is not None and at <= self.now + HORIZON):
+                until = self.now + round(Fraction(self.now - head.arrival, 4))
+                place.kept[head.request.lease_id] = (head.parts[place], until)
+                self.expires(place, until)
 
-    def take_turn(
+    def stand_again(self, place: Place, head: Waiter) -> None:
+        assert head.parts is not None
+        head.slots = head.parts[place]
+        looks_in = self.looks_in(
+            place, self.slots_of(self.before(place, head.order())), head.slots, head.request.for_rate
+        )
+        looks_at = self.later(looks_in)
+        told = head.looks_at
+        head.looks_at = looks_at
+        self.stand(place, [head])
+        if looks_at is None or (told is not None and told < looks_at):
+            head.looks_at = told
+
+    def exists(self, place: Place) -> bool:
+        return self.limits.get(place.limit.name) is place.limit
+
+    def is_enforced(self, place: Place) -> bool:
+        return place.limit.active and self.exists(place)
+
+    def time_out(self, place: Place, waiter: Waiter) -> None:
+        place.line.remove(waiter)
+        until = self.now + LIVENESS
+        self.told[waiter.request.lease_id] = Told(waiter.request, [place], None, until)
+        self.expires(place, until)
+
+    def hand_over(self, waiter: Waiter, parts: Parts, moment: int) -> None:
+        """A lease that is handed over ends when its waiter would have died, until that claims it."""
+        request = waiter.request
+        if request.for_rate:
+            self.use(request, parts, moment)
+        else:
+            ends = min(self.lives_until(waiter), moment + request.duration)
+            self.take(request, parts, moment, ends, claimed=False)
+
+    def book(self, place: Place, slots: int, moment: int) -> None:
+        if place.limit.rate:
+            place.booked = max(place.booked, place.limit.virtual(moment)) + slots
+
+    def take(
         self,
-        place: Place,
         request: Request,
-        slots: int,
-        arrival: int,
-        alive_until: int,
-        surely_until: int | None = None,
-    ) -> int:
-        ahead = place.level + slots - place.limit.most
-        place.level += slots
-        surely_until = alive_until if surely_until is None else surely_until
-        place.sleepers.append(Sleeper(request, slots, arrival, ahead, surely_until, alive_until))
-        wait = self.until(place, ahead)
-        self.let_go(place)
-        return wait
-
-    def take_slots(self, request: Request, parts: Parts, ends: int, claimed: bool) -> None:
+        parts: Parts,
+        moment: int,
+        ends: int,
+        claimed: bool = True,
+        booked_at: int | None = None,
+    ) -> None:
         for place, slots in parts.items():
-            if place.limit.rate:
-                place.level += slots
+            self.book(place, slots, moment if booked_at is None else booked_at)
+            self.expires(place, ends)
         self.numbers += 1
         kept = {place: Part(slots) for place, slots in parts.items()}
         self.leases[request.lease_id] = Lease(
-            request, kept, self.now, ends, request.duration, claimed, number=self.numbers
-        )  # fmt: skip
+            request, kept, moment, ends, request.duration, claimed, number=self.numbers
+        )
 
-    def give_back(self, place: Place, given_up: list[Sleeper]) -> None:
-        """Turns that have not come go to those behind."""
-        for gone in given_up:
-            at = place.sleepers.index(gone)
-            place.sleepers.remove(gone)
-            place.level -= gone.slots
-            for behind in place.sleepers[at:]:
-                behind.ahead -= gone.slots
-        self.let_go(place)
+    def use(self, request: Request, parts: Parts, moment: int) -> None:
+        for place, slots in parts.items():
+            self.book(place, slots, moment)
+            self.expires(place, moment + LIVENESS)
+        self.told[request.lease_id] = Told(request, [*parts], moment, moment + LIVENESS)
 
     # Asking.
 
-    def check(self, request: Request) -> tuple[Parts, Wrong | None]:
-        """Its parts that are enforced, in the order in which they are looked at, and why it can never be granted."""
-        found = [self.find(name, request.lease_id) for name in request.names]
-        named = tuple(
-            limit.place(key) if limit is not None and limit.active else None
-            for limit, key in zip(found, request.keys, strict=True)
-        )
-        self.named[request.lease_id] = named
+    def check(self, request: Request) -> Parts:
+        """Its parts that are enforced, in the order in which they are locked. Raises why it can never be granted."""
+        found = [self.limits.get(name) for name in request.names]
         parts: Parts = {}
-        for place, slots in zip(named, request.slots, strict=True):
-            if place is not None:
-                parts[place] = parts.get(place, 0) + slots
+        for limit, key, slots in zip(found, request.keys, request.slots, strict=True):
+            if limit is not None and limit.active:
+                parts[limit.place(key)] = parts.get(limit.place(key), 0) + slots
         codes = set()
         for place, slots in parts.items():
             if request.for_rate and not place.limit.rate:
@@ -386,262 +431,301 @@ class Model:
             if slots > place.limit.most > 0:
                 codes.add("PL004")
         if request.strict and None in found:
-            codes = {"PL002"}
-        ordered = {place: parts[place] for place in sorted(parts, key=Place.order)}
-        return ordered, Wrong(*codes) if codes else None
+            codes.add("PL002")
+        if codes:
+            raise Wrong(*codes)
+        return {place: parts[place] for place in sorted(parts, key=Place.order)}
 
-    def ask(
-        self, requests: list[Request], refused: Mapping[UUID, int | None] | None = None, full: Collection[UUID] = ()
-    ) -> list[Answer]:
-        """Answers requests in their order, as of one moment.
+    def ask(self, request: Request, told: bool, many: int = 1) -> Answer:
+        """told: the caller is told how long to sleep before it goes. To who is not, granted means: go now.
 
-        refused: who was refused, with its retry_after, in case that it was certain before the others of its batch took
-        anything: that takes no lock. full: who was told that the queue is full, likewise.
+        many: so many that are alike ask at once, of which it is the first.
         """
-        checked = [(request, *self.check(request)) for request in requests]
-        # What is wrong is no matter to who has what it asks for.
-        touched = [
-            place
-            for request, parts, wrong in checked
-            if wrong is None or self.is_known(request.lease_id)
-            for place in parts
-        ]  # fmt: skip
-        for place in touched:
-            self.settle(place)
-        news = [
-            (request, parts)
-            for request, parts, wrong in checked
-            if wrong is None and parts and not self.is_known(request.lease_id)
-        ]
-        certain = {
-            request.lease_id: refusal
-            for request, parts in news
-            if (refusal := self.refusal(request, parts, None)) is not None
-        }
-        certainly_full = {request.lease_id for request, parts in news if self.finds_it_full(request, parts)} & {*full}
-        answers = []
-        for request, parts, wrong in checked:
-            try:
-                if wrong is not None:
-                    answers.append(self.decide(request, parts, wrong))
-                    continue
-                refusal = certain.get(request.lease_id)
-                if request.lease_id in certainly_full:
-                    raise Wrong("PL006")
-                if refusal and refused and refused.get(request.lease_id, -1) == refusal.retry_after:
-                    answers.append(refusal)
-                    continue
-                answers.append(self.decide(request, parts))
-            except Wrong as wrong:
-                answers.append(Answer("error", codes=wrong.codes))
-        for place in touched:
-            self.settle(place)
-        return answers
+        try:
+            if self.is_known(request.lease_id) and (answer := self.ask_again(request, told)) is not None:
+                return answer
+            parts = self.check(request)
+            if not parts:
+                return Answer("unlimited")
+            if (refusal := self.refusal(request, parts)) is not None:
+                return refusal
+            if len(parts) == 1:
+                ((place, slots),) = parts.items()
+                return self.decide(request, place, slots, told, many)
+            return self.decide_several(request, parts, told)
+        except Wrong as wrong:
+            return Answer("error", codes=wrong.codes)
 
-    def decide(self, request: Request, parts: Parts, wrong: Wrong | None = None) -> Answer:
-        if (lease := self.live(request.lease_id)) is not None:
-            return self.answer_again(request, parts, lease)
-        if (asleep := self.sleeper(request.lease_id)) is not None:
-            place, sleeper = asleep
-            if not request.for_rate or parts != {place: sleeper.slots}:
-                raise Wrong("PL001")
-            return Answer("granted", wait=self.until(place, sleeper.ahead))
-        if (passed := self.passed.get(request.lease_id)) is not None:
-            if not request.for_rate or any(parts.get(place) != slots for place, slots in passed.parts.items()):
-                raise Wrong("PL001")
-            return Answer("granted", wait=0)
-        mine: Waiter | None = None
-        if in_line := self.in_line(request.lease_id):
-            at, mine = in_line[0]
-            if mine.request.for_rate != request.for_rate or parts.get(at) != mine.slots:
-                raise Wrong("PL001")
-            if wrong is not None:
-                raise wrong
-            again = replace(mine, in_vain=mine.in_vain + mine.called)
-            self.leave(request, in_line, self.blocked(request, parts, mine))
-            mine = again
-        if wrong is not None:
-            raise wrong
-        if not parts:
-            return Answer("unlimited")
-        if (refusal := self.refusal(request, parts, mine)) is not None:
-            return refusal
-        if mine is None and self.finds_it_full(request, parts):
-            raise Wrong("PL006")
-        blocked = self.blocked(request, parts, mine)
-        if blocked:
-            return self.enqueue(request, blocked[0], parts, mine)
-        if request.for_rate:
-            return self.reserve(request, parts, mine)
-        ends = self.now + request.duration
-        self.take_slots(request, parts, ends, claimed=True)
-        return Answer("granted", expires_at=ends, places=self.named[request.lease_id])
-
-    def leave(self, request: Request, in_line: list[tuple[Place, Waiter]], blocked: list[Place]) -> None:
-        """Its places in line go, but for those that it keeps while it waits on.
-
-        If it is first to have what it still needs, that is where it was called in vain for the third time, or more.
-        """
-        waits = blocked and request.may_wait() and blocked[0].limit.most > 0
-        for place, waiter in in_line:
-            first = waits and not any(each.order() < waiter.order() for each in blocked[0].line)
-            if first and place is not blocked[0]:
-                if waiter.called and waiter.in_vain >= 2:
-                    waiter.kept_until = self.now + min(self.now - waiter.arrival, KEPT * 2 ** (waiter.in_vain - 2))
-                waiter.called = False
-                if waiter.kept_until is not None and waiter.kept_until > self.now:
-                    waiter.alive_until = min(self.now + LIVENESS, waiter.kept_until)
-                    continue
-            place.line.remove(waiter)
-
-    def blocked(self, request: Request, parts: Parts, mine: Waiter | None) -> list[Place]:
-        """Where it would have to stand in line."""
-        return [
-            place
-            for place, slots in parts.items()
-            if self.is_behind(request.priority, mine, place)
-            or not (place.limit.most if request.for_rate else self.has_room(place, slots))
-        ]
-
-    def finds_it_full(self, request: Request, parts: Parts) -> bool:
-        """Whether it would have to wait, in line or for its turn, where no more may."""
-        if self.refusal(request, parts, None) is not None:
-            return False
-        blocked = self.blocked(request, parts, None)
-        ahead = request.for_rate and any(self.turn_in(place, slots) for place, slots in parts.items())
-        return any(self.is_full(place) for place in (blocked[:1] or (parts if ahead else ())))
-
-    def refusal(self, request: Request, parts: Parts, mine: Waiter | None) -> Answer | None:
-        """Why it may not go, and may not wait so long; with the time after which it might go, if time alone will do."""
-        blocked = self.blocked(request, parts, mine)
-        if blocked and request.may_wait():
+    def refusal(self, request: Request, parts: Parts) -> Answer | None:
+        """What is certain without any lock: there is no room even without a line, or not in time, or none in line."""
+        blocked: Place | None = None
+        waits, certain, by_time = [0], False, True
+        for place, slots in parts.items():
+            ready = self.ready_at(place, slots, request.for_rate)
+            before = self.before(place, (-request.priority, math.inf))
+            if ready is None or ready > self.now or before:
+                blocked = blocked or place
+                certain = certain or ((ready is None or ready > self.now) and request.timeout == 0)
+                by_time = by_time and bool(place.limit.rate) and ready is not None
+                if place.limit.rate and place.limit.most:
+                    waits.append(self.moment(place, self.slots_of(before) + slots) - self.now)
+        if blocked is None:
             return None
-        if blocked:
-            by_time = not any(
-                self.is_behind(request.priority, mine, place) or self.held(place) + parts[place] > place.limit.most
-                for place in blocked
-            )
-            return Answer(
-                "refused",
-                retry_after=max(self.turn_in(place, parts[place]) for place in blocked) if by_time else None,
-            )
-        turn_in = max((self.turn_in(place, slots) for place, slots in parts.items() if request.for_rate), default=0)
-        if request.wait is not None and turn_in > request.wait:
-            return Answer("refused", retry_after=turn_in)
+        if request.timeout is not None and (request.timeout == 0 or max(waits) > request.timeout):
+            is_certain = certain or request.timeout > 0
+            return Answer("refused", wait=max(waits) if by_time else None) if is_certain else None
+        if blocked.limit.max_waiters is not None and len(self.waiting(blocked)) >= blocked.limit.max_waiters:
+            raise Wrong("PL006")
         return None
 
-    def reserve(self, request: Request, parts: Parts, mine: Waiter | None) -> Answer:
-        arrival = self.now if mine is None else mine.arrival
-        wait = max(self.turn_in(place, slots) for place, slots in parts.items())
-        assert wait == 0 or len(parts) == 1, "turns ahead on several limits are for the model of turns"
+    def decide(self, request: Request, place: Place, slots: int, told: bool, many: int) -> Answer:
+        most = place.limit.max_waiters
+        is_full = request.timeout != 0 and place.line and most is not None and len(place.line) + many > most
+        if is_full:
+            place.line = self.waiting(place)
+        if is_full or (place.next_look is not None and self.now >= place.next_look):
+            self.serve(place, told)
+        self.take_expired(place)
+        limit, timeout = place.limit, request.timeout
+        before = self.before(place, (-request.priority, math.inf))
+        ready = self.ready_at(place, slots, request.for_rate)
+        latest = self.now + (HORIZON if timeout is None else min(HORIZON, timeout))
+        if not before and ready is not None and ready <= latest:
+            if told or ready == self.now:
+                if request.for_rate:
+                    self.book(place, slots, self.now)
+                else:
+                    self.take(request, {place: slots}, ready, ready + request.duration, booked_at=self.now)
+                return self.granted(request, ready)
+            if request.for_rate:
+                self.use(request, {place: slots}, ready)
+            else:
+                self.take(request, {place: slots}, ready, ready + LIVENESS, claimed=False)
+            return Answer("queued", wait=ready - self.now, position=1)
+        by_time = limit.rate and limit.most > 0
+        earliest = self.moment(place, self.slots_of(before) + slots) - self.now if by_time else 0
+        if timeout == 0 or (timeout is not None and earliest > timeout):
+            return Answer("refused", wait=earliest if by_time and ready is not None else None)
+        if not self.has_room_in_line(place):
+            raise Wrong("PL006")
+        before = self.before(place, (-request.priority, math.inf))
+        arrival = max(self.now, place.last_arrival + 1)
+        looks_in = self.looks_in(place, self.slots_of(before), slots, request.for_rate)
+        self.stand(place, [self.new_waiter(request, slots, arrival, looks_in)])
+        return Answer("queued", wait=looks_in, position=len(before) + 1)
+
+    def new_waiter(self, request: Request, slots: int, arrival: int, looks_in: int | None) -> Waiter:
+        return Waiter(request, slots, arrival, self.later(request.timeout), self.later(looks_in), self.now + LIVENESS)
+
+    def has_room_in_line(self, place: Place) -> bool:
+        most = place.limit.max_waiters
+        if most is not None and len(place.line) >= most:
+            place.line = self.waiting(place)
+        return most is None or len(place.line) < most
+
+    def granted(self, request: Request, moment: int) -> Answer:
+        ends = None if request.for_rate else moment + request.duration
+        return Answer("granted", expires_at=ends, wait=moment - self.now)
+
+    def decide_several(self, request: Request, parts: Parts, told: bool) -> Answer:
+        for place in parts:
+            if self.is_due(place):
+                self.serve(place, told)
+            self.take_expired(place)
+        arrival = max(self.now, *(place.last_arrival + 1 for place in parts))
+        blocked, waits, by_time = None, [0], True
         for place, slots in parts.items():
-            self.take_turn(place, request, slots, arrival, self.now + LIVENESS)
-        return Answer("granted", wait=wait)
+            ready = self.ready_at(place, slots, request.for_rate)
+            before = self.before(place, (-request.priority, arrival))
+            if before or ready is None or ready > self.now:
+                blocked = blocked or place
+                by_time = by_time and bool(place.limit.rate) and ready is not None
+            if place.limit.rate and place.limit.most:
+                waits.append(self.moment(place, self.slots_of(before) + slots) - self.now)
+        if blocked is None:
+            if request.for_rate:
+                for place, slots in parts.items():
+                    self.book(place, slots, self.now)
+            else:
+                self.take(request, parts, self.now, self.now + request.duration)
+            return self.granted(request, self.now)
+        if request.timeout == 0 or (request.timeout is not None and max(waits) > request.timeout):
+            return Answer("refused", wait=max(waits) if by_time else None)
+        if not self.has_room_in_line(blocked):
+            raise Wrong("PL006")
+        before = self.before(blocked, (-request.priority, arrival))
+        looks_in = self.looks_in(blocked, self.slots_of(before), parts[blocked], request.for_rate)
+        waiter = self.new_waiter(request, parts[blocked], arrival, looks_in)
+        waiter.parts = dict(parts)
+        self.stand(blocked, [waiter])
+        for place in parts:
+            place.last_arrival = max(place.last_arrival, arrival)
+        self.serve(blocked, told, request.lease_id)
+        answer = self.answer_known(request, told)
+        assert answer is not None
+        return answer
 
-    def enqueue(self, request: Request, place: Place, parts: Parts, mine: Waiter | None) -> Answer:
-        arrival = self.now if mine is None else mine.arrival
-        # What is not enforced now may be when it can go.
-        several = len(parts) > 1 or None in self.named[request.lease_id]
-        over = frozenset(each.limit for each in parts) if several else frozenset()
-        waiter = Waiter(request, parts[place], arrival, several, self.now + LIVENESS, over)
-        if mine is not None:
-            waiter.in_vain = mine.in_vain
-        place.line.append(waiter)
-        place.line.sort(key=Waiter.order)
-        return Answer("queued", position=self.waiting(place).index(waiter) + 1)
+    def is_due(self, place: Place) -> bool:
+        return any(at is not None and self.now >= at for at in (place.next_look, place.next_expiry))
 
-    def answer_again(self, request: Request, parts: Parts, lease: Lease) -> Answer:
-        """Once: who asks again is told of the lease that the first call took."""
-        if request.for_rate:
+    def ask_again(self, request: Request, told: bool) -> Answer | None:
+        if not self.is_same(request):
             raise Wrong("PL001")
-        for place, part in lease.parts.items():
-            if parts.get(place) != part.slots and place.limit.active:
-                raise Wrong("PL001")
-        self.claim(lease)
-        named = self.named[request.lease_id]
-        return Answer(
-            "granted",
-            expires_at=lease.expires_at,
-            places=tuple(each if each in lease.parts else None for each in named),
+        found = self.waiter(request.lease_id)
+        if found is not None:
+            waiter = found[1]
+            waiter.expires_at = max(waiter.expires_at, self.now + LIVENESS)
+            if request.timeout is not None:
+                until = self.now + request.timeout
+                waiter.deadline = until if waiter.deadline is None else min(waiter.deadline, until)
+            self.look([request.lease_id], told)
+            is_over = waiter.deadline is not None and waiter.deadline <= self.now
+            if self.waiter(request.lease_id) is not None and (is_over or self.is_outdated(waiter)):
+                self.release([request.lease_id], told)
+                return Answer("refused") if is_over else None
+        return self.answer_known(request, told)
+
+    def is_same(self, request: Request) -> bool:
+        known: dict[Place, int | None] = {}
+        for_rate = request.for_rate
+        if (lease := self.live(request.lease_id)) is not None:
+            known = {place: part.slots for place, part in lease.parts.items()}
+            for_rate = False
+        elif (told := self.told.get(request.lease_id)) is not None and told.until > self.now:
+            known, for_rate = dict.fromkeys(told.places), told.moment is not None or request.for_rate
+        elif (found := self.waiter(request.lease_id)) is not None:
+            place, waiter = found
+            known = dict(waiter.parts if waiter.parts is not None else {place: waiter.slots})
+            for_rate = waiter.request.for_rate
+        asked: Parts = {}
+        for name, key, slots in zip(request.names, request.keys, request.slots, strict=True):
+            if name in self.limits:
+                place = self.limits[name].place(key)
+                asked[place] = asked.get(place, 0) + slots
+        same = [place for place in asked if place in known]
+        if any(known[place] not in (None, asked[place]) for place in same):
+            return False
+        return not (asked and known) or (bool(same) and for_rate == request.for_rate)
+
+    def is_outdated(self, waiter: Waiter) -> bool:
+        return waiter.parts is not None and any(
+            not self.exists(place)
+            or not place.limit.active
+            or self.is_hopeless(place.limit, slots, waiter.request.for_rate)
+            for place, slots in waiter.parts.items()
         )
+
+    def answer_known(self, request: Request, told: bool) -> Answer | None:
+        lease, trace = self.live(request.lease_id), self.told.get(request.lease_id)
+        if lease is not None:
+            if lease.acquired_at > self.now and not told:
+                return Answer("queued", wait=lease.acquired_at - self.now, position=1)
+            self.claim(lease)
+            return Answer("granted", expires_at=lease.expires_at, wait=max(lease.acquired_at - self.now, 0))
+        if trace is not None and trace.until > self.now:
+            if trace.moment is None:
+                return Answer("refused")
+            if trace.moment > self.now and not told:
+                return Answer("queued", wait=trace.moment - self.now, position=1)
+            return Answer("granted", wait=max(trace.moment - self.now, 0))
+        found = self.waiter(request.lease_id)
+        if found is None:
+            return None
+        place, waiter = found
+        before = self.before(place, waiter.order())
+        looks_in = self.looks_in(place, self.slots_of(before), waiter.slots, request.for_rate)
+        return Answer("queued", wait=looks_in, position=len(before) + 1)
 
     def claim(self, lease: Lease) -> None:
         if not lease.claimed:
             lease.claimed = True
-            lease.expires_at = max(lease.expires_at, self.now + lease.duration)
+            lease.expires_at = max(lease.expires_at, max(self.now, lease.acquired_at) + lease.duration)
 
     # What comes after.
 
+    def look(self, lease_ids: list[UUID], own: bool) -> None:
+        places: set[Place] = set()
+        for lease_id in lease_ids:
+            if (found := self.waiter(lease_id)) is not None:
+                place, waiter = found
+                if place.next_look is not None and self.now >= place.next_look:
+                    places.add(place)
+                if waiter.parts is not None and waiter.looks_at is not None and waiter.looks_at <= self.now:
+                    places |= {place for place in waiter.parts if self.exists(place)}
+        for place in sorted(places, key=Place.order):
+            if place.limit.active and place.line:
+                self.serve(place, own, lease_ids[0])
+
+    def beat(self, channel: str) -> int:
+        """In which time to call again: the next of the others to die would be dead by then."""
+        self.processes[channel] = self.now + LIVENESS
+        return min([HEARTBEAT, *(until - self.now for until in self.processes.values() if until > self.now)])
+
     def watch(self, lease_ids: list[UUID]) -> dict[UUID, str]:
-        """How those who wait stand: granted, queued, or retry. They are alive."""
-        for place in self.places():
-            if any(lease_id in lease_ids for lease_id in place.everybody()):
-                self.settle(place)
+        """How those who wait stand: granted, queued, or retry."""
+        self.look(lease_ids, own=True)
         found: dict[UUID, str] = {}
         for lease_id in lease_ids:
-            in_line, asleep = self.waiter(lease_id), self.sleeper(lease_id)
-            if (lease := self.live(lease_id)) is not None:
+            lease, trace, in_line = self.live(lease_id), self.told.get(lease_id), self.waiter(lease_id)
+            if lease is not None:
                 self.claim(lease)
                 found[lease_id] = "granted"
-            elif asleep is not None:
-                _, sleeper = asleep
-                sleeper.surely_until = max(sleeper.surely_until, self.now + SURELY_ALIVE)
-                sleeper.alive_until = self.now + LIVENESS
-                found[lease_id] = "granted"
+            elif trace is not None and trace.until > self.now:
+                found[lease_id] = "retry" if trace.moment is None else "granted"
             elif in_line is not None:
-                for _, kept in self.in_line(lease_id)[1:]:
-                    if self.now < kept.alive_until < self.now + LIVENESS * 9 // 10:
-                        kept.alive_until = min(self.now + LIVENESS, kept.kept_until or 0)
-                found[lease_id] = "retry" if in_line[1].called or in_line[1].outdated else "queued"
+                found[lease_id] = "retry" if self.is_outdated(in_line[1]) else "queued"
             else:
-                found[lease_id] = "granted" if lease_id in self.passed else "retry"
+                found[lease_id] = "retry"
         return found
-
-    def lives_for(self, lease_id: UUID, ends_in: int) -> None:
-        """What a waiter in line was told of its life after a call of watch."""
-        assert SURELY_ALIVE <= ends_in <= LIVENESS
-        in_line = self.waiter(lease_id)
-        assert in_line is not None
-        in_line[1].alive_until = self.now + ends_in
-        in_line[1].surely_until = None
-
-    def unsure(self) -> list[Waiter | Sleeper]:
-        return [
-            each
-            for place in self.places()
-            for each in (*place.sleepers, *place.line)
-            if each.surely_until is not None and each.surely_until <= self.now < each.alive_until
-        ]
 
     def renew(self, lease_id: UUID, duration: int | None) -> bool:
         lease = self.live(lease_id)
         if lease is None:
             return False
         lease.duration = duration or lease.duration
-        lease.expires_at = max(lease.expires_at, self.now + lease.duration)
+        lease.expires_at = max(lease.expires_at, max(self.now, lease.acquired_at) + lease.duration)
         lease.claimed = True
         return lease.whole
 
-    def release(self, lease_ids: list[UUID]) -> set[UUID]:
+    def release(self, lease_ids: list[UUID], own: bool) -> set[UUID]:
         """The ids that were live."""
         live: set[UUID] = set()
-        touched: list[Place] = []
-        for place in self.places():
-            mine = [each for each in place.line if each.request.lease_id in lease_ids]
-            asleep = [each for each in place.sleepers if each.request.lease_id in lease_ids]
-            held = any(place in lease.parts for lease_id, lease in self.leases.items() if lease_id in lease_ids)
-            if mine or asleep or held:
-                touched.append(place)
-            live |= {each.request.lease_id for each in mine if each.alive_until > self.now}
-            live |= {each.request.lease_id for each in asleep if each.alive_until > self.now}
-            place.line = [each for each in place.line if each not in mine]
-            self.give_back(place, asleep)
-        live |= {lease_id for lease_id in lease_ids if self.live(lease_id) is not None}
+        for _ in range(5):
+            touched = [place for place in self.places() if self.is_on(place, lease_ids)]
+            for place in sorted(touched, key=Place.order):
+                live |= self.release_at(place, lease_ids, own)
+            if not any(self.waiter(lease_id) for lease_id in lease_ids):
+                break
+        return live
+
+    def is_on(self, place: Place, lease_ids: list[UUID]) -> bool:
+        return any(
+            (lease_id in self.leases and place in self.leases[lease_id].parts)
+            or (lease_id in self.told and place in self.told[lease_id].places)
+            or lease_id in place.kept
+            or any(waiter.request.lease_id == lease_id for waiter in place.line)
+            for lease_id in lease_ids
+        )
+
+    def release_at(self, place: Place, lease_ids: list[UUID], own: bool) -> set[UUID]:
+        live: set[UUID] = set()
         for lease_id in lease_ids:
-            self.leases.pop(lease_id, None)
-            self.passed.pop(lease_id, None)
-        for place in sorted(touched, key=Place.order):
-            self.settle(place)
+            lease, trace = self.leases.get(lease_id), self.told.get(lease_id)
+            if lease is not None and lease.parts.pop(place, None) is not None:
+                live |= {lease_id} if lease.expires_at > self.now else set()
+                if not lease.parts:
+                    del self.leases[lease_id]
+            if trace is not None and place in trace.places:
+                live |= {lease_id} if trace.until > self.now and trace.moment is not None else set()
+                trace.places.remove(place)
+                if not trace.places:
+                    del self.told[lease_id]
+            place.kept.pop(lease_id, None)
+        gone = [waiter for waiter in place.line if waiter.request.lease_id in lease_ids]
+        live |= {waiter.request.lease_id for waiter in gone if self.lives_until(waiter) > self.now}
+        place.line = [waiter for waiter in place.line if waiter not in gone]
+        if place.limit.active and place.line:
+            self.serve(place, own)
         return live
 
     # Limits.
@@ -653,7 +737,7 @@ class Model:
             raise Wrong("PL003")
         self.numbers += 1
         self.limits[name] = Limit(
-            name, most, rate, active, max_waiters, description or None, self.numbers, self.fence_floor
+            name, most, rate, active, max_waiters, description or None, self.numbers, self.fence_floor, self.now
         )
 
     def get(self, name: str) -> Limit:
@@ -677,93 +761,48 @@ class Model:
                 raise Wrong("PL003")
             del self.limits[name]
             changed.name = new_name
-            changed.former_names.add(name)
             self.limits[new_name] = changed
-        grown = 0 if limit is None else limit - changed.most
-        changed.most += grown
+        changed.decayed, changed.decayed_at = changed.virtual(self.now), self.now
+        changed.most = changed.most if limit is None else limit
         changed.rate = changed.rate if rate is None else rate
         changed.active = changed.active if active is None else active
         if max_waiters is not None:
             changed.max_waiters = None if max_waiters == -1 else max_waiters
         if description is not None:
             changed.description = description or None
-        for place in changed.places.values():
-            if not changed.active:
-                place.level -= sum(sleeper.slots for sleeper in place.sleepers)
-                self.send_away(place)
-                continue
-            for sleeper in place.sleepers:
-                sleeper.ahead -= grown
-            self.let_go(place)
-            self.give_back(place, [each for each in place.sleepers if self.is_hopeless(place, each)])
-            place.line = [each for each in place.line if not self.is_hopeless(place, each)]
-            if changed.most == 0:
-                self.stand_in_line(place)
-            self.settle(place)
-        self.outdate(changed)
-
-    def stand_in_line(self, place: Place) -> None:
-        """Nobody knows when the turn of those who sleep will come."""
-        for each in [*place.sleepers]:
-            self.give_back(place, [each])
-            waiter = Waiter(each.request, each.slots, each.arrival, False, each.alive_until)
-            waiter.surely_until = each.surely_until
-            place.line.append(waiter)
-        place.line.sort(key=Waiter.order)
-
-    def outdate(self, changed: Limit) -> None:
-        """Those who wait for several limits notice that one was changed, whichever they stand in line for."""
-        for place in self.places():
-            for waiter in place.line:
-                waiter.outdated = waiter.outdated or changed in waiter.over
-
-    def send_away(self, place: Place) -> None:
-        for passed in self.passed.values():
-            passed.parts.pop(place, None)
-        self.passed = {lease_id: passed for lease_id, passed in self.passed.items() if passed.parts}
-        place.line, place.sleepers = [], []
+        for place in sorted(changed.places.values(), key=Place.order):
+            if place.line:
+                place.line = [
+                    waiter
+                    for waiter in place.line
+                    if changed.active and not self.is_hopeless(changed, waiter.slots, waiter.request.for_rate)
+                ]
+                self.serve(place, own=False)
 
     def delete(self, name: str) -> None:
         limit = self.get(name)
         fences = [fence for place in limit.places.values() for _, fence in place.fences]
         self.fence_floor = max([self.fence_floor, limit.fence_floor, *fences])
-        for lease in self.leases.values():
+        for lease_id, lease in [*self.leases.items()]:
             lease.parts = {place: part for place, part in lease.parts.items() if place.limit is not limit}
-        for place in limit.places.values():
-            self.send_away(place)
+            if not lease.parts:
+                del self.leases[lease_id]
+        for lease_id, told in [*self.told.items()]:
+            told.places = [place for place in told.places if place.limit is not limit]
+            if not told.places:
+                del self.told[lease_id]
         del self.limits[name]
-        self.outdate(limit)
 
     def adjust(self, name: str, slots: int, key: str) -> Fraction:
         limit = self.get(name)
         if not limit.rate:
             raise Wrong("PL005")
         place = limit.place(key)
-        self.add_to_level(place, slots)
-        self.settle(place)
-        return place.level
-
-    def add_to_level(self, place: Place, slots: Fraction | int) -> None:
-        """Up at will, behind those who sleep; down by what lies there, then before the last of them, and so on.
-
-        What they have reserved stays reserved, only earlier.
-        """
-        if slots > 0:
-            place.level += slots
-            return
-        too_much, behind, ends = -slots, [], place.level
-        for sleeper in [*reversed(place.sleepers), None]:
-            # It goes when all but the limit has decayed of what lies before it and of its own.
-            begins = place.limit.most + sleeper.ahead if sleeper is not None else 0
-            off = min(too_much, ends - begins)
-            for later in behind:
-                later.ahead -= off
-            place.level -= off
-            too_much -= off
-            if sleeper is not None:
-                ends = begins - sleeper.slots
-                behind.append(sleeper)
-        self.let_go(place)
+        virtual = limit.virtual(self.now)
+        place.booked = max(max(place.booked, virtual) + slots, virtual)
+        if limit.active and place.line:
+            self.serve(place, own=False)
+        return self.level(place)
 
     def reset(self, name: str, key: str | None) -> int:
         limit = self.get(name)
@@ -771,12 +810,22 @@ class Model:
         for place in sorted(limit.places.values(), key=Place.order):
             if key is not None and place.key != key:
                 continue
-            for lease in self.live_leases():
+            for lease_id, lease in [*self.leases.items()]:
                 if lease.parts.pop(place, None) is not None:
-                    ended += 1
+                    ended += lease.expires_at > self.now
                     lease.whole = False
-            self.add_to_level(place, -place.level)
-            self.settle(place)
+                    if not lease.parts:
+                        del self.leases[lease_id]
+            for lease_id, told in [*self.told.items()]:
+                if place in told.places:
+                    told.places.remove(place)
+                    if not told.places:
+                        del self.told[lease_id]
+            place.kept.clear()
+            place.next_expiry = None
+            place.booked = min(place.booked, limit.virtual(self.now))
+            if limit.active and place.line:
+                self.serve(place, own=False)
         return ended
 
     def note_fence(self, lease: Lease, place: Place, fence: int) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
@@ -14,13 +14,12 @@ import psycopg
 import pytest
 from psycopg.rows import namedtuple_row
 
-SINGLE = {
-    "slots": "int", "key": "text", "keys": "text[]", "lease_duration": "interval", "wait": "interval",
+KINDS = {
+    "slots": "int", "key": "text", "keys": "text[]", "timeout_seconds": "float8", "lease_duration": "float8",
     "priority": "int", "holder": "jsonb", "lease_id": "uuid", "strict": "boolean", "channel": "text",
     "for_rate": "boolean",
 }  # fmt: skip
 FOREVER = None
-HOUR = "1 hour"
 
 
 class Clock(Protocol):
@@ -56,43 +55,46 @@ class Session:
     def run(self, query: str, *parameters: Any) -> None:
         self.all(query, *parameters)
 
-    def call(self, function: str, first: Any, several: bool, **arguments: Any) -> Any:
+    def call(self, function: str, names: str | Sequence[str], **arguments: Any) -> Any:
+        """One of the functions that have a sister for several limits."""
+        several = not isinstance(names, str)
         texts = ["%s::text[]" if several else "%s::text"]
-        values: list[Any] = [first]
+        values: list[Any] = [list(names) if several else names]
         for name, value in arguments.items():
-            kind = SINGLE[name]
-            if name in ("slots", "key", "keys") and several and not kind.endswith("[]"):
-                kind += "[]"
+            kind = KINDS[name]
+            if several and name in ("slots", "keys"):
+                kind = kind.removesuffix("[]") + "[]"
+                value = value if isinstance(value, list) else [value]
             texts.append(f"{name} => %s::{kind}")
             values.append(json.dumps(value) if kind == "jsonb" and value is not None else value)
+        function += "_all" if several else ""
         return self.one(f"select * from pglimits.{function}({', '.join(texts)})", *values)
 
     def acquire(self, names: str | Sequence[str], **arguments: Any) -> Any:
-        return self.call("acquire", *_first(names), **_arrays(names, arguments))
+        return self.call("acquire", names, **arguments)
 
     def rate_limit(self, names: str | Sequence[str], **arguments: Any) -> Any:
-        return self.call("rate_limit", *_first(names), **_arrays(names, arguments))
+        return self.call("rate_limit", names, **arguments)
 
     def peek(self, names: str | Sequence[str], **arguments: Any) -> Any:
-        return self.call("peek", *_first(names), **_arrays(names, arguments))
+        return self.call("peek", names, **arguments)
 
     def release(self, lease_id: UUID | str) -> bool:
         return bool(self.value("select pglimits.release(%s::uuid)", lease_id))
 
-    def renew(self, lease_id: UUID | str, lease_duration: str | None = None) -> bool:
-        return bool(self.value("select pglimits.renew(%s::uuid, %s::interval)", lease_id, lease_duration))
+    def renew(self, lease_id: UUID | str, lease_duration: float | None = None) -> bool:
+        return bool(self.value("select pglimits.renew(%s::uuid, %s::float8)", lease_id, lease_duration))
 
     def watch(self, *lease_ids: UUID | str) -> list[Any]:
-        return self.all(
-            "select w.lease_id, w.status, w.fence, nullif(w.expires_at, 'infinity') as expires_at, w.retry_after,"
-            " w.wait from pglimits.watch(%s::uuid[]) w",
-            [str(each) for each in lease_ids],
-        )
+        return self.all("select * from pglimits._watch(%s::uuid[], false)", [str(each) for each in lease_ids])
 
     def watch_one(self, lease_id: UUID | str) -> Any:
         rows = self.watch(lease_id)
         assert len(rows) == 1, rows
         return rows[0]
+
+    def beat(self, channel: str) -> float:
+        return float(self.value("select pglimits._beat(%s)", channel))
 
     def create(self, name: str, limit: int, rate: float = 0, **more: Any) -> str:
         texts = "".join(f", {argument} => %s" for argument in more)
@@ -113,8 +115,8 @@ class Session:
     def reset(self, name: str, key: str | None = None) -> int:
         return int(self.value("select pglimits.reset(%s, %s)", name, key))
 
-    def sweep(self, idle: str = HOUR) -> Any:
-        return self.one("select * from pglimits.sweep(idle => %s::interval)", idle)
+    def sweep(self, idle_seconds: float = 3600) -> Any:
+        return self.one("select * from pglimits.sweep(idle_seconds => %s::float8)", idle_seconds)
 
     def limit(self, name: str) -> Any:
         return self.one("select * from pglimits.limits where name = %s", name)
@@ -136,7 +138,7 @@ class Session:
     def queue(self, name: str | Sequence[str], **arguments: Any) -> UUID:
         """Join the queue of a limit that is full; returns the id to watch."""
         lease_id = arguments.pop("lease_id", None) or uuid4()
-        answer = self.acquire(name, lease_id=lease_id, **{"wait": FOREVER, **arguments})
+        answer = self.acquire(name, lease_id=lease_id, **{"timeout_seconds": FOREVER, **arguments})
         assert answer.status == "queued", answer
         assert answer.lease_id == UUID(str(lease_id))
         return UUID(str(lease_id))
@@ -150,20 +152,6 @@ class Session:
             self.run("rollback")
             raise
         self.run("commit")
-
-
-def _first(names: str | Sequence[str]) -> tuple[Any, bool]:
-    return (names, False) if isinstance(names, str) else (list(names), True)
-
-
-def _arrays(names: str | Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(names, str):
-        return arguments
-    found = dict(arguments)
-    for name in ("slots", "keys"):
-        if name in found and not isinstance(found[name], list):
-            found[name] = [found[name]]
-    return found
 
 
 class Db:
@@ -234,47 +222,41 @@ def fails(sqlstate: str, *words: str) -> Iterator[None]:
         assert word in message, message
 
 
-def seconds(interval: timedelta) -> float:
-    return interval.total_seconds()
-
-
 def check_consistent(session: Session) -> None:
     """What the states say and what is in the other tables agrees."""
     wrong = session.all(
         """
-        select s.limit_id, s.key, s.held, s.waiting, l.slots, q.waiting as in_queue
+        select s.limit_id, s.key, s.held, s.waiting, s.waiting_slots, l.slots, q.waiting as in_queue,
+               q.slots as queue_slots
         from pglimits.states s
+        left join pglimits.configs c on c.limit_id = s.limit_id
         cross join lateral (
           select coalesce(sum(l.slots), 0) as slots, coalesce(min(l.expires_at), 'infinity') as first
           from pglimits.leases l where l.limit_id = s.limit_id and l.key = s.key) l
         cross join lateral (
-          select count(*) filter (where q.turn is null) as waiting,
-                 min(q.expires_at) filter (where q.turn is null) as first_death,
-                 min((lpad((q.rank + 10000000)::text, 9, '0')
-                      || to_char(q.arrival at time zone 'UTC', 'YYYYMMDDHH24MISSUS')))
-                   filter (where q.turn is null) as head
+          select count(*) as waiting, coalesce(sum(q.slots), 0) as slots,
+                 coalesce(bool_and((q.rank, q.arrival) >= (s.head_rank, s.head_arrival)), true) as behind
           from pglimits.queue q where q.limit_id = s.limit_id and q.key = s.key) q
-        where s.held <> l.slots or s.waiting <> q.waiting or s.next_expiry > l.first
-           or s.next_waiter_death > q.first_death
-           or (s.waiting > 0 and lpad((s.head_rank + 10000000)::text, 9, '0')
-               || to_char(s.head_arrival at time zone 'UTC', 'YYYYMMDDHH24MISSUS') > q.head)
+        where s.held <> l.slots or (s.waiting, s.waiting_slots) <> (q.waiting, q.slots) or s.next_expiry > l.first
+           or not q.behind or s.generation <> s.version / 64
+           or (s."limit", s.slot_decay_per_second, s.active, s.max_waiters, s.decayed, s.decayed_at) is distinct from
+              (c."limit", c.slot_decay_per_second, c.active, c.max_waiters, c.decayed, c.decayed_at)
         """
     )
     assert wrong == []
     assert session.all(
         "select limit_id, key from pglimits.states group by limit_id, key having count(*) > 1"
     ) == []  # fmt: skip
-    strays = "select count(*) from pglimits.{} x where not exists (select from pglimits.states s"
-    strays += " where s.limit_id = x.limit_id and s.key = x.key)"
-    assert session.value(strays.format("leases")) == 0
-    assert session.value(strays.format("queue")) == 0
+    for table in ("leases", "queue", "known_keys"):
+        strays = f"select count(*) from pglimits.{table} x where not exists (select from pglimits.states s"
+        assert session.value(f"{strays} where s.limit_id = x.limit_id and s.key = x.key)") == 0
 
 
 def tables(session: Session) -> dict[str, list[Any]]:
     """Everything that is stored, to see that nothing was changed (xmin sees a rewrite of the same)."""
     return {
         table: session.all(f"select x.xmin::text, x::text from pglimits.{table} x order by x::text")
-        for table in ("meta", "configs", "former_names", "states", "leases", "queue")
+        for table in ("meta", "configs", "states", "leases", "queue")
     }
 
 

@@ -1,50 +1,45 @@
--- pg_cron, where it is there, calls the sweep. Its functions are called by dynamic SQL, because this has to be
--- installable without it.
+-- pg_cron, where it is there, calls the sweep. Its functions are called by dynamic SQL, because this has to be installable without it.
+--
+-- Invariant: one job for each database, whatever is called how often.
+-- Called by: anybody who was granted pglimits_admin.
 
 -- How often pg_cron is asked to sweep: seconds from pg_cron 1.5 on, whole minutes before (it would misread seconds).
-create or replace function pglimits._cron_schedule(every interval, extension_version text)
+create or replace function pglimits._cron_schedule(every_seconds double precision, extension_version text)
 returns text
 language plpgsql
 immutable
-set search_path = pg_catalog, pg_temp
 as $$
 declare
-  seconds numeric := extract(epoch from every);
   parts integer[] := (regexp_match(extension_version, '^([0-9]+)[.]([0-9]+)'))::integer[];
   minutes integer;
 begin
-  if every is null or seconds < 1 or seconds > 86400 then
-    perform pglimits._fail('InvalidArgument',
-      format('every must be from 1 second to 1 day, not %s', coalesce(every::text, 'null')));
-  elsif ceil(seconds) < 60 and (parts[1], parts[2]) >= (1, 5) then
-    return ceil(seconds) || ' seconds';
+  if every_seconds between 1 and 86400 is not true then
+    perform pglimits._check(format('every_seconds must be from 1 to 86400, not %s', coalesce(every_seconds::text, 'null')));
+  elsif ceil(every_seconds) < 60 and (parts[1], parts[2]) >= (1, 5) then
+    return ceil(every_seconds) || ' seconds';
   end if;
-  minutes := ceil(seconds / 60);
+  minutes := ceil(every_seconds / 60);
   return case when minutes = 1 then '* * * * *'
               when minutes < 60 then format('*/%s * * * *', minutes)
               when minutes <= 23 * 60 then format('0 */%s * * *', ceil(minutes / 60.0)::integer)
               else '0 0 * * *' end;
 end $$;
 
-comment on function pglimits._cron_schedule(interval, text) is
+comment on function pglimits._cron_schedule(double precision, text) is
   'The schedule for pg_cron of that version; rounded up to what it can express.';
 
-create or replace function pglimits.cron_enable(every interval default '1 minute')
+create or replace function pglimits.cron_enable(every_seconds double precision default 60)
 returns text
 language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-set plan_cache_mode = force_generic_plan
 as $$
 declare
   cron_version text := (select x.extversion from pg_catalog.pg_extension x where x.extname = 'pg_cron');
   cron_database text := current_setting('cron.database_name', true);
   -- Also the check of its argument, which comes first.
-  schedule text := pglimits._cron_schedule(every, coalesce(cron_version, '1.4'));
+  schedule text := pglimits._cron_schedule(every_seconds, coalesce(cron_version, '1.4'));
 begin
   if cron_version is null and cron_database <> current_database() then
     perform pglimits._fail('CronUnavailable',
@@ -61,8 +56,8 @@ begin
   return schedule;
 end $$;
 
-comment on function pglimits.cron_enable(interval) is
-$$Has pg_cron call sweep() that often (below a minute from pg_cron 1.5 on, else rounded up to minutes). Run twice, it is
+comment on function pglimits.cron_enable(double precision) is
+$$Has pg_cron call sweep() every so many seconds (below a minute from pg_cron 1.5 on, else rounded up to minutes). Run twice, it is
 scheduled once. Returns the schedule. Errors: PL001 a bad argument, PL007 pg_cron is not in this database.$$;
 
 create or replace function pglimits.cron_disable()
@@ -71,10 +66,6 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-set plan_cache_mode = force_generic_plan
 as $$
 declare
   job bigint;
@@ -96,7 +87,6 @@ create or replace function pglimits._cron_job()
 returns text
 language plpgsql
 stable
-set search_path = pg_catalog, pg_temp
 as $$
 begin
   return 'pglimits sweep ' || current_database();

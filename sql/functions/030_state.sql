@@ -1,0 +1,191 @@
+-- The state of one (limit, key): locking it, creating it, saving it. Everything that decides goes
+--   _lock  ->  read the clock  ->  decide  ->  _save (or _serve, which saves)
+-- in the order of (limit id, key) where there are several, and so no two callers ever wait for each other in a ring.
+--
+-- Invariant: all that a decision needs is in the row that is locked. A state is in one variable at a time, and saved before another
+-- function looks at it. Every change raises its version, so whoever took a look without the lock can tell that something has changed.
+-- Called by: whatever decides; states are created here alone.
+
+-- The state of a (limit, key), locked. Null where there is none: it was never used, or has been swept or deleted.
+create or replace function pglimits._lock_used(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+volatile
+as $$
+declare
+  state pglimits.states;
+begin
+  select s.* into state from pglimits.states s
+  where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+  order by s.generation desc limit 1 for update;
+  return state;
+end $$;
+
+comment on function pglimits._lock_used(bigint, text) is
+  'Locks and returns the state of a (limit, key); null where there is none.';
+
+-- The same, created at its first use. Null when the limit is gone. For callers that have no other state locked.
+create or replace function pglimits._lock(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+volatile
+as $$
+declare
+  state pglimits.states := pglimits._lock_used(limit_id, key);
+begin
+  if state.limit_id is null then
+    perform pglimits._create_state(limit_id, key);
+    state := pglimits._lock_used(limit_id, key);
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._lock(bigint, text) is
+  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+
+-- The state of a key that was never used.
+create or replace function pglimits._unused(config pglimits.configs, key text)
+returns pglimits.states
+language plpgsql
+immutable
+as $$
+declare
+  state pglimits.states;
+begin
+  state.limit_id := config.limit_id;
+  state.key := key;
+  state.name := config.name;
+  state."limit" := config."limit";
+  state.slot_decay_per_second := config.slot_decay_per_second;
+  state.active := config.active;
+  state.max_waiters := config.max_waiters;
+  state.decayed := config.decayed;
+  state.decayed_at := config.decayed_at;
+  state.version := config.fence_floor;
+  state.generation := state.version / 64;
+  state.held := 0;
+  state.booked := 0;
+  state.next_expiry := timestamptz 'infinity';
+  state.waiting := 0;
+  state.waiting_slots := 0;
+  state.head_rank := 0;
+  state.head_arrival := timestamptz '-infinity';
+  state.last_arrival := timestamptz '-infinity';
+  state.next_look := timestamptz 'infinity';
+  return state;
+end $$;
+
+comment on function pglimits._unused(pglimits.configs, text) is 'The state of a key that was never used.';
+
+-- Creates the state of a (limit, key), unless there is one or the limit is gone. Before any state is locked: the config is shared
+-- with other first users, but not with update_limit and delete_limit, which have to meet every state of the limit.
+create or replace function pglimits._create_state(limit_id bigint, key text)
+returns void
+language plpgsql
+volatile
+as $$
+declare
+  config pglimits.configs;
+  state pglimits.states;
+begin
+  select c.* into config from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
+  if found then
+    insert into pglimits.known_keys (limit_id, key) values (_create_state.limit_id, _create_state.key) on conflict do nothing;
+    if found then
+      state := pglimits._unused(config, key);
+      state.changed_at := pglimits._now();
+      insert into pglimits.states select state.*;
+    end if;
+  end if;
+end $$;
+
+comment on function pglimits._create_state(bigint, text) is
+  'Creates the state of a (limit, key), unless there is one already.';
+
+-- Locks the states of several (limit, key)s, in their order, creating those that are missing first. False: one of the limits is gone.
+create or replace function pglimits._lock_all(limit_ids bigint[], keys text[])
+returns boolean
+language plpgsql
+volatile
+as $$
+declare
+  state pglimits.states;
+begin
+  for p in 1 .. cardinality(keys) loop
+    if not exists (select from pglimits.known_keys k where k.limit_id = limit_ids[p] and k.key = keys[p]) then
+      perform pglimits._create_state(limit_ids[p], keys[p]);
+    end if;
+  end loop;
+  for p in 1 .. cardinality(keys) loop
+    state := pglimits._lock_used(limit_ids[p], keys[p]);
+    if state.limit_id is null then
+      return false;
+    end if;
+  end loop;
+  return true;
+end $$;
+
+comment on function pglimits._lock_all(bigint[], text[]) is
+  'Locks the states of several (limit, key)s, given in the order of locking; false if one of the limits is gone.';
+
+-- Reads a state that is locked already, as it was saved last.
+create or replace function pglimits._reload(limit_id bigint, key text)
+returns pglimits.states
+language plpgsql
+volatile
+as $$
+declare
+  state pglimits.states;
+begin
+  select s.* into state from pglimits.states s
+  where s.limit_id = _reload.limit_id and s.key = _reload.key order by s.generation desc limit 1;
+  return state;
+end $$;
+
+comment on function pglimits._reload(bigint, text) is 'The state of a (limit, key) that is locked already.';
+
+-- Writes a locked state back.
+create or replace function pglimits._save(state pglimits.states, now timestamptz)
+returns void
+language plpgsql
+volatile
+as $$
+begin
+  update pglimits.states s
+  set version = greatest(state.version, s.version + 1), generation = greatest(state.version, s.version + 1) / 64,
+      held = state.held, booked = state.booked, next_expiry = state.next_expiry, waiting = state.waiting,
+      waiting_slots = state.waiting_slots, head_rank = state.head_rank, head_arrival = state.head_arrival,
+      last_arrival = state.last_arrival, next_look = state.next_look, changed_at = now
+  where s.limit_id = state.limit_id and s.key = state.key and s.generation = state.generation;
+end $$;
+
+comment on function pglimits._save(pglimits.states, timestamptz) is 'Writes a locked state back under a higher version.';
+
+-- Who keeps the states of some limits locked, in words, as far as the server tells the owner of this schema.
+create or replace function pglimits._locked_by(names text[], keys text[])
+returns text
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  lockers text;
+begin
+  select string_agg(distinct format(
+           'session %s of %s (%s, %s since %s)', l.pid, coalesce(a.usename, 'an unknown user'),
+           coalesce(nullif(a.application_name, ''), 'no application_name'), coalesce(a.state, 'in a transaction'),
+           coalesce(to_char(a.xact_start, 'HH24:MI:SS'), 'some time')), '; ')
+  into lockers
+  from unnest(names) as n(name)
+  join pglimits.configs c on c.name = n.name
+  cross join lateral (
+    select s.xmax as locker from pglimits.states s
+    where s.limit_id = c.limit_id and s.key = any (keys) and s.xmax <> '0') s
+  join pg_locks l on l.locktype = 'transactionid' and l.granted and l.transactionid = s.locker and l.pid <> pg_backend_pid()
+  left join pg_stat_activity a on a.pid = l.pid;
+  return coalesce(lockers, 'a transaction that has ended by now');
+end $$;
+
+comment on function pglimits._locked_by(text[], text[]) is
+  'Which sessions keep limits locked, in words. For the messages of LimitLocked, those of the wrapper too.';

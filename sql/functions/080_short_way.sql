@@ -1,0 +1,153 @@
+-- The short way: what most calls ask for, one at a time, in a few statements. A look without a lock, and if it shows room, nobody in line and
+-- nobody at work on the state, one UPDATE of what was seen. It fails, with nothing done, if anything has changed since, as every change
+-- raises the version. Everything that is not so simple is left to those who decide under the lock.
+--
+-- Whoever has a state locked is its xmax. The transaction that wrote it leaves itself there, if it had it locked before: then xmax is xmin.
+--
+-- Invariant: what is done here is what _decide, or _release_at, would do.
+-- Called by: the public functions and the batches, first.
+
+-- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. Answers its fence; 0: there is no room,
+-- whoever is in line; null: it is not so simple.
+create or replace function pglimits._take_at_once(
+  name text, slots integer, key text, lease_duration double precision, priority integer, holder jsonb, lease_id uuid, chosen boolean,
+  now timestamptz, ends timestamptz)
+returns bigint
+language plpgsql
+volatile
+as $$
+declare
+  seen record;
+begin
+  select s.limit_id, s.ctid as place, s.xmin as written_by, s."limit", s."limit" - s.held as room, s.version, s.held, s.next_expiry,
+         s.waiting = 0 and (s.xmax = '0' or s.xmax = s.xmin) as is_free
+  into seen from pglimits.states s
+  where s.name = _take_at_once.name and s.key = _take_at_once.key and s.active and s.slot_decay_per_second = 0
+  order by s.generation desc limit 1;
+  if chosen then
+    if pglimits._is_known(array[lease_id]) then
+      return null;
+    end if;
+  end if;
+  if slots > 0 and slots <= seen.room and seen.is_free and seen.next_expiry > now then
+    update pglimits.states s
+    set version = seen.version + 1, generation = (seen.version + 1) / 64, held = seen.held + slots,
+        next_expiry = least(seen.next_expiry, ends), changed_at = now
+    where s.ctid = seen.place and s.xmin = seen.written_by;
+    if found then
+      insert into pglimits.leases (
+        lease_id, limit_id, key, slots, holder, session, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
+      values (lease_id, seen.limit_id, key, slots, holder, case when holder is null then pglimits._session() end, seen.version + 1,
+              priority, lease_duration, true, 1, now, ends);
+      return seen.version + 1;
+    end if;
+  elsif slots > greatest(seen.room, 0) and slots <= seen."limit" then
+    if seen.next_expiry > now or not pglimits._has_ended(seen.limit_id, key, seen.next_expiry, now) then
+      return 0;
+    end if;
+  end if;
+  return null;
+end $$;
+
+comment on function pglimits._take_at_once(
+  text, integer, text, double precision, integer, jsonb, uuid, boolean, timestamptz, timestamptz) is
+  'Grants a request if nothing is in the way: its fence; 0 if there is no room; null if it is not so simple.';
+
+-- A call of rate_limit over one limit, which leaves nothing but the level. lease_id: if it may be known. Answers seconds: 0, it is granted;
+-- more, it is refused, and could go then; null, it is not so simple.
+create or replace function pglimits._use_at_once(name text, slots integer, key text, may_wait boolean, lease_id uuid)
+returns double precision
+language plpgsql
+volatile
+as $$
+declare
+  seen record;
+  now timestamptz;
+  decayed double precision;
+  used double precision;
+  too_much double precision;
+begin
+  select s.limit_id, s.ctid as place, s.xmin as written_by, s."limit", s.slot_decay_per_second, s.decayed, s.decayed_at, s.version,
+         s.booked, s.waiting, s.xmax = '0' or s.xmax = s.xmin as is_unlocked
+  into seen from pglimits.states s
+  where s.name = _use_at_once.name and s.key = _use_at_once.key and s.active and s.slot_decay_per_second > 0
+  order by s.generation desc limit 1;
+  if (slots > 0 and slots <= seen."limit" and seen.waiting = 0) is not true then
+    return null;
+  elsif lease_id is not null then
+    if pglimits._is_known(array[lease_id]) then
+      return null;
+    end if;
+  end if;
+  now := pglimits._now();
+  decayed := pglimits._decayed(seen.decayed, seen.slot_decay_per_second, seen.decayed_at, now);
+  used := greatest(seen.booked, decayed) + pglimits._millionths(slots);
+  too_much := used - pglimits._millionths(seen."limit") - decayed;
+  if too_much > 0 then
+    return case when not may_wait then pglimits._seconds_until(too_much, 0, seen.slot_decay_per_second) end;
+  elsif not seen.is_unlocked then
+    return null;
+  end if;
+  update pglimits.states s
+  set version = seen.version + 1, generation = (seen.version + 1) / 64, booked = used, changed_at = now
+  where s.ctid = seen.place and s.xmin = seen.written_by;
+  if not found then
+    return null;
+  elsif pglimits._now() > now + interval '1 millisecond' then
+    -- Somebody had it locked after all, and has changed nothing: it goes now, and not when it was looked at.
+    update pglimits.states s
+    set booked = greatest(s.booked, pglimits._millionths(slots) + pglimits._decayed(
+          s.decayed, s.slot_decay_per_second, s.decayed_at, pglimits._now()))
+    where s.limit_id = seen.limit_id and s.key = _use_at_once.key and s.version = seen.version + 1;
+  end if;
+  return 0;
+end $$;
+
+comment on function pglimits._use_at_once(text, integer, text, boolean, uuid) is
+  'Charges a call of rate_limit if nothing is in the way, or refuses it; null if it is not so simple.';
+
+-- Whether something is known of one of these requests: it waits, or holds, or it was told what became of it a moment ago.
+create or replace function pglimits._is_known(lease_ids uuid[])
+returns boolean
+language plpgsql
+volatile
+as $$
+begin
+  return exists (select from pglimits.leases l where l.lease_id = any (lease_ids))
+      or exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+end $$;
+
+comment on function pglimits._is_known(uuid[]) is 'Whether some of these requests were asked before, and are known.';
+
+-- Ends a lease on one limit where nobody waits. Whether it was live; null if it is not so simple.
+create or replace function pglimits._release_at_once(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+as $$
+declare
+  seen record;
+  live boolean;
+begin
+  select l.slots, s.place, s.written_by, s.version, s.held into seen
+  from pglimits.leases l
+  cross join lateral (
+    select x.ctid as place, x.xmin as written_by, x.version, x.held, x.waiting = 0 and (x.xmax = '0' or x.xmax = x.xmin) as is_simple
+    from pglimits.states x where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
+  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and s.is_simple;
+  if not found then
+    return null;
+  end if;
+  update pglimits.states s
+  set version = seen.version + 1, generation = (seen.version + 1) / 64, held = seen.held - seen.slots, changed_at = pglimits._now()
+  where s.ctid = seen.place and s.xmin = seen.written_by;
+  if not found then
+    return null;
+  end if;
+  delete from pglimits.leases l where l.lease_id = _release_at_once.lease_id
+  returning l.expires_at > pglimits._now() into live;
+  return live;
+end $$;
+
+comment on function pglimits._release_at_once(uuid) is
+  'Ends a lease on one limit where nobody waits: whether it was live; null if it is not so simple.';

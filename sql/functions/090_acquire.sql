@@ -1,0 +1,589 @@
+-- acquire, rate_limit and peek: what callers call.
+--
+-- The settings of all public functions are given to them at the end of an installation (settings.sql).
+-- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a plan made on
+-- empty tables may take the index on (limit_id, key, ...) instead, and walk all that was ever there.
+--
+-- Invariant: granted means: go now. Whoever is granted a moment ahead is queued until then.
+-- Called by: anybody who was granted pglimits_user.
+
+-- What is known of a request by its id: what it was granted, that its time was over, or that it waits. Null: nothing.
+create or replace function pglimits._answer_known(lease_id uuid, told boolean)
+returns pglimits._outcome
+language plpgsql
+volatile
+as $$
+declare
+  now constant timestamptz := pglimits._now();
+  lease record;
+  waiter pglimits.queue;
+  state pglimits.states;
+  goes_in double precision;
+begin
+  select min(l.fence) as fence, max(l.acquired_at) as acquired_at, min(l.expires_at) as expires_at, max(l.slots) as slots,
+         bool_and(l.claimed) as claimed
+  into lease from pglimits.leases l
+  where l.lease_id = _answer_known.lease_id and l.expires_at > now and (l.fence > 0 or l.slots = 0);
+  if lease.fence = 0 then
+    return row(1, 1, 'refused', null, null, null)::pglimits._outcome;
+  elsif lease.fence > 0 then
+    goes_in := greatest(date_part('epoch', lease.acquired_at - now), 0);
+    if goes_in > 0 and not told then
+      return row(1, 1, 'queued', lease.fence, null, array[goes_in])::pglimits._outcome;
+    elsif not lease.claimed and lease.slots > 0 then
+      lease.expires_at := (select min(c.expires_at) from pglimits._claim(array[lease_id], now) c);
+    end if;
+    return row(1, 1, 'granted', lease.fence, lease.expires_at, array[goes_in])::pglimits._outcome;
+  end if;
+  select q.* into waiter from pglimits.queue q where q.lease_id = _answer_known.lease_id;
+  if waiter.lease_id is null then
+    return null;
+  end if;
+  state := pglimits._reload(waiter.limit_id, waiter.key);
+  return row(1, 1, 'queued', null, null, array[pglimits._looks_in(
+    state, (pglimits._before(state, waiter.rank, waiter.arrival)).slots, waiter.slots, waiter.lease_duration is null,
+    now)])::pglimits._outcome;
+end $$;
+
+comment on function pglimits._answer_known(uuid, boolean) is
+  'What is known of a request by its id; null if nothing is. told: as in _decide.';
+
+-- Begins the full duration of leases that were handed over. Never waits for a row: whoever has it locked claims it, renews it or ends it.
+create or replace function pglimits._claim(lease_ids uuid[], now timestamptz)
+returns table (lease_id uuid, expires_at timestamptz)
+language plpgsql
+volatile
+as $$
+#variable_conflict use_column
+begin
+  return query
+  update pglimits.leases l
+  set claimed = true,
+      expires_at = greatest(l.expires_at, greatest(now, l.acquired_at) + l.lease_duration * interval '1 second')
+  from (
+    select u.lease_id, u.limit_id, u.key from pglimits.leases u
+    where u.lease_id = any (lease_ids) and not u.claimed and u.slots > 0 and u.fence > 0 and u.expires_at > now
+    for update skip locked
+  ) mine
+  where l.lease_id = mine.lease_id
+    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key
+  returning l.lease_id, l.expires_at;
+end $$;
+
+comment on function pglimits._claim(uuid[], timestamptz) is
+  'Begins the full duration of leases that were handed over to waiters. Returns those, with their new ends.';
+
+-- Whether what is asked now can be what is known under that id: a request over none of the same limits, or for another number of slots,
+-- is another one. Names of limits that are missing by now say nothing.
+create or replace function pglimits._is_same(request pglimits._request, lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+as $$
+begin
+  return (
+    with known as (
+      select l.limit_id, l.key, nullif(l.slots, 0) as slots, case when l.fence > 0 then l.slots = 0 end as for_rate
+      from pglimits.leases l
+      where l.lease_id = _is_same.lease_id and (l.fence > 0 or l.slots = 0) and l.expires_at > pglimits._now()
+      union all
+      select p.limit_id, p.key, p.slots, q.lease_duration is null from pglimits.queue q
+      cross join lateral unnest(coalesce(q.parts, array[row(q.limit_id, q.key, q.slots)::pglimits._part])) p
+      where q.lease_id = _is_same.lease_id
+    ), asked as (
+      select c.limit_id, n.key, sum(n.slots) as slots
+      from unnest(request.names, request.keys, request.slots) as n(name, key, slots)
+      join pglimits.configs c on c.name = n.name
+      group by c.limit_id, n.key
+    )
+    select not coalesce(bool_or(k.slots <> a.slots), false) and coalesce(bool_and(k.for_rate = request.for_rate), true)
+           and (count(k.limit_id) > 0 or count(a.limit_id) = 0 or not exists (select from known))
+    from asked a left join known k on k.limit_id = a.limit_id and k.key = a.key);
+end $$;
+
+comment on function pglimits._is_same(pglimits._request, uuid) is
+  'Whether a request can be the one that is known under an id.';
+
+-- A request whose id is known: asked again, as a reply was lost, or as it waits. Null: it is to be asked as a new one. The request is
+-- not checked: what would be wrong with it now is no matter to who has what it asked for.
+create or replace function pglimits._ask_again(request pglimits._request, lease_id uuid, told boolean)
+returns pglimits._outcome
+language plpgsql
+volatile
+as $$
+declare
+  now timestamptz;
+  waiter pglimits.queue;
+  outcome pglimits._outcome;
+begin
+  if lease_id::text = any (string_to_array(current_setting('pglimits.queued', true), ',')) then
+    perform pglimits._fail('CommitFirst',
+      'the request was queued in the transaction that asks again, and nobody can grant it before that has ended: commit first');
+  elsif not pglimits._is_same(request, lease_id) then
+    perform pglimits._fail('InvalidArgument', format('lease_id %s is in use for another request', lease_id));
+  end if;
+  -- As everywhere, states first, and only then the rows of a line; of all that it wants, as it may go to stand elsewhere meanwhile.
+  select q.* into waiter from pglimits.queue q where q.lease_id = _ask_again.lease_id;
+  if waiter.parts is not null then
+    perform pglimits._lock_all(array_agg(p.limit_id order by nth), array_agg(p.key order by nth))
+    from unnest(waiter.parts) with ordinality as p(limit_id, key, slots, nth);
+  elsif waiter.lease_id is not null then
+    perform pglimits._lock_used(waiter.limit_id, waiter.key);
+  end if;
+  now := pglimits._now();
+  update pglimits.queue q
+  set expires_at = greatest(q.expires_at, now + pglimits._liveness()),
+      deadline = least(q.deadline, now + request.timeout_seconds * interval '1 second')
+  where q.lease_id = _ask_again.lease_id
+  returning q.* into waiter;
+  if waiter.lease_id is not null then
+    perform pglimits._look(array[lease_id], told);
+    if waiter.deadline <= now or waiter.parts is not null and pglimits._is_outdated(waiter.parts, waiter.lease_duration is null) then
+      -- Unless it has just been granted: its time is over, or it is another request by now.
+      if exists (select from pglimits.queue q where q.lease_id = _ask_again.lease_id) then
+        perform pglimits._release(array[lease_id], told);
+        return case when waiter.deadline <= now then row(1, 1, 'refused', null, null, null)::pglimits._outcome end;
+      end if;
+    end if;
+  end if;
+  outcome := pglimits._answer_known(lease_id, told);
+  if outcome.status is null then
+    -- What has ended is all that is known of it. It may be in use by somebody who tries to renew it, so nobody has taken it out.
+    perform pglimits._release(array[lease_id], told);
+  end if;
+  return outcome;
+end $$;
+
+comment on function pglimits._ask_again(pglimits._request, uuid, boolean) is
+  'Answers a request whose id is known; null: it is to be asked as a new one.';
+
+-- Whether one of the limits of a request was deleted, deactivated, or became too small for it since it asked.
+create or replace function pglimits._is_outdated(parts pglimits._part[], for_rate boolean)
+returns boolean
+language plpgsql
+volatile
+as $$
+begin
+  return exists (
+    select from unnest(parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
+    where c.active is not true or pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, for_rate));
+end $$;
+
+comment on function pglimits._is_outdated(pglimits._part[], boolean) is
+  'Whether a request over several limits can no longer be granted as it was asked for.';
+
+-- Requests that are all alike, from first to last. what: the function that was called, for its errors. holders: an array with one for each.
+-- again: some of their ids may be known.
+create or replace function pglimits._ask(
+  what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
+  lease_duration double precision, priority integer, strict boolean, channel text, lease_ids uuid[], holders jsonb, again boolean,
+  told boolean)
+returns setof pglimits._outcome
+language plpgsql
+volatile
+as $$
+declare
+  many constant integer := cardinality(lease_ids);
+  request pglimits._request;
+  outcome pglimits._outcome;
+begin
+  if many > 1 and (cardinality(names) > 1 or again and pglimits._is_known(lease_ids)) then
+    for i in 1 .. many loop
+      for outcome in
+        select a.* from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel,
+                                      array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told) a
+      loop
+        outcome.first := i;
+        outcome.last := i;
+        return next outcome;
+      end loop;
+    end loop;
+    return;
+  end if;
+  loop
+    if again and pglimits._is_known(lease_ids) then
+      request.for_rate := for_rate;
+      request.timeout_seconds := timeout_seconds;
+      request.names := names;
+      select array_agg(keys[array_lower(keys, 1) + least(n, cardinality(keys)) - 1]),
+             array_agg(slots[array_lower(slots, 1) + least(n, cardinality(slots)) - 1])
+      into request.keys, request.slots from generate_series(1, cardinality(names)) n;
+      outcome := pglimits._ask_again(request, lease_ids[1], told);
+      if outcome.status is not null then
+        return next outcome;
+        return;
+      end if;
+    end if;
+    request := pglimits._check_request(
+      what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel);
+    if cardinality(request.keys) = 0 then
+      return next row(1, many, 'unlimited', null, null, null)::pglimits._outcome;
+      return;
+    end if;
+    outcome := pglimits._refusal(request, many);
+    if outcome.status is not null then
+      return next outcome;
+      return;
+    elsif cardinality(request.keys) = 1 then
+      return query select d.* from pglimits._decide(request, lease_ids, holders, again, told) d;
+      exit when found;
+    else
+      outcome := pglimits._decide_several(request, lease_ids[1], holders, again, told);
+      if outcome.status is not null then
+        return next outcome;
+        return;
+      end if;
+    end if;
+  end loop;
+end $$;
+
+comment on function pglimits._ask(
+  text, text[], integer[], text[], boolean, double precision, double precision, integer, boolean, text, uuid[], jsonb, boolean,
+  boolean) is
+  'Answers requests that are alike, in their order. Raises what is wrong with them.';
+
+-- One request, as plain SQL makes it: with its missing limits named, and no longer wait for a lock than its caller is ready to wait (a
+-- second, if not at all: contention is no reason to refuse). Past that, somebody keeps a limit locked in an open transaction.
+create or replace function pglimits._answer(
+  what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
+  lease_duration double precision, priority integer, holder jsonb, lease_id uuid, strict boolean, channel text)
+returns pglimits.acquired_all
+language plpgsql
+volatile
+as $$
+declare
+  id constant uuid := coalesce(lease_id, gen_random_uuid());
+  lock_timeout constant text := current_setting('lock_timeout');
+  bounded constant boolean := lock_timeout = '0' and timeout_seconds is not null;
+  outcome pglimits._outcome;
+  missing text[];
+  answer pglimits.acquired_all;
+begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._check(coalesce(
+    pglimits._request_fault(timeout_seconds, lease_duration, priority, holder, strict, channel),
+    pglimits._arrays_fault(names, slots, keys)));
+  begin
+    if bounded then
+      perform set_config('lock_timeout', ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000)::bigint::text, true);
+    end if;
+    select a.* into outcome
+    from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
+                       jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false) a;
+    if bounded then
+      perform set_config('lock_timeout', lock_timeout, true);
+    end if;
+  exception when lock_not_available then
+    perform pglimits._fail('LimitLocked',
+      format('somebody keeps %s locked in an open transaction: %s', pglimits._listed(names), pglimits._locked_by(names, keys)),
+      'It has to commit or roll back: call acquire and release in transactions of their own.');
+  end;
+
+  if outcome.status = 'full' then
+    perform pglimits._fail('QueueFull', 'the line of ' || pglimits._listed(names) || ' is as long as its max_waiters allows');
+  end if;
+  missing := pglimits._missing(names);
+  if missing is not null then
+    raise warning 'not enforced, because there is no such limit: %', pglimits._listed(missing);
+  end if;
+  answer.status := outcome.status;
+  answer.expires_at := outcome.expires_at;
+  if outcome.status = 'queued' then
+    answer.lease_id := id;
+    answer.retry_after := least(outcome.seconds[1], date_part('epoch', pglimits._heartbeat_every()));
+    answer."position" := pglimits._position(id);
+    perform set_config('pglimits.queued', concat_ws(',', nullif(current_setting('pglimits.queued', true), ''), id), true);
+  elsif outcome.status = 'refused' then
+    answer.retry_after := outcome.seconds[1];
+  elsif outcome.status = 'granted' then
+    answer.lease_id := id;
+    if not for_rate then
+      answer.fences := case when cardinality(names) = 1 then array[outcome.fence] else pglimits._fences(id, names, keys) end;
+    end if;
+  end if;
+  return answer;
+end $$;
+
+comment on function pglimits._answer(
+  text, text[], integer[], text[], boolean, double precision, double precision, integer, jsonb, uuid, boolean, text) is
+  'Serves one request; raises what is wrong with it.';
+
+-- The fences of a lease, one for each name; null where it is not enforced.
+create or replace function pglimits._fences(lease_id uuid, names text[], keys text[])
+returns bigint[]
+language plpgsql
+volatile
+as $$
+begin
+  return array(
+    select l.fence from unnest(names) with ordinality as n(name, nth)
+    left join pglimits.configs c on c.name = n.name
+    left join pglimits.leases l on l.lease_id = _fences.lease_id and l.limit_id = c.limit_id and l.expires_at > pglimits._now()
+      and l.key = keys[array_lower(keys, 1) + least(n.nth, cardinality(keys))::integer - 1]
+    order by n.nth);
+end $$;
+
+comment on function pglimits._fences(uuid, text[], text[]) is 'The fences of a lease, in the order of the names it was asked under.';
+
+-- The place of a waiter in its line, which counts those too who have died and not been noticed.
+create or replace function pglimits._position(lease_id uuid)
+returns integer
+language plpgsql
+volatile
+as $$
+declare
+  waiter record;
+begin
+  select q.limit_id, q.key, q.rank, q.arrival into waiter from pglimits.queue q where q.lease_id = _position.lease_id;
+  return 1 + coalesce((pglimits._before(pglimits._reload(waiter.limit_id, waiter.key), waiter.rank, waiter.arrival)).waiters, 0);
+end $$;
+
+comment on function pglimits._position(uuid) is
+  'The place of a waiter in its line, 1 being the head, or that of one whose moment is near.';
+
+create or replace function pglimits.acquire(
+  name text,
+  slots integer default 1,
+  key text default '',
+  timeout_seconds double precision default 0,
+  lease_duration double precision default 300,
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.acquired
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  id uuid;
+  now timestamptz;
+  ends timestamptz;
+  fence bigint;
+  whole pglimits.acquired_all;
+begin
+  if pglimits._is_plain(timeout_seconds, lease_duration, priority, holder, strict, channel) then
+    id := coalesce(lease_id, gen_random_uuid());
+    now := pglimits._now();
+    ends := now + lease_duration * interval '1 second';
+    fence := pglimits._take_at_once(name, slots, key, lease_duration, priority, holder, id, lease_id is not null, now, ends);
+    if fence > 0 then
+      return row('granted', id, fence, ends, null, null)::pglimits.acquired;
+    elsif fence = 0 and timeout_seconds = 0 then
+      return row('refused', null, null, null, null, null)::pglimits.acquired;
+    end if;
+  end if;
+  whole := pglimits._answer('acquire', array[name], array[slots], array[key], false, timeout_seconds, lease_duration, priority,
+                            holder, lease_id, strict, channel);
+  return row(whole.status, whole.lease_id, whole.fences[1], whole.expires_at, whole.retry_after, whole."position")
+         ::pglimits.acquired;
+end $$;
+
+comment on function pglimits.acquire(
+  text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text) is
+$$Takes slots of one limit, until they are released or the lease ends. Durations are in seconds.
+
+key: each key of a limit has the whole budget for itself. timeout_seconds: how long the caller is ready to wait in all; 0 tries once,
+null waits for ever. lease_duration: 1 second to 366 days. priority: higher goes first. holder: who it is (the session, if null).
+lease_id: an id of the caller's choice, so that the call can be repeated. strict: a missing limit is an error. channel: what to notify
+when there is news.
+
+status: granted (go now); queued (call again with the same arguments and lease_id within retry_after, after a commit; who does not call
+for 10 seconds loses the place; the deadline counts from the first call); refused (retry_after: when time alone would let it in; null:
+only a release can tell); unlimited (the limit is missing or inactive). In plain SQL, call pglimits.acquire_wait(...) does all of that.
+
+Who is interrupted while queued keeps the place for 10 seconds: ask again with the same lease_id, or release it.
+
+Errors: PL001 a bad argument, PL002 strict and the limit is missing, PL004 more slots than the limit has, PL006 the line is full, PL009
+somebody keeps the limit locked, PL010 asked again before a commit.
+
+Call it in a transaction of its own: the limit is locked until the commit. And as select * from pglimits.acquire(...), since
+select (pglimits.acquire(...)).* calls it once a column.$$;
+
+create or replace function pglimits.acquire_all(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  timeout_seconds double precision default 0,
+  lease_duration double precision default 300,
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.acquired_all
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pglimits._answer('acquire_all', names, slots, keys, false, timeout_seconds, lease_duration, priority, holder, lease_id,
+                          strict, channel);
+end $$;
+
+comment on function pglimits.acquire_all(
+  text[], integer[], text[], double precision, double precision, integer, jsonb, uuid, boolean, text) is
+$$Takes slots of several limits, all or none. As acquire, with slots and keys given once for all names or once for each, and a fence for
+each name in the answer (null where it is not enforced).$$;
+
+create or replace function pglimits.rate_limit(
+  name text,
+  slots integer default 1,
+  key text default '',
+  timeout_seconds double precision default 0,
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.rate_limited
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  seconds double precision;
+begin
+  if pglimits._is_plain(timeout_seconds, 1, priority, holder, strict, channel) then
+    seconds := pglimits._use_at_once(name, slots, key, timeout_seconds is distinct from 0, lease_id);
+    if seconds = 0 then
+      return row('granted', null, lease_id, null)::pglimits.rate_limited;
+    elsif seconds is not null then
+      return row('refused', seconds, null, null)::pglimits.rate_limited;
+    end if;
+  end if;
+  return pglimits._rate_limit('rate_limit', array[name], array[slots], array[key], timeout_seconds, priority, holder, lease_id,
+                              strict, channel);
+end $$;
+
+comment on function pglimits.rate_limit(
+  text, integer, text, double precision, integer, jsonb, uuid, boolean, text) is
+$$Takes slots of one rate limit, which come back by decay only. Arguments and status as of acquire; granted means: go now.
+
+A request whose earliest moment lies beyond timeout_seconds is refused at once and takes nothing. What was granted at once and is asked
+again under the same id is charged again. Errors: as acquire, and PL005 for a limit without slot_decay_per_second.$$;
+
+create or replace function pglimits.rate_limit_all(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  timeout_seconds double precision default 0,
+  priority integer default 0,
+  holder jsonb default null,
+  lease_id uuid default null,
+  strict boolean default false,
+  channel text default null)
+returns pglimits.rate_limited
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pglimits._rate_limit('rate_limit_all', names, slots, keys, timeout_seconds, priority, holder, lease_id, strict, channel);
+end $$;
+
+comment on function pglimits.rate_limit_all(
+  text[], integer[], text[], double precision, integer, jsonb, uuid, boolean, text) is
+  'Takes slots of several rate limits, all or none. As rate_limit, with slots and keys given once for all names or once for each.';
+
+create or replace function pglimits._rate_limit(
+  what text, names text[], slots integer[], keys text[], timeout_seconds double precision, priority integer, holder jsonb,
+  lease_id uuid, strict boolean, channel text)
+returns pglimits.rate_limited
+language plpgsql
+volatile
+as $$
+declare
+  whole constant pglimits.acquired_all := pglimits._answer(
+    what, names, slots, keys, true, timeout_seconds, 1, priority, holder, lease_id, strict, channel);
+begin
+  return row(whole.status, whole.retry_after, whole.lease_id, whole."position")::pglimits.rate_limited;
+end $$;
+
+comment on function pglimits._rate_limit(
+  text, text[], integer[], text[], double precision, integer, jsonb, uuid, boolean, text) is
+  'Serves one call of rate_limit.';
+
+create or replace function pglimits.peek(
+  name text,
+  slots integer default 1,
+  key text default '',
+  timeout_seconds double precision default 0,
+  priority integer default 0,
+  strict boolean default false,
+  for_rate boolean default false)
+returns pglimits.peeked
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pglimits._peek('peek', array[name], array[slots], array[key], timeout_seconds, priority, strict, for_rate);
+end $$;
+
+comment on function pglimits.peek(text, integer, text, double precision, integer, boolean, boolean) is
+$$What acquire (for_rate: rate_limit) with these arguments would be answered now: status, retry_after in seconds, position. Takes no lock
+and changes nothing. Errors as acquire.$$;
+
+create or replace function pglimits.peek_all(
+  names text[],
+  slots integer[] default '{1}',
+  keys text[] default '{""}',
+  timeout_seconds double precision default 0,
+  priority integer default 0,
+  strict boolean default false,
+  for_rate boolean default false)
+returns pglimits.peeked
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return pglimits._peek('peek_all', names, slots, keys, timeout_seconds, priority, strict, for_rate);
+end $$;
+
+comment on function pglimits.peek_all(text[], integer[], text[], double precision, integer, boolean, boolean) is
+  'What acquire_all (for_rate: rate_limit_all) would be answered now. As peek.';
+
+create or replace function pglimits._peek(
+  what text, names text[], slots integer[], keys text[], timeout_seconds double precision, priority integer, strict boolean,
+  for_rate boolean)
+returns pglimits.peeked
+language plpgsql
+volatile
+as $$
+declare
+  request pglimits._request;
+  glance record;
+begin
+  perform pglimits._check(coalesce(
+    pglimits._request_fault(timeout_seconds, 1, priority, null, strict, null),
+    case when for_rate is null then 'for_rate must not be null' end));
+  request := pglimits._check_request(what, names, slots, keys, for_rate, timeout_seconds, 1, priority, strict, null);
+  if cardinality(request.keys) = 0 then
+    return row('unlimited', null, null)::pglimits.peeked;
+  end if;
+  glance := pglimits._glance(request);
+  if glance.status = 'granted' then
+    return row('granted', null, null)::pglimits.peeked;
+  elsif glance.status = 'refused' then
+    return row('refused', glance.seconds, null)::pglimits.peeked;
+  elsif glance.status = 'full' then
+    perform pglimits._fail('QueueFull', 'the line of ' || pglimits._listed(names) || ' is as long as its max_waiters allows');
+  end if;
+  return row('queued', glance.seconds, glance.waiters + 1)::pglimits.peeked;
+end $$;
+
+comment on function pglimits._peek(
+  text, text[], integer[], text[], double precision, integer, boolean, boolean) is
+  'What a request would be answered now.';

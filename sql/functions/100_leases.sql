@@ -1,0 +1,204 @@
+-- What happens to a lease, or to a place in line, after acquire: renew and release.
+--
+-- Invariant: renewing needs no state, as it only moves an end further away. Releasing changes held, or the line, together with the rows.
+-- Rows of leases are locked in the order of (limit id, key, lease id), after the states.
+-- Called by: anybody who was granted pglimits_user and knows the id: the id of a lease is the right to end it.
+
+create or replace function pglimits.renew_all(lease_ids uuid[], lease_duration double precision default null)
+returns table (lease_id uuid, renewed boolean, expires_at timestamptz)
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  now timestamptz := pglimits._now();
+  mine tid[];
+  seconds constant double precision := renew_all.lease_duration;
+begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._check(coalesce(pglimits._ids_fault(lease_ids),
+                                   case when seconds is not null then pglimits._duration_fault(seconds) end));
+  -- Not those that have ended: who takes them out passes over a row that is locked.
+  select array_agg(x.place) into mine from (
+    select l.ctid as place from pglimits.leases l
+    where l.lease_id = any (lease_ids) and l.expires_at > now and l.fence > 0 and l.slots > 0
+    order by l.limit_id, l.key, l.lease_id for update) x;
+  now := pglimits._now();
+  return query
+  with later as (
+    update pglimits.leases l
+    set expires_at = greatest(
+          l.expires_at, greatest(now, l.acquired_at) + coalesce(seconds, l.lease_duration) * interval '1 second'),
+        lease_duration = coalesce(seconds, l.lease_duration), claimed = true
+    where l.ctid = any (mine) and l.expires_at > now
+    returning l.lease_id, l.expires_at, l.parts
+  )
+  select asked.id, count(later.lease_id) > 0 and count(later.lease_id) = min(later.parts), min(later.expires_at)
+  from (select distinct u.id from unnest(lease_ids) as u(id)) asked
+  left join later on later.lease_id = asked.id
+  group by asked.id;
+end $$;
+
+comment on function pglimits.renew_all(uuid[], double precision) is
+  'Moves the ends of live leases to lease_duration seconds from now (null: the duration they were taken with), never nearer. A row for '
+  'each id: whether it was still live (on all its limits), and its new end. Safe to repeat. PL001 for a duration below 1 second.';
+
+create or replace function pglimits.renew(lease_id uuid, lease_duration double precision default null)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform pglimits._check(case when lease_id is null then 'lease_id must not be null' end);
+  return (select r.renewed from pglimits.renew_all(array[lease_id], lease_duration) r);
+end $$;
+
+comment on function pglimits.renew(uuid, double precision) is
+  'Moves the end of a live lease to lease_duration seconds from now (null: as it was taken), never nearer. False if it had ended.';
+
+-- Ends leases, and lets waiters leave, and hands what comes free to the heads of the lines. Returns the ids that were live. own: as in
+-- _serve.
+create or replace function pglimits._release(lease_ids uuid[], own boolean)
+returns uuid[]
+language plpgsql
+volatile
+as $$
+declare
+  place record;
+  ended uuid[] := array[]::uuid[];
+begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  -- Whoever waits for several limits may go to stand in another line while its locks are waited for: then once more, where it is now.
+  for attempt in 1 .. 5 loop
+    if attempt > 1 or cardinality(lease_ids) > 1
+       or exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1)
+       or exists (select from pglimits.queue q where q.lease_id = any (lease_ids) and q.parts is not null)
+    then
+      -- All states first: delete_limit holds the states of one limit, and touches its leases on others.
+      perform pglimits._lock_used(p.limit_id, p.key)
+      from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+            union
+            select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+            order by 1, 2) p;
+    end if;
+    for place in
+      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+      union
+      select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+      order by 1, 2
+    loop
+      ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids, own);
+    end loop;
+    exit when not exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+  end loop;
+  return ended;
+end $$;
+
+comment on function pglimits._release(uuid[], boolean) is
+  'Ends leases and places in line. Returns the ids that were live; one that was on several limits several times.';
+
+-- The part of it that concerns one (limit, key).
+create or replace function pglimits._release_at(limit_id bigint, key text, lease_ids uuid[], own boolean)
+returns uuid[]
+language plpgsql
+volatile
+as $$
+declare
+  state pglimits.states := pglimits._lock_used(limit_id, key);
+  now constant timestamptz := pglimits._now();
+  gone record;
+  left_line record;
+begin
+  if state.limit_id is null then
+    return array[]::uuid[];
+  end if;
+  if cardinality(lease_ids) > 1 then
+    -- In the order in which renew locks them.
+    perform from pglimits.leases l
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    order by l.lease_id for update;
+  end if;
+  with ended as (
+    delete from pglimits.leases l
+    where l.lease_id = any (lease_ids)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
+    returning l.lease_id, l.slots, l.fence, l.expires_at
+  )
+  select coalesce(sum(e.slots), 0) as slots, array_agg(e.lease_id) filter (where e.expires_at > now and e.fence > 0) as live
+  into gone from ended e;
+  state.held := state.held - gone.slots;
+  if state.waiting > 0 then
+    with leaving as (
+      delete from pglimits.queue q
+      where q.lease_id = any (lease_ids)
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+      returning q.lease_id, q.slots, greatest(q.expires_at, (
+        select p.expires_at from pglimits.processes p where p.channel = q.channel)) as lives_until
+    )
+    select count(*)::integer as waiters, coalesce(sum(w.slots), 0) as slots,
+           array_agg(w.lease_id) filter (where w.lives_until > now) as live
+    into left_line from leaving w;
+    state.waiting := state.waiting - left_line.waiters;
+    state.waiting_slots := state.waiting_slots - left_line.slots;
+    gone.live := gone.live || left_line.live;
+  end if;
+  if state.active and state.waiting > 0 then
+    perform pglimits._serve(state, now, own);
+  else
+    perform pglimits._save(state, now);
+  end if;
+  return coalesce(gone.live, array[]::uuid[]);
+end $$;
+
+comment on function pglimits._release_at(bigint, text, uuid[], boolean) is
+  'Ends those of the leases and places in line that are on one (limit, key), and grants what fits now.';
+
+-- Safe to repeat: an unknown or ended lease is 'false', not an error.
+create or replace function pglimits.release(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  live boolean;
+begin
+  if lease_id is null then
+    perform pglimits._check('lease_id must not be null');
+  elsif not pg_is_in_recovery() then
+    live := pglimits._release_at_once(lease_id);
+  end if;
+  return coalesce(live, cardinality(pglimits._release(array[lease_id], false)) > 0);
+end $$;
+
+comment on function pglimits.release(uuid) is
+  'Ends a lease, or takes a waiting request out of its line. True if it was live, false if it had ended already. Wakes waiters.';
+
+create or replace function pglimits.release_all(lease_ids uuid[])
+returns table (lease_id uuid, released boolean)
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  ended uuid[];
+begin
+  perform pglimits._check(pglimits._ids_fault(lease_ids));
+  ended := pglimits._release(lease_ids, false);
+  return query select asked.id, asked.id = any (ended) from (select distinct u.id from unnest(lease_ids) as u(id)) asked;
+end $$;
+
+comment on function pglimits.release_all(uuid[]) is
+  'Ends leases, and takes waiting requests out of their lines. A row for each id: true if it was live, false if it had ended already.';

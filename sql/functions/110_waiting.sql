@@ -1,0 +1,319 @@
+-- Waiting: what whoever waits calls when it is time to look, the heartbeat of processes, and the procedures that wait in plain SQL.
+--
+-- Invariant: a look touches a state only if something is due there. A process is one row, which its heartbeat updates, however many wait
+-- in it; when it has died, whoever looks next finds its requests dead as they come to the heads of their lines.
+-- Called by: the wrapper (_watch), repeated requests (_look), and anybody in plain SQL (acquire_wait, rate_limit_wait).
+
+-- Serves the lines in which these wait, where time has made something possible, or where one of them was told to look for itself.
+create or replace function pglimits._look(lease_ids uuid[], own boolean)
+returns void
+language plpgsql
+volatile
+as $$
+declare
+  limit_ids bigint[];
+  keys text[];
+  state pglimits.states;
+  now timestamptz := pglimits._now();
+begin
+  select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
+  from (
+    select q.limit_id, q.key from pglimits.queue q
+    where q.lease_id = any (lease_ids) and now >= (
+      select s.next_look from pglimits.states s where s.limit_id = q.limit_id and s.key = q.key order by s.generation desc limit 1)
+    union
+    select p.limit_id, p.key collate "C" from pglimits.queue q cross join lateral unnest(q.parts) as p(limit_id, key, slots)
+    where q.lease_id = any (lease_ids) and q.looks_at <= now
+    order by 1, 2
+  ) p;
+  if keys is null then
+    return;
+  end if;
+  perform pglimits._lock_all(limit_ids, keys);
+  now := pglimits._now();
+  for p in 1 .. cardinality(keys) loop
+    state := pglimits._reload(limit_ids[p], keys[p]);
+    if state.active and state.waiting > 0 then
+      perform pglimits._serve(state, now, own, lease_ids[1]);
+    end if;
+  end loop;
+end $$;
+
+comment on function pglimits._look(uuid[], boolean) is 'Serves the lines in which some requests wait, where something is due.';
+
+-- A sign of life of a process, in a transaction of its own: nothing that is locked may hold it up. The next one is due when the first of
+-- the others would have died, or before.
+create or replace function pglimits._beat(channel text)
+returns double precision
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  now constant timestamptz := pglimits._now();
+begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._check(coalesce(
+    case when channel is null then 'channel must not be null' end, pglimits._request_fault(0, 1, 0, null, false, channel)));
+  insert into pglimits.processes (channel, expires_at) values (channel, now + pglimits._liveness())
+  on conflict on constraint processes_pkey do update set expires_at = excluded.expires_at;
+  return date_part('epoch', least(
+    (select min(p.expires_at) from pglimits.processes p where p.expires_at > now), now + pglimits._heartbeat_every()) - now);
+end $$;
+
+comment on function pglimits._beat(text) is
+  'Keeps alive what waits in a process, for 10 seconds. Returns in how many seconds to call again, and to look. For the wrapper.';
+
+-- What a process calls for those of its requests that are to look, or of which it was told something; and for all of them every few
+-- seconds. It takes up what was handed over.
+create or replace function pglimits._watch(lease_ids uuid[], only_news boolean)
+returns table (
+  lease_id uuid, status text, fence bigint, expires_at timestamptz, seconds double precision, ends_in double precision)
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  now timestamptz;
+begin
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  perform pglimits._check(coalesce(
+    pglimits._ids_fault(lease_ids), case when only_news is null then 'only_news must not be null' end));
+  perform pglimits._look(lease_ids, true);
+  now := pglimits._now();
+  -- In one statement, so that what is handed over meanwhile is either claimed or not seen yet.
+  return query
+  with claimed as materialized (
+    select c.* from pglimits._claim(lease_ids, now) c
+  ), granted as materialized (
+    select l.lease_id, min(l.fence) as fence, min(coalesce(c.expires_at, l.expires_at)) as expires_at,
+           max(l.acquired_at) as acquired_at
+    from pglimits.leases l left join claimed c on c.lease_id = l.lease_id
+    where l.lease_id = any (lease_ids) and l.expires_at > now and (l.fence > 0 or l.slots = 0)
+    group by l.lease_id
+  ), waiting as materialized (
+    select q.lease_id, q.parts is not null and pglimits._is_outdated(q.parts, q.lease_duration is null) as is_outdated,
+           case when not only_news or (q.rank, q.arrival) = (s.head_rank, s.head_arrival) then pglimits._looks_in(
+             s, (pglimits._before(s, q.rank, q.arrival)).slots, q.slots, q.lease_duration is null, now) end as looks_in
+    from pglimits.queue q
+    cross join lateral pglimits._reload(q.limit_id, q.key) s
+    where q.lease_id = any (lease_ids)
+  )
+  select g.lease_id, case when g.fence > 0 then 'granted' else 'retry' end, g.fence, g.expires_at,
+         greatest(date_part('epoch', g.acquired_at - now), 0), date_part('epoch', g.expires_at - now)
+  from granted g
+  union all
+  select w.lease_id, case when w.is_outdated then 'retry' else 'queued' end, null, null, w.looks_in, null
+  from waiting w where w.is_outdated or not only_news or w.looks_in < date_part('epoch', pglimits._heartbeat_every())
+  union all
+  select asked.id, 'retry', null, null, null, null
+  from (select distinct u.id from unnest(lease_ids) as u(id)) asked
+  where not exists (select from granted g where g.lease_id = asked.id)
+    and not exists (select from waiting w where w.lease_id = asked.id);
+end $$;
+
+comment on function pglimits._watch(uuid[], boolean) is
+$$How requests that were queued stand now. For the wrapper. A row for each: granted (its lease begins its full duration; it goes in so
+many seconds), queued (look again in so many seconds; null: the heartbeat is soon enough), or retry (ask again with the same id: a limit
+was changed or deleted, its time is over, or the place was lost). only_news: no rows for those who go on waiting without anything to do.
+ends_in: seconds that the lease lasts without another call.$$;
+
+-- Whether a waiter may go on sleeping. Reads its own row and no state.
+create or replace function pglimits._may_sleep(lease_id uuid)
+returns boolean
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select exists (select from pglimits.queue q where q.lease_id = _may_sleep.lease_id)
+$$;
+
+comment on function pglimits._may_sleep(uuid) is 'Whether there is no news of a queued request. For acquire_wait.';
+
+-- Waits in plain SQL, for acquire_wait and rate_limit_wait. No security definer and no search_path here: PostgreSQL forbids both to a
+-- procedure that commits, so everything in it is qualified, the operators and the types too.
+--
+-- Each transaction commits with synchronous_commit = off, so that it unlocks the limit at once; the last one, which has nothing locked,
+-- waits until all is on disk. WAL is a prefix: nobody durable depends on something that was lost.
+create or replace procedure pglimits._wait(
+  for_rate boolean, name text, slots integer, key text, timeout_seconds double precision, lease_duration double precision,
+  priority integer, holder jsonb, strict boolean, inout lease_id uuid, inout status text, inout fence bigint,
+  inout expires_at timestamptz, inout retry_after double precision)
+language plpgsql
+as $$
+declare
+  id constant pg_catalog.uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
+  is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
+  began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+  remaining double precision := timeout_seconds;
+  answer pg_catalog.record;
+  looks_at pg_catalog.timestamptz;
+  problem text;
+begin
+  begin
+    commit;  -- fails in any case within this block: how, tells whether there is a transaction around the call
+  exception when invalid_transaction_termination then
+    get stacked diagnostics problem = message_text;
+  end;
+  if problem operator(pg_catalog.=) pglimits._cannot_commit() then
+    raise exception using errcode = 'PL010',
+      message = 'whoever waits has to commit in between: call it outside a transaction block, with autocommit on',
+      hint = 'Inside a transaction, or in a function, ask again with acquire or rate_limit after a commit.';
+  end if;
+  loop
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
+    if for_rate then
+      select r.status, r.lease_id, null::bigint as fence, null::timestamptz as expires_at, r.retry_after into answer
+      from pglimits.rate_limit(name, slots, key, remaining, priority, holder, id, strict) r;
+    else
+      select a.status, a.lease_id, a.fence, a.expires_at, a.retry_after into answer
+      from pglimits.acquire(name, slots, key, remaining, lease_duration, priority, holder, id, strict) a;
+    end if;
+    commit;
+    exit when answer.status operator(pg_catalog.<>) 'queued';
+    looks_at := pg_catalog.clock_timestamp()
+                operator(pg_catalog.+) (interval '1 second' operator(pg_catalog.*) answer.retry_after);
+    while pg_catalog.clock_timestamp() operator(pg_catalog.<) looks_at loop
+      perform pg_catalog.pg_sleep(least(0.008, greatest(
+        pg_catalog.date_part('epoch', looks_at operator(pg_catalog.-) pg_catalog.clock_timestamp()), 0)));
+      exit when not pglimits._may_sleep(id);
+      commit;
+    end loop;
+    if timeout_seconds is not null then
+      remaining := greatest(timeout_seconds operator(pg_catalog.-) pg_catalog.date_part(
+        'epoch', pg_catalog.clock_timestamp() operator(pg_catalog.-) began), 0);
+    end if;
+  end loop;
+  if is_durable and answer.status operator(pg_catalog.=) 'granted' then
+    perform pglimits._flush();
+  end if;
+  lease_id := answer.lease_id;
+  status := answer.status;
+  fence := answer.fence;
+  expires_at := answer.expires_at;
+  retry_after := answer.retry_after;
+end $$;
+
+comment on procedure pglimits._wait(
+  boolean, text, integer, text, double precision, double precision, integer, jsonb, boolean, uuid, text, bigint, timestamptz,
+  double precision) is
+  'Asks, and asks again, until a request is granted, or its time is over. For acquire_wait and rate_limit_wait.';
+
+-- What the server says, in its language, to a commit where a transaction is open around the call: a function is always such a place.
+create or replace function pglimits._cannot_commit()
+returns text
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  problem text;
+begin
+  begin
+    commit;
+  exception when invalid_transaction_termination then
+    get stacked diagnostics problem = message_text;
+  end;
+  return problem;
+end $$;
+
+comment on function pglimits._cannot_commit() is 'The message of a commit that a transaction around it forbids.';
+
+-- What commits nothing flushes nothing.
+create or replace function pglimits._flush()
+returns void
+language sql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select pg_logical_emit_message(true, 'pglimits', '')
+$$;
+
+comment on function pglimits._flush() is
+  'Has the transaction that calls it wait until all that was committed before is on disk. For _wait and release_wait.';
+
+create or replace procedure pglimits.acquire_wait(
+  name text,
+  slots integer default 1,
+  key text default '',
+  timeout_seconds double precision default null,
+  lease_duration double precision default 300,
+  priority integer default 0,
+  holder jsonb default null,
+  inout lease_id uuid default null,
+  strict boolean default false,
+  inout status text default null,
+  inout fence bigint default null,
+  inout expires_at timestamptz default null,
+  inout retry_after double precision default null)
+language plpgsql
+as $$
+begin
+  call pglimits._wait(false, name, slots, key, timeout_seconds, lease_duration, priority, holder, strict, lease_id, status, fence,
+                      expires_at, retry_after);
+end $$;
+
+comment on procedure pglimits.acquire_wait(
+  text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text, bigint, timestamptz,
+  double precision) is
+$$Takes slots of one limit and waits for them, in plain SQL, without keeping the limit locked while its answer is written to disk.
+Arguments as of acquire, but timeout_seconds null, the default, waits for ever; 0 tries once. Answers lease_id, status (granted, refused,
+unlimited), fence, expires_at, retry_after. Call it outside a transaction block.
+
+A caller that dies while it waits leaves the line as soon as the server notices. Have it look every second:
+  set client_connection_check_interval = '1s'
+(or for a role: alter role app set client_connection_check_interval = '1s'). Else its turn comes to nobody, for a whole lease.
+Interrupted (Ctrl-C, statement_timeout), it keeps its place for 10 seconds: call again with the same lease_id, or release that.$$;
+
+create or replace procedure pglimits.rate_limit_wait(
+  name text,
+  slots integer default 1,
+  key text default '',
+  timeout_seconds double precision default null,
+  priority integer default 0,
+  holder jsonb default null,
+  inout lease_id uuid default null,
+  strict boolean default false,
+  inout status text default null,
+  inout retry_after double precision default null)
+language plpgsql
+as $$
+declare
+  fence bigint;
+  expires_at timestamptz;
+begin
+  call pglimits._wait(true, name, slots, key, timeout_seconds, 1, priority, holder, strict, lease_id, status, fence, expires_at,
+                      retry_after);
+end $$;
+
+comment on procedure pglimits.rate_limit_wait(
+  text, integer, text, double precision, integer, jsonb, uuid, boolean, text, double precision) is
+  'Takes slots of one rate limit and waits for them, in plain SQL: rate_limit, as acquire_wait is acquire. Outside a transaction block.';
+
+create or replace procedure pglimits.release_wait(lease_id uuid, inout released boolean default null)
+language plpgsql
+as $$
+declare
+  is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
+begin
+  perform pg_catalog.set_config('synchronous_commit', 'off', true);
+  released := pglimits.release(lease_id);
+  commit;
+  if is_durable then
+    perform pglimits._flush();
+  end if;
+end $$;
+
+comment on procedure pglimits.release_wait(uuid, boolean) is
+  'Ends a lease as release does, without keeping the limit locked while that is written to disk: for a limit that many connections '
+  'fight over. Answers once it is there. Call it outside a transaction block.';

@@ -1,33 +1,29 @@
 -- What anybody may see who may see anything. Decay and expiry are applied as of now, whatever has been taken out yet.
 --
--- Sets are joined to sets, with no query for each row: such would look so expensive to the planner that it has them compiled (jit).
+-- What is due in a state is asked of a function, and only where something can be: joins for all of them would look so expensive to the
+-- planner that it has them compiled (jit). Readers may call these functions (grants.sql).
 
 create or replace view pglimits._uses as
-select s.limit_id, s.key, s.held, s.waiting, s.booked, s.version
-from pglimits.states s
-union all
-select l.limit_id, l.key, -l.slots, 0, null, null
+select
+  s.limit_id, s.name, s.key,
+  s.held - case when s.held > 0 and s.next_expiry <= clock.now
+                then pglimits._ended_slots(s.limit_id, s.key, s.next_expiry, clock.now) else 0 end as held,
+  case when s.slot_decay_per_second > 0
+       then greatest(s.booked - pglimits._decayed(s.decayed, s.slot_decay_per_second, s.decayed_at, clock.now), 0) / 1000000
+       else 0 end as level,
+  s.waiting - case when s.waiting > 0
+                   then pglimits._dead_waiters(s.limit_id, s.key, s.head_rank, s.head_arrival, clock.now) else 0 end as waiting,
+  s.version as fence
 from (select pglimits._now() as now) clock
-join pglimits.states s on s.next_expiry <= clock.now
-join pglimits.leases l on l.limit_id = s.limit_id and l.key = s.key and l.expires_at >= s.next_expiry and l.expires_at <= clock.now
-union all
-select q.limit_id, q.key, 0, -1, null, null
-from (select pglimits._now() as now) clock
-join pglimits.queue q on q.expires_at <= clock.now
-left join pglimits.processes p on p.channel = q.channel
-where coalesce(p.expires_at <= clock.now, true);
+cross join pglimits.states s;
 
-comment on view pglimits._uses is
-  'What each (limit, key) holds: its state, less what has ended or died and was not taken out yet. Sum it up.';
+comment on view pglimits._uses is 'Every state, less what has ended or died and was not taken out yet.';
 
 create or replace view pglimits.limits as
 select
-  c.name, c."limit", coalesce(sum(u.held), 0) as held, coalesce(sum(u.waiting), 0) as waiting, c.active, c.slot_decay_per_second,
-  coalesce(sum(greatest(u.booked - pglimits._decayed(c.decayed, c.slot_decay_per_second, c.decayed_at, clock.now), 0))
-           filter (where c.slot_decay_per_second > 0), 0) / 1000000 as level,
-  c.max_waiters, c.description, c.created_at, c.updated_at
-from (select pglimits._now() as now) clock
-cross join pglimits.configs c
+  c.name, c."limit", coalesce(sum(u.held), 0)::bigint as held, coalesce(sum(u.waiting), 0)::bigint as waiting, c.active,
+  c.slot_decay_per_second, coalesce(sum(u.level), 0) as level, c.max_waiters, c.description, c.created_at, c.updated_at
+from pglimits.configs c
 left join pglimits._uses u on u.limit_id = c.limit_id
 group by c.limit_id, c.name
 order by c.name;
@@ -36,18 +32,10 @@ comment on view pglimits.limits is
   'Every limit. held, waiting and level are over all its keys: slots under live leases; live requests in line; slots that a rate limit '
   'has used and that have not decayed yet.';
 
-
 create or replace view pglimits.keys as
-select
-  c.name, u.key, sum(u.held) as held,
-  coalesce(sum(greatest(u.booked - pglimits._decayed(c.decayed, c.slot_decay_per_second, c.decayed_at, clock.now), 0))
-           filter (where c.slot_decay_per_second > 0), 0) / 1000000 as level,
-  sum(u.waiting) as waiting, max(u.version) as fence
-from (select pglimits._now() as now) clock
-cross join pglimits.configs c
-join pglimits._uses u on u.limit_id = c.limit_id
-group by c.limit_id, c.name, u.key
-order by c.name, u.key;
+select u.name, u.key, u.held, u.level, u.waiting, u.fence
+from pglimits._uses u
+order by u.name, u.key;
 
 comment on view pglimits.keys is
   'Every key that was used and not swept since. fence: no grant of this key had a higher one.';

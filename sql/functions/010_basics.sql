@@ -226,7 +226,7 @@ comment on function pglimits._session() is 'Application_name, user, address and 
 create or replace function pglimits._as_holder(session text[])
 returns jsonb
 language sql
-immutable
+stable
 return case when session is not null then jsonb_build_object(
   'application', session[1], 'user', session[2], 'address', session[3], 'pid', session[4]::integer) end;
 

@@ -2,7 +2,7 @@
 --
 -- Invariant: held is the sum of the slots of the leases that are there, and changes in the same transaction as they do. Nobody has to
 -- take out a lease that has ended: whoever needs its slots does.
--- Called by: the line, and whoever decides, with the state locked; the lock-free looks read what is due by _has_ended().
+-- Called by: the line, and whoever decides, with the state locked; who looks without a lock finds what is due by _ended_slots().
 
 -- Takes leases out that have ended. One that is being renewed or released right now is left to whoever does that.
 create or replace function pglimits._take_expired(state pglimits.states, now timestamptz)
@@ -36,21 +36,25 @@ end $$;
 comment on function pglimits._take_expired(pglimits.states, timestamptz) is
   'Frees the slots of leases that have ended by now.';
 
--- Whether a lease has ended that nobody took out yet. next_expiry alone does not tell: the lease may have been renewed.
-create or replace function pglimits._has_ended(limit_id bigint, key text, next_expiry timestamptz, now timestamptz)
-returns boolean
+-- Slots of leases that have ended and that nobody took out yet. next_expiry alone does not tell: the leases may have been renewed.
+-- For whoever looks without a lock, the views too.
+create or replace function pglimits._ended_slots(limit_id bigint, key text, next_expiry timestamptz, now timestamptz)
+returns bigint
 language plpgsql
-volatile
+stable
+cost 1
+security definer
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return next_expiry <= now and exists (
-    select from pglimits.leases l
-    where l.limit_id = _has_ended.limit_id and l.key = _has_ended.key
-      and l.expires_at >= _has_ended.next_expiry and l.expires_at <= _has_ended.now);
+  return case when next_expiry > now then 0 else (
+    select coalesce(sum(l.slots), 0) from pglimits.leases l
+    where l.limit_id = _ended_slots.limit_id and l.key = _ended_slots.key
+      and l.expires_at >= _ended_slots.next_expiry and l.expires_at <= _ended_slots.now) end;
 end $$;
 
-comment on function pglimits._has_ended(bigint, text, timestamptz, timestamptz) is
-  'Whether a lease on a (limit, key) has ended that still counts as held.';
+comment on function pglimits._ended_slots(bigint, text, timestamptz, timestamptz) is
+  'How many slots of a (limit, key) still count as held by leases that have ended.';
 
 -- Takes slots under a lease, as of a moment: with the level that goes with it, this is the one place where a waiter, or a request
 -- that had to look closely, gets what it asked for. lease_duration null: a rate_limit, whose row only tells its caller.

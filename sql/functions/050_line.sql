@@ -190,6 +190,27 @@ end $$;
 
 comment on function pglimits._bury(pglimits.states, timestamptz) is 'Takes those out of a line who have died.';
 
+-- How many of a line have died and count as waiting still. For whoever looks without a lock, the views too.
+create or replace function pglimits._dead_waiters(
+  limit_id bigint, key text, head_rank integer, head_arrival timestamptz, now timestamptz)
+returns bigint
+language plpgsql
+stable
+cost 1
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select count(*) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
+    where q.limit_id = _dead_waiters.limit_id and q.key = _dead_waiters.key
+      and (q.rank, q.arrival) >= (_dead_waiters.head_rank, _dead_waiters.head_arrival)
+      and greatest(q.expires_at, p.expires_at) <= _dead_waiters.now);
+end $$;
+
+comment on function pglimits._dead_waiters(bigint, text, integer, timestamptz, timestamptz) is
+  'How many of a line have died and were not taken out yet.';
+
 -- Serves a line, strictly in order, so that a wide request is not starved by narrow ones; sees to it that whoever is left at its head
 -- knows when to look; and saves the state.
 -- own: this transaction is nobody else's, and so may lock other states for a head that needs them. mine: for this one, whoever

@@ -168,10 +168,8 @@ begin
     now := pglimits._now();
     if state.limit_id is null then
       state := pglimits._unused(c, request.keys[p]) from pglimits.configs c where c.limit_id = request.limit_ids[p];
-    elsif pglimits._has_ended(state.limit_id, state.key, state.next_expiry, now) then
-      state.held := state.held - (
-        select coalesce(sum(l.slots), 0) from pglimits.leases l
-        where l.limit_id = state.limit_id and l.key = state.key and l.expires_at >= state.next_expiry and l.expires_at <= now);
+    elsif state.next_expiry <= now then
+      state.held := state.held - pglimits._ended_slots(state.limit_id, state.key, state.next_expiry, now);
     end if;
     ready_at := pglimits._ready_at(state, request.slots[p], request.for_rate, now);
     before := pglimits._before(state, request.rank, 'infinity');
@@ -182,10 +180,8 @@ begin
       if status = 'granted' then
         status := 'queued';
         waiters := before.waiters;
-        is_full := state.waiting >= state.max_waiters and state.max_waiters <= (
-          select count(*) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
-          where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-            and greatest(q.expires_at, p.expires_at) > now);
+        is_full := state.waiting >= state.max_waiters and state.max_waiters <= state.waiting - pglimits._dead_waiters(
+          state.limit_id, state.key, state.head_rank, state.head_arrival, now);
       end if;
       by_time := by_time and state.slot_decay_per_second > 0 and ready_at < 'infinity';
       certain := certain or ready_at > now and request.timeout_seconds = 0;

@@ -42,7 +42,7 @@ begin
       return seen.version + 1;
     end if;
   elsif slots > greatest(seen.room, 0) and slots <= seen."limit" then
-    if seen.next_expiry > now or not pglimits._has_ended(seen.limit_id, key, seen.next_expiry, now) then
+    if seen.next_expiry > now or pglimits._ended_slots(seen.limit_id, key, seen.next_expiry, now) = 0 then
       return 0;
     end if;
   end if;

@@ -292,8 +292,8 @@ begin
   answer.expires_at := outcome.expires_at;
   if outcome.status = 'queued' then
     answer.lease_id := id;
-    answer.retry_after := least(outcome.seconds[1], date_part('epoch', pglimits._heartbeat_every()));
-    answer."position" := pglimits._position(id);
+    select p."position", least(outcome.seconds[1], p.seconds_left, date_part('epoch', pglimits._heartbeat_every()))
+    into answer."position", answer.retry_after from pglimits._place(id) p;
     perform set_config('pglimits.queued', concat_ws(',', nullif(current_setting('pglimits.queued', true), ''), id), true);
   elsif outcome.status = 'refused' then
     answer.retry_after := outcome.seconds[1];
@@ -327,21 +327,27 @@ end $$;
 
 comment on function pglimits._fences(uuid, text[], text[]) is 'The fences of a lease, in the order of the names it was asked under.';
 
--- The place of a waiter in its line, which counts those too who have died and not been noticed.
-create or replace function pglimits._position(lease_id uuid)
-returns integer
+-- The place of a waiter in its line, which counts those too who have died and not been noticed, and the time until its deadline.
+create or replace function pglimits._place(lease_id uuid, out "position" integer, out seconds_left double precision)
 language plpgsql
 volatile
 as $$
 declare
   waiter record;
 begin
-  select q.limit_id, q.key, q.rank, q.arrival into waiter from pglimits.queue q where q.lease_id = _position.lease_id;
-  return 1 + coalesce((pglimits._before(pglimits._reload(waiter.limit_id, waiter.key), waiter.rank, waiter.arrival)).waiters, 0);
+  select q.limit_id, q.key, q.rank, q.arrival, q.deadline into waiter from pglimits.queue q where q.lease_id = _place.lease_id;
+  if found then
+    "position" := 1 + (pglimits._before(
+      pglimits._reload(waiter.limit_id, waiter.key), waiter.rank, waiter.arrival)).waiters;
+    if waiter.deadline < 'infinity' then
+      seconds_left := greatest(date_part('epoch', waiter.deadline - pglimits._now()), 0);
+    end if;
+  end if;
 end $$;
 
-comment on function pglimits._position(uuid) is
-  'The place of a waiter in its line, 1 being the head, or that of one whose moment is near.';
+comment on function pglimits._place(uuid) is
+  'The place of a waiter in its line, 1 being the head, and the seconds until its deadline; null if it has left the line, as its moment '
+  'is near.';
 
 create or replace function pglimits.acquire(
   name text,

@@ -125,18 +125,82 @@ many seconds), queued (look again in so many seconds; null: the heartbeat is soo
 was changed or deleted, its time is over, or the place was lost). only_news: no rows for those who go on waiting without anything to do.
 ends_in: seconds that the lease lasts without another call.$$;
 
--- Whether a waiter may go on sleeping. Reads its own row and no state.
-create or replace function pglimits._may_sleep(lease_id uuid)
+-- Sleeps until there is news of a queued request, or until a moment: whether it is queued still. Reads the rows of the line and no state.
+--
+-- Only who is at the head has to look every few milliseconds. Whoever is behind somebody who sleeps here too waits for the lock that this
+-- one has while it sleeps, at no cost, and is woken as it leaves.
+create or replace function pglimits._sleep(lease_id uuid, until timestamptz)
 returns boolean
-language sql
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '8s'
+as $$
+declare
+  before bigint;
+  is_locked boolean := false;
+begin
+  loop
+    if not is_locked then
+      is_locked := pg_try_advisory_xact_lock(hashtextextended(lease_id::text, 0));
+    end if;
+    select hashtextextended(b.lease_id::text, 0) into before
+    from pglimits.queue q
+    join pglimits.queue b on b.limit_id = q.limit_id and b.key = q.key and (b.rank, b.arrival) < (q.rank, q.arrival)
+    where q.lease_id = _sleep.lease_id
+    order by b.rank desc, b.arrival desc limit 1;
+    exit when not found;
+    if pg_try_advisory_lock_shared(before) then
+      perform pg_advisory_unlock_shared(before), pg_sleep(0.007);
+    else
+      begin
+        perform pg_advisory_lock_shared(before);
+        perform pg_advisory_unlock_shared(before);
+      exception when lock_not_available then
+        return true;
+      end;
+    end if;
+    if clock_timestamp() >= until then
+      return true;
+    end if;
+  end loop;
+  while exists (select from pglimits.queue q where q.lease_id = _sleep.lease_id) loop
+    if clock_timestamp() >= until then
+      return true;
+    end if;
+    perform pg_sleep(0.007);
+  end loop;
+  return false;
+end $$;
+
+comment on function pglimits._sleep(uuid, timestamptz) is
+  'Sleeps until there is news of a queued request, or until a moment: whether it is queued still. For acquire_wait.';
+
+-- A sign of life of who sleeps there, which also serves the line, if that is due. Answers for how many seconds to sleep on; null: there
+-- is news, or its time is over.
+create or replace function pglimits._stay(lease_id uuid)
+returns double precision
+language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  select exists (select from pglimits.queue q where q.lease_id = _may_sleep.lease_id)
-$$;
+declare
+  place record;
+begin
+  perform pglimits._look(array[lease_id], false);
+  update pglimits.queue q set expires_at = greatest(q.expires_at, pglimits._now() + pglimits._liveness())
+  where q.lease_id = _stay.lease_id and q.deadline > pglimits._now();
+  if found then
+    place := pglimits._place(lease_id);
+    return least((pglimits._answer_known(lease_id, false)).seconds[1], place.seconds_left, date_part('epoch', pglimits._liveness() / 2));
+  end if;
+  return null;
+end $$;
 
-comment on function pglimits._may_sleep(uuid) is 'Whether there is no news of a queued request. For acquire_wait.';
+comment on function pglimits._stay(uuid) is
+  'Keeps the place of who sleeps: for how many seconds to sleep on; null if it is to ask. For acquire_wait.';
 
 -- Waits in plain SQL, for acquire_wait and rate_limit_wait. No security definer and no search_path here: PostgreSQL forbids both to a
 -- procedure that commits, so everything in it is qualified, the operators and the types too.
@@ -155,7 +219,6 @@ declare
   began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
   remaining double precision := timeout_seconds;
   answer pg_catalog.record;
-  looks_at pg_catalog.timestamptz;
   problem text;
 begin
   begin
@@ -171,22 +234,26 @@ begin
   loop
     perform pg_catalog.set_config('synchronous_commit', 'off', true);
     if for_rate then
-      select r.status, r.lease_id, null::bigint as fence, null::timestamptz as expires_at, r.retry_after into answer
+      select r.status, r.lease_id, null::bigint as fence, null::timestamptz as expires_at, r.retry_after, r."position" into answer
       from pglimits.rate_limit(name, slots, key, remaining, priority, holder, id, strict) r;
     else
-      select a.status, a.lease_id, a.fence, a.expires_at, a.retry_after into answer
+      select a.status, a.lease_id, a.fence, a.expires_at, a.retry_after, a."position" into answer
       from pglimits.acquire(name, slots, key, remaining, lease_duration, priority, holder, id, strict) a;
     end if;
     commit;
     exit when answer.status operator(pg_catalog.<>) 'queued';
-    looks_at := pg_catalog.clock_timestamp()
-                operator(pg_catalog.+) (interval '1 second' operator(pg_catalog.*) answer.retry_after);
-    while pg_catalog.clock_timestamp() operator(pg_catalog.<) looks_at loop
-      perform pg_catalog.pg_sleep(least(0.008, greatest(
-        pg_catalog.date_part('epoch', looks_at operator(pg_catalog.-) pg_catalog.clock_timestamp()), 0)));
-      exit when not pglimits._may_sleep(id);
-      commit;
-    end loop;
+    if answer."position" is null then
+      perform pg_catalog.pg_sleep(answer.retry_after);  -- it is granted, as of then
+    else
+      loop
+        exit when not pglimits._sleep(id, pg_catalog.clock_timestamp()
+          operator(pg_catalog.+) (interval '1 second' operator(pg_catalog.*) answer.retry_after));
+        commit;
+        answer.retry_after := pglimits._stay(id);
+        commit;
+        exit when answer.retry_after is null;
+      end loop;
+    end if;
     if timeout_seconds is not null then
       remaining := greatest(timeout_seconds operator(pg_catalog.-) pg_catalog.date_part(
         'epoch', pg_catalog.clock_timestamp() operator(pg_catalog.-) began), 0);

@@ -46,3 +46,11 @@ begin
     message = format('an open transaction keeps pglimits locked (%s): nothing was changed; end it, or try again later',
                      coalesce(holders, 'it has ended by now'));
 end $$;
+
+-- A restore of the definitions alone has left no row here.
+do $$
+begin
+  if to_regclass('pglimits.meta') is not null then
+    insert into pglimits.meta default values on conflict do nothing;
+  end if;
+end $$;

@@ -59,7 +59,9 @@ begin
     if exists (select from pglimits.configs c where c.name = create_limit.name) then
       perform pglimits._fail('LimitExists', format('there is a limit named %L already', name), 'update_limit changes it.');
     end if;
-    -- The id was taken: a restore, or logical replication, has brought limits without the sequence that numbers them.
+    -- A restore of the definitions alone has left meta empty. Or the id was taken: a restore, or logical replication, has brought limits
+    -- without the sequence that numbers them.
+    insert into pglimits.meta default values on conflict do nothing;
     perform setval(pg_get_serial_sequence('pglimits.configs', 'limit_id'), (select max(c.limit_id) from pglimits.configs c));
   end loop;
 end $$;

@@ -6,11 +6,12 @@
 
 create table pglimits.meta (
   only_row boolean primary key default true check (only_row),
-  schema_version integer not null,
+  schema_version integer not null default 1,
   fence_floor bigint not null default 0
 );
 comment on table pglimits.meta is 'One row about the installation.';
-comment on column pglimits.meta.schema_version is 'Number of the newest migration that was applied.';
+comment on column pglimits.meta.schema_version is
+  'Number of the newest migration that was applied. Each migration makes its own the default: a restore of the definitions alone has no row.';
 comment on column pglimits.meta.fence_floor is 'No deleted limit ever gave a higher fence; new limits start above it.';
 
 create table pglimits.configs (

@@ -13,12 +13,14 @@ from ._limiter import Limiter
 from ._renewal import Lease
 from .errors import (
     AcquireTimeout,
+    CommitFirst,
     CronUnavailable,
     EmbeddedUnavailable,
     InvalidArgument,
     LeaseLost,
     LimiterUnavailable,
     LimitExists,
+    LimitLocked,
     LimitNotFound,
     NoSlotDecay,
     NotInstalled,
@@ -29,19 +31,22 @@ from .errors import (
     SlotsExceedLimit,
     VersionMismatch,
 )
-from .models import Holder, Limit, Peek, Swept, Waiter
+from .models import Holder, Key, Limit, Peek, Swept, Waiter
 
 __all__ = [
     "AcquireTimeout",
     "AsyncLimiter",
+    "CommitFirst",
     "CronUnavailable",
     "EmbeddedUnavailable",
     "Holder",
     "InvalidArgument",
+    "Key",
     "Lease",
     "LeaseLost",
     "Limit",
     "LimitExists",
+    "LimitLocked",
     "LimitNotFound",
     "Limiter",
     "LimiterUnavailable",

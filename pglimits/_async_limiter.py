@@ -17,12 +17,12 @@ from psycopg_pool import AsyncConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Batches, Kind, Ticket
-from ._engine import OnUnavailable, Request, Step, User, Wait
+from ._engine import OnUnavailable, Query, Request, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import TaskWaker
 from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
-from .models import Holder, Limit, Peek, Swept, Waiter
+from .models import Holder, Key, Limit, Peek, Swept, Waiter
 
 if TYPE_CHECKING:
     from ._limiter import Concurrency, Limiter
@@ -128,7 +128,10 @@ class AsyncLimiter:
         strict: bool = False,
         key: str = "",
     ) -> None:
-        """Take slots that come back by decay only, and sleep until their turn. As ``Limiter.rate_limit``."""
+        """Take slots that come back by decay only, and sleep until the moment of the grant.
+
+        As ``Limiter.rate_limit``.
+        """
         kind, given = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)
         await self._acquire(kind, given)
 
@@ -198,6 +201,10 @@ class AsyncLimiter:
     async def list(self) -> builtins.list[Limit]:
         """All limits by name, as they stand now."""
         return await self._call(_calls.list_limits())
+
+    async def keys(self, name: str | None = None) -> builtins.list[Key]:
+        """The keys that were used, of one limit or of all, as they stand now."""
+        return await self._call(_calls.keys(name))
 
     async def reset(self, name: str, key: str | None = None) -> int:
         """End every lease of a limit (or of one key) and set its level to zero. Returns how many leases ended."""
@@ -274,23 +281,29 @@ class AsyncLimiter:
             step = next(course)
             while True:
                 try:
-                    waker = step.waker
-                    assert isinstance(waker, TaskWaker)
-                    if isinstance(step, Wait):
-                        await waker.wait(step.seconds)
-                    else:
-                        batches = self._engine.batches_of(waker.loop)
-                        batches.submit(step)
-                        until = None if step.patience is None else time.monotonic() + step.patience
-                        while not step.done and (until is None or time.monotonic() < until):
-                            self._have_sent(batches, step)
-                            await waker.wait(step.patient_for(None if until is None else until - time.monotonic()))
+                    if isinstance(step, Ticket):
+                        await self._send(step)
+                    elif isinstance(step, Query):
+                        database = self._engine.database
+                        step.rows = await database.execute_in_loop(step.sql, step.params, within=1.0)
+                    elif isinstance(step.waker, TaskWaker):
+                        await step.waker.wait(step.seconds)
                 except BaseException as error:
                     step = course.throw(error)
                 else:
                     step = course.send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
+
+    async def _send(self, ticket: Ticket) -> None:
+        waker = ticket.waker
+        assert isinstance(waker, TaskWaker)
+        batches = self._engine.batches_of(waker.loop)
+        batches.submit(ticket)
+        until = None if ticket.patience is None else time.monotonic() + ticket.patience
+        while not ticket.done and (until is None or time.monotonic() < until):
+            self._have_sent(batches, ticket)
+            await waker.wait(ticket.patient_for(None if until is None else until - time.monotonic()))
 
     def _have_sent(self, batches: Batches, ticket: Ticket) -> None:
         if not batches.summoned and batches.can_go(ticket):

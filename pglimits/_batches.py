@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -35,30 +35,30 @@ LARGEST_BATCH = 128
 SMALL_BATCH = 48
 """Releases and requests on one (limit, key) that are no more than this travel together."""
 
+_AGAIN = -5
+"""Where among the parameters of a statement it says whether some of its ids may have been sent before."""
+
 PATIENCE = 1.0
 """Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What became of a request. ``retry_after``, ``wait`` and ``ends_in`` (how long its lease lasts) in seconds.
+    """What became of a request.
 
-    ``turn``: the moment that lies ``wait`` ahead, by the database's clock.
+    ``seconds``: until it goes (granted), until it is to look (queued; None: the heartbeat is soon enough), or until it
+    might be let in (refused). ``ends_in``: how many seconds its lease lasts.
     """
 
     status: str
     fences: list[int | None] | None = None
     expires_at: datetime | None = None
-    retry_after: float | None = None
-    wait: float | None = None
-    missing: list[str] | None = None
-    error: str | None = None
-    message: str | None = None
     ends_in: float | None = None
-    turn: float | None = None
+    seconds: float | None = None
+    missing: list[str] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Kind:
     """What requests have in common that differ in nothing but who asks.
 
@@ -68,8 +68,7 @@ class Kind:
         timeout: seconds, None for ever.
         lease_duration: seconds.
         for_rate: whether it is a rate_limit.
-        body: the arguments of ``acquire_many`` as JSON, open at its end.
-        alike: those of ``acquire_alike``, as text; None if it cannot be asked so.
+        names, slots, keys: arrays as PostgreSQL writes them.
     """
 
     places: tuple[Place, ...]
@@ -77,8 +76,11 @@ class Kind:
     timeout: float | None
     lease_duration: float
     for_rate: bool
-    body: str
-    alike: tuple[str, ...] | None
+    names: str
+    slots: str
+    keys: str
+    priority: int
+    strict: bool
 
 
 class Ticket:
@@ -110,7 +112,7 @@ class Ticket:
         lease_id: UUID,
         kind: Kind | None,
         lanes: tuple[tuple[str, ...], ...],
-        wait: str | None,
+        wait: float | None,
         holder: str,
         waker: Waker,
         patience: float | None,
@@ -118,7 +120,7 @@ class Ticket:
         self.lease_id = lease_id
         self.kind = kind
         self.lanes = lanes
-        # How long it is ready to wait in the queue, or until its turn: '1.5 s'.
+        # For how many seconds it is ready to wait in line.
         self.wait = wait
         self.holder = holder
         self.waker = waker
@@ -139,12 +141,9 @@ class Ticket:
         self.answer: Answer | bool | None = None
         self.error: PglimitsError | None = None
 
-    @property
-    def body(self) -> str:
-        """As ``acquire_many`` takes it, but for the channel."""
-        until = "null" if self.wait is None else f'"{self.wait}"'
-        assert self.kind is not None
-        return f'{self.kind.body},"lease_id":"{self.lease_id}","wait":{until},"holder":{self.holder}'
+    def is_like(self, other: Ticket) -> bool:
+        """Whether the two differ in nothing but who asks, and so can be asked together."""
+        return (self.kind is other.kind or self.kind == other.kind) and self.wait == other.wait
 
     def withdraw(self) -> None:
         """Its caller waits no longer, if it has not been served."""
@@ -162,19 +161,26 @@ class Ticket:
 class Slot:
     """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
 
-    __slots__ = ("again", "apart", "batch", "batches", "connection", "orphan", "releases", "requests", "sql")
+    __slots__ = ("apart", "batch", "batches", "connection", "orphan", "params", "releases", "requests", "sql")
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
-        self.again = False
         # It has met a lock, or an error: it has a way of its own, and leaves the others theirs.
         self.apart = False
         self.batch: list[Ticket] | None = None
         self.sql = ""
+        self.params: list[object] = []
         self.releases: list[Ticket] = []
         self.requests: list[Ticket] = []
         self.orphan: Orphan[Slot] | None = None
         self.connection: BaseConnection[Any] | None = None
+
+    def goes_again(self) -> None:
+        """It is sent once more, and nobody knows what became of it before: ids make that safe."""
+        for ticket in self.batch or ():
+            ticket.again = True
+        if self.requests:
+            self.params[_AGAIN] = True
 
 
 class Batches:
@@ -241,14 +247,13 @@ class Batches:
     def _batch_with(self, first: Ticket) -> list[Ticket]:
         if first.alone:
             return [first]
-        is_release = first.kind is None
         busy = set().union(*self._under_way.values())
         now = time.monotonic()
         none_apart = not any(slot.apart for slot in self._under_way)
         batch = [
             other
             for other in self._pending
-            if (other.kind is None) == is_release
+            if other.is_like(first)
             and not other.alone
             and (none_apart or not other.apart)
             and other.not_before <= now
@@ -275,8 +280,8 @@ class Batches:
         others = [
             ticket for ticket in self._pending if ticket.lanes == other_lanes and not ticket.alone and not ticket.apart
         ]
-        requests = others if first.kind is None else batch
-        return others if len(others) <= SMALL_BATCH and _are_alike(requests) else []
+        others = [ticket for ticket in others if ticket.is_like(others[0])]
+        return others if len(others) <= SMALL_BATCH else []
 
     def statement(self, slot: Slot) -> tuple[str, list[object]]:
         """The one statement that serves the batch."""
@@ -286,42 +291,32 @@ class Batches:
             patience = min(max(patience, 0.001), LOCK_WAIT)
         slot.releases = [ticket for ticket in batch if ticket.kind is None]
         slot.requests = [ticket for ticket in batch if ticket.kind is not None]
-        params: list[object] = []
+        slot.params = params = []
         if slot.releases:
             params += [_ids(slot.releases), self.durable, patience]
         if not slot.requests:
             slot.sql = _sql.RELEASE
-        elif _are_alike(slot.requests):
-            slot.sql = _sql.RELEASE_AND_ACQUIRE if slot.releases else _sql.ACQUIRE_ALIKE
-            first = slot.requests[0]
-            assert first.kind is not None
-            assert first.kind.alike is not None
-            name, slots, key, lease_duration, priority, strict = first.kind.alike
-            holders = ",".join([ticket.holder for ticket in slot.requests])
-            params += [
-                name, _ids(slot.requests), slots, key, lease_duration, first.wait, priority, f"[{holders}]", strict,
-                self.channel, str(first.kind.for_rate), self.durable, patience,
-            ]  # fmt: skip
-        else:
-            slot.sql = _sql.ACQUIRE_MANY
-            requests = ",".join([f'{ticket.body},"channel":"{self.channel}"}}' for ticket in batch])
-            params = [f"[{requests}]", self.durable, patience or LOCK_WAIT]
+            return slot.sql, params
+        slot.sql = _sql.RELEASE_AND_ACQUIRE if slot.releases else _sql.ACQUIRE
+        first, kind = slot.requests[0], slot.requests[0].kind
+        assert kind is not None
+        holders = ",".join([ticket.holder for ticket in slot.requests])
+        params += [
+            kind.names, kind.slots, kind.keys, kind.for_rate, first.wait, kind.lease_duration, kind.priority,
+            _ids(slot.requests), f"[{holders}]", any(ticket.again for ticket in slot.requests), kind.strict,
+            self.channel, self.durable, patience,
+        ]  # fmt: skip
         return slot.sql, params
 
     def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
         """Hand out what came back."""
-        for ticket in slot.batch or ():
-            ticket.again = ticket.again or slot.again
-        if slot.sql == _sql.ACQUIRE_MANY:
-            for ticket, row in zip(slot.requests, rows, strict=True):
-                ticket.answer = Answer(*row)
-        else:
-            if slot.releases:
-                ended = set(rows[0][0])
-                for ticket in slot.releases:
-                    ticket.answer = not ended or ticket.lease_id not in ended
-            if slot.requests:
-                _hand_out(slot.requests, *rows[0][-2:])
+        if slot.releases:
+            ended = set(rows[0][0])
+            for ticket in slot.releases:
+                ticket.answer = not ended or ticket.lease_id not in ended
+        if slot.requests:
+            for row in rows:
+                _hand_out(slot.requests, *row[-8:])
         self._close(slot)
 
     def put_back(self, slot: Slot) -> None:
@@ -404,33 +399,28 @@ class Batches:
         return all(lanes.isdisjoint(ticket.lanes) for lanes in tuple(self._under_way.values()))
 
 
-def _are_alike(requests: Sequence[Ticket]) -> bool:
-    if not requests:
-        return False
-    kind, wait = requests[0].kind, requests[0].wait
-    return (
-        kind is not None
-        and kind.alike is not None
-        and all(ticket.kind is kind and ticket.wait == wait for ticket in requests)
-    )
-
-
-def _hand_out(requests: Sequence[Ticket], answers: list[list[Any]], told_at: float) -> None:
-    """What ``acquire_alike`` answered, and when (epoch)."""
-    tickets = iter(requests)
-    for number, status, fence, ends, *rest in answers:
-        expires_at = None if ends is None else datetime.fromtimestamp(ends, UTC)
-        ends_in = None if ends is None else ends - told_at
-        waits, retry_after, is_missing, error, message = [*rest, None, None, None, None, None][:5]
-        for nth in range(number):
-            ticket = next(tickets)
-            missing = [ticket.kind.places[0][0]] if is_missing and ticket.kind is not None else None
-            fences = None if fence is None else [fence + nth]
-            wait = None if waits is None else waits[nth]
-            turn = None if wait is None else told_at + wait
-            ticket.answer = Answer(
-                status, fences, expires_at, retry_after, wait, missing, error, message, ends_in, turn
-            )
+def _hand_out(
+    requests: Sequence[Ticket],
+    first: int,
+    last: int,
+    status: str,
+    fences: list[int | None] | None,
+    expires_at: datetime | None,
+    ends_in: float | None,
+    seconds: list[float | None] | None,
+    missing: list[str] | None,
+) -> None:
+    """What ``_acquire_batch`` answered to those from the first to the last."""
+    seconds = seconds or [None]
+    for nth, ticket in enumerate(requests[first - 1 : last]):
+        mine = seconds[min(nth, len(seconds) - 1)]
+        ticket.answer = answer = Answer(status, fences, expires_at, ends_in, mine, missing)
+        if nth and status == "granted":
+            if fences is not None and fences[0] is not None:  # one limit, and each has the next
+                answer.fences = [fences[0] + nth]
+            later = (mine or 0.0) - (seconds[0] or 0.0)
+            if later and expires_at is not None and ends_in is not None:
+                answer.expires_at, answer.ends_in = expires_at + timedelta(seconds=later), ends_in + later
 
 
 def _ids(batch: Sequence[Ticket]) -> str:

@@ -12,7 +12,7 @@ from . import _arguments, _sql
 from ._database import Row
 from ._renewal import Lease, Renewed
 from .errors import InvalidArgument, LimitNotFound
-from .models import Holder, Limit, Peek, Swept, Waiter
+from .models import Holder, Key, Limit, Peek, Swept, Waiter
 
 T = TypeVar("T")
 
@@ -94,6 +94,11 @@ def get(name: str) -> Call[Limit]:
 
 def list_limits() -> Call[list[Limit]]:
     return Call(_sql.LIMITS, (None,), lambda rows: [Limit(*row) for row in rows])
+
+
+def keys(name: str | None) -> Call[list[Key]]:
+    named = _arguments.optional_text("name", name)
+    return Call(_sql.KEYS, (named,), lambda rows: [Key(*row) for row in rows])
 
 
 def holders(name: str | None) -> Call[list[Holder]]:

@@ -24,7 +24,7 @@ log = logging.getLogger("pglimits")
 
 
 class Gone(NamedTuple):
-    """A lease, a place in line or a turn that is to be released.
+    """A lease, or a place in line, that is to be released.
 
     places: each limit and key that it is on, as far as that is known.
     again_after: release it once more so many seconds later, where the first time may have been too early.

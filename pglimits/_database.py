@@ -151,17 +151,20 @@ def is_busy(error: BaseException) -> bool:
 class Sender(Protocol):
     """Who waits for a statement.
 
-    ``connection`` is where, as long as the server may be at work on it. ``again``: it was sent more than once, and
-    nobody knows what became of it before.
+    ``connection`` is where, as long as the server may be at work on it. ``goes_again`` is called where it is sent once
+    more, and nobody knows what became of it before.
     """
 
     connection: psycopg.BaseConnection[Any] | None
-    again: bool
+
+    def goes_again(self) -> None: ...
 
 
 class _Nobody:
     connection: psycopg.BaseConnection[Any] | None = None
-    again = False
+
+    def goes_again(self) -> None:
+        """Whatever it is, its sender does not care."""
 
 
 class Database:
@@ -238,7 +241,8 @@ class Database:
                 problem = self.noticed(error)
                 if last or not worth_another_try(problem, error):
                     raise problem from error
-                sender.again = sender.again or not isinstance(problem, _NOTHING_DONE)
+                if not isinstance(problem, _NOTHING_DONE):
+                    sender.goes_again()
         raise AssertionError("unreachable")
 
     def _execute(
@@ -344,9 +348,10 @@ class Database:
                     problem = self.noticed(error)
                     if last or not worth_another_try(problem, error):
                         raise problem from error
-                    sender.again = sender.again or not isinstance(problem, _NOTHING_DONE)
-                    if pool is not None and not isinstance(problem, _NOTHING_DONE):
-                        await pool.check()
+                    if not isinstance(problem, _NOTHING_DONE):
+                        sender.goes_again()
+                        if pool is not None:
+                            await pool.check()
         finally:
             if sender.connection is not None and isinstance(sender, _Nobody):
                 self._drop(sender.connection)

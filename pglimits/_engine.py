@@ -9,35 +9,29 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import json
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 from uuid import UUID
 
+from . import _sql
 from ._arguments import Part
 from ._batches import PATIENCE, Answer, Batches, Kind, Place, Slot, Ticket
 from ._cleaner import Cleaner, Gone
-from ._database import ANSWERS_WITHIN, Busy, Database, Late
+from ._database import ANSWERS_WITHIN, Busy, Database, Late, Row
 from ._keeper import Keeper, News, Waiter
 from ._renewal import Lease, Renewal
 from ._wake import OURS, Anchor, Orphan, Waker, orphan
-from .errors import BY_KIND, AcquireTimeout, LimiterUnavailable, PglimitsError
+from .errors import AcquireTimeout, LimiterUnavailable, LimitLocked, PglimitsError, QueueFull
 
 log = logging.getLogger("pglimits")
 
 OnUnavailable = Literal["raise", "wait", "allow"]
-
-_SHORTEST_WATCHED = 0.1
-"""Turns nearer than this many seconds are not worth telling anybody that they have moved."""
-
-_AS_GOOD_AS = 0.005
-"""Seconds by which a turn may come after a deadline: it takes a moment to be told of it."""
 
 _LEAVES_WITHIN = 0.25
 """Seconds that a request whose time is over waits to be out of the queue. If that takes longer, nobody waits for it."""
@@ -69,13 +63,10 @@ class Request:
     def ticket(self, left: float | None) -> Ticket:
         """To ask, with so many seconds left."""
         kind = self.kind
-        if left is None:
-            wait = None
-        elif not left:
-            wait = "0"
-        else:
-            # If all say the same, they are asked alike; and only for a turn it matters how much has gone by.
-            wait = f"{left if kind.for_rate and left < (kind.timeout or 0) - 0.001 else kind.timeout:.6f} s"
+        wait = left
+        if left and not (kind.for_rate and left < (kind.timeout or 0) - 0.001):
+            # If all say the same, they are asked together; and only for a rate it matters how much has gone by.
+            wait = kind.timeout
         return Ticket(
             self.lease_id,
             kind,
@@ -95,24 +86,24 @@ def kind_of(
 ) -> Kind:
     """What requests with these arguments have in common."""
     places = tuple((part.name, part.key) for part in parts)
-    body = json.dumps(
-        {
-            "names": [part.name for part in parts],
-            "keys": [part.key for part in parts],
-            "slots": [part.slots for part in parts],
-            "lease_duration": f"{lease_duration:.6f} s",
-            "priority": priority,
-            "strict": strict,
-            "for_rate": for_rate,
-        },
-        ensure_ascii=False,
-    )[:-1]
-    alike = None
-    if len(parts) == 1:
-        first = parts[0]
-        alike = (first.name, str(first.slots), first.key, f"{lease_duration:.6f} s", str(priority), str(strict))
-    release_lanes = tuple(("release", *place) for place in places)
-    return Kind(places, release_lanes, timeout, lease_duration, for_rate, body, alike)
+    return Kind(
+        places,
+        tuple(("release", *place) for place in places),
+        timeout,
+        lease_duration,
+        for_rate,
+        _array(part.name for part in parts),
+        _array(str(part.slots) for part in parts),
+        _array(part.key for part in parts),
+        priority,
+        strict,
+    )
+
+
+def _array(texts: Iterable[str]) -> str:
+    """As PostgreSQL writes it."""
+    quoted = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return "{" + ",".join([f'"{text}"' for text in quoted]) + "}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +114,16 @@ class Wait:
     seconds: float | None
 
 
-Step: TypeAlias = Ticket | Wait
+@dataclass(slots=True)
+class Query:
+    """Ask the database something, beside what is asked in batches."""
+
+    sql: str
+    params: Sequence[object]
+    rows: list[Row] = field(default_factory=list)
+
+
+Step: TypeAlias = Ticket | Wait | Query
 Course: TypeAlias = Generator[Step, None, Lease]
 
 
@@ -170,10 +170,10 @@ class Engine:
     # The course of a request.
 
     def acquiring(self, request: Request, user: User) -> Course:
-        """Take slots, or a turn on rate limits.
+        """Take slots.
 
         Raises:
-            AcquireTimeout, and what the database says.
+            AcquireTimeout, QueueFull, and what the database says.
         """
         timeout = request.kind.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -200,18 +200,11 @@ class Engine:
                 if ticket.error is not None or not isinstance(ticket.answer, Answer):
                     problem = ticket.error or LimiterUnavailable("the database did not answer in time")
                     out_of_touch = not isinstance(problem, Busy)
-                    if (
-                        waiter is not None
-                        and waiter.turn_at is not None
-                        and time.monotonic() >= waiter.turn_at
-                        and (waiter.news is None or waiter.news.status != "retry")
-                        and isinstance(problem, LimiterUnavailable)
-                    ):
-                        # Its turn was taken and has come; it only asked again whether it had been put off.
-                        return self._lease(request, user, None, asked)
+                    # Nothing was done in that statement; but who was in line before stands there still.
+                    taken = isinstance(problem, LimiterUnavailable) or waiter is not None or ticket.again
                     if isinstance(problem, Busy) or ticket.error is None:
                         if left is not None and time.monotonic() >= (deadline or 0):
-                            raise AcquireTimeout(f"no slot of {request.named()} in time") from problem
+                            raise (yield from self._locked(request)) from problem
                     elif not isinstance(problem, LimiterUnavailable) or request.on_unavailable == "raise":
                         raise problem
                     elif request.on_unavailable == "allow":
@@ -225,53 +218,40 @@ class Engine:
                     continue
 
                 answer = ticket.answer
+                now = time.monotonic()
                 out_of_touch = False
-                # Who was in line, and may not wait on since a limit was changed, may still stand there; and who asked
-                # before, and never heard the answer, may have been granted what there is no longer.
-                taken = answer.status in ("granted", "queued") or (
-                    answer.error is not None and (waiter is not None or ticket.again)
-                )
-                if answer.error is not None:
-                    raise BY_KIND.get(answer.error, PglimitsError)(answer.message or answer.error)
+                taken = answer.status in ("granted", "queued")
                 self._warn_missing(answer.missing)
                 if answer.status == "unlimited":
                     return self._lease(request, user, None, asked)
-                if answer.status == "granted" and not answer.wait:
+                if answer.status == "granted":
+                    yield from self._sleep(request, user, now + (answer.seconds or 0.0))
                     return self._lease(request, user, answer, asked)
                 if answer.status == "refused":
                     raise AcquireTimeout(_refusal(request, answer))
+                if answer.status == "full":
+                    raise QueueFull(f"the line of {request.named()} is as long as its max_waiters allows")
 
-                now = time.monotonic()
                 waiter = Waiter(
                     request.lease_id,
                     request.waker,
-                    now + (answer.retry_after if answer.wait is None else min(answer.wait, 3.0)),  # type: ignore[operator]
-                    None if answer.wait is None else now + answer.wait,
+                    None if answer.seconds is None else now + answer.seconds,
                     user=user,
-                    places=request.kind.places,
-                    turn=answer.turn,
+                    kind=request.kind,
                     called_in=asked,
-                    lease_duration=request.kind.lease_duration,
                     # A lease that is left alone is claimed before it is left.
                     trusting=request.renew and len(request.kind.places) == 1,
                 )
-                if answer.wait is None or answer.wait > _SHORTEST_WATCHED:
-                    self.keeper.add(waiter)
+                self.keeper.add(waiter)
                 yield from self._await_news(waiter, deadline)
                 self.keeper.remove(waiter.lease_id)
                 if waiter.error is not None and request.on_unavailable == "raise":
                     raise waiter.error
                 news = waiter.news
                 if news is not None and news.status == "granted" and len(request.kind.places) == 1:
+                    yield from self._sleep(request, user, news.goes_at)
                     return self._lease(request, user, Answer("granted", [news.fence], news.expires_at), asked, news)
-                if (
-                    waiter.turn_at is not None
-                    and waiter.news is None
-                    and waiter.error is None
-                    and (self.keeper.listening or (answer.wait is not None and answer.wait <= _SHORTEST_WATCHED))
-                ):
-                    return self._lease(request, user, answer, asked)
-                if waiter.news is None and waiter.turn_at is None and waiter.error is None:
+                if news is None and waiter.error is None:
                     released = _releasing(request.lease_id, request.kind.release_lanes, request.waker, _LEAVES_WITHIN)
                     try:
                         yield released
@@ -295,17 +275,24 @@ class Engine:
             if self.closed or waiter.user.closed:
                 raise LimiterUnavailable("the limiter has been closed")
             now = time.monotonic()
-            if (
-                waiter.put_off_to is not None
-                and waiter.turn_at is not None
-                and deadline is not None
-                and waiter.put_off_to > deadline + _AS_GOOD_AS
-            ):
-                raise AcquireTimeout("the turn lies beyond the timeout: the limit was changed, or others were ahead")
-            until = waiter.turn_at if waiter.turn_at is not None else deadline
-            if until is not None and now >= until:
+            if deadline is not None and now >= deadline:
                 return
-            yield Wait(waiter.waker, None if until is None else until - now)
+            yield Wait(waiter.waker, None if deadline is None else deadline - now)
+
+    def _sleep(self, request: Request, user: User, goes_at: float) -> Generator[Step, None, None]:
+        """It is granted, as of then."""
+        while (now := time.monotonic()) < goes_at:
+            if self.closed or user.closed:
+                raise LimiterUnavailable("the limiter has been closed")
+            yield Wait(request.waker, goes_at - now)
+
+    def _locked(self, request: Request) -> Generator[Step, None, AcquireTimeout]:
+        """What to raise where a lock was not to be had in time: who has it."""
+        query = Query(_sql.LOCKED_BY, (request.kind.names, request.kind.keys))
+        with contextlib.suppress(PglimitsError):
+            yield query
+        by = query.rows[0][0] if query.rows else "somebody"
+        return LimitLocked(f"{request.named()} could not be had in time: an open transaction keeps it locked: {by}")
 
     def releasing(self, lease: Lease, waker: Waker) -> Generator[Step, None, bool | None]:
         """End a lease. Whether it was still live; None if the database could not be asked."""
@@ -360,13 +347,13 @@ class Engine:
         self, request: Request, user: User, answer: Answer | None, asked: float, news: News | None = None
     ) -> Lease:
         answer = answer or Answer("unlimited")
-        enforced = answer.expires_at is not None
         kind = request.kind
+        enforced = answer.expires_at is not None and not kind.for_rate
         lease = Lease(
             request.gone,
             kind.release_lanes,
             answer.fences if answer.fences is not None else [None] * len(kind.places),
-            answer.expires_at,
+            answer.expires_at if enforced else None,
             kind.lease_duration,
             # Where this was asked before, it may have been granted then.
             news.ends if news is not None else asked + (answer.ends_in or 0.0),
@@ -448,7 +435,7 @@ class Engine:
                 raise
 
     def give_back(self, lease_id: UUID, places: tuple[Place, ...] = (), again_after: float = 0.0) -> None:
-        """Release a lease, a place or a turn in the background. Callable from anywhere. Arguments as of Gone."""
+        """Release a lease or a place in line in the background. Callable from anywhere. Arguments as of Gone."""
         self.cleaner.put(Gone(lease_id, places, again_after))
 
     def _forget(self, lease_id: UUID) -> None:
@@ -523,7 +510,7 @@ def _refusal(request: Request, answer: Answer) -> str:
         said = f"no slot of {request.named()} is free"
     else:
         said = f"no slot of {request.named()} within {request.kind.timeout:g} s"
-    return said if answer.retry_after is None else f"{said}; it could be had in {answer.retry_after:.3f} s"
+    return said if answer.seconds is None else f"{said}; it could be had in {answer.seconds:.3f} s"
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -7,24 +7,91 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from . import __version__
 from ._database import connect, numbers, translate
-from .errors import PermissionDenied, VersionMismatch
+from ._dsn import resolve
+from .errors import InvalidArgument, PermissionDenied, PglimitsError
+
+ROLES = ("pglimits_user", "pglimits_reader", "pglimits_admin")
+"""Who may take slots, who may look, who may do everything."""
 
 _INCLUDE = re.compile(r"^\\ir (\S+)$", re.MULTILINE)
 _MIGRATION = re.compile(r"^migrations/(\d+)_")
+_LIST = re.compile(r"^  (users|administrators|readers|visible) constant text\[\] := '\{(.*)\}';$", re.MULTILINE)
+
+_HEAD = f"""\
+-- Installs pglimits {__version__}, or brings what is there up to it. Plain statements for any tool, to be run in one
+-- transaction, together or one by one. Safe to repeat. At the end your transaction's settings are as they were.
+"""
+
+# The isolation comes first here too, see start.sql.
+_BEGIN = """\
+set transaction isolation level read committed, read write;
+do $$ begin
+  perform pg_catalog.set_config('pglimits.settings', pg_catalog.json_object_agg(s.name, pg_catalog.current_setting(s.name))::text, true)
+  from pg_catalog.unnest('{role,search_path,lock_timeout,statement_timeout,client_min_messages}'::text[]) s(name);
+end $$;
+do $$ begin
+  if coalesce(pg_catalog.current_setting('pglimits.settings', true), '') = '' then
+    raise exception using errcode = 'no_active_sql_transaction',
+      message = 'the statements that install pglimits have to run in one transaction: nothing was changed';
+  end if;
+end $$;
+"""
+
+_WITHOUT_ROLES = "set local pglimits.without_roles = on;\n"
+
+_END = """\
+do $$ begin
+  perform pg_catalog.set_config(s.key, s.value, true)
+  from pg_catalog.json_each_text(pg_catalog.current_setting('pglimits.settings')::json) s;
+end $$;
+"""
+
+# As strings, so that an older server, which stumbles over what it cannot read, gets as far as the check of its version.
+_FUNCTIONS = """\
+do $pglimits_file$ begin execute $pglimits_sql$
+{sql}$pglimits_sql$; end $pglimits_file$;
+"""
+
+_MIGRATE = """\
+do $pglimits_file$
+declare
+  installed integer := 0;
+begin
+  if pg_catalog.to_regclass('pglimits.meta') is not null then
+    select m.schema_version into installed from pglimits.meta m;
+  end if;
+  if installed > {newest} then
+    raise exception using errcode = 'PL008',
+      message = 'the database has a newer schema of pglimits than {version}: pip install --upgrade pglimits';
+  elsif installed < {number} then
+    execute $pglimits_sql$
+{sql}$pglimits_sql$;
+    insert into pglimits.meta (schema_version) values ({number})
+    on conflict (only_row) do update set schema_version = excluded.schema_version;
+  end if;
+end $pglimits_file$;
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What an installation did. ``version_before`` is None for a fresh one; ``remarks`` are the server's."""
+class Installed:
+    """What an installation did.
+
+    ``version_before`` is None for a fresh one. ``missing_roles``: those that could not be created and that were to be
+    done without.
+    """
 
     version_before: str | None
     version_after: str
-    remarks: tuple[str, ...] = ()
+    missing_roles: tuple[str, ...] = ()
 
 
 def _folder() -> Traversable:
@@ -35,80 +102,94 @@ def _read(path: str) -> str:
     return _folder().joinpath(*path.split("/")).read_text(encoding="utf-8")
 
 
-def _files() -> Iterator[tuple[str, int | None]]:
-    for path in _INCLUDE.findall(_read("install.sql")):
-        migration = _MIGRATION.match(path)
-        yield path, int(migration[1]) if migration else None
-
-
-def script() -> str:
+def script(*, without_roles: bool = False) -> str:
     """The whole installation as one script for psql, which needs no other file."""
-    return _INCLUDE.sub(lambda include: _read(include[1]).rstrip("\n"), _read("install.sql"))
+    whole = _INCLUDE.sub(lambda include: _read(include[1]).rstrip("\n"), _read("install.sql"))
+    return whole.replace("\nbegin;\n", f"\nbegin;\n{_WITHOUT_ROLES}", 1) if without_roles else whole
 
 
-def install(conninfo: str) -> Report:
+def plain(*, without_roles: bool = False) -> str:
+    """The whole installation as plain SQL statements, for a transaction that is open."""
+    return _HEAD + "\n".join(_pieces(without_roles))
+
+
+def _pieces(without_roles: bool) -> Iterator[str]:
+    """The statements, some at a time."""
+    yield _BEGIN + (_WITHOUT_ROLES if without_roles else "")
+    paths = _INCLUDE.findall(_read("install.sql"))
+    newest = max(int(migration[1]) for path in paths if (migration := _MIGRATION.match(path)))
+    for path in paths:
+        sql = _read(path)
+        if migration := _MIGRATION.match(path):
+            yield _MIGRATE.format(sql=sql, number=int(migration[1]), newest=newest, version=__version__)
+        else:
+            yield _FUNCTIONS.format(sql=sql) if path.startswith("functions/") else sql
+    yield _END
+
+
+def install(connection: psycopg.Connection[Any] | str, *, without_roles: bool = False) -> Installed:
     """Install pglimits in a database, or bring what is there up to this version, in one transaction.
 
     Safe to repeat, and safe when many processes do it at once.
 
+    Args:
+        connection: a psycopg connection, or a PostgreSQL connection string. A transaction that is open on the
+            connection is joined: the caller commits it, and its settings are as before. Else it is one of its own.
+        without_roles: go on where the roles pglimits_user, pglimits_reader and pglimits_admin do not exist and may not
+            be created. Then only the owner may use pglimits, and whoever is granted its functions by hand.
+
+    Returns:
+        What was there before, what is there now, and which roles are missing.
+
     Raises:
-        VersionMismatch: the database has a newer schema than this version knows.
-        LimiterUnavailable, PermissionDenied: as they say.
+        PermissionDenied: the role may not create the schema or the roles; its message has the lines to run first.
+        VersionMismatch: the database has a newer pglimits than this one.
+        InvalidArgument: the connection is neither, or its transaction is not a read committed one.
+        LimiterUnavailable: the database could not be reached.
     """
-    remarks: list[str] = []
-    with connect(conninfo) as connection:
-        connection.add_notice_handler(
-            lambda notice: remarks.append(". ".join(filter(None, (notice.message_primary, notice.message_hint))))
+    if isinstance(connection, psycopg.Connection):
+        return _install(connection, without_roles)
+    if not isinstance(connection, str) or not connection.strip():
+        raise InvalidArgument(
+            "connection must be a psycopg.Connection or a PostgreSQL connection string, not "
+            + ("an empty one" if isinstance(connection, str) else type(connection).__name__)
         )
-        try:
-            with connection.transaction():
-                before, after = _install(connection)
-        except psycopg.errors.InsufficientPrivilege as error:
-            raise PermissionDenied(error.diag.message_primary) from error
-        except psycopg.Error as error:
-            raise translate(error) from error
-    return Report(before, after, tuple(remark for remark in remarks if remark.startswith("pglimits:")))
+    with connect(resolve(connection).conninfo) as opened:
+        return _install(opened, without_roles)
 
 
-def _install(connection: psycopg.Connection[tuple[object, ...]]) -> tuple[str | None, str]:
-    def run(sql: str) -> None:
-        connection.execute(sql.encode())
-
-    files = list(_files())
-    newest = max(number for _, number in files if number is not None)
-    schema: int | None = None
-    for path, migration in files:
-        if migration is None:
-            run(_read(path))
-            continue
-        if schema is None:
-            schema = _schema_version(connection)
-            if schema > newest:
-                raise VersionMismatch(
-                    f"the database has a newer schema of pglimits than this version knows, {__version__}: "
-                    "pip install --upgrade pglimits"
-                )
-        if migration > schema:
-            run(_read(path))
-            connection.execute(
-                "insert into pglimits.meta (schema_version) values (%s) "
-                "on conflict (only_row) do update set schema_version = excluded.schema_version",
-                [migration],
+def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Installed:
+    # Whatever cursors the caller's connection makes.
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    try:
+        if connection.info.transaction_status == TransactionStatus.INTRANS:
+            ((isolation,),) = cursor.execute("show transaction_isolation", prepare=False).fetchall()
+            if isolation != "read committed":
+                raise InvalidArgument(f"pglimits is installed in a read committed transaction, not in a {isolation} one")
+        with connection.transaction():
+            for piece in _pieces(without_roles):
+                cursor.execute(piece.encode(), prepare=False)
+            cursor.execute(
+                "select nullif(current_setting('pglimits.version_before'), ''), pglimits.version(),"
+                " array(select w.name from unnest(%s::text[]) with ordinality w(name, nth)"
+                " where not exists (select from pg_roles r where r.rolname = w.name) order by w.nth)",
+                [list(ROLES)],
+                prepare=False,
             )
-    row = connection.execute(
-        "select nullif(current_setting('pglimits.version_before'), ''), pglimits.version()"
-    ).fetchone()
-    assert row is not None
-    before, after = row
-    return None if before is None else str(before), str(after)
+            ((before, after, missing),) = cursor.fetchall()
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise PermissionDenied("\n".join(filter(None, (error.diag.message_primary, error.diag.message_hint)))) from error
+    except psycopg.errors.FeatureNotSupported as error:  # of an older server
+        raise PglimitsError(error.diag.message_primary) from error
+    except psycopg.Error as error:
+        raise translate(error) from error
+    return Installed(before, after, tuple(missing))
 
 
-def _schema_version(connection: psycopg.Connection[tuple[object, ...]]) -> int:
-    exists = connection.execute("select to_regclass('pglimits.meta') is not null").fetchone()
-    if exists is None or not exists[0]:
-        return 0
-    row = connection.execute("select schema_version from pglimits.meta").fetchone()
-    return int(str(row[0])) if row else 0
+def routines(*lists: str) -> list[str]:
+    """Names of functions, by the lists in sql/grants.sql: ``users``, ``administrators``, ``readers``."""
+    there = {name: names.split(",") for name, names in _LIST.findall(_read("grants.sql"))}
+    return sorted({name for each in lists for name in there[each]})
 
 
 def version(connection: psycopg.Connection[tuple[object, ...]]) -> str | None:

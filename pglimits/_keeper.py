@@ -1,9 +1,9 @@
 """Looks after what waits in this process: one thread, one connection, one channel, and only while something waits.
 
-A notification that tells of a lease is taken at its word: its waiter goes on while the lease is being claimed, and
+A notification that tells of a grant is taken at its word: its waiter goes on while the lease is being claimed, and
 counts on no more than what it has without that. Any other is a hint to look. So is the moment that the database named
-when it queued a request. What is true is read with ``watch``. Where LISTEN cannot work, behind a pooler, it polls with
-jitter instead, and says so once.
+when it queued a request. What is true is read with ``_watch``. One heartbeat keeps all of them alive. Where LISTEN
+cannot work, behind a pooler, it polls with jitter instead, and says so once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from psycopg.pq import ConnStatus, ExecStatus, Format
 
 from . import _sql
 from ._apart import AGAIN, Apart
-from ._batches import Place
+from ._batches import Kind, Place
 from ._database import LOCK_WAIT, Database, Row, answer, answering, is_busy
 from ._wake import OURS, Waker, started, wake_all
 from .errors import LimiterUnavailable, PglimitsError
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("pglimits.keeper")
 
 LIVENESS = 10.0
-"""Seconds after which a waiter that has not called in is dead. The database says so in ``pglimits._liveness()``."""
+"""Seconds after which a process that has not called in is dead. The database says so in ``pglimits._liveness()``."""
+HEARTBEAT = 3.0
+"""Seconds after which it calls in at the latest."""
 _ANSWERS_WITHIN = 3.0
 """Seconds after which a connection that does not answer is given up: early enough to call in on another one."""
 _LINGER = 30.0
 _POLL = 0.05
 _TRUSTED = 3.0
 """Seconds that a lease must still have, come what may, for its waiter to go on before it has been claimed."""
-_AS_BEFORE = 0.005
-"""Seconds by which a turn may seem to have moved that has not."""
 _WATCH = b"pglimits_watch"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -59,6 +59,7 @@ class News:
     """What is known about a waiter: ``granted`` or ``retry``.
 
     ``ends``: until when the lease lasts at least, by the monotonic clock. ``claimed``: it has been claimed by then.
+    ``goes_at``: the moment of the grant, by that clock too.
     """
 
     status: str
@@ -66,6 +67,7 @@ class News:
     expires_at: datetime | None = None
     ends: float = 0.0
     claimed: bool = True
+    goes_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,61 +80,40 @@ class Claim:
 
 
 class Waiter:
-    """A request that waits in this process: queued, or asleep until ``turn_at`` (monotonic).
+    """A request that is queued.
 
-    ``ends``: when a lease that it is handed ends at the earliest (monotonic), counted from when it last called in.
-    ``places``: each limit and key that it asked for.
-    ``put_off_to``: not before that (monotonic) its turn comes, if it was put off.
-    ``trusting``: whether it goes on with a lease that has not been claimed yet.
-    ``turn``: its turn by the database's clock, which alone tells whether it has moved: how long an answer travels does
-    not count. ``turn_at`` is as much later as the answer took, and never too early.
+    ``looks_at``: when it is to look (monotonic), unless there is news before; None: the heartbeat is soon enough.
+    ``called_in``: when it was last known to be alive. ``trusting``: whether it goes on with a lease that has not been
+    claimed yet.
     """
 
-    __slots__ = (
-        "called_in",
-        "ends",
-        "error",
-        "lease_duration",
-        "lease_id",
-        "looks_at",
-        "news",
-        "places",
-        "put_off_to",
-        "trusting",
-        "turn",
-        "turn_at",
-        "user",
-        "waker",
-    )
+    __slots__ = ("called_in", "error", "kind", "lease_id", "looks_at", "news", "trusting", "user", "waker")
 
     def __init__(
         self,
         lease_id: UUID,
         waker: Waker,
-        looks_at: float,
-        turn_at: float | None,
+        looks_at: float | None,
         *,
         user: User,
-        places: tuple[Place, ...],
-        turn: float | None = None,
-        called_in: float = 0.0,
-        lease_duration: float = 0.0,
-        trusting: bool = False,
+        kind: Kind,
+        called_in: float,
+        trusting: bool,
     ) -> None:
         self.lease_id = lease_id
         self.waker = waker
         self.user = user
-        self.places = places
-        self.turn = turn
-        self.looks_at = looks_at
-        self.turn_at = turn_at
-        self.lease_duration = lease_duration
+        self.kind = kind
+        self.looks_at = math.inf if looks_at is None else looks_at
         self.called_in = called_in
-        self.ends = called_in + min(LIVENESS, lease_duration)
-        self.trusting = trusting and turn_at is None
-        self.put_off_to: float | None = None
+        self.trusting = trusting
         self.news: News | None = None
         self.error: PglimitsError | None = None
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Each limit and key that it asked for."""
+        return self.kind.places
 
 
 class Keeper:
@@ -149,8 +130,9 @@ class Keeper:
         self._agenda: list[tuple[float, int, Waiter]] = []
         self._count = itertools.count()
         self._told: set[UUID] = set()
-        self._told_all = False
-        self._told_all_at = 0.0
+        # When it called in last, and does so next.
+        self._beat_at = -math.inf
+        self._beats_at = math.inf
         # Told of their lease, and not woken yet.
         self._granted: list[Waiter] = []
         # The places at which somebody keeps a lock that a look needs.
@@ -163,12 +145,13 @@ class Keeper:
     def add(self, waiter: Waiter) -> None:
         """Look after a waiter until it has news."""
         with self._lock:
+            now = time.monotonic()
             self._waiters[waiter.lease_id] = waiter
+            self._beats_at = min(self._beats_at, now + HEARTBEAT)
             if self._said:
-                waiter.looks_at = min(waiter.looks_at, self._next_look(time.monotonic(), LIVENESS))
-            # It may have been told, with all others, since it asked.
-            told = waiter.lease_id in self._told or waiter.called_in <= self._told_all_at
-            self._schedule(waiter, 0.0 if told else waiter.looks_at)
+                waiter.looks_at = min(waiter.looks_at, now + self._pause_of_polls())
+            # It may have been told since it asked.
+            self._schedule(waiter, 0.0 if waiter.lease_id in self._told else waiter.looks_at)
             if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._pipe = os.pipe()
                 os.set_blocking(self._pipe[1], False)
@@ -230,6 +213,7 @@ class Keeper:
                     for descriptor in (connection.fileno(), poked):
                         selector.register(descriptor, selectors.EVENT_READ)
                     self._look_again()
+                self._beat(connection)
                 if due := self._due():
                     self._look(connection, due)
                 if not self._look_apart(connection) and not due:
@@ -304,25 +288,31 @@ class Keeper:
             return
         payload = notification.payload
         with self._lock:
-            if payload == "":
-                self._told_all = True
-                self._told_all_at = time.monotonic()
-            else:
+            for line in payload.splitlines():
                 try:
-                    self._told_of(*payload.split(" "))
+                    self._told_of(*line.split(" "))
                 except (TypeError, ValueError, OverflowError):
-                    log.debug("a notification that says nothing: %.100r", payload)
+                    log.debug("a notification that says nothing: %.100r", line)
 
-    def _told_of(self, about: str, fence: str | None = None, ends: str | None = None) -> None:
+    def _told_of(self, about: str, *numbers: str) -> None:
+        """``numbers``: none, look; one, look in so many microseconds; three, it is granted: its fence, in how many
+        microseconds it goes, and the end of its lease in microseconds since 1970."""
         lease_id = UUID(about)
-        self._told.add(lease_id)
         waiter = self._waiters.get(lease_id)
-        if fence is None or ends is None or waiter is None or waiter.news is not None or waiter.error is not None:
+        now = time.monotonic()
+        if len(numbers) == 1 and waiter is not None and waiter.news is None:
+            self._schedule(waiter, min(waiter.looks_at, now + int(numbers[0]) / 1e6))
             return
-        if waiter.trusting and waiter.ends - time.monotonic() > _TRUSTED:
-            expires_at = _EPOCH + timedelta(microseconds=int(ends))
-            waiter.news = News("granted", int(fence), expires_at, waiter.ends, claimed=False)
-            waiter.looks_at = float("inf")
+        self._told.add(lease_id)
+        if len(numbers) < 3 or waiter is None or waiter.news is not None or waiter.error is not None:
+            return
+        fence, goes_in, expires = map(int, numbers)
+        # Its lease ends when it would have died, or as long after it was asked for as it lasts.
+        ends = min(max(waiter.called_in, self._beat_at) + LIVENESS, waiter.called_in + waiter.kind.lease_duration)
+        if waiter.trusting and (waiter.kind.for_rate or ends - now > _TRUSTED):
+            expires_at = _EPOCH + timedelta(microseconds=expires)
+            waiter.news = News("granted", fence, expires_at, ends, claimed=False, goes_at=now + goes_in / 1e6)
+            waiter.looks_at = math.inf
             self._granted.append(waiter)
 
     def _look_again(self) -> None:
@@ -333,7 +323,8 @@ class Keeper:
 
     def _schedule(self, waiter: Waiter, looks_at: float) -> None:
         waiter.looks_at = looks_at
-        heapq.heappush(self._agenda, (looks_at, next(self._count), waiter))
+        if looks_at < math.inf:
+            heapq.heappush(self._agenda, (looks_at, next(self._count), waiter))
 
     def _next_moment(self) -> float | None:
         while self._agenda:
@@ -352,9 +343,6 @@ class Keeper:
         now = time.monotonic()
         due = {waiter.lease_id: None for waiter in self._granted}
         with self._lock:
-            if self._told_all:
-                self._told_all = False
-                due.update(dict.fromkeys(self._waiters))
             due.update((lease_id, None) for lease_id in self._told if lease_id in self._waiters)
             self._told.difference_update(due)
             if len(self._told) > 1000:  # about requests that were given up
@@ -365,13 +353,28 @@ class Keeper:
                 return [lease_id for lease_id in due if not self._is_apart(lease_id)]
         return list(due)
 
+    def _beat(self, connection: psycopg.Connection[Row]) -> None:
+        """Call in for all that wait here, if it is time, and have them look."""
+        now = time.monotonic()
+        if now < self._beats_at:
+            return
+        with self._lock:
+            waiting = [lease_id for lease_id in self._waiters if not self._is_apart(lease_id)]
+            if not self._waiters:
+                self._beats_at = math.inf
+                return
+        rows = self._execute(connection, b"", _sql.BEAT, [self.channel.encode()])
+        self._beat_at = now
+        self._beats_at = time.monotonic() + max(rows[0][0], 0.01)
+        self._look(connection, waiting, only_news=True)
+
     def _is_apart(self, lease_id: UUID) -> bool:
         waiter = self._waiters.get(lease_id)
         return waiter is not None and waiter.places in self._apart
 
-    def _look(self, connection: psycopg.Connection[Row], due: list[UUID]) -> None:
+    def _look(self, connection: psycopg.Connection[Row], due: list[UUID], *, only_news: bool = False) -> None:
         try:
-            self._ask(connection, due, LOCK_WAIT)
+            self._ask(connection, due, LOCK_WAIT, only_news=only_news)
         except Exception as error:
             if not is_busy(error):
                 raise
@@ -386,43 +389,48 @@ class Keeper:
             with self._lock:
                 due = [waiter.lease_id for waiter in self._waiters.values() if waiter.places in places]
             if due:
-                try:
-                    self._ask(connection, due, AGAIN)
-                except Exception as error:
-                    if is_busy(error):  # they have to be kept alive all the same
-                        self._ask(connection, due, AGAIN, settle=False)
-                    raise
+                self._ask(connection, due, AGAIN)
 
         return self._apart.try_next(look)
 
     def _ask(
-        self, connection: psycopg.Connection[Row], due: list[UUID], patience: float, *, settle: bool = True
+        self, connection: psycopg.Connection[Row], due: list[UUID], patience: float, *, only_news: bool = False
     ) -> None:
         asked = time.monotonic()
         # They cannot run before this thread lets go of the interpreter, which it does to send the look: their leases
         # are claimed even if they keep it to themselves from then on.
         self._wake_granted()
-        params = [f"{{{','.join(map(str, due))}}}".encode(), f"{patience * 1000:.0f}ms".encode(), str(settle).encode()]
-        if self.listening:
-            connection.pgconn.send_query_prepared(_WATCH, params, result_format=Format.BINARY)
+        params = [
+            f"{{{','.join(map(str, due))}}}".encode(),
+            f"{patience * 1000:.0f}ms".encode(),
+            str(only_news).encode(),
+        ]
+        rows = self._execute(connection, _WATCH, _sql.WATCH, params)
+        self._take_in(rows, due, asked, only_news)
+
+    def _execute(
+        self, connection: psycopg.Connection[Row], prepared: bytes, sql: str, params: list[bytes]
+    ) -> list[Row]:
+        if prepared and self.listening:
+            connection.pgconn.send_query_prepared(prepared, params, result_format=Format.BINARY)
         else:
-            connection.pgconn.send_query_params(_sql.WATCH.encode(), params, result_format=Format.BINARY)
+            connection.pgconn.send_query_params(sql.encode(), params, result_format=Format.BINARY)
         result = answer(connection.pgconn, _ANSWERS_WITHIN)[-1]
         if result.status != ExecStatus.TUPLES_OK:
             self._hear(connection)  # an answer that never came is an error without a state
             raise psycopg.errors.error_from_result(result)
         rows = Transformer(connection)
         rows.set_pgresult(result)
-        self._take_in(rows.load_rows(0, result.ntuples, tuple), asked)
+        found = rows.load_rows(0, result.ntuples, tuple)
         self._hear(connection)
+        return found
 
     def _sleep(self, selector: selectors.BaseSelector, connection: psycopg.Connection[Row], poked: int) -> None:
         """Wait for a notification, a new waiter, or the next moment to look."""
         with self._lock:
             until = self._next_moment()
-        if self._apart:
-            until = min(self._apart.next_at, math.inf if until is None else until)
-        for key, _ in selector.select(_LINGER if until is None else max(until - time.monotonic(), 0.0)):
+        until = min(self._beats_at, self._apart.next_at, math.inf if until is None else until)
+        for key, _ in selector.select(min(max(until - time.monotonic(), 0.0), _LINGER)):
             if key.fd == poked:
                 os.read(poked, 65536)
             else:
@@ -437,57 +445,37 @@ class Keeper:
         if connection.pgconn.status != ConnStatus.OK:
             raise LimiterUnavailable("the connection was closed")
 
-    def _take_in(self, rows: list[Row], asked: float) -> None:
+    def _take_in(self, rows: list[Row], due: list[UUID], asked: float, only_news: bool) -> None:
         now = time.monotonic()
         woken: list[Waker] = []
-        # Who sleeps over several limits has a turn on each, and goes at the last of them.
-        turns: dict[UUID, tuple[float, float]] = {}
-        for lease_id, *_, wait, _, turn in rows:
-            if wait is not None:
-                turns[lease_id] = max(turns.get(lease_id, (0.0, 0.0)), (wait, turn))
         claims: list[Claim] = []
         with self._lock:
-            for lease_id, status, fence, expires_at, retry_after, wait, ends_in, _ in rows:
+            if not self.listening:
+                for lease_id in due:
+                    if (waiter := self._waiters.get(lease_id)) is not None and waiter.news is None:
+                        self._schedule(waiter, now + self._pause_of_polls())
+            for lease_id, status, fence, expires_at, seconds, ends_in in rows:
                 waiter = self._waiters.get(lease_id)
                 ends = asked + (ends_in or 0.0)
                 if waiter is None or (waiter.news is not None and not waiter.news.claimed):
                     # It goes on already, or has given up.
                     claims.append(Claim(lease_id, expires_at if status == "granted" else None, ends))
-                elif wait is not None:
-                    if self._has_moved(waiter, *turns[lease_id], asked, now):
-                        woken.append(waiter.waker)
-                    self._schedule(waiter, self._next_look(now, LIVENESS * 0.3))
                 elif status == "queued":
-                    waiter.ends = min(ends, asked + waiter.lease_duration)
-                    if waiter.turn_at is not None:  # its limit was set to 0
-                        woken.append(waiter.waker)
-                        waiter.turn_at = waiter.turn = None
-                    self._schedule(waiter, self._next_look(now, retry_after))
+                    looks_at = math.inf if seconds is None else now + seconds
+                    if only_news or not self.listening:
+                        looks_at = min(looks_at, waiter.looks_at)
+                    self._schedule(waiter, looks_at)
                 else:
-                    waiter.news = News(status, fence, expires_at, ends)
-                    waiter.looks_at = float("inf")
+                    waiter.news = News(status, fence, expires_at, ends, goes_at=now + (seconds or 0.0))
+                    waiter.looks_at = math.inf
                     woken.append(waiter.waker)
         wake_all(woken)
         if claims:
             self._claimed(claims)
 
-    def _has_moved(self, waiter: Waiter, wait: float, turn: float, asked: float, now: float) -> bool:
-        """Note when a waiter's turn comes, as it was answered now. Whether that is not when it counted on."""
-        before, turn_at = waiter.turn, now + wait
-        moved = before is None or abs(turn - before) > _AS_BEFORE
-        if not moved and (waiter.turn_at is None or turn_at > waiter.turn_at - _AS_BEFORE):
-            return False
-        # Also where it stood in line before: nobody knew of its timeout who gave it the turn.
-        if moved and (before is None or turn > before or waiter.put_off_to is not None):
-            waiter.put_off_to = asked + wait
-        waiter.turn, waiter.turn_at = turn, turn_at
-        return True
-
-    def _next_look(self, now: float, seconds: float) -> float:
-        if not self.listening:
-            # Many waiters poll less often: what a look costs grows with their number.
-            seconds = min(seconds, (_POLL + len(self._waiters) / 10000) * random.uniform(0.5, 1.5))
-        return now + seconds
+    def _pause_of_polls(self) -> float:
+        # Many waiters poll less often: what a look costs grows with their number.
+        return (_POLL + len(self._waiters) / 10000) * random.uniform(0.5, 1.5)
 
     def _give_up(self, problem: PglimitsError) -> None:
         with self._lock:

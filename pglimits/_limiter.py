@@ -19,12 +19,12 @@ from psycopg_pool import ConnectionPool
 from . import _calls
 from ._arguments import Names
 from ._batches import Kind, Ticket
-from ._engine import OnUnavailable, Request, Step, User
+from ._engine import OnUnavailable, Query, Request, Step, User
 from ._renewal import Lease
 from ._requests import F, checked, decorate, engine_of, leave, new_id, who
 from ._wake import Anchor, ThreadWaker
 from .errors import LeaseLost, LimiterUnavailable, LimitExists, LimitNotFound
-from .models import Holder, Limit, Peek, Swept, Waiter
+from .models import Holder, Key, Limit, Peek, Swept, Waiter
 
 if TYPE_CHECKING:
     from ._async_limiter import AsyncConcurrency, AsyncLimiter
@@ -164,10 +164,10 @@ class Limiter:
         strict: bool = False,
         key: str = "",
     ) -> None:
-        """Take slots that come back by decay only, and sleep until their turn.
+        """Take slots that come back by decay only, and sleep until the moment of the grant.
 
-        A turn that lies beyond ``timeout_seconds`` is refused at once and takes nothing. Raises as ``concurrency``, and
-        NoSlotDecay for a limit without ``slot_decay_per_second``.
+        A request whose earliest moment lies beyond ``timeout_seconds`` is refused at once and takes nothing. Raises as
+        ``concurrency``, and NoSlotDecay for a limit without ``slot_decay_per_second``.
         """
         kind, given = checked(names, occupy, timeout_seconds, None, 300, strict, None, None, key, 0, for_rate=True)
         self._acquire(kind, given)
@@ -238,6 +238,10 @@ class Limiter:
     def list(self) -> builtins.list[Limit]:
         """All limits by name, as they stand now."""
         return self._call(_calls.list_limits())
+
+    def keys(self, name: str | None = None) -> builtins.list[Key]:
+        """The keys that were used, of one limit or of all, as they stand now."""
+        return self._call(_calls.keys(name))
 
     def reset(self, name: str, key: str | None = None) -> int:
         """End every lease of a limit (or of one key) and set its level to zero. Returns how many leases ended."""
@@ -353,6 +357,8 @@ class Limiter:
     def _do(self, step: Step) -> None:
         if isinstance(step, Ticket):
             self._send(step, step.patience)
+        elif isinstance(step, Query):
+            step.rows = self._engine.database.execute(step.sql, step.params, within=1.0)
         elif isinstance(step.waker, ThreadWaker):
             self._rest(step.waker, step.seconds)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 __all__ = [
     "AcquireTimeout",
+    "CommitFirst",
     "CronUnavailable",
     "EmbeddedUnavailable",
     "InvalidArgument",
     "LeaseLost",
     "LimitExists",
+    "LimitLocked",
     "LimitNotFound",
     "LimiterUnavailable",
     "NoSlotDecay",
@@ -58,6 +60,14 @@ class AcquireTimeout(PglimitsError, TimeoutError):
     """The slots could not be had within timeout_seconds; nothing was taken."""
 
 
+class LimitLocked(AcquireTimeout):
+    """An open transaction kept the limit locked for all of timeout_seconds; nothing was taken (PL009)."""
+
+
+class CommitFirst(PglimitsError):
+    """The open transaction of the caller is in its own way (PL010); only SQL callers can meet that."""
+
+
 class LeaseLost(PglimitsError):
     """A lease ended while its holder was still at work: somebody else may have its slots by now."""
 
@@ -95,8 +105,7 @@ BY_SQLSTATE: dict[str, type[PglimitsError]] = {
     "PL006": QueueFull,
     "PL007": CronUnavailable,
     "PL008": VersionMismatch,
+    "PL009": LimitLocked,
+    "PL010": CommitFirst,
 }
 """The class for each SQLSTATE that ``pglimits.errors()`` lists."""
-
-BY_KIND: dict[str, type[PglimitsError]] = {error.__name__: error for error in BY_SQLSTATE.values()}
-"""The class for each kind that ``pglimits.errors()`` lists."""

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-__all__ = ["Holder", "Limit", "Peek", "Swept", "Waiter"]
+__all__ = ["Holder", "Key", "Limit", "Peek", "Swept", "Waiter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +16,27 @@ class Limit:
 
     name: str
     limit: int
+    held: int
+    waiting: int
     active: bool
     slot_decay_per_second: float
-    held: int
     level: float
-    waiting: int
     max_waiters: int | None
     description: str | None
     created_at: datetime
     updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """How much of a limit one of its keys uses right now. No grant of this key had a higher fence."""
+
+    name: str
+    key: str
+    held: int
+    level: float
+    waiting: int
+    fence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """A request that is queued, or asleep until its turn on a rate limit."""
+    """A request that stands in line."""
 
     lease_id: UUID
     name: str
@@ -60,19 +72,18 @@ class Waiter:
 class Peek:
     """What a request would be answered now: ``granted``, ``queued``, ``refused`` or ``unlimited``.
 
-    ``wait`` and ``retry_after`` are seconds: how long until its turn on a rate limit, and when time alone would let
-    it in (None: only a release can tell). ``position`` is the place that it would have in the queue.
+    ``retry_after``: in how many seconds time alone would let it in (None: only a release can tell). ``position`` is
+    the place that it would have in the queue.
     """
 
     status: str
-    wait: float | None
     retry_after: float | None
     position: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep removed: slots under ended leases, dead waiters and passed turns, idle keys."""
+    """What a sweep removed: slots under ended leases, dead waiters, idle keys."""
 
     leases: int
     waiters: int

@@ -64,6 +64,9 @@ begin
     case when many not between 1 and 10000 then 'lease_ids must be from 1 to 10000, not ' || many
          when (jsonb_typeof(holders) = 'array' and jsonb_array_length(holders) = many) is not true
            then 'holders must be an array with one for each of lease_ids'
+         when pg_column_size(holders) > 8000 and exists (
+           select from jsonb_array_elements(holders) h where pg_column_size(h.value) > 8000)
+           then 'holder must be at most 8000 bytes of JSON'
          when for_rate is null then 'for_rate must not be null' end));
 
   if many = 1 and cardinality(names) = 1 then

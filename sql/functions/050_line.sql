@@ -1,7 +1,7 @@
 -- The line of a (limit, key): who waits, in order of priority and arrival, for acquire and rate_limit, over one limit and over several.
 --
 -- Whoever looks serves it: from the head on, all are granted whose moment has come or comes within the horizon, each as of its moment
--- and told how long to sleep. Nothing is reserved beyond. A request over several limits stands in one line at a time (060_several.sql).
+-- and told how long to sleep. Nothing is reserved beyond. A request over several limits stands in one line at a time (055_several.sql).
 -- Every waiter is told when to look, should it hear nothing before; so a process that dies at the head delays nobody.
 --
 -- Invariant: waiting and waiting_slots count the rows of the queue, and nobody stands before (head_rank, head_arrival). Whoever leaves

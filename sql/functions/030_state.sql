@@ -162,6 +162,9 @@ end $$;
 comment on function pglimits._save(pglimits.states, timestamptz) is 'Writes a locked state back under a higher version.';
 
 -- Who keeps the states of some limits locked, in words, as far as the server tells the owner of this schema.
+--
+-- Nobody can tell the transaction of a subtransaction, nor see a state that was created in an open one. Where it is such a one: who has
+-- written here in a transaction that was open already, and waits for nobody.
 create or replace function pglimits._locked_by(names text[], keys text[])
 returns text
 language plpgsql
@@ -172,18 +175,27 @@ as $$
 declare
   lockers text;
 begin
-  select string_agg(distinct format(
-           'session %s of %s (%s, %s since %s)', l.pid, coalesce(a.usename, 'an unknown user'),
-           coalesce(nullif(a.application_name, ''), 'no application_name'), coalesce(a.state, 'in a transaction'),
-           coalesce(to_char(a.xact_start, 'HH24:MI:SS'), 'some time')), '; ')
+  with lockers as (
+    select l.pid, case when l.locktype = 'transactionid' then l.transactionid in (
+      select s.xmax from pglimits.configs c join pglimits.states s on s.limit_id = c.limit_id
+      where c.name = any (names) and s.key = any (keys)) end as is_sure
+    from pg_locks l
+    where l.granted and l.pid is distinct from pg_backend_pid() and (
+      l.locktype = 'transactionid'
+      or l.mode = 'RowExclusiveLock' and l.relation in (to_regclass('pglimits.states'), to_regclass('pglimits.configs'))
+         and not exists (select from pg_locks waits where waits.pid = l.pid and not waits.granted))
+  )
+  select string_agg(distinct case
+           when l.pid is null then 'a prepared transaction (see pg_prepared_xacts)'
+           else format(
+             'session %s of %s (%s, %s since %s)', l.pid, coalesce(a.usename, 'an unknown user'),
+             coalesce(nullif(a.application_name, ''), 'no application_name'), coalesce(a.state, 'in a transaction'),
+             coalesce(to_char(a.xact_start, 'HH24:MI:SS'), 'some time')) end, '; ')
   into lockers
-  from unnest(names) as n(name)
-  join pglimits.configs c on c.name = n.name
-  cross join lateral (
-    select s.xmax as locker from pglimits.states s
-    where s.limit_id = c.limit_id and s.key = any (keys) and s.xmax <> '0') s
-  join pg_locks l on l.locktype = 'transactionid' and l.granted and l.transactionid = s.locker and l.pid <> pg_backend_pid()
-  left join pg_stat_activity a on a.pid = l.pid;
+  from lockers l left join pg_stat_activity a on a.pid = l.pid
+  where l.is_sure
+     or l.is_sure is null and (a.xact_start > statement_timestamp()) is not true
+        and not exists (select from lockers sure where sure.is_sure);
   return coalesce(lockers, 'a transaction that has ended by now');
 end $$;
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqltest import Db, Session, check_consistent, fails
+from sqltest import FOREVER, Db, Session, check_consistent, fails
 
 from pglimits import _install
 from pglimits._embedded import Binaries, throwaway
@@ -23,24 +23,23 @@ CHANNEL = "pglimits_isolation"
 
 CALLS = {
     "acquire": ("select status from pglimits.acquire('free')", "granted"),
-    "acquire several": ("select status from pglimits.acquire(array['free', 'other'])", "granted"),
-    "join a queue": (f"select status from pglimits.acquire('full', wait => null, lease_id => '{NEW}')", "queued"),
+    "acquire several": ("select status from pglimits.acquire_all(array['free', 'other'])", "granted"),
+    "join a queue": (
+        f"select status from pglimits.acquire('full', timeout_seconds => null, lease_id => '{NEW}')", "queued",
+    ),
     "refused": ("select status from pglimits.acquire('full')", "refused"),
     "rate_limit": ("select status from pglimits.rate_limit('rate')", "granted"),
-    "rate_limit ahead": ("select status from pglimits.rate_limit('rate', 9, wait => null)", "granted"),
-    "acquire_many": (
-        "select a.status from pglimits.acquire_many('[{\"names\": [\"free\"]}, {\"names\": [\"other\"]}]') a limit 1",
-        "granted",
+    "stand in line": ("select status from pglimits.rate_limit('rate', 9, timeout_seconds => null)", "queued"),
+    "_acquire_batch": (
+        f"select status from pglimits._acquire_batch('{{free}}', '{{1}}', '{{\"\"}}', false, 0, 300, 0,"
+        f" '{{{NEW},{NEWER}}}', '[null,null]', false, false, null)", "granted",
     ),
-    "acquire_alike": (
-        f"select pglimits.acquire_alike('free', array['{NEW}', '{NEWER}']::uuid[]) #>> '{{0,1}}'", "granted",
-    ),
-    "renew": (f"select pglimits.renew('{LEASE}'::uuid)::text", "true"),
-    "release": (f"select pglimits.release('{LEASE}'::uuid)::text", "true"),
-    "hand over": (f"select pglimits.release('{HOLDER}'::uuid)::text", "true"),
-    "leave a queue": (f"select pglimits.release('{WAITER}'::uuid)::text", "true"),
-    "release_many": (f"select pglimits.release_many(array['{LEASE}', '{HOLDER}']::uuid[])::text", "{}"),
-    "watch": (f"select status from pglimits.watch(array['{WAITER}']::uuid[])", "queued"),
+    "renew": (f"select pglimits.renew('{LEASE}')::text", "true"),
+    "release": (f"select pglimits.release('{LEASE}')::text", "true"),
+    "hand over": (f"select pglimits.release('{HOLDER}')::text", "true"),
+    "leave a queue": (f"select pglimits.release('{WAITER}')::text", "true"),
+    "_release_batch": (f"select pglimits._release_batch('{{{LEASE},{HOLDER}}}')::text", "{}"),
+    "_watch": (f"select status from pglimits._watch('{{{WAITER}}}', false)", "queued"),
     "peek": ("select status from pglimits.peek('free')", "granted"),
     "adjust": ("select (round(pglimits.adjust('rate', 2)) > 1)::text", "true"),
     "sweep": ("select leases::text from pglimits.sweep()", "0"),
@@ -98,7 +97,7 @@ def calls(level: str) -> dict[str, tuple[str, str]]:
 def contents(s: Session) -> dict[str, list[Any]]:
     return {
         table: s.all(f"select to_jsonb(x) from pglimits.{table} x order by to_jsonb(x)")
-        for table in ("meta", "configs", "keys", "states", "leases", "queue")
+        for table in ("meta", "configs", "known_keys", "states", "leases", "queue")
     }
 
 
@@ -233,13 +232,13 @@ def test_in_a_transaction_that_only_reads_only_what_changes_nothing_works(world:
     before = contents(world)
     for name, (call, expected) in calls(level).items():
         with rolled_back(session, f"{level} read only"):
-            if name in ("peek", "refused"):
+            if name in ("peek", "refused", "_watch"):
                 assert session.value(call) == expected
             else:
                 with fails("25006"):
                     session.value(call)
         assert contents(world) == before
-    for view in ("limits", "holders", "waiters"):
+    for view in ("limits", "keys", "holders", "waiters"):
         with rolled_back(session, f"{level} read only"):
             assert session.all(f"select * from pglimits.{view}")
 
@@ -247,16 +246,16 @@ def test_in_a_transaction_that_only_reads_only_what_changes_nothing_works(world:
 CHANGES = {
     "grants": [
         "select pglimits.acquire('free')", "select pglimits.acquire('other')", "select pglimits.rate_limit('rate')",
-        "select pglimits.acquire('full', wait => null)",
+        "select pglimits.acquire('full', timeout_seconds => null)",
     ],
     "changed limits": [f"select pglimits.update_limit('{name}', 9)" for name in ("free", "other", "full", "rate")],
-    "renewals": [f"select pglimits.renew(array['{LEASE}', '{HOLDER}']::uuid[])"],
+    "renewals": [f"select pglimits.renew_all('{{{LEASE},{HOLDER}}}')"],
 }  # fmt: skip
-LOOKS = {"peek", "refused", "renew", "sweep", "watch"}
+LOOKS = {"peek", "refused", "renew", "sweep", "_watch"}
 UNTOUCHED = {
     "grants": LOOKS,
-    "changed limits": {*LOOKS, "release"},
-    "renewals": {*CALLS} - {"hand over", "release", "release_many", "renew"},
+    "changed limits": LOOKS,
+    "renewals": {*CALLS} - {"hand over", "release", "_release_batch", "renew"},
 }
 """What works all the same: what only looks, and so may tell what was, and what concerns nothing that was changed."""
 
@@ -282,7 +281,7 @@ def test_a_call_whose_snapshot_is_older_than_a_change_that_concerns_it_fails_to_
             pass
         sessions[name].run("rollback")
         assert contents(world) == before, name
-    assert untouched - {"watch"} == UNTOUCHED[change] - {"watch"}  # when something is due, watch changes it
+    assert untouched == UNTOUCHED[change]
 
 
 @pytest.mark.parametrize("level", SNAPSHOTS)
@@ -317,7 +316,7 @@ def test_an_old_snapshot_does_not_admit_by_what_the_limit_was(db: Db, s: Session
 
     def ask(session: Session) -> Any:
         session.run(f"set default_transaction_isolation = '{level}'")
-        return session.acquire("database", wait=None)
+        return session.acquire("database", timeout_seconds=FOREVER)
 
     asked, other = db.start_blocked(ask)
     changing.run("commit")
@@ -329,12 +328,15 @@ def test_an_old_snapshot_does_not_admit_by_what_the_limit_was(db: Db, s: Session
 @pytest.mark.parametrize("level", SNAPSHOTS)
 def test_an_old_snapshot_does_not_take_a_lease_out_that_was_renewed_since(db: Db, s: Session, level: str) -> None:
     s.create("database", 1)
-    lease = s.acquire("database", lease_duration="1 second")
-    sessions = {call: db.session() for call in ("acquire('database')", "acquire('database', wait => null)", "sweep()")}
+    lease = s.acquire("database", lease_duration=1)
+    sessions = {
+        call: db.session()
+        for call in ("acquire('database')", "acquire('database', timeout_seconds => null)", "sweep()")
+    }
     for other in sessions.values():
         other.run(f"begin isolation level {level}")
         other.value("select count(*) from pglimits.states")
-    assert s.renew(lease.lease_id, "1 hour")
+    assert s.renew(lease.lease_id, 3600)
     db.wait_until(lambda: s.value("select clock_timestamp() > %s", lease.expires_at))
     for call, other in sessions.items():
         with fails("40001"):
@@ -439,27 +441,30 @@ def test_a_procedure_that_commits_between_the_calls_and_one_that_waits_work_outs
     db: Db, s: Session, level: str
 ) -> None:
     s.create("database", 1)
+    s.create("api", 5, 1)
     session = db.session()
     session.run(f"set default_transaction_isolation = '{level}'")
     session.run(
         "create procedure job(inout told text default '') language plpgsql as $f$"
-        " declare taken pglimits.acquired_one; answer text; id uuid; fence bigint; ends timestamptz;"
-        " again interval; done boolean; begin"
+        " declare taken pglimits.acquired; answer text; id uuid; fence bigint; ends timestamptz;"
+        " again float8; done boolean; begin"
         " for n in 1 .. 3 loop taken := pglimits.acquire('database'); commit;"
         " told := told || taken.status; perform pglimits.release(taken.lease_id); commit; end loop;"
-        " call pglimits.acquire_wait('database', status => answer, granted_lease_id => id, fence => fence,"
-        " expires_at => ends); told := told || answer; commit; call pglimits.release_hot(id, done); commit;"
-        " call pglimits.acquire_hot('database', status => answer, granted_lease_id => id, fence => fence,"
-        " expires_at => ends, retry_after => again); told := told || answer; commit;"
-        " perform pglimits.release(id); end $f$"
+        " call pglimits.acquire_wait('database', lease_id => id, status => answer, fence => fence, expires_at => ends,"
+        " retry_after => again); told := told || answer; commit; call pglimits.release_wait(id, done); id := null;"
+        " call pglimits.rate_limit_wait('api', lease_id => id, status => answer, retry_after => again);"
+        " told := told || answer; end $f$"
     )
     assert session.value("call job()") == "granted" * 5
     assert s.limit("database").held == 0
     before = contents(s)
-    for call in ("call pglimits.acquire_wait('database')", "call pglimits.acquire_hot('database')", "call job()"):
+    for call, code in (
+        ("pglimits.acquire_wait('database')", "PL010"), ("pglimits.rate_limit_wait('api')", "PL010"),
+        (f"pglimits.release_wait('{NEW}')", "2D000"), ("job()", "2D000"),
+    ):  # fmt: skip
         session.run("begin")
-        with fails("2D000"):
-            session.run(call)
+        with fails(code):
+            session.run(f"call {call}")
         session.run("rollback")
         assert contents(s) == before, call
 
@@ -483,6 +488,28 @@ def test_in_a_parallel_worker_a_call_that_changes_something_fails_and_changes_no
     assert session.value("select distinct (pglimits.peek('free')).status from t") == "granted"
 
 
+@pytest.mark.parametrize("how", ["at its first use", "in a subtransaction", "at once", "to change it"])
+def test_who_keeps_a_limit_locked_is_told_to_who_waits_in_vain_and_no_victim_is(db: Db, s: Session, how: str) -> None:
+    s.create("database", 2)
+    if how != "at its first use":
+        s.release(s.acquire("database").lease_id)
+    other, victim = (db.session(application_name=name) for name in ("nightly", "victim"))
+    with rolled_back(other):
+        if how == "to change it":
+            other.update("database", limit=3)
+        else:
+            other.acquire("database", priority=int(how == "in a subtransaction"))
+        waits, _ = db.start(lambda session: session.acquire("database", timeout_seconds=60), victim)
+        db.wait_until(lambda: db.blocked(victim.pid))
+        with pytest.raises(psycopg.Error) as caught:
+            s.acquire("database", timeout_seconds=0.01)
+        assert caught.value.sqlstate == "PL009"
+        said = caught.value.diag.message_primary or ""
+        assert f"'database' locked in an open transaction: session {other.pid} of " in said
+        assert "nightly" in said and "victim" not in said
+    assert waits.result(60).status == "granted"
+
+
 def test_a_prepared_transaction_holds_what_it_took_until_it_is_decided_and_may_not_have_told_anybody(
     server: Any,
 ) -> None:
@@ -499,7 +526,7 @@ def test_a_prepared_transaction_holds_what_it_took_until_it_is_decided_and_may_n
                     s.run("prepare transaction 'one'")
                     assert s.holders() == []
                     s.run("set lock_timeout = '10ms'")
-                    with fails("55P03"):
+                    with fails("PL009", "database", "a prepared transaction"):
                         s.acquire("database")
                     s.run("reset lock_timeout")
                     s.run(f"{end} prepared 'one'")
@@ -512,28 +539,3 @@ def test_a_prepared_transaction_holds_what_it_took_until_it_is_decided_and_may_n
                 assert [str(holder.lease_id) for holder in s.holders()] == [NEW]
                 assert s.release(WAITER) and s.release(NEW)
             check_consistent(s)
-
-
-@pytest.mark.parametrize("of", ["role", "database"])
-def test_the_defaults_of_a_role_or_a_database_are_those_of_its_transactions(world: Session, db: Db, of: str) -> None:
-    name = world.connection.info.dbname if of == "database" else "isolation_role"
-    world.run("drop role if exists isolation_role; create role isolation_role login superuser")
-    try:
-        world.run(f"alter {of} {name} set default_transaction_deferrable = on")
-        for level in LEVELS:
-            world.run(f"alter {of} {name} set default_transaction_isolation = '{level}'")
-            session = db.session(user="isolation_role")
-            assert session.value("show transaction_isolation") == level
-            for call, expected in calls(level).values():
-                with rolled_back(session):
-                    assert session.value(call) == expected, (level, call)
-            assert session.release(session.acquire("free").lease_id)
-        world.run(f"alter {of} {name} set default_transaction_read_only = on")
-        session = db.session(user="isolation_role")
-        with fails("25006"):
-            session.acquire("free")
-        assert session.peek("free").status == "granted"
-        session.run("set default_transaction_read_only = off")
-        assert session.acquire("free").status == "granted"
-    finally:
-        world.run(f"alter database {world.connection.info.dbname} reset all; drop role isolation_role")

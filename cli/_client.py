@@ -12,7 +12,7 @@ from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from . import _errors
+from . import _errors, _rights
 
 if TYPE_CHECKING:
     import psycopg
@@ -47,11 +47,12 @@ def target(dsn: str | None) -> Target:
 
 
 @contextlib.contextmanager
-def limiter(dsn: str | None) -> Iterator[Limiter]:
-    """A limiter on that database."""
+def limiter(dsn: str | None, role: str = _rights.ADMIN) -> Iterator[Limiter]:
+    """A limiter on that database. ``role``: the one whose rights are needed."""
     from pglimits import Limiter
 
-    with Limiter(target(dsn).conninfo) as opened:
+    conninfo = target(dsn).conninfo
+    with _rights.explained(conninfo, role), Limiter(conninfo) as opened:
         yield opened
 
 

@@ -18,7 +18,7 @@ OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``status``: ok, warn, fail, or skip where it could not be looked at. ``fix``: the command that mends it."""
+    """``status``: ok, warn, fail, or skip where it could not be looked at. ``fix``: what mends it, a command a line."""
 
     check: str
     status: str
@@ -28,18 +28,18 @@ class Finding:
 
 @dataclass(slots=True)
 class Case:
-    """A database under examination.
-
-    ``may``: what the role may do: acquire, look, change, sweep, and read the tables.
-    """
+    """A database under examination. ``may``: the roles of pglimits whose rights this session has."""
 
     target: Target
     connection: psycopg.Connection[tuple[Any, ...]]
-    may: dict[str, bool] = field(default_factory=dict)
+    may: set[str] = field(default_factory=set)
+    may_read_tables: bool = False
     installed: bool = False
 
-    def rows(self, sql: str, *params: object) -> list[tuple[Any, ...]]:
-        return self.connection.execute(sql.encode(), params or None).fetchall()
+    def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query; ``params`` one by one, or a mapping."""
+        given = params[0] if params and isinstance(params[0], dict) else params or None
+        return self.connection.execute(sql.encode(), given).fetchall()
 
     def one(self, sql: str, *params: object) -> Any:
         rows = self.rows(sql, *params)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import _client, _output
+from . import _client, _output, _rights
 from ._doctor import FAIL, OK, SKIP, WARN, Case, Finding
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ LONG_LOCK = 5
 """Seconds from which on a transaction with a lock on pglimits is long."""
 LONG_WAIT = 300
 """Seconds from which on it is worth a look what the head of a queue waits for."""
-IDLE_SLOT = 1
-"""Seconds for which a slot may be free beside a waiter that fits."""
+IDLE_SLOT = 4
+"""Seconds for which a slot may be free beside a waiter that fits: whoever waits looks every 3 seconds."""
 MANY_UNSWEPT = 10_000
 """Ended leases and dead waiters from which on a sweep is due."""
 MANY_DEAD = 200_000
@@ -245,54 +245,83 @@ def _literal(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def _locks(case: Case) -> Iterator[Finding]:
-    long = case.rows(
-        """
-        select a.pid, coalesce(a.usename, '?'), coalesce(a.application_name, ''), coalesce(a.state, '?'),
-               extract(epoch from clock_timestamp() - a.xact_start)::float8,
-               (select count(*) from pg_stat_activity b where a.pid = any (pg_blocking_pids(b.pid)))
-        from pg_stat_activity a
-        where a.pid <> pg_backend_pid() and a.xact_start < clock_timestamp() - make_interval(secs => %s)
-          and exists (
-            select from pg_locks l join pg_class c on c.oid = l.relation
-            where l.pid = a.pid and l.granted and l.mode <> 'AccessShareLock' and c.relkind = 'r'
-              and l.database = (select d.oid from pg_database d where d.datname = current_database())
-              and c.relnamespace = 'pglimits'::regnamespace)
-          and a.backend_type = 'client backend'
-        order by a.xact_start limit 5
-        """,
-        LONG_LOCK,
+# Who is at work on a limit, and behind whom: each up to those that wait for nobody, who alone are to blame. Process 0
+# stands for the prepared transactions.
+_ROOTS = """
+    with recursive waits as (
+      select w.pid, b.blocker, w.since
+      from (select l.pid, min(l.waitstart) as since from pg_locks l where not l.granted group by l.pid) w
+      cross join lateral unnest(pg_blocking_pids(w.pid)) as b(blocker)
+    ), workers as (
+      select distinct coalesce(l.pid, 0) as pid
+      from pg_locks l join pg_class c on c.oid = l.relation
+      where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'
+        and l.mode not in ('AccessShareLock', 'ShareUpdateExclusiveLock')
+        and l.database = (select d.oid from pg_database d where d.datname = current_database())
+        and l.pid is distinct from pg_backend_pid()
+    ), reached as (
+      select w.pid as worker, w.pid, null::timestamptz as since from workers w
+      union
+      select r.worker, w.blocker, w.since from reached r join waits w on w.pid = r.pid
+    ), roots as (
+      select r.pid, count(distinct r.worker) filter (where r.worker <> r.pid) as blocked, min(r.since) as since
+      from reached r where not exists (select from waits w where w.pid = r.pid) group by r.pid
     )
-    for pid, user, program, state, age, blocked in long:
-        blocking = f" and blocks {_output.count(blocked, 'other')}" if blocked else ""
+    select r.pid, coalesce(a.usename, '?'), coalesce(a.application_name, ''), coalesce(a.state, '?'), r.blocked,
+           extract(epoch from clock_timestamp() - coalesce(a.xact_start, r.since))::float8,
+           r.pid in (select w.pid from workers w)
+    from roots r join pg_stat_activity a on a.pid = r.pid
+    where coalesce(a.xact_start, r.since) < clock_timestamp() - make_interval(secs => %(long)s)
+      and coalesce(a.backend_type, '') <> 'autovacuum worker'
+    union all
+    select 0, p.gid, null, null, coalesce((select r.blocked from roots r where r.pid = 0), 0),
+           extract(epoch from clock_timestamp() - p.prepared)::float8, true
+    from pg_prepared_xacts p
+    where p.database = current_database() and p.prepared < clock_timestamp() - make_interval(secs => %(long)s)
+      and exists (
+        select from pg_locks l join pg_class c on c.oid = l.relation
+        where l.virtualtransaction = '-1/' || p.transaction and l.mode <> 'AccessShareLock'
+          and c.relnamespace = 'pglimits'::regnamespace)
+    order by 5 desc, 6 desc limit 5
+"""
+
+
+def _locks(case: Case) -> Iterator[Finding]:
+    roots = case.rows(_ROOTS, {"long": LONG_LOCK})
+    for pid, user, program, state, blocked, age, at_work in roots:
+        who = _session(pid, user, program) if pid else f"the prepared transaction {user!r}"
+        others = _output.count(blocked, "other")
+        shown = f" ({state})" if state else ""
+        if at_work:
+            text = f"{who} keeps a limit locked since {_output.duration(age)}{shown}" + (
+                f" and blocks {others}" if blocked else ""
+            )
+        else:
+            text = f"{who} holds up {others} at work on a limit since {_output.duration(age)}{shown}"
+        end = f"select pg_terminate_backend({pid});" if pid else f"rollback prepared {_literal(user)};"
         yield Finding(
             "locks",
             FAIL if blocked else WARN,
-            f"{_session(pid, user, program)} keeps a limit locked since {_output.duration(age)} ({state}){blocking}",
-            "call acquire and release in a transaction of their own (autocommit); now: "
-            f"select pg_terminate_backend({pid});",
+            f"{text}: call acquire and release in a transaction of their own (autocommit)" if at_work else text,
+            end,
         )
-    if not long:
+    if not roots:
         yield Finding("locks", OK, "no long transaction keeps a limit locked")
 
 
 _HEADS = """
     select l.name, l."limit", l.active, l.waiting, h.key, h.lease_id, h.slots,
-           extract(epoch from pglimits._now() - h.waiting_since)::float8, h.held,
-           l.slot_decay_per_second = 0 and l.active and l."limit" > 0 and h.held + h.slots <= l."limit"
+           extract(epoch from pglimits._now() - h.waiting_since)::float8, k.held,
+           l.slot_decay_per_second = 0 and l.active and l."limit" > 0 and k.held + h.slots <= l."limit"
     from pglimits.limits l
-    join lateral (
-      select distinct on (w.key) w.key, w.lease_id, w.slots, w.waiting_since, (
-        select coalesce(sum(k.slots), 0)::int from pglimits.holders k where k.name = w.name and k.key = w.key
-      ) as held
-      from pglimits.waiters w where w.name = l.name order by w.key, w.position
-    ) h on true
+    join pglimits.waiters h on h.name = l.name and h."position" = 1
+    join pglimits.keys k on k.name = h.name and k.key = h.key
     where l.waiting > 0 order by h.waiting_since
 """
 
 
 def _waiters(case: Case) -> Iterator[Finding]:
-    if not case.may.get("look"):
+    if _rights.READER not in case.may:
         yield Finding("waiters", SKIP, "you may not look at the waiters (pglimits_reader)")
         return
     heads = case.rows(_HEADS)
@@ -386,10 +415,11 @@ def _tables(case: Case) -> Iterator[Finding]:
     if case.one("select current_setting('autovacuum')") == "off":
         well = False
         yield Finding("tables", WARN, "autovacuum is off", "alter system reset autovacuum; select pg_reload_conf();")
-    if case.may.get("tables"):
+    if case.may_read_tables:
         ended, dead_waiters = case.rows(
             "select (select count(*) from pglimits.leases where expires_at <= pglimits._now()),"
-            " (select count(*) from pglimits.queue where expires_at <= pglimits._now())"
+            " (select count(*) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel"
+            " where greatest(q.expires_at, p.expires_at) <= pglimits._now())"
         )[0]
         if ended + dead_waiters > MANY_UNSWEPT:
             well = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from . import _output, _rights
 from ._doctor import FAIL, OK, WARN, Case, Finding
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 OLDEST, NEWEST = 14, 18
 """The major versions of PostgreSQL that pglimits is tested with."""
-_ROLES = ("pglimits_user", "pglimits_reader", "pglimits_admin")
 
 
 # The way to the server.
@@ -175,60 +175,113 @@ def _installed(case: Case) -> Iterator[Finding]:
 
 
 def _roles(case: Case) -> Iterator[Finding]:
-    there = {name for (name,) in case.rows("select rolname from pg_roles where rolname = any (%s)", list(_ROLES))}
-    missing = [name for name in _ROLES if name not in there]
+    from pglimits._install import ROLES
+
+    there = {name for (name,) in case.rows("select rolname from pg_roles where rolname = any (%s)", list(ROLES))}
+    missing = [name for name in ROLES if name not in there]
     if missing:
-        yield Finding(
-            "roles",
-            WARN,
-            f"missing, because the installing role may not create roles: {', '.join(missing)}",
-            "as a role that may: " + " ".join(f"create role {name};" for name in missing) + " then: pglimits install",
-        )
+        fix = "\n".join(line.strip() for line in _rights.by_hand(missing))
+        yield Finding("roles", WARN, _rights.missing(missing), fix)
     else:
-        yield Finding("roles", OK, ", ".join(_ROLES))
+        yield Finding("roles", OK, ", ".join(ROLES))
 
 
-def _rights(case: Case) -> Iterator[Finding]:
-    usage = case.one("select has_schema_privilege('pglimits', 'usage')")
-    for right, name in (("acquire", "acquire"), ("change", "create_limit"), ("sweep", "sweep")):
-        case.may[right] = usage and bool(
-            case.one(
-                "select bool_or(has_function_privilege(p.oid, 'execute')) from pg_proc p"
-                " where p.pronamespace = 'pglimits'::regnamespace and p.proname = %s",
-                name,
-            )
-        )
-    case.may["look"] = usage and bool(
+def _may(case: Case) -> Iterator[Finding]:
+    found = {role: _rights.lacking(case.connection, role) for role in _rights.WORDS}
+    case.may = {role for role, lack in found.items() if lack is None}
+    case.may_read_tables = bool(
         case.one(
-            "select bool_and(has_table_privilege(c.oid, 'select')) from pg_class c"
-            " where c.relnamespace = 'pglimits'::regnamespace and c.relname in ('limits', 'holders', 'waiters')"
-        )
-    )
-    case.may["tables"] = usage and bool(
-        case.one(
-            "select bool_and(has_table_privilege(c.oid, 'select')) from pg_class c"
-            " where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'"
+            "select has_schema_privilege('pglimits', 'usage') and bool_and(has_table_privilege(c.oid, 'select'))"
+            " from pg_class c where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'r'"
         )
     )
     me = case.one("select quote_ident(current_user)")
-    allowed = [
-        words
-        for right, words in (("acquire", "take slots"), ("look", "look"), ("change", "change limits"))
-        if case.may[right]
-    ]
-    if not case.may["acquire"]:
-        yield Finding(
-            "rights",
-            FAIL,
-            f"{me} may not take slots (pglimits_user), only: {', '.join(allowed) or 'nothing'}",
-            f"grant pglimits_user to {me};",
-        )
+    allowed = ", ".join(words for role, words in _rights.WORDS.items() if role in case.may)
+    lack = found[_rights.USER]
+    if lack is not None:
+        yield Finding("rights", FAIL, f"{me} may not take slots, only: {allowed or 'nothing'}; {lack[0]}", lack[1])
         return
-    lacking = [
-        role for right, role in (("look", "pglimits_reader"), ("change", "pglimits_admin")) if not case.may[right]
-    ]
+    lacking = [role for role in _rights.WORDS if role not in case.may]
     without = f"; not granted: {', '.join(lacking)}" if lacking else ""
-    yield Finding("rights", OK, f"{me} may {', '.join(allowed)}{without}")
+    yield Finding("rights", OK, f"{me} may {allowed}{without}")
+
+
+# What is nobody's business, by default privileges or by a grant of somebody's.
+_REACHED = """
+    select a.role, x.kind, string_agg(x.name, ', ' order by x.name), a.rights
+    from (
+      select case c.relkind when 'S' then 'sequence' else 'table' end as kind, c.oid::regclass::text as name,
+             coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner)) as acl,
+             c.relowner as owner, c.relkind <> 'v' or c.relname <> all (%(views)s::text[]) as is_private
+      from pg_class c where c.relnamespace = 'pglimits'::regnamespace and c.relkind in ('r', 'v', 'S')
+      union all
+      select 'routine', 'pglimits.' || p.proname, coalesce(p.proacl, acldefault('f', p.proowner)), p.proowner,
+             p.proname <> all (%(routines)s::text[])
+      from pg_proc p where p.pronamespace = 'pglimits'::regnamespace
+      union all
+      select 'schema', 'pglimits', coalesce(n.nspacl, acldefault('n', n.nspowner)), n.nspowner, false
+      from pg_namespace n where n.nspname = 'pglimits'
+    ) x
+    cross join lateral (
+      select case when e.grantee = 0 then 'public' else quote_ident(pg_get_userbyid(e.grantee)) end as role,
+             string_agg(lower(e.privilege_type), ', ' order by e.privilege_type) as rights
+      from aclexplode(x.acl) e
+      where e.grantee <> x.owner and (x.is_private or e.grantee = 0 or e.privilege_type = 'CREATE')
+      group by e.grantee
+    ) a
+    group by a.role, x.kind, a.rights order by 1, 2 desc
+"""
+
+
+def _private(case: Case) -> Iterator[Finding]:
+    from pglimits._install import granted
+
+    routines = granted("users", "administrators", "readers")
+    reached = case.rows(_REACHED, {"views": granted("visible"), "routines": routines})
+    for role, kind, names, rights in reached:
+        many = len(names.split(", "))
+        what = "the schema pglimits" if kind == "schema" else _output.count(many, f"private {kind}")
+        yield Finding(
+            "private",
+            WARN,
+            f"{role} has {rights} on {what}, by default privileges or by a grant",
+            f"revoke {rights if kind == 'schema' else 'all'} on {kind} {names} from {role};",
+        )
+    if not reached:
+        yield Finding("private", OK, "tables and private functions are out of everybody's reach")
+
+
+# Roles that log in, take slots, and have not been told to notice that a client is gone.
+_DEAF = """
+    with recursive members as (
+      select m.member from pg_auth_members m join pg_roles g on g.oid = m.roleid where g.rolname = 'pglimits_user'
+      union
+      select m.member from pg_auth_members m join members x on m.roleid = x.member
+    )
+    select quote_ident(r.rolname) from members m join pg_roles r on r.oid = m.member
+    where r.rolcanlogin and not exists (
+      select from pg_db_role_setting s cross join unnest(s.setconfig) as c(setting)
+      where s.setrole in (0, r.oid) and c.setting ~ '^client_connection_check_interval='
+        and s.setdatabase in (0, (select d.oid from pg_database d where d.datname = current_database())))
+      and not exists (
+      select from pg_settings p where p.name = 'client_connection_check_interval' and p.setting <> '0'
+        and p.source in ('command line', 'environment variable', 'configuration file'))
+    order by 1
+"""
+
+
+def _clients(case: Case) -> Iterator[Finding]:
+    deaf = [role for (role,) in case.rows(_DEAF)]
+    if deaf:
+        yield Finding(
+            "clients",
+            WARN,
+            f"a client of {', '.join(deaf)} that is killed while it waits in SQL (acquire_wait) keeps its session and"
+            " its place in line: the server does not look whether it is still there",
+            "\n".join(f"alter role {role} set client_connection_check_interval = '1s';" for role in deaf),
+        )
+    else:
+        yield Finding("clients", OK, "the server notices where a waiting client is gone")
 
 
 CHECKS = (
@@ -237,6 +290,8 @@ CHECKS = (
     ("durable", _durable),
     ("installed", _installed),
     ("roles", _roles),
-    ("rights", _rights),
+    ("rights", _may),
+    ("private", _private),
+    ("clients", _clients),
 )
 """The checks of this module, in order. Without an installation there is nothing to look at behind "installed"."""

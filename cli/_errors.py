@@ -22,16 +22,16 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings cli
 _CliError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-def say(kind: str, message: object) -> None:
-    """``Error: …`` or ``Warning: …`` on stderr, as one line."""
+def say(kind: str, message: object, *lines: str) -> None:
+    """``Error: …`` or ``Warning: …`` on stderr, as one line. ``lines``: what is to be copied, below it as it is."""
     text = " ".join(str(message).split())
     typer.secho(f"{kind}:", err=True, nl=False, bold=True, fg="red" if kind == "Error" else "yellow")
-    typer.echo(f" {text}", err=True)
+    typer.echo("\n".join([f" {text}", *lines]), err=True)
 
 
-def fail(message: object, code: int = ERROR) -> typer.Exit:
+def fail(message: object, code: int = ERROR, *lines: str) -> typer.Exit:
     """Say what is wrong. ``raise fail(…)`` ends the command."""
-    say("Error", message)
+    say("Error", message, *lines)
     return typer.Exit(code)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from . import _errors
+from . import _errors, _rights
 
 if TYPE_CHECKING:
     from pglimits import AsyncLimiter
@@ -52,7 +52,8 @@ def with_limiter(conninfo: str, work: Callable[[AsyncLimiter, Signals], Coroutin
 
     signals = Signals()
     try:
-        return asyncio.run(main())
+        with _rights.explained(conninfo, _rights.USER):
+            return asyncio.run(main())
     finally:
         signals.close()
 

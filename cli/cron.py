@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _client, _output
+from . import _client, _output, _rights
 from ._commands import command
 from ._options import Dsn, Format, Output
 
@@ -49,11 +49,11 @@ def enable(
     from psycopg import Error
 
     target = _client.target(dsn)
-    with _client.connect(target.conninfo) as connection:
+    with _rights.explained(target.conninfo, _rights.ADMIN), _client.connect(target.conninfo) as connection:
         try:
             home = cron_database(connection)
             if home is None:
-                schedule = _one(connection, "select pglimits.cron_enable(make_interval(secs => %s))", every)
+                schedule = _one(connection, "select pglimits.cron_enable(%s::float8)", every)
                 home = str(_one(connection, "select current_database()"))
             else:
                 schedule = _enable_from_elsewhere(connection, target, home, every)
@@ -75,7 +75,7 @@ def disable(dsn: Dsn = None, output: Output = Format.table) -> None:
     from psycopg import Error
 
     target = _client.target(dsn)
-    with _client.connect(target.conninfo) as connection:
+    with _rights.explained(target.conninfo, _rights.ADMIN), _client.connect(target.conninfo) as connection:
         try:
             home = cron_database(connection)
             if home is None:
@@ -115,8 +115,7 @@ def _enable_from_elsewhere(connection: Connection, target: Target, home: str, ev
             )
         job, database, schedule = _row(
             connection,
-            "select pglimits._cron_job(), current_database()::text,"
-            " pglimits._cron_schedule(make_interval(secs => %s), %s)",
+            "select pglimits._cron_job(), current_database()::text, pglimits._cron_schedule(%s::float8, %s)",
             every,
             version,
         )

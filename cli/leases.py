@@ -8,7 +8,7 @@ from uuid import UUID
 
 import typer
 
-from . import _client, _errors, _output
+from . import _client, _errors, _output, _rights
 from ._commands import command
 from ._options import Dsn, Format, Key, Names, Output, Priority, Slots, SomeName, Strict, Timeout
 
@@ -37,7 +37,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
     Example: pglimits holders database
     """
     conninfo = _client.target(dsn).conninfo
-    with _client.limiter(conninfo) as limiter:
+    with _client.limiter(conninfo, _rights.READER) as limiter:
         found = limiter.holders(name)
         _must_exist(limiter, name, bool(found))
     if output is Format.json:
@@ -77,7 +77,7 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
     Example: pglimits waiters database
     """
     conninfo = _client.target(dsn).conninfo
-    with _client.limiter(conninfo) as limiter:
+    with _client.limiter(conninfo, _rights.READER) as limiter:
         found = limiter.waiters(name)
         _must_exist(limiter, name, bool(found))
     if output is Format.json:
@@ -139,7 +139,7 @@ def release(lease_ids: LeaseIds, dsn: Dsn = None, output: Output = Format.table)
 
     Example: pglimits release "$lease"
     """
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, _rights.USER) as limiter:
         done = [(lease_id, limiter.release(lease_id)) for lease_id in lease_ids]
     _output.show(
         output,
@@ -228,7 +228,7 @@ def renew(
 
     Example: pglimits renew "$lease"
     """
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, _rights.USER) as limiter:
         renewed = limiter.renew(lease_id, lease_duration)
     if output is Format.json:
         _output.show(output, {"lease_id": lease_id, "renewed": renewed})

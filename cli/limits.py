@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _client, _errors, _output
+from . import _client, _errors, _output, _rights
 from ._commands import command
 from ._options import Dsn, Format, Name, Output, Yes
 
 if TYPE_CHECKING:
-    from pglimits.models import Limit
+    from rich.table import Table
+    from rich.text import Text
+
+    from pglimits.models import Key, Limit
 
 app = typer.Typer()
 _PANEL = "Limits"
+_SHOWN = 20
+"""How many keys a table shows."""
 
 Rate = Annotated[
     float | None,
@@ -42,7 +47,7 @@ def ls(dsn: Dsn = None, output: Output = Format.table) -> None:
 
     Example: pglimits ls
     """
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, _rights.READER) as limiter:
         limits = limiter.list()
     if output is Format.json:
         _output.show(output, limits)
@@ -87,21 +92,42 @@ def inspect(
         typer.Option("--file", "-f", metavar="PATH", show_default=False, help="Write the JSON there. Needs -o json."),
     ] = None,
 ) -> None:
-    """Show everything about one limit.
+    """Show everything about one limit, and how much its keys use: with -o json all of them, else the busiest.
 
     Example: pglimits inspect database -o json
     """
     if file and output is not Format.json:
         raise _errors.usage("--file needs --output json")
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, _rights.READER) as limiter:
         limit = limiter.get(name)
+        keys = limiter.keys(name)
+    if output is Format.table:
+        _output.render(_output.properties(_facts(limit)), *_busiest(keys))
+        return
+    facts = {**_output.plain(limit), "keys": [_output.plain(key) for key in keys]}
     if file:
-        file.write_text(_output.as_json(limit) + "\n", encoding="utf-8")
+        file.write_text(_output.as_json(facts) + "\n", encoding="utf-8")
         typer.echo(f"Wrote limit {name!r} to {file}.", err=True)
-    elif output is Format.json:
-        _output.show(output, limit)
     else:
-        _output.render(_output.properties(_facts(limit)))
+        _output.show(output, facts)
+
+
+def _busiest(keys: list[Key]) -> list[Table | Text]:
+    """A table of the keys, unless the one without a name is all there is."""
+    if all(not key.key for key in keys):
+        return []
+    shown = sorted(keys, key=lambda key: (-key.waiting, -key.held, -key.level, key.key))[:_SHOWN]
+    table = _output.table("Key", "Held", "Waiting", "Level", "Fence", numbers=("Held", "Waiting", "Level", "Fence"))
+    for key in shown:
+        table.add_row(
+            _output.text(key.key or "''", "cyan"),
+            _output.number(key.held),
+            _output.text(_output.number(key.waiting), "yellow" if key.waiting else ""),
+            _output.number(key.level),
+            str(key.fence),
+        )
+    more = len(keys) - len(shown)
+    return [_output.text(""), table, *([_output.text(f"and {more:,} keys more")] if more else [])]
 
 
 def _facts(limit: Limit) -> list[tuple[str, str]]:

@@ -17,33 +17,47 @@ app = typer.Typer()
 _PANEL = "Set up and look after"
 
 
+WithoutRoles = Annotated[
+    bool,
+    typer.Option(
+        "--without-roles",
+        help="Go on where the roles pglimits_user, pglimits_reader and pglimits_admin cannot be created.",
+    ),
+]
+
+
 @command(app, _PANEL)
-def install(dsn: Dsn = None, output: Output = Format.table) -> None:
+def install(without_roles: WithoutRoles = False, dsn: Dsn = None, output: Output = Format.table) -> None:
     """Install pglimits in a database, or bring it up to date.
 
     Safe to repeat, and safe when many do it at once.
 
     Example: pglimits install --dsn postgresql://admin@db.example.com/app
     """
-    _install(dsn, output)
+    _install(dsn, output, without_roles)
 
 
 @command(app, _PANEL)
-def upgrade(dsn: Dsn = None, output: Output = Format.table) -> None:
+def upgrade(without_roles: WithoutRoles = False, dsn: Dsn = None, output: Output = Format.table) -> None:
     """Bring a database up to this version. The same as install.
 
     Example: pglimits upgrade
     """
-    _install(dsn, output)
+    _install(dsn, output, without_roles)
 
 
-def _install(dsn: str | None, output: Format) -> None:
+def _install(dsn: str | None, output: Format, without_roles: bool) -> None:
     from pglimits import _install as installer
+    from pglimits.errors import PermissionDenied
 
     target = _client.target(dsn)
-    with _output.working("Installing pglimits…"):
-        report = installer.install(target.conninfo)
-    before, after = report.version_before, report.version_after
+    try:
+        with _output.working("Installing pglimits…"):
+            done = installer.install(target.conninfo, without_roles=without_roles)
+    except PermissionDenied as error:
+        what, *lines = str(error).split("\n")
+        raise _errors.fail(what, _errors.ERROR, *lines) from error
+    before, after, missing = done.version_before, done.version_after, done.missing_roles
     where = f"{_client.place(target.conninfo)} (from {_client.source(target)})"
     if before is None:
         line = f"Installed pglimits {after} in {where}."
@@ -51,9 +65,12 @@ def _install(dsn: str | None, output: Format) -> None:
         line = f"pglimits {after} is up to date in {where}."
     else:
         line = f"Upgraded pglimits from {before} to {after} in {where}."
-    for remark in report.remarks:
-        _errors.say("Note", remark.removeprefix("pglimits: "))
-    _output.show(output, {"version_before": before, "version_after": after, "changed": before != after}, line)
+    if missing:
+        from . import _rights
+
+        _errors.say("Note", _rights.missing(missing), *_rights.by_hand(missing))
+    facts = {"version_before": before, "version_after": after, "changed": before != after, "missing_roles": missing}
+    _output.show(output, facts, line)
 
 
 @command(app, _PANEL)
@@ -88,20 +105,33 @@ def uninstall(yes: Yes = False, dsn: Dsn = None, output: Output = Format.table) 
 
 @command(app, _PANEL)
 def sql(
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain statements without what only psql knows, to be run in a transaction.")
+    ] = False,
+    without_roles: WithoutRoles = False,
     remove: Annotated[bool, typer.Option("--uninstall", help="The script that removes it.")] = False,
 ) -> None:
-    """Print the installation as one script for psql.
+    """Print the installation as one script for psql, or for a tool that migrates databases.
+
+    With --plain for Alembic, Flyway, Django's RunSQL and the like, which run it in a transaction of theirs. From Python
+    `pglimits.install(connection)` does the same.
 
     Example: pglimits sql | psql postgresql://admin@db.example.com/app
+
+    Example: pglimits sql --plain > migrations/V7__pglimits.sql
     """
     from importlib import resources
 
     from pglimits import _install as installer
 
+    if remove and (plain or without_roles):
+        raise _errors.usage("--uninstall goes with neither --plain nor --without-roles")
     if remove:
         typer.echo(resources.files("pglimits_sql").joinpath("uninstall.sql").read_text(encoding="utf-8"), nl=False)
+    elif plain:
+        typer.echo(installer.plain(without_roles=without_roles), nl=False)
     else:
-        typer.echo(installer.script())
+        typer.echo(installer.script(without_roles=without_roles))
 
 
 @command(app, _PANEL)
@@ -140,9 +170,8 @@ def _show(findings: list[_doctor.Finding]) -> None:
     for finding in findings:
         style = styles[finding.status]
         explained = _output.text(finding.text, "dim" if finding.status == _doctor.SKIP else "")
-        if finding.fix:
-            explained.append("\n→ ", "bold")
-            explained.append(finding.fix, "bold")
+        for line in (finding.fix or "").splitlines():
+            explained.append(f"\n→ {line}", "bold")
         table.add_row(_output.text(finding.status, style), _output.text(finding.check), explained)
     counts = {status: sum(finding.status == status for finding in findings) for status in styles}
     _output.render(

@@ -1,7 +1,8 @@
 """Concurrency limits and rate limits for any app that already has PostgreSQL.
 
 ``pglimits.sync`` and ``pglimits.asyncio`` have ``concurrency`` and ``rate_limit`` for the database that the environment
-names; ``Limiter`` and ``AsyncLimiter`` take a DSN or a connection pool, and also create and change limits.
+names; ``Limiter`` and ``AsyncLimiter`` take a DSN or a connection pool, and also create and change limits. ``install``
+installs the SQL.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from ._async_limiter import AsyncLimiter
+from ._install import Installed, install
 from ._limiter import Limiter
 from ._renewal import Lease
 from .errors import (
@@ -40,6 +42,7 @@ __all__ = [
     "CronUnavailable",
     "EmbeddedUnavailable",
     "Holder",
+    "Installed",
     "InvalidArgument",
     "Key",
     "Lease",
@@ -61,4 +64,5 @@ __all__ = [
     "Swept",
     "VersionMismatch",
     "Waiter",
+    "install",
 ]

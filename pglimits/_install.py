@@ -34,7 +34,8 @@ _HEAD = f"""\
 _BEGIN = """\
 set transaction isolation level read committed, read write;
 do $$ begin
-  perform pg_catalog.set_config('pglimits.settings', pg_catalog.json_object_agg(s.name, pg_catalog.current_setting(s.name))::text, true)
+  perform pg_catalog.set_config(
+    'pglimits.settings', pg_catalog.json_object_agg(s.name, pg_catalog.current_setting(s.name))::text, true)
   from pg_catalog.unnest('{role,search_path,lock_timeout,statement_timeout,client_min_messages}'::text[]) s(name);
 end $$;
 do $$ begin
@@ -165,7 +166,9 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
         if connection.info.transaction_status == TransactionStatus.INTRANS:
             ((isolation,),) = cursor.execute("show transaction_isolation", prepare=False).fetchall()
             if isolation != "read committed":
-                raise InvalidArgument(f"pglimits is installed in a read committed transaction, not in a {isolation} one")
+                raise InvalidArgument(
+                    f"pglimits is installed in a read committed transaction, not in a {isolation} one"
+                )
         with connection.transaction():
             for piece in _pieces(without_roles):
                 cursor.execute(piece.encode(), prepare=False)
@@ -178,7 +181,9 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
             )
             ((before, after, missing),) = cursor.fetchall()
     except psycopg.errors.InsufficientPrivilege as error:
-        raise PermissionDenied("\n".join(filter(None, (error.diag.message_primary, error.diag.message_hint)))) from error
+        raise PermissionDenied(
+            "\n".join(filter(None, (error.diag.message_primary, error.diag.message_hint)))
+        ) from error
     except psycopg.errors.FeatureNotSupported as error:  # of an older server
         raise PglimitsError(error.diag.message_primary) from error
     except psycopg.Error as error:
@@ -186,8 +191,9 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
     return Installed(before, after, tuple(missing))
 
 
-def routines(*lists: str) -> list[str]:
-    """Names of functions, by the lists in sql/grants.sql: ``users``, ``administrators``, ``readers``."""
+def granted(*lists: str) -> list[str]:
+    """Names by the lists in sql/grants.sql: functions for ``users``, ``administrators`` and ``readers``; views
+    (``visible``)."""
     there = {name: names.split(",") for name, names in _LIST.findall(_read("grants.sql"))}
     return sorted({name for each in lists for name in there[each]})
 

@@ -1,5 +1,8 @@
 -- Begins an installation or an upgrade, in a transaction that is open: one at a time, whatever the caller's settings are,
 -- and in the name of the role that owns the schema, so that all of it belongs to one, and nobody's functions run as another.
+-- The isolation comes first: it cannot be chosen once the transaction has looked at anything.
+set transaction isolation level read committed, read write;
+
 do $$
 begin
   if current_setting('server_version_num')::integer < 140000 then
@@ -8,7 +11,6 @@ begin
   end if;
 end $$;
 
-set transaction isolation level read committed, read write;
 set local search_path = pg_catalog;
 set local lock_timeout = 0;
 set local statement_timeout = 0;
@@ -17,15 +19,15 @@ set local client_min_messages = warning;
 do $$
 begin
   perform pg_advisory_xact_lock(7210911204761542);
-  -- What is there already, with the transactions that wrote it last: what this installation writes has another one then, also if each of
-  -- its statements runs in a subtransaction.
+  -- What is there already, and where: what this installation writes is somewhere else then, also if each of its statements runs in a
+  -- subtransaction, or another installation came before it in this transaction.
   perform set_config('pglimits.before', coalesce((
     select string_agg(x.what, ' ') from (
       select 'schema' as what from pg_namespace n where n.nspname = 'pglimits'
       union all
-      select 'f' || p.oid || '@' || p.xmin from pg_proc p where p.pronamespace = to_regnamespace('pglimits')
+      select 'f' || p.oid || '@' || p.ctid from pg_proc p where p.pronamespace = to_regnamespace('pglimits')
       union all
-      select 'v' || c.oid || '@' || c.xmin from pg_class c where c.relnamespace = to_regnamespace('pglimits') and c.relkind = 'v') x
+      select 'v' || c.oid || '@' || c.ctid from pg_class c where c.relnamespace = to_regnamespace('pglimits') and c.relkind = 'v') x
   ), ''), true);
 end $$;
 

@@ -8,9 +8,9 @@ declare
   dependents text;
 begin
   select string_agg(c.oid::regclass::text, ', ') into views from pg_class c
-  where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'v' and 'v' || c.oid || '@' || c.xmin = any (before);
+  where c.relnamespace = 'pglimits'::regnamespace and c.relkind = 'v' and 'v' || c.oid || '@' || c.ctid = any (before);
   select string_agg(p.oid::regprocedure::text, ', ') into routines from pg_proc p
-  where p.pronamespace = 'pglimits'::regnamespace and 'f' || p.oid || '@' || p.xmin = any (before);
+  where p.pronamespace = 'pglimits'::regnamespace and 'f' || p.oid || '@' || p.ctid = any (before);
   if views is not null then
     execute 'drop view ' || views;
   end if;

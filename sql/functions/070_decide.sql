@@ -82,7 +82,7 @@ begin
                state.version + u.nth, -request.rank, request.lease_duration, true, 1,
                now + seconds[u.nth] * interval '1 second',
                now + (seconds[u.nth] + request.lease_duration) * interval '1 second'
-        from unnest(lease_ids[:granted]) with ordinality as u(lease_id, nth);
+        from unnest(lease_ids[1:granted]) with ordinality as u(lease_id, nth);
         state.held := state.held + slots * granted;
         state.next_expiry := least(state.next_expiry, outcome.expires_at);
       end if;

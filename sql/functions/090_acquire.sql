@@ -267,7 +267,8 @@ begin
     pglimits._arrays_fault(names, slots, keys)));
   begin
     if bounded then
-      perform set_config('lock_timeout', ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000)::bigint::text, true);
+      -- In milliseconds, an integer. To try once, a lock is waited for one second.
+      perform set_config('lock_timeout', least(ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000), 2147483647)::integer::text, true);
     end if;
     select a.* into outcome
     from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],

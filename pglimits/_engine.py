@@ -40,7 +40,7 @@ _LEAVES_WITHIN = 0.25
 class Request:
     """What a caller wants."""
 
-    __slots__ = ("gone", "holder", "kind", "lease_id", "on_unavailable", "renew", "waker")
+    __slots__ = ("asked", "gone", "holder", "kind", "lease_id", "on_unavailable", "renew", "waker")
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class Request:
         self.holder = holder
         self.lease_id = lease_id
         self.renew = renew
+        self.asked = False
         # What is to be released if nobody waits for it any longer.
         self.gone = Gone(lease_id, kind.places)
 
@@ -67,15 +68,10 @@ class Request:
         if left and not (kind.for_rate and left < (kind.timeout or 0) - 0.001):
             # If all say the same, they are asked together; and only for a rate it matters how much has gone by.
             wait = kind.timeout
-        return Ticket(
-            self.lease_id,
-            kind,
-            kind.places,
-            wait,
-            self.holder,
-            self.waker,
-            None if left is None else left or PATIENCE,
-        )
+        patience = None if left is None else left or PATIENCE
+        ticket = Ticket(self.lease_id, kind, kind.places, wait, self.holder, self.waker, patience)
+        ticket.again, self.asked = self.asked, True
+        return ticket
 
     def named(self) -> str:
         return ", ".join(repr(name) for name, _ in self.kind.places)

@@ -27,6 +27,7 @@ declare
   ready timestamptz[];
   joint timestamptz := now;
   had boolean[];
+  kept boolean[];
   enforced integer := 0;
   slowest integer;
   takes double precision;
@@ -76,9 +77,9 @@ begin
       if now >= other.next_expiry then
         other := pglimits._take_expired(other, now);
       end if;
-      other := pglimits._take_back(other, mine.lease_id);
-      had[p] := other.held < (states[p]).held;
-      states[p] := other;
+      states[p] := pglimits._take_back(other, mine.lease_id);
+      had[p] := (states[p]).held < other.held;
+      other := states[p];
       if other.waiting > 0 and (pglimits._before(other, mine.rank, mine.arrival)).waiters > 0 then
         older := coalesce(older, p);
       end if;
@@ -107,27 +108,29 @@ begin
              else least(lives_until, joint + mine.lease_duration * interval '1 second') end);
     end loop;
     perform pglimits._tell(mine.channel, mine.lease_id::text);
+  elsif target is null then
+    states[here] := pglimits._time_out(states[here], mine.lease_id, now);
+    perform pglimits._tell(mine.channel, mine.lease_id::text);
   else
-    if target is null then
-      states[here] := pglimits._time_out(states[here], mine.lease_id, now);
-      perform pglimits._tell(mine.channel, mine.lease_id::text);
-    else
-      states[here] := pglimits._shorten(states[here], (mine.parts[here]).slots);
-      states[target] := pglimits._stand_again(states[target], mine, mine.parts[target], lives_until, now);
-    end if;
-    -- What was kept goes on being kept: given up here, it would have to be handed to others here.
+    states[here] := pglimits._shorten(states[here], (mine.parts[here]).slots);
+    states[target] := pglimits._stand_again(states[target], mine, mine.parts[target], lives_until, now);
     for p in 1 .. cardinality(mine.parts) loop
-      if had[p] or older is null and target <> p and mine.lease_duration is not null
-                   and ready[p] <= now + pglimits._horizon() and now > mine.arrival + pglimits._horizon()
+      if older is null and target <> p and mine.lease_duration is not null
+         and ready[p] <= now + pglimits._horizon() and now > mine.arrival + pglimits._horizon()
       then
         states[p] := pglimits._keep(states[p], mine.lease_id, (mine.parts[p]).slots, mine.rank, enforced, now,
                                     now + (now - mine.arrival) / 4);
+        kept[p] := true;
       end if;
     end loop;
   end if;
 
   for p in 1 .. cardinality(mine.parts) loop
-    if p <> here and (states[p]).limit_id is not null then
+    continue when p = here or (states[p]).limit_id is null;
+    if (states[p]).waiting > 0 and (had[p] or kept[p]) then
+      -- Whoever waits there gets what is given up, or is told when that which is kept comes free.
+      perform pglimits._serve(states[p], now, false);
+    else
       perform pglimits._save(states[p], now);
     end if;
   end loop;

@@ -191,7 +191,8 @@ class Model:
 
     def is_known(self, lease_id: UUID) -> bool:
         told = self.told.get(lease_id)
-        return bool(self.live(lease_id) or self.waiter(lease_id) or (told and told.until > self.now))
+        keeps = any(lease_id in place.kept for place in self.places())
+        return bool(self.live(lease_id) or self.waiter(lease_id) or (told and told.until > self.now) or keeps)
 
     @staticmethod
     def before(place: Place, order: tuple[int, float]) -> list[Waiter]:
@@ -338,20 +339,22 @@ class Model:
         if not targets and (head.deadline is None or joint <= head.deadline):
             here.line.remove(head)
             self.hand_over(head, parts, joint)
-            return
-        if targets:
+        elif not targets:
+            self.time_out(here, head)
+        else:
             here.line.remove(head)
             self.stand_again(targets[0], head)
-        else:
-            self.time_out(here, head)
+            for place in parts:
+                at = ready[place]
+                keeps = not older and not for_rate and place is not targets[0]
+                if keeps and self.now > head.arrival + HORIZON and at is not None and at <= self.now + HORIZON:
+                    until = self.now + round(Fraction(self.now - head.arrival, 4))
+                    place.kept[head.request.lease_id] = (head.parts[place], until)
+                    self.expires(place, until)
+                    had.add(place)
         for place in parts:
-            at = ready[place]
-            keeps = bool(targets) and not older and not for_rate and place is not targets[0]
-            keeps = keeps and self.now > head.arrival + HORIZON
-            if place in had or (keeps and at is not None and at <= self.now + HORIZON):
-                until = self.now + round(Fraction(self.now - head.arrival, 4))
-                place.kept[head.request.lease_id] = (head.parts[place], until)
-                self.expires(place, until)
+            if place in had and place is not here and place.line:
+                self.serve(place, own=False)
 
     def stand_again(self, place: Place, head: Waiter) -> None:
         assert head.parts is not None
@@ -501,7 +504,7 @@ class Model:
                 self.use(request, {place: slots}, ready)
             else:
                 self.take(request, {place: slots}, ready, ready + LIVENESS, claimed=False)
-            return Answer("queued", wait=ready - self.now, position=1)
+            return Answer("queued", wait=ready - self.now)
         by_time = limit.rate and limit.most > 0
         earliest = self.moment(place, self.slots_of(before) + slots) - self.now if by_time else 0
         if timeout == 0 or (timeout is not None and earliest > timeout):
@@ -583,7 +586,10 @@ class Model:
             if self.waiter(request.lease_id) is not None and (is_over or self.is_outdated(waiter)):
                 self.release([request.lease_id], told)
                 return Answer("refused") if is_over else None
-        return self.answer_known(request, told)
+        answer = self.answer_known(request, told)
+        if answer is None:
+            self.release([request.lease_id], told)  # what was kept for it, as it stood in a line that it had to leave
+        return answer
 
     def is_same(self, request: Request) -> bool:
         known: dict[Place, int | None] = {}
@@ -619,14 +625,14 @@ class Model:
         lease, trace = self.live(request.lease_id), self.told.get(request.lease_id)
         if lease is not None:
             if lease.acquired_at > self.now and not told:
-                return Answer("queued", wait=lease.acquired_at - self.now, position=1)
+                return Answer("queued", wait=lease.acquired_at - self.now)
             self.claim(lease)
             return Answer("granted", expires_at=lease.expires_at, wait=max(lease.acquired_at - self.now, 0))
         if trace is not None and trace.until > self.now:
             if trace.moment is None:
                 return Answer("refused")
             if trace.moment > self.now and not told:
-                return Answer("queued", wait=trace.moment - self.now, position=1)
+                return Answer("queued", wait=trace.moment - self.now)
             return Answer("granted", wait=max(trace.moment - self.now, 0))
         found = self.waiter(request.lease_id)
         if found is None:

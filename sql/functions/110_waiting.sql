@@ -219,7 +219,7 @@ declare
   began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
   remaining double precision := timeout_seconds;
   answer pg_catalog.record;
-  problem text;
+  problem pg_catalog.text;
 begin
   begin
     commit;  -- fails in any case within this block: how, tells whether there is a transaction around the call
@@ -234,7 +234,8 @@ begin
   loop
     perform pg_catalog.set_config('synchronous_commit', 'off', true);
     if for_rate then
-      select r.status, r.lease_id, null::bigint as fence, null::timestamptz as expires_at, r.retry_after, r."position" into answer
+      select r.status, r.lease_id, null::bigint as fence, null::pg_catalog.timestamptz as expires_at, r.retry_after,
+             r."position" into answer
       from pglimits.rate_limit(name, slots, key, remaining, priority, holder, id, strict) r;
     else
       select a.status, a.lease_id, a.fence, a.expires_at, a.retry_after, a."position" into answer
@@ -357,7 +358,7 @@ language plpgsql
 as $$
 declare
   fence bigint;
-  expires_at timestamptz;
+  expires_at pg_catalog.timestamptz;
 begin
   call pglimits._wait(true, name, slots, key, timeout_seconds, 1, priority, holder, strict, lease_id, status, fence, expires_at,
                       retry_after);

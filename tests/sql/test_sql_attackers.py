@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from sqltest import Clock, Db, Session, changes_nothing, fails, member
+from sqltest import FOREVER, Clock, Db, Session, changes_nothing, fails, member
 
 TYPES = ("uuid", "text", "timestamptz", "jsonb", "record", "tid", "name", "regprocedure")
 """What SQL looks up by name, and so first where the session says."""
@@ -39,30 +39,32 @@ def plant(session: Session, schema: str) -> None:
         session.run(f"create domain {schema}.{name} as pg_catalog.{name} check ({schema}.looks_at_{name}(value))")
 
 
+ONE, TWO = (f"00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
 CALLS = (
-    "select pglimits.acquire('database', holder => '{}', lease_id => '00000000-0000-0000-0000-000000000001')",
-    "select pglimits.acquire(array['database', 'api'], wait => null)",
-    "select pglimits.acquire('database', lease_id => '00000000-0000-0000-0000-000000000002', wait => null)",
-    "select pglimits.rate_limit('api', wait => null, channel => 'pglimits_a')",
-    "select pglimits.rate_limit(array['api', 'api'], wait => null)",
-    """select pglimits.acquire_many('[{"names": ["database"]}, {"names": ["api"], "for_rate": true}]')""",
-    "select pglimits.acquire_alike('database', array[gen_random_uuid(), gen_random_uuid()])",
-    "select pglimits.peek(array['database', 'api'])",
-    "select pglimits.watch(array['00000000-0000-0000-0000-000000000002']::pg_catalog.uuid[])",
-    "select pglimits.may_sleep('00000000-0000-0000-0000-000000000002')",
-    "select pglimits.renew('00000000-0000-0000-0000-000000000001'::pg_catalog.text)",
-    "select pglimits.release('00000000-0000-0000-0000-000000000001'::pg_catalog.text)",
-    "select pglimits.release_many(array[gen_random_uuid()])",
-    "select pglimits.flush()",
+    f"select pglimits.acquire('database', holder => '{{}}', lease_id => '{ONE}')",
+    "select pglimits.acquire_all(array['database', 'api'], timeout_seconds => null)",
+    f"select pglimits.acquire('database', lease_id => '{TWO}', timeout_seconds => null)",
+    "select pglimits.rate_limit('api', timeout_seconds => null, channel => 'pglimits_a')",
+    "select pglimits.rate_limit_all(array['api', 'api'], timeout_seconds => null)",
+    "select pglimits._acquire_batch('{database}', '{1}', '{\"\"}', false, 0, 300, 0,"
+    " array[gen_random_uuid(), gen_random_uuid()], '[{}, {}]', false, false, null)",
+    "select pglimits.peek('api'), pglimits.peek_all(array['database', 'api'])",
+    "select pglimits._beat('pglimits_a'), pglimits._locked_by(array['database'], array[''])",
+    f"select pglimits._watch(array['{TWO}']::pg_catalog.uuid[], false)",
+    f"select pglimits.renew('{ONE}'), pglimits.renew_all('{{{ONE}}}')",
+    f"select pglimits.release('{ONE}'), pglimits.release_all('{{{ONE}}}')",
+    "select pglimits._release_batch(array[gen_random_uuid()])",
     "select pglimits.create_limit('new', 1)",
     "select pglimits.update_limit('new', 2, new_name => 'newer')",
     "select pglimits.adjust('api', -1)",
     "select pglimits.reset('database')",
-    "select pglimits.sweep(idle => '0')",
+    "select pglimits.sweep(idle_seconds => 0)",
     "select pglimits.delete_limit('newer')",
-    "call pglimits.acquire_wait('database', wait => '1 millisecond')",
-    "call pglimits.acquire_hot('database')",
-    "call pglimits.release_hot(gen_random_uuid())",
+    "select pglimits.reset('api')",
+    "call pglimits.acquire_wait('database')",
+    "call pglimits.acquire_wait('database', timeout_seconds => 0.05)",
+    "call pglimits.rate_limit_wait('api')",
+    "call pglimits.release_wait(gen_random_uuid())",
 )
 
 
@@ -88,15 +90,16 @@ ROLES: dict[str | None, set[str]] = {
     "pglimits_reader": {"look"},
     "pglimits_admin": {"use", "look", "change"},
 }
+TABLES = ("meta", "configs", "known_keys", "states", "leases", "queue", "processes")
 ATTACKS = {
     "use": [
-        "select * from pglimits.watch(array[gen_random_uuid()])",
+        "select * from pglimits._watch(array[gen_random_uuid()], false)",
         "select pglimits.peek('database')",
     ],
-    "look": ["select * from pglimits.holders", "select * from pglimits.waiters", "select * from pglimits.limits"],
+    "look": [f"select * from pglimits.{view}" for view in ("limits", "keys", "holders", "waiters")],
     "change": ["select pglimits.update_limit('database', description => 'x')", "select pglimits.adjust('api', 1)"],
     "nobody": [
-        *(f"select * from pglimits.{table}" for table in ("meta", "configs", "keys", "states", "leases", "queue")),
+        *(f"select * from pglimits.{table}" for table in TABLES),
         *(f"lock table pglimits.{table} in access share mode" for table in ("configs", "states", "leases")),
         *(f"copy pglimits.{table} to stdout" for table in ("leases", "queue")),
         *(f"explain analyze select * from pglimits.{table}" for table in ("leases", "queue")),
@@ -124,15 +127,17 @@ ATTACKS = {
         "grant pglimits_admin to attacker",
         "grant execute on all routines in schema pglimits to attacker; select pglimits._fail('x', 'y')",
         "create temp table mine (lease pglimits.leases); select pglimits._unused(1, '')",
-        "create cast (uuid as pglimits._answer) with inout",
-        "do $$ begin perform pglimits._now(), pglimits._settle(null, null, null); end $$",
+        "create cast (uuid as pglimits._outcome) with inout",
+        "do $$ begin perform pglimits._now(), pglimits._bury(null, null); end $$",
         "do $$ begin delete from pglimits.leases; end $$",
-        "select pglimits._release(array[gen_random_uuid()])",
+        "select pglimits._release(array[gen_random_uuid()], true)",
         "select pglimits._take_expired(null, 'infinity')",
         "select pglimits._claim(array[gen_random_uuid()], now())",
+        "select * from pglimits._uses",
+        "select nextval('pglimits.configs_limit_id_seq')",
         "select pglimits._tell('pglimits_a', null)",
-        "select pglimits._are_known(array[gen_random_uuid()])",
-        "select pglimits._send_away(1, '')",
+        "select pglimits._is_known(array[gen_random_uuid()])",
+        "select pglimits._send_away(null)",
         "select pglimits._cron_job()",
         "select pg_get_expr(c.relpartbound, 0), l.* from pg_class c, pglimits.leases l",
         "select most_common_vals from pg_statistic",
@@ -189,29 +194,26 @@ def test_what_another_has_is_neither_told_nor_ended_by_who_does_not_know_its_id(
     held = s.acquire("database", holder={"secret": 1}, key="of another").lease_id
     waiting = s.queue("database", holder={"secret": 2}, key="of another")
     s.rate_limit("api", key="of another")
-    asleep = s.rate_limit("api", wait=None, key="of another").lease_id
+    asleep = s.rate_limit("api", timeout_seconds=FOREVER, key="of another").lease_id
+    many = "array(select gen_random_uuid() from generate_series(1, 1000))"
     with attacker(db) as session:
         told: list[str] = []
         for ask in (
             "select pglimits.acquire('database', key => 'of another')",
-            "select pglimits.acquire('database', key => 'of another', wait => null)",
+            "select pglimits.acquire('database', key => 'of another', timeout_seconds => null)",
             "select pglimits.rate_limit('api', key => 'of another')",
             "select pglimits.peek('database', key => 'of another')",
-            "select pglimits.watch(array[gen_random_uuid(), '00000000-0000-0000-0000-000000000000'])",
-            "select pglimits.release(array(select gen_random_uuid() from generate_series(1, 1000)))",
-            "select pglimits.renew(array(select gen_random_uuid() from generate_series(1, 1000)))",
-            "select pglimits.release_many(array(select gen_random_uuid() from generate_series(1, 1000)))",
-            "select pglimits.may_sleep('00000000-0000-0000-0000-000000000000')",
-        ):
+            "select pglimits._watch(array[gen_random_uuid(), '00000000-0000-0000-0000-000000000000'], false)",
+            f"select pglimits.release_all({many})", f"select pglimits.renew_all({many})",
+            f"select pglimits._release_batch({many})", f"select * from pglimits._watch({many}, true)",
+        ):  # fmt: skip
             told += [str(row) for row in session.all(ask)]
-        for wrong in ("slots => 0", "key => repeat('x', 201)", "slots => 2", "channel => 'x'", "lease_duration => '0'"):
+        for wrong in ("slots => 0", "key => repeat('x', 201)", "slots => 2", "channel => 'x'", "lease_duration => 0"):
             with pytest.raises(psycopg.Error) as caught:
                 session.run(f"select pglimits.acquire('database', {wrong})")
-            told.append(
-                "\n".join(str(getattr(caught.value.diag, part)) for part in dir(caught.value.diag) if part[0] != "_")
-            )
-        told += session.notices
-        text = "\n".join(told)
+            diag = caught.value.diag
+            told += [str(getattr(diag, part)) for part in dir(diag) if part[0] != "_"]
+        text = "\n".join([*told, *session.notices])
         assert "secret" not in text
         assert not any(str(lease_id) in text for lease_id in (held, waiting, asleep))
     assert [row.lease_id for row in s.holders()] == [held]
@@ -230,20 +232,14 @@ def test_the_id_of_another_is_no_way_onto_another_limit_or_to_more_slots(db: Db,
     with attacker(db) as session:
         for lease_id in (held, waiting):
             for ask in (
-                "select pglimits.acquire('database', slots => 2, lease_id => %s, wait => null)",
-                "select pglimits.acquire('database', key => 'k', lease_id => %s)",
-                "select pglimits.acquire(array['database', 'api'], slots => array[2, 1], lease_id => %s)",
-                "select pglimits.rate_limit('api', lease_id => %s)",
-                "select pglimits.acquire_alike('other', array[%s], slots => 2, wait => null)",
+                "acquire('database', slots => 2, lease_id => %s, timeout_seconds => null)",
+                "acquire('database', key => 'k', lease_id => %s)",
+                "acquire_all(array['database', 'api'], slots => array[2, 1], lease_id => %s)",
+                "rate_limit('api', timeout_seconds => null, lease_id => %s)",
+                "_acquire_batch('{other}', '{2}', '{\"\"}', false, null, 300, 0, array[%s], '[{}]', true, false, null)",
             ):
-                with changes_nothing(s):
-                    try:
-                        answer = session.value(ask, lease_id)
-                    except psycopg.Error as error:
-                        assert error.diag.sqlstate == "PL001"
-                        assert "lease_id" in (error.diag.message_primary or "")
-                    else:
-                        assert "in use" in str(answer)
+                with changes_nothing(s), fails("PL001", "lease_id"):
+                    session.run(f"select pglimits.{ask}", lease_id)
     db.consistent()
 
 
@@ -267,7 +263,6 @@ HOSTILE_SETTINGS = {
 
 def test_no_setting_of_a_session_changes_what_it_is_answered(db: Db, s: Session) -> None:
     s.run("create schema own; grant all on schema own to public")
-    many = '[{"names": ["%s"], "wait": 9.5, "lease_duration": "90 s"}, {"names": ["%s"], "for_rate": true}]'
     with attacker(db, "pglimits_admin") as session:
         for setting, value in HOSTILE_SETTINGS.items():
             database, api = s.create(setting, 2), s.create(f"{setting} api", 2, 0.001)
@@ -276,22 +271,18 @@ def test_no_setting_of_a_session_changes_what_it_is_answered(db: Db, s: Session)
             assert first.status == "granted"
             assert session.acquire([database, api]).status == "granted"
             assert session.acquire(database).status == "refused"
-            ask = "select status, lease_id from pglimits.acquire_many(%s::jsonb) order by ordinal"
-            answers = session.all(ask, many % (database, api))
-            assert [row.status for row in answers] == ["queued", "granted"]
+            waiter = session.queue(database, timeout_seconds=9.5, lease_duration=90)
+            assert session.rate_limit(api).status == "granted"
             assert session.rate_limit(api).status == "refused"
             for bad in ("e'a\\nb'", "'a' || chr(133)", "'a/b'"):
                 with fails("PL001", "name"):
                     session.run(f"select pglimits.acquire({bad})")
-            with fails("PL001", "lease_id"):
-                session.run("select pglimits.release('{0'::text)")
-            assert session.renew(first.lease_id, "1 day") is True
+            assert session.renew(first.lease_id, 86400) is True
             assert session.release(first.lease_id) is True
-            session.run("begin isolation level read committed")
-            session.update(database, limit=3)
-            session.run("commit")
-            session.sweep("0")
-            assert answers[0].lease_id in [row.lease_id for row in s.holders(database)]
+            with session.transaction("isolation level read committed"):
+                session.update(database, limit=3)
+            session.sweep(0)
+            assert waiter in [row.lease_id for row in s.holders(database)]
             session.run(f"reset {setting}")
     db.consistent()
 
@@ -304,7 +295,7 @@ def test_a_channel_is_one_of_pglimits_or_an_error(db: Db, s: Session, channel: s
     s.create("database", 1)
     s.acquire("database")
     with attacker(db) as session, changes_nothing(s), fails("PL001", "channel"):
-        session.acquire("database", wait=None, channel=channel)
+        session.acquire("database", timeout_seconds=FOREVER, channel=channel)
 
 
 def test_a_channel_of_another_gets_hints_and_nothing_that_anybody_believes(db: Db, s: Session) -> None:
@@ -327,20 +318,15 @@ def test_a_long_queue_is_bounded_by_max_waiters_and_dies_with_who_made_it(clock:
     s.acquire("database")
     s.rate_limit("api")
     with attacker(db) as session:
-        for _ in range(3):
-            assert session.acquire("database", wait=None).status == "queued"
-            assert session.rate_limit("api", wait=None).status == "granted"
-        with changes_nothing(s):
-            with fails("PL006"):
-                session.acquire("database", wait=None)
-            with fails("PL006"):
-                session.rate_limit("api", wait=None)
-            batch = '[{"names": ["database"]}, {"names": ["api"], "for_rate": true}]'
-            assert {row.error for row in session.all("select error from pglimits.acquire_many(%s::jsonb)", batch)} == {
-                "QueueFull"
-            }
+        for kind in ("database", "api"):
+            ask = session.acquire if kind == "database" else session.rate_limit
+            for _ in range(3):
+                assert ask(kind, timeout_seconds=FOREVER).status == "queued"
+            with changes_nothing(s), fails("PL006", kind):
+                ask(kind, timeout_seconds=FOREVER)
     clock.advance(11)
-    assert s.acquire("database", wait=None).status == "queued"
+    assert s.acquire("database", timeout_seconds=FOREVER).status == "queued"
+    assert s.rate_limit("api", timeout_seconds=FOREVER).status == "queued"
     db.consistent()
 
 
@@ -352,10 +338,10 @@ def test_keys_that_were_used_once_leave_nothing_after_a_sweep(clock: Clock, db: 
         session.run("select pglimits.release((pglimits.acquire('database', key => k::text)).lease_id)"
                     " from generate_series(1, 200) k")  # fmt: skip
         session.run("select pglimits.rate_limit('api', key => k::text) from generate_series(1, 200) k")
-        before = s.value("select count(*) from pglimits.keys")
+        before = s.value("select count(*) from pglimits.known_keys")
         session.run("select pglimits.acquire('shut', key => k::text) from generate_series(1, 200) k")
         session.run("select pglimits.peek('database', key => 'new ' || k) from generate_series(1, 200) k")
-        assert s.value("select count(*) from pglimits.keys") == before == 400
+        assert s.value("select count(*) from pglimits.known_keys") == before == 400
     clock.advance(3601)
     assert s.sweep().keys == 400
-    assert s.value("select count(*) from pglimits.keys") == s.value("select count(*) from pglimits.states") == 0
+    assert s.all("select from pglimits.known_keys") == s.all("select from pglimits.states") == []

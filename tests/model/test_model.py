@@ -60,8 +60,8 @@ priorities = st.sampled_from([0, 0, 0, 1, -1])
 class Lives(RuleBasedStateMachine):
     """A client for every request that waits: it looks when it was told to, or is notified; until its process dies.
 
-    Those with a channel are of a process that listens there and calls in for all of them every 3 seconds, as the wrapper
-    does. The others ask again, as plain SQL does.
+    Those with a channel are of a process that listens there and calls in for all of them every 3 seconds, as the
+    wrapper does. The others ask again, as plain SQL does.
     """
 
     s: ClassVar[Session]
@@ -116,9 +116,14 @@ class Lives(RuleBasedStateMachine):
             self.beats.setdefault(request.channel, self.model.now)
             self.looks[request.lease_id] = None if answer.wait is None else self.model.now + answer.wait
         else:
-            self.looks[request.lease_id] = self.model.now + (
-                HEARTBEAT if answer.wait is None else min(answer.wait, HEARTBEAT)
-            )
+            self.looks[request.lease_id] = self.model.now + self.retry_after(request, answer)
+
+    def retry_after(self, request: Request, answer: Answer) -> int:
+        """In which time somebody who is queued by plain SQL is to ask again."""
+        found = self.model.waiter(request.lease_id)
+        deadline = None if found is None else found[1].deadline
+        left = None if deadline is None else deadline - self.model.now
+        return min(each for each in (answer.wait, left, HEARTBEAT) if each is not None)
 
     def agree(self, request: Request, answer: Answer, reply: dict[str, Any], is_first: bool) -> None:
         found = (request, answer, reply)
@@ -134,10 +139,8 @@ class Lives(RuleBasedStateMachine):
         if answer.status == "queued" and "position" in reply:
             assert reply["position"] == answer.position, found
         if answer.status == "queued":
-            expected = answer.wait
-            if request.channel is None:
-                expected = HEARTBEAT if expected is None else min(expected, HEARTBEAT)
-            assert reply["wait"] == expected, found
+            is_plain = request.channel is None
+            assert reply["wait"] == (self.retry_after(request, answer) if is_plain else answer.wait), found
         if answer.status == "granted" and not request.for_rate and reply.get("fences") is not None:
             self.see_fences(request, reply["fences"])
 

@@ -279,9 +279,9 @@ _ROOTS = """
     from pg_prepared_xacts p
     where p.database = current_database() and p.prepared < clock_timestamp() - make_interval(secs => %(long)s)
       and exists (
-        select from pg_locks l join pg_class c on c.oid = l.relation
-        where l.virtualtransaction = '-1/' || p.transaction and l.mode <> 'AccessShareLock'
-          and c.relnamespace = 'pglimits'::regnamespace)
+        select from pg_locks t join pg_locks l on l.virtualtransaction = t.virtualtransaction and l.pid is null
+        join pg_class c on c.oid = l.relation and c.relnamespace = 'pglimits'::regnamespace
+        where t.pid is null and t.transactionid = p.transaction and l.mode <> 'AccessShareLock')
     order by 5 desc, 6 desc limit 5
 """
 

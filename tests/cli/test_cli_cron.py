@@ -92,7 +92,7 @@ def test_a_tick_sweeps_a_database_that_pg_cron_does_not_live_in(
     to = dsn_of(cluster, "away")
     with psycopg.connect(to[1], autocommit=True) as away:
         away.execute("select pglimits.create_limit('database', 5)")
-        away.execute("select pglimits.acquire('database', lease_duration => '1 second')")
+        away.execute("select pglimits.acquire('database', lease_duration => 1)")
         pglimits("cron", "enable", *to)
         wait_until(
             lambda: away.execute("select count(*) from pglimits.leases").fetchone() == (0,),

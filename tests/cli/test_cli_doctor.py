@@ -17,7 +17,8 @@ import pytest
 from pglimits_cli import _doctor_health
 from psycopg.conninfo import make_conninfo
 
-from pglimits._embedded import throwaway
+from pglimits import _install
+from pglimits._embedded import Binaries, throwaway
 
 Connection = psycopg.Connection[Any]
 Connect = Callable[..., Connection]
@@ -25,7 +26,8 @@ Cli = Callable[..., Any]
 Wait = Callable[..., Any]
 
 ALL = [
-    "target", "reachable", "server", "writable", "durable", "installed", "roles", "rights", "sweep", "listen",
+    "target", "reachable", "server", "writable", "durable", "installed", "roles", "rights", "private", "clients",
+    "sweep", "listen",
     *(["prepared"] if poolers.MODE else []), "locks", "snapshots", "waiters", "tables",
 ]  # fmt: skip
 
@@ -64,7 +66,7 @@ def role(conn: Connection) -> Iterator[Callable[[str], str]]:
 
     yield create
     for name in made:
-        conn.execute(f"drop role {name}".encode())
+        conn.execute(f"drop owned by {name}; drop role {name}".encode())
 
 
 def test_all_is_looked_at_and_shown(pglimits: Cli) -> None:
@@ -124,19 +126,101 @@ def test_an_installation_of_another_version(find: Callable[..., Any], conn: Conn
 
 
 def test_what_the_role_may_do(find: Callable[..., Any], role: Callable[..., str], dsn: str) -> None:
-    stranger, user, reader = role(), role("pglimits_user"), role("pglimits_reader")
-    found = find("rights", "--dsn", make_conninfo(dsn, user=stranger))
-    assert (found["status"], found["fix"]) == ("fail", f"grant pglimits_user to {stranger};")
-    found = find("rights", "--dsn", make_conninfo(dsn, user=user))
-    assert found["status"] == "ok" and "not granted: pglimits_reader, pglimits_admin" in found["text"]
+    stranger, user, reader, admin = role(), role("pglimits_user"), role("pglimits_reader"), role("pglimits_admin")
+    for name, status, said in (
+        (stranger, "fail", f"only: nothing; the role {stranger} is not a member of pglimits_user"),
+        (reader, "fail", f"only: look; the role {reader} is not a member of pglimits_user"),
+        (user, "ok", "not granted: pglimits_reader, pglimits_admin"),
+        (admin, "ok", "may take slots, look, change limits"),
+    ):
+        found = find("rights", "--dsn", make_conninfo(dsn, user=name))
+        assert (found["status"], found["fix"]) == (
+            status, f"grant pglimits_user to {name};" if status == "fail" else None
+        )  # fmt: skip
+        assert found["text"].endswith(said)
     assert find("waiters", "--dsn", make_conninfo(dsn, user=user))["status"] == "skip"
-    found = find("rights", "--dsn", make_conninfo(dsn, user=reader))
-    assert found["status"] == "fail" and "only: look" in found["text"]
-    admin = role("pglimits_admin")
-    found = find("rights", "--dsn", make_conninfo(dsn, user=admin))
-    assert found["text"].endswith("may take slots, look, change limits")
     assert find("waiters", "--dsn", make_conninfo(dsn, user=admin))["status"] == "ok"
     assert find("tables", "--dsn", make_conninfo(dsn, user=admin))["status"] == "ok"
+
+
+def test_why_a_member_of_pglimits_user_may_not_take_slots_all_the_same(
+    find: Callable[..., Any], pglimits: Cli, role: Callable[..., str], conn: Connection, dsn: str
+) -> None:
+    """And the line that is proposed does mend it."""
+    new = conn.info.server_version >= 160000
+    name = role()
+    conn.execute(
+        f"grant pglimits_user to {name} with inherit false".encode()
+        if new
+        else f"alter role {name} noinherit; grant pglimits_user to {name}".encode()
+    )
+    as_member = ("--dsn", make_conninfo(dsn, user=name))
+    said = f"the role {name} is a member of pglimits_user, but does not inherit its rights"
+    found = find("rights", *as_member)
+    assert found["status"] == "fail" and found["text"].endswith(said)
+    refused = pglimits("acquire", "x", *as_member)
+    assert refused.code == 1 and f"{said}. An administrator mends it: {found['fix']}\n" in refused.err
+    conn.execute(found["fix"].encode())
+    assert find("rights", *as_member)["status"] == "ok"
+    conn.execute("revoke usage on schema pglimits from pglimits_user")
+    found = find("rights", *as_member)
+    assert "lacks its own rights" in found["text"] and found["fix"].startswith("pglimits install")
+    assert pglimits("install").code == 0
+    assert find("rights", *as_member)["status"] == "ok"
+
+
+def test_what_somebody_was_granted_of_the_private_parts(
+    pglimits: Cli, role: Callable[..., str], conn: Connection
+) -> None:
+    """By hand, or by default privileges before the installation took care of them. The lines revoke it."""
+
+    def found() -> list[dict[str, Any]]:
+        checks = pglimits("doctor", "-o", "json").json["checks"]
+        return [each for each in checks if each["check"] == "private"]
+
+    (well,) = found()
+    assert well["status"] == "ok"
+    name = role("pglimits_user")
+    conn.execute(
+        f"""grant select, delete on pglimits.leases, pglimits.queue to {name};
+        grant execute on function pglimits._bury to {name};
+        grant usage on sequence pglimits.configs_limit_id_seq to {name};
+        grant execute on function pglimits.delete_limit to public;
+        grant execute on function pglimits.acquire to {name};
+        grant create on schema pglimits to {name}""".encode()
+    )
+    shown = found()
+    assert {each["status"] for each in shown} == {"warn"}
+    assert any(each["text"].startswith(f"{name} has delete, select on 2 private tables") for each in shown)
+    assert {each["fix"] for each in shown} == {
+        f"revoke all on table pglimits.leases, pglimits.queue from {name};",
+        f"revoke all on routine pglimits._bury from {name};",
+        f"revoke all on sequence pglimits.configs_limit_id_seq from {name};",
+        f"revoke create on schema pglimits from {name};",
+        "revoke all on routine pglimits.delete_limit from public;",
+    }
+    for each in shown:
+        conn.execute(each["fix"].encode())
+    assert found() == [well]
+
+
+def test_roles_whose_dead_clients_the_server_would_not_notice(
+    find: Callable[..., Any], role: Callable[..., str], conn: Connection
+) -> None:
+    assert find("clients")["status"] == "ok"
+    direct, group = role("pglimits_user"), role("pglimits_user")
+    conn.execute(f"alter role {group} nologin".encode())
+    indirect, _ = role(group), role("pglimits_reader")
+    found = find("clients")
+    lines = [f"alter role {name} set client_connection_check_interval = '1s';" for name in (direct, indirect)]
+    assert (found["status"], found["fix"].splitlines()) == ("warn", lines)
+    for line in lines:
+        conn.execute(line.encode())
+    assert find("clients")["status"] == "ok"
+    conn.execute(f"alter role {direct} reset all".encode())
+    assert find("clients")["fix"] == lines[0]
+    conn.execute(f"alter database {conn.info.dbname} set client_connection_check_interval = 1000".encode())
+    assert find("clients")["status"] == "ok"
 
 
 def test_a_server_that_is_read_only(
@@ -155,8 +239,6 @@ def test_a_server_without_durability(find: Callable[..., Any], dsn: str) -> None
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_standby_and_a_server_that_forgets(find: Callable[..., Any], wait_until: Wait) -> None:
-    from pglimits import _install
-
     settings = {"synchronous_commit": "off", "fsync": "on", "full_page_writes": "on"}
     with throwaway(settings=settings, fsync=True) as primary:
         _install.install(primary.dsn)
@@ -217,32 +299,83 @@ def test_a_pooler_that_lets_notifications_through(find: Callable[..., Any], pool
     assert found["status"] == "ok" and "pooler" in found["text"]
 
 
-def test_a_long_transaction_that_keeps_a_limit_locked(
-    find: Callable[..., Any], conn: Connection, connect: Connect, wait_blocked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A doctor to whom every transaction is a long one."""
     monkeypatch.setattr(_doctor_health, "LONG_LOCK", 0)
+
+
+@pytest.fixture
+def blocked(connect: Connect, wait_blocked: Any) -> Iterator[Callable[[str], int]]:
+    """blocked("select …"): a session whose statement waits for a lock, in a transaction; its pid."""
+    threads: list[threading.Thread] = []
+
+    def begin(sql: str) -> int:
+        session = connect(autocommit=False)
+        session.execute("select 1 from pglimits.limits")
+
+        def work() -> None:
+            session.execute(sql.encode())
+            session.commit()
+
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+        wait_blocked(session.info.backend_pid)
+        return session.info.backend_pid
+
+    yield begin
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_of_a_chain_behind_one_idle_transaction_only_that_is_named(
+    find: Callable[..., Any], pglimits: Cli, conn: Connection, connect: Connect, blocked: Any, eager: None
+) -> None:
     conn.execute("select pglimits.create_limit('database', 2)")
     assert find("locks")["status"] == "ok"
     careless = connect(autocommit=False, application_name="careless")
     careless.execute("select pglimits.acquire('database')")
+    terminate = f"select pg_terminate_backend({careless.info.backend_pid});"
     found = find("locks")
-    assert found["status"] == "warn"
-    assert "(careless)" in found["text"] and f"pg_terminate_backend({careless.info.backend_pid})" in found["fix"]
-    victim = connect()
-    thread = threading.Thread(target=victim.execute, args=("select pglimits.acquire('database')",))
-    thread.start()
-    wait_blocked(victim.info.backend_pid)
-    found = find("locks")
-    assert found["status"] == "fail" and "blocks 1 other" in found["text"]
+    assert (found["status"], found["fix"]) == ("warn", terminate) and "(careless)" in found["text"]
+    for _ in range(3):
+        blocked("select pglimits.update_limit('database', 3)")
+    checks = [each for each in pglimits("doctor", "-o", "json").json["checks"] if each["check"] == "locks"]
+    assert [(each["status"], each["fix"]) for each in checks] == [("fail", terminate)]
+    assert "(careless)" in checks[0]["text"] and "blocks 3 others" in checks[0]["text"]
     careless.rollback()
-    thread.join()
-    assert find("locks")["status"] == "ok"
 
 
-def test_reading_in_a_long_transaction_locks_nothing(
-    find: Callable[..., Any], connect: Connect, monkeypatch: pytest.MonkeyPatch
+def test_who_holds_up_limits_by_a_lock_on_something_else_is_named(
+    find: Callable[..., Any], conn: Connection, connect: Connect, blocked: Any, eager: None
 ) -> None:
-    monkeypatch.setattr(_doctor_health, "LONG_LOCK", 0)
+    conn.execute("select pglimits.create_limit('database', 2); create table mine ()")
+    app = connect(autocommit=False, application_name="app")
+    app.execute("lock table mine")
+    blocked("select pglimits.acquire('database'); lock table mine")
+    blocked("select pglimits.update_limit('database', 3)")
+    found = find("locks")
+    assert (found["status"], found["fix"]) == ("fail", f"select pg_terminate_backend({app.info.backend_pid});")
+    assert "(app) holds up 2 others at work on a limit" in found["text"]
+    app.rollback()
+
+
+def test_a_prepared_transaction_that_keeps_a_limit_locked(pglimits: Cli, server: Any, eager: None) -> None:
+    settings = {"max_prepared_transactions": "2"}
+    with throwaway(binaries=Binaries(server.bin, server.version), settings=settings) as running:
+        _install.install(running.dsn)
+        with psycopg.connect(running.dsn) as connection:
+            connection.execute("select pglimits.create_limit('database', 2)")
+            connection.commit()
+            connection.execute("select pglimits.acquire('database')")
+            connection.execute("prepare transaction 'it''s'")
+        checks = pglimits("doctor", "-o", "json", "--dsn", running.dsn).json["checks"]
+        found = next(each for each in checks if each["check"] == "locks")
+        assert (found["status"], found["fix"]) == ("warn", "rollback prepared 'it''s';")
+
+
+def test_reading_in_a_long_transaction_locks_nothing(find: Callable[..., Any], connect: Connect, eager: None) -> None:
     connect(autocommit=False).execute("select * from pglimits.limits")
     assert find("locks")["status"] == "ok"
 
@@ -258,34 +391,30 @@ def test_an_old_snapshot(find: Callable[..., Any], connect: Connect, monkeypatch
     assert "(dump)" in found["text"] and f"pg_terminate_backend({dump.info.backend_pid})" in found["fix"]
 
 
-def test_waiters_of_a_limit_that_admits_nobody(find: Callable[..., Any], conn: Connection) -> None:
-    conn.execute("select pglimits.create_limit('database', 1)")
+def test_waiters_of_a_limit_that_lets_nobody_in(find: Callable[..., Any], conn: Connection) -> None:
+    """By the front door they would be told."""
+    conn.execute("select pglimits.create_limit('a base', 1)")
     assert find("waiters")["text"] == "nobody waits"
-    conn.execute("select pglimits.acquire('database')")
-    conn.execute("select pglimits.acquire('database', wait => null)")
+    conn.execute("select pglimits.acquire('a base')")
+    conn.execute("select pglimits.acquire('a base', timeout_seconds => null)")
     assert find("waiters") == {
         "check": "waiters", "status": "ok", "text": "1 request waiting, none of them in trouble", "fix": None,
     }  # fmt: skip
-    conn.execute('update pglimits.configs set "limit" = 0')  # by the front door, they would be told
-    found = find("waiters")
-    assert found["status"] == "warn"
-    assert "whose limit is 0" in found["text"] and found["fix"] == "pglimits update database --limit N"
-
-
-def test_waiters_of_a_limit_that_is_not_active(find: Callable[..., Any], conn: Connection) -> None:
-    conn.execute("select pglimits.create_limit('a base', 1)")
-    conn.execute("select pglimits.acquire('a base')")
-    conn.execute("select pglimits.acquire('a base', wait => null)")
     conn.execute("update pglimits.configs set active = false")
     found = find("waiters")
     assert found["status"] == "warn" and found["fix"] == "pglimits enable 'a base'"
+    conn.execute('update pglimits.configs set "limit" = 0')
+    found = find("waiters")
+    assert found["status"] == "warn"
+    assert "whose limit is 0" in found["text"] and found["fix"] == "pglimits update 'a base' --limit N"
 
 
-def test_waiters_beside_free_slots(find: Callable[..., Any], conn: Connection) -> None:
+def test_waiters_beside_free_slots(find: Callable[..., Any], conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_doctor_health, "IDLE_SLOT", 0.1)
     conn.execute("select pglimits.create_limit('database', 3)")
     conn.execute("select pglimits.acquire('database', slots => 3)")
-    conn.execute("select pglimits.acquire('database', slots => 2, wait => null)")
-    conn.execute("delete from pglimits.leases")  # nothing of ours does that, so nobody is told
+    conn.execute("select pglimits.acquire('database', slots => 2, timeout_seconds => null)")
+    conn.execute("update pglimits.states set held = 0")  # nothing of ours does that without a look at the line
     found = find("waiters")
     assert found["status"] == "fail"
     assert "although 3 are free" in found["text"] and "2 slots" in found["text"]
@@ -297,7 +426,7 @@ def test_a_head_that_waits_for_long(
     monkeypatch.setattr(_doctor_health, "LONG_WAIT", 0)
     conn.execute("select pglimits.create_limit('database', 1)")
     conn.execute("select pglimits.acquire('database', key => 'k')")
-    conn.execute("select pglimits.acquire('database', key => 'k', wait => null)")
+    conn.execute("select pglimits.acquire('database', key => 'k', timeout_seconds => null)")
     found = find("waiters")
     assert found["status"] == "warn"
     assert "the head of 'database' (key 'k') waits since" in found["text"] and "1 of 1 slots are held" in found["text"]

@@ -152,7 +152,7 @@ def test_renew_moves_the_end_and_says_when_it_is_too_late(pglimits: Cli) -> None
 def test_what_holders_say_of_themselves_steers_no_terminal(pglimits: Cli, conn: Connection) -> None:
     conn.execute("select pglimits.create_limit('open', 3)")
     sly = {"host": "\x1b]0;title\x07\x1b[31m\x9b31m", "program": "x\n\rforged line", "\u202eturned": "\x7f\u2066"}
-    ask = "select pglimits.acquire('open', key => U&'\\202Ek', wait => null, holder => %s::jsonb)"
+    ask = "select pglimits.acquire('open', key => U&'\\202Ek', timeout_seconds => null, holder => %s::jsonb)"
     for holder in (sly, "\x1b[2J\nforged line", ["\x1b[2J", "\x85"], sly, "\x1b[2J"):
         conn.execute(ask, [json.dumps(holder)])
     for arguments in (["holders"], ["waiters"], ["holders", "-o", "json"], ["waiters", "-o", "json"]):
@@ -184,7 +184,8 @@ def test_waiters_shows_who_waits_in_order(pglimits: Cli, conn: Connection) -> No
     conn.execute("select pglimits.acquire('database', slots => 2)")
     for pid in (1, 2):
         conn.execute(
-            "select pglimits.acquire('database', wait => null, holder => %s::jsonb)", [json.dumps({"pid": pid})]
+            "select pglimits.acquire('database', timeout_seconds => null, holder => %s::jsonb)",
+            [json.dumps({"pid": pid})],
         )
     rows = pglimits("waiters", "-o", "json").json
     assert [(row["position"], row["holder"]["pid"]) for row in rows] == [(1, 1), (2, 2)]

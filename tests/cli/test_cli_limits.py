@@ -75,7 +75,7 @@ def test_ls_shows_what_is_in_use(pglimits: Cli, conn: Connection) -> None:
     pglimits("create", "database", "-l", "3")
     pglimits("create", "api", "-l", "5", "--slot-decay-per-second", "0.001")
     conn.execute("select pglimits.acquire('database', slots => 3)")
-    conn.execute("select pglimits.acquire('database', wait => null, channel => 'pglimits_test')")
+    conn.execute("select pglimits.acquire('database', timeout_seconds => null, channel => 'pglimits_test')")
     conn.execute("select pglimits.rate_limit('api', slots => 4)")
     rows = pglimits("ls", "-o", "json").json
     assert [row["name"] for row in rows] == ["api", "database"]
@@ -107,13 +107,20 @@ def test_names_are_shown_as_they_are(pglimits: Cli) -> None:
     assert "[bold]x :smile: \\" in pglimits("ls").out
 
 
-def test_inspect_shows_one_limit(pglimits: Cli) -> None:
+def test_inspect_shows_one_limit_and_the_busiest_of_its_keys(pglimits: Cli, conn: Connection) -> None:
     pglimits("create", "database", "-l", "1234", "--description", "all of it")
+    conn.execute("select pglimits.acquire('database')")
     table = pglimits("inspect", "database")
     assert table.code == 0
-    assert "1,234 slots" in table.out and "all of it" in table.out
+    assert "1,234 slots" in table.out and "all of it" in table.out and "Key" not in table.out
+    conn.execute("select pglimits.acquire('database', n, key => 'k' || n) from generate_series(1, 25) n")
+    table = pglimits("inspect", "database")
+    shown = [line.split() for line in table.out.splitlines() if line.startswith("k")]
+    assert [row[:2] for row in shown] == [[f"k{n}", str(n)] for n in range(25, 5, -1)]
+    assert "and 6 keys more" in table.out
     found = pglimits("inspect", "database", "-o", "json").json
-    assert set(found) == COLUMNS and found["limit"] == 1234
+    assert set(found) == COLUMNS | {"keys"} and found["limit"] == 1234
+    assert len(found["keys"]) == 26 and set(found["keys"][0]) == {"name", "key", "held", "level", "waiting", "fence"}
 
 
 def test_inspect_writes_a_file(pglimits: Cli, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ PGLIMITS_TEST_EXAMPLES says how many calls of each are tried.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqltest import Session, check_consistent, tables
+from sqltest import FOREVER, Session, check_consistent, tables
 
 EXAMPLES = int(os.environ.get("PGLIMITS_TEST_EXAMPLES", "20"))
 KNOWN = "00000000-0000-0000-0000-00000000000"
-"""Of leases 1 and 2, waiter 3 and sleeper 4."""
+"""Of leases 1 and 2, and waiters 3 and 4, for slots and for a rate."""
 
 STRANGE = [
     "", " ", "database", "api", "no such limit", "a/b", "é", "e\u0301", "\u200f\u202etxt", "\ufeff", "\ufffe", "\uffff",
@@ -30,29 +29,19 @@ STRANGE = [
 ]  # fmt: skip
 UUIDS = ["null::uuid", *(f"'{KNOWN}{n}'::uuid" for n in range(6)), "'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid"]
 INTEGERS = ["null", "-2147483648", "-1000001", "-1", "0", "1", "2", "3", "100", "1000000", "1000001", "2147483647"]
-INTERVALS = [
-    "null", "'0'", "'1 microsecond'", "'-1 microsecond'", "'999999 microseconds'", "'1 second'", "'20 days'",
-    "'1 month -30 days'", "'1 month -29 days -86399 seconds'", "'-1 month 31 days'", "'366 days'", "'366 days 1 s'",
-    "'1 year -360 days'", "'-1 year 361 days'", "'1 year 6 days'", "'5000 years -1799999 days'", "'-1 year'",
-    "'5965000 years -2147399999 days'", "'-5965000 years 2147400001 days'", "'178000000 years'", "'-178000000 years'",
-    "make_interval(days => 2147483647)", "make_interval(days => -2147483648)", "make_interval(hours => 2147483647)",
-    "make_interval(years => -178956970, days => 2147483647, hours => 2147483647)", "'infinity'", "'-infinity'",
-]  # fmt: skip
 NUMBERS = [
-    "null", "'NaN'", "'Infinity'", "'-Infinity'", "0", "'-0'", "5e-324", "1e-10", "1e-9", "0.1", "1", "1e9",
-    "1.0000001e9",    "1.7976931348623157e308", "-1e-300",
+    "null", "'NaN'", "'Infinity'", "'-Infinity'", "0", "'-0'", "5e-324", "1e-10", "1e-9", "0.1", "0.999999", "1", "300",
+    "2147483.647", "2147483.648", "31622400", "31622400.1", "1e9", "1.0000001e9", "1.7976931348623157e308", "-1e-300",
 ]  # fmt: skip
 BOOLEANS = ["null", "true", "false"]
 SHAPES = ["'{{}}'::{0}[]", "array[null]::{0}[]", "array[array[{1}]]::{0}[]", "array_fill({1}, array[2, 2])::{0}[]",
           "array_fill({1}, array[2], array[0])::{0}[]", "array_fill({1}, array[1], array[-2147483648])::{0}[]",
           "array_fill({1}, array[101])::{0}[]", "array_fill({1}, array[20000])::{0}[]", "array[{1}, null]::{0}[]",
           "null::{0}[]"]  # fmt: skip
-NASTY_JSON = [
+JSON = [
     "null", "'null'", "'{}'", "'[]'", "'1'", "'\"x\"'", "'1e5000'", "'-1e100000'", "'\"\\u0001\"'",
     "(repeat('[', 3000) || repeat(']', 3000))::jsonb", "(repeat('{\"a\":', 1300) || '1' || repeat('}', 1300))::jsonb",
-    "to_jsonb(repeat('x', 100000))", "jsonb_build_array(null, '{}', '[]')", "'[[]]'", "'[{}]'", "'[null]'",
-    "(select jsonb_agg('{}'::jsonb) from generate_series(1, 10001))",
-    "'[{\"names\": [\"database\"], \"names\": [\"api\"]}]'",
+    "to_jsonb(repeat('x', 100000))", "'[[]]'", "'[{\"a\": [null]}]'",
 ]  # fmt: skip
 
 
@@ -71,31 +60,13 @@ def arrays(kind: str, items: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return st.one_of(flat, shaped)
 
 
-def documents() -> st.SearchStrategy[str]:
-    scalars = st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
-        st.sampled_from(["database", "api", "1 second", "-1 year 361 days", f"{KNOWN}1", f"{KNOWN}3", "abc", ""]),
-    )  # fmt: skip
-    members = st.sampled_from(
-        ["names", "slots", "keys", "lease_duration", "wait", "priority", "holder", "lease_id", "strict", "channel",
-         "for_rate", "other"]
-    )  # fmt: skip
-    values = st.one_of(scalars, st.lists(scalars, max_size=3), st.lists(st.lists(scalars, max_size=2), max_size=2))
-    wild = st.dictionaries(members, values, max_size=4)
-    # Good but for one or two members.
-    close = st.dictionaries(members, values, max_size=2).map(lambda more: {"names": ["database"]} | more)
-    batches = st.lists(st.one_of(wild, close, scalars), max_size=3)
-    return st.one_of(batches, scalars).map(lambda found: literal(json.dumps(found)) + "::jsonb")
-
-
 NEAR = {
     "uuid": st.sampled_from(UUIDS),
     "integer": st.sampled_from(INTEGERS),
-    "interval": st.sampled_from(INTERVALS),
     "double precision": st.sampled_from(NUMBERS),
     "boolean": st.sampled_from(BOOLEANS),
     "text": st.one_of(st.just("null"), texts()),
-    "jsonb": st.one_of(st.sampled_from(NASTY_JSON), documents()),
+    "jsonb": st.sampled_from(JSON),
     "timestamp with time zone": st.sampled_from(["null", "'infinity'", "'-infinity'", "'294276-12-31'"]),
     "bigint": st.sampled_from(["null", "-9223372036854775808", "0", "9223372036854775807"]),
 }  # fmt: skip
@@ -134,7 +105,7 @@ ROUTINES = """
 """
 GOOD = {
     "name": "'database'", "names": "array['database', 'api']", "lease_ids": f"array['{KNOWN}1', '{KNOWN}3']::uuid[]",
-    "slots": "1", "limit": "5", "requests": """'[{"names": ["database"]}]'::jsonb""",
+    "slots": "1", "limit": "5",
 }  # fmt: skip
 
 
@@ -147,7 +118,8 @@ def routines(s: Session) -> list[Routine]:
 
 def begin(s: Session) -> None:
     """The tables as every call finds them."""
-    s.run("truncate pglimits.meta, pglimits.configs, pglimits.keys, pglimits.states, pglimits.leases, pglimits.queue")
+    names = ("meta", "configs", "known_keys", "states", "leases", "queue", "processes")
+    s.run(f"truncate {', '.join(f'pglimits.{name}' for name in names)}")
     s.run("insert into pglimits.meta (schema_version) values (1)")
     s.create("database", 2)
     s.create("api", 5, 1)
@@ -155,7 +127,7 @@ def begin(s: Session) -> None:
     s.acquire("database", lease_id=f"{KNOWN}1", holder={"job": 1})
     s.acquire(["api", "database"], lease_id=f"{KNOWN}2")
     s.queue("database", lease_id=f"{KNOWN}3")
-    s.rate_limit("api", slots=5, wait=None, lease_id=f"{KNOWN}4")
+    s.rate_limit("api", slots=5, timeout_seconds=FOREVER, lease_id=f"{KNOWN}4")
     s.acquire("huge", slots=2_147_483_000)
 
 
@@ -164,10 +136,6 @@ def check_error(error: psycopg.Error, routine: Routine) -> None:
     state, message = error.diag.sqlstate or "", error.diag.message_primary or str(error)
     names = [name for name, _ in routine.arguments]
     words = {word for name in names for word in (name, name.removesuffix("s"))}
-    if "requests" in names:
-        words |= {"name", "names", "slots", "key", "keys", "lease_duration", "wait", "priority", "holder",
-                  "lease_id", "strict",
-                  "for_rate", "channel"}  # fmt: skip
     assert len(message) <= 500, f"a message of {len(message)} characters"
     if state in ("PL002", "PL003", "PL004", "PL005", "PL006", "PL007"):
         return
@@ -181,15 +149,15 @@ def check_answer(s: Session) -> None:
     far = s.all("select lease_id from pglimits.leases where not isfinite(expires_at) or expires_at < acquired_at"
                 " or expires_at > acquired_at + interval '367 days'")  # fmt: skip
     assert far == []
-    assert s.all("select name from pglimits.configs where abs(decayed) > 1e15 or scale(decayed) > 40") == []
-    assert s.all("select key from pglimits.states where abs(booked) > 1e15 or scale(booked) > 40") == []
-    for view in ("limits", "holders", "waiters"):
+    assert s.all("select name from pglimits.configs where abs(decayed) < 1e18 is not true") == []
+    assert s.all("select key from pglimits.states where abs(booked) < 1e18 is not true") == []
+    for view in ("limits", "keys", "holders", "waiters"):
         s.run(f"select v::text from pglimits.{view} v")
     names = [row.name for row in s.all('select name from pglimits.configs where active and "limit" > 0')]
     for name in names:
-        s.run("select pglimits.sweep(idle => '0')")
+        s.run("select pglimits.sweep(idle_seconds => 0)")
         s.reset(name)
-        s.run("select pglimits.release(array(select lease_id from pglimits.queue))")
+        s.run("select pglimits.release_all(array(select lease_id from pglimits.queue))")
         s.reset(name)
         assert s.acquire(name, key="of its own").status == "granted"
         assert s.acquire(name).status in ("granted", "queued", "refused")

@@ -63,9 +63,9 @@ def psql(server: Any) -> Any:
     if command is None:
         pytest.skip("needs psql")
 
-    def run(dsn: str, file: Path | str) -> subprocess.CompletedProcess[str]:
+    def run(dsn: str, file: Path | str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [command, "-X", "-d", dsn, "-f", str(file)],
+            [command, "-X", *options, "-d", dsn, "-f", str(file)],
             capture_output=True,
             text=True,
             check=False,

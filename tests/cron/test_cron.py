@@ -87,56 +87,53 @@ def test_enabling_twice_schedules_once(here: Connection) -> None:
 
 
 def test_enabling_again_changes_how_often(here: Connection) -> None:
-    value(here, "select pglimits.cron_enable('1 minute')")
-    assert value(here, "select pglimits.cron_enable('5 minutes')") == "*/5 * * * *"
+    value(here, "select pglimits.cron_enable(60)")
+    assert value(here, "select pglimits.cron_enable(300)") == "*/5 * * * *"
     assert [job[0] for job in jobs(here)] == ["*/5 * * * *"]
 
 
 def test_seconds_become_minutes_where_pg_cron_knows_no_seconds(here: Connection) -> None:
     assert value(here, "select extversion from pg_extension where extname = 'pg_cron'").startswith("1.4")
-    assert value(here, "select pglimits.cron_enable('10 seconds')") == "* * * * *"
+    assert value(here, "select pglimits.cron_enable(10)") == "* * * * *"
     assert [job[0] for job in jobs(here)] == ["* * * * *"]
 
 
 @pytest.mark.parametrize(
     ("every", "version", "schedule"),
     [
-        ("10 seconds", "1.4", "* * * * *"),
-        ("10 seconds", "1.4-1", "* * * * *"),
-        ("10 seconds", "1.5", "10 seconds"),
-        ("10 seconds", "1.6", "10 seconds"),
-        ("10 seconds", "1.10", "10 seconds"),
-        ("10 seconds", "2.0", "10 seconds"),
-        ("1.2 seconds", "1.6", "2 seconds"),
-        ("59 seconds", "1.6", "59 seconds"),
-        ("59.5 seconds", "1.6", "* * * * *"),
-        ("1 minute", "1.6", "* * * * *"),
-        ("61 seconds", "1.6", "*/2 * * * *"),
-        ("5 minutes", "1.4", "*/5 * * * *"),
-        ("59 minutes", "1.4", "*/59 * * * *"),
-        ("1 hour", "1.4", "0 */1 * * *"),
-        ("61 minutes", "1.4", "0 */2 * * *"),
-        ("23 hours", "1.4", "0 */23 * * *"),
-        ("23 hours 30 minutes", "1.4", "0 0 * * *"),
-        ("1 day", "1.4", "0 0 * * *"),
+        (10, "1.4-1", "* * * * *"),
+        (10, "1.5", "10 seconds"),
+        (10, "1.10", "10 seconds"),
+        (10, "2.0", "10 seconds"),
+        (1.2, "1.6", "2 seconds"),
+        (59, "1.6", "59 seconds"),
+        (59.5, "1.6", "* * * * *"),
+        (61, "1.6", "*/2 * * * *"),
+        (300, "1.4", "*/5 * * * *"),
+        (3540, "1.4", "*/59 * * * *"),
+        (3600, "1.4", "0 */1 * * *"),
+        (3660, "1.4", "0 */2 * * *"),
+        (82800, "1.4", "0 */23 * * *"),
+        (84600, "1.4", "0 0 * * *"),
+        (86400, "1.4", "0 0 * * *"),
     ],
 )
 def test_the_schedule_is_chosen_by_version_and_never_misread(
-    here: Connection, every: str, version: str, schedule: str
+    here: Connection, every: float, version: str, schedule: str
 ) -> None:
-    assert value(here, "select pglimits._cron_schedule(%s, %s)", every, version) == schedule
+    assert value(here, "select pglimits._cron_schedule(%s::float8, %s)", every, version) == schedule
 
 
 def test_pg_cron_takes_every_schedule_that_is_chosen_for_it(here: Connection) -> None:
     for minutes in (1, 2, 7, 30, 59, 60, 61, 120, 1379, 1381, 1439, 1440):
-        chosen = value(here, "select pglimits.cron_enable(make_interval(mins => %s))", minutes)
+        chosen = value(here, "select pglimits.cron_enable(60.0 * %s)", minutes)
         assert [job[0] for job in jobs(here)] == [chosen]
 
 
 def test_bad_input_is_an_error_that_names_the_argument_and_schedules_nothing(here: Connection) -> None:
-    for every in (None, "0", "-1 minute", "2 days", "0.5 seconds"):
+    for every in (None, 0, -60, 86401, 0.5, "NaN"):
         with pytest.raises(psycopg.Error) as caught:
-            value(here, "select pglimits.cron_enable(%s::interval)", every)
+            value(here, "select pglimits.cron_enable(%s::float8)", every)
         assert caught.value.diag.sqlstate == "PL001"
         assert "every" in (caught.value.diag.message_primary or "")
     assert jobs(here) == []
@@ -159,7 +156,7 @@ def test_other_jobs_are_left_alone(here: Connection) -> None:
 
 def test_in_another_database_the_error_has_the_command_that_works(here: Connection, elsewhere: Connection) -> None:
     with pytest.raises(psycopg.Error) as caught:
-        value(elsewhere, "select pglimits.cron_enable('5 minutes')")
+        value(elsewhere, "select pglimits.cron_enable(300)")
     assert caught.value.diag.sqlstate == "PL007"
     assert "'with_cron'" in (caught.value.diag.message_primary or "")
     hint = caught.value.diag.message_hint or ""
@@ -191,9 +188,9 @@ def test_uninstalling_unschedules(cluster: Server, here: Connection) -> None:
 
 def test_a_real_tick_sweeps(here: Connection, wait_until: Callable[..., Any]) -> None:
     value(here, "select pglimits.create_limit('database', 5)")
-    here.execute("select pglimits.acquire('database', lease_duration => '1 second')")
+    here.execute("select pglimits.acquire('database', lease_duration => 1)")
     assert value(here, "select count(*) from pglimits.leases") == 1
-    value(here, "select pglimits.cron_enable('1 second')")
+    value(here, "select pglimits.cron_enable(1)")
     wait_until(lambda: value(here, "select count(*) from pglimits.leases") == 0, timeout=90)
     finished = (
         "select count(*) from cron.job_run_details where command like '%pglimits.sweep%' and status = 'succeeded'"

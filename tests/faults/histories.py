@@ -51,6 +51,13 @@ RATES = (
     {"slots": {"mails": 1}, "rate": True},
     {"slots": {"tokens": 2}, "keys": ["", "a"], "rate": True},
 )
+BOTH = (
+    {"slots": {"api": 1}},
+    {"slots": {"api": 2}, "rate": True},
+    {"slots": {"api": 1, "database": 1}, "priorities": [0, 1]},
+    {"slots": {"mails": 1, "api": 1}},
+    {"slots": {"mails": 1}, "rate": True},
+)
 
 CALM = Tolerance(wake_up=2.0)
 ROUGH = Tolerance(wake_up=14.0, visible=5.0)  # who would have taken it up may be dead, which shows after 10 seconds

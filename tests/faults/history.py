@@ -2,8 +2,9 @@
 
 Two logs are compared. The clients': every worker writes down what it asks, what it gets, and for how long it believes
 to hold it, by the database's clock (they share the machine, and so the clock). The database's: triggers write down
-every change of a lease, of a place in line and of a limit, in the transaction that makes it, while that has the lock
-of the (limit, key). What the clients believe must lie within what the database says, and that must keep the promises.
+every change of a lease, of a place in line, of a level and of a limit, in the transaction that makes it, while that has
+the lock of the (limit, key); and every heartbeat. An attempt has the id of its lease. What the clients believe must lie
+within what the database says, and that must keep the promises.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -43,16 +44,23 @@ begin
 end $$;
 create trigger history after insert or update or delete on pglimits.leases for each row execute function history.note();
 create trigger history after insert or update or delete on pglimits.queue for each row execute function history.note();
+create trigger history after insert or update or delete on pglimits.processes
+  for each row execute function history.note();
+create trigger history after update on pglimits.states for each row
+  when (new.slot_decay_per_second > 0
+        and (new.booked, new.slot_decay_per_second, new."limit", new.decayed_at)
+            is distinct from (old.booked, old.slot_decay_per_second, old."limit", old.decayed_at))
+  execute function history.note();
 -- At the commit, as all states of the limit are locked by then: whoever decided by the old one has been noted before.
 create constraint trigger history after insert or update or delete on pglimits.configs
   deferrable initially deferred for each row execute function history.note();
 """
 
-_TIMES = ("acquired_at", "expires_at", "arrival")
+_TIMES = ("acquired_at", "expires_at", "arrival", "decayed_at")
 
 
 def record(dsn: str) -> None:
-    """Have the database write down what happens to its leases, its queue and its limits."""
+    """Have the database write down what happens to its leases, lines, levels, limits and processes."""
     with psycopg.connect(dsn) as connection:
         connection.execute(RECORD.encode())
 
@@ -64,7 +72,7 @@ class Change:
     seq: int
     tx: int
     at: float
-    what: str  # leases, queue or configs
+    what: str  # leases, queue, states, configs or processes
     was: Row | None
     becomes: Row | None
 
@@ -76,7 +84,22 @@ class Change:
 
     @property
     def place(self) -> Key:
-        return int(self.row["limit_id"]), str(self.row["key"])
+        return _place(self.row)
+
+    def by_place(self) -> list[Change]:
+        """It as each (limit, key) sees it: who goes to stand in another line leaves one."""
+        if self.was is None or self.becomes is None or _place(self.was) == _place(self.becomes):
+            return [self]
+        return [replace(self, becomes=None), replace(self, was=None)]
+
+
+def _place(row: Row) -> Key:
+    return int(row["limit_id"]), str(row["key"])
+
+
+def is_held(row: Row) -> bool:
+    """Whether a row of leases is a lease: it may be slots that are kept, or what became of a request."""
+    return bool(row["fence"] and row["slots"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +203,12 @@ def check(history: History, tolerance: Tolerance | None = None, ended: bool = Tr
     found = [violation for replay in replays.values() for violation in replay.found]
     if ended:
         found += [violation for replay in replays.values() for violation in replay.left_over()]
+    found += _lines(history)
+    found += _in_parts(history)
     found += _beliefs(history, replays)
     found += _overlaps(history)
     found += _too_fast(history)
+    found += _too_early(history)
     found += _false_refusals(history, replays, tolerance)
     return found
 
@@ -194,17 +220,67 @@ def _replays(history: History, tolerance: Tolerance) -> dict[Key, _Replay]:
     configs: dict[int, list[Change]] = defaultdict(list)
     places: dict[Key, list[Change]] = defaultdict(list)
     arrivals: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    processes = _Processes()
     for change in history.changes:
         if change.what == "configs":
             configs[int(change.row["limit_id"])].append(change)
-            continue
-        places[change.place].append(change)
-        if change.what == "queue" and change.row["turn"] is None:
-            arrivals[change.row["lease_id"]].append((change.seq, change.row["arrival"]))
+        elif change.what == "processes":
+            processes.add(change)
+        else:
+            for seen in change.by_place():
+                places[seen.place].append(seen)
+            if change.what == "queue":
+                arrivals[change.row["lease_id"]].append((change.seq, change.row["arrival"]))
     return {
-        place: _Replay(place, tolerance, arrivals).run([*configs[place[0]], *of_place], history.end)
+        place: _Replay(place, tolerance, arrivals, processes).run([*configs[place[0]], *of_place], history.end)
         for place, of_place in places.items()
     }
+
+
+class _Processes:
+    """How long processes were alive, by their heartbeats."""
+
+    def __init__(self) -> None:
+        self._beats: dict[str, list[tuple[float, float]]] = defaultdict(list)  # when, good until when
+
+    def add(self, change: Change) -> None:
+        until = change.becomes["expires_at"] if change.becomes is not None else change.at
+        bisect.insort(self._beats[change.row["channel"]], (change.at, until))
+
+    def are_alive(self, row: Row, at: float) -> bool:
+        """Whether a waiter is alive, by itself or by its process."""
+        if row["expires_at"] > at:
+            return True
+        beats = self._beats.get(row["channel"], [])
+        last = bisect.bisect_right(beats, at, key=lambda beat: beat[0]) - 1
+        return last >= 0 and beats[last][1] > at
+
+    def turning_points(self, row: Row) -> Iterator[float]:
+        """The moments at which a waiter may die, or come to life."""
+        yield row["expires_at"]
+        for beat in self._beats.get(row["channel"], ()):
+            yield from beat
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """What is booked on a rate limit, in the state's own units: millionths of a slot."""
+
+    rate: float
+    limit: int
+    booked: float
+    decayed: float
+    decayed_at: float
+
+    @staticmethod
+    def of(state: Row) -> _Level:
+        return _Level(
+            state["slot_decay_per_second"], state["limit"], state["booked"], state["decayed"], state["decayed_at"]
+        )
+
+    def ready_at(self, slots: int) -> float:
+        """From when on there is room for so many slots, if nothing else is booked."""
+        return self.decayed_at + (self.booked + (slots - self.limit) * 1e6 - self.decayed) / (self.rate * 1e6)
 
 
 @dataclass(slots=True)
@@ -215,43 +291,60 @@ class _Moment:
     limit: int
     enforced: bool
     decays: bool
+    level: _Level | None
     leases: list[tuple[float, int]]  # end, slots
-    line: list[Row]  # who waits for slots, in their order
+    line: list[Row]  # who waits, in their order
+    processes: _Processes
 
     def held(self, at: float) -> int:
         return sum(slots for end, slots in self.leases if end > at)
 
     def head(self, at: float) -> Row | None:
         """The first in line who is alive, and not told that it asks for too much."""
-        return next((row for row in self.line if row["expires_at"] > at and row["slots"] <= self.limit), None)
+        return next(
+            (row for row in self.line if row["slots"] <= self.limit and self.processes.are_alive(row, at)), None
+        )
 
     def idles(self, at: float) -> bool:
-        """Whether a slot is free that somebody waits for. Who waits for several limits needs more than this one, and
-        a rate limit more than a slot."""
+        """Whether what somebody waits for is free. Who waits for several limits needs more than this one."""
         head = self.head(at)
-        if head is None or head["several"] or self.decays or not self.enforced:
+        if head is None or head["parts"] is not None or not self.enforced:
             return False
-        return self.held(at) + int(head["slots"]) <= self.limit
+        if head["lease_duration"] is not None and self.held(at) + int(head["slots"]) > self.limit:
+            return False
+        return self.level is None or self.level.ready_at(head["slots"]) <= at
 
     def fits(self, slots: int, rank: int, at: float) -> bool:
-        in_front = any(row["expires_at"] > at and row["rank"] <= rank for row in self.line)
+        in_front = any(row["rank"] <= rank and self.processes.are_alive(row, at) for row in self.line)
         return self.held(at) + slots <= self.limit and not in_front and not self.decays and self.enforced
 
     def turning_points(self, until: float) -> list[float]:
         """The moments before the next one at which time alone changes something."""
-        ends = [*(end for end, _ in self.leases), *(row["expires_at"] for row in self.line)]
-        return [self.at, *sorted(end for end in ends if self.at < end < until)]
+        points = [end for end, _ in self.leases]
+        if until - self.at > 0.1:  # else it makes no difference when exactly somebody died
+            points += [point for row in self.line for point in self.processes.turning_points(row)]
+        if self.level is not None:
+            points += [self.level.ready_at(slots) for slots in {row["slots"] for row in self.line}]
+        return [self.at, *sorted({point for point in points if self.at < point < until})]
 
 
 class _Replay:
     """Goes through what happened to one (limit, key), and finds what breaks a promise."""
 
-    def __init__(self, place: Key, tolerance: Tolerance, arrivals: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    def __init__(
+        self,
+        place: Key,
+        tolerance: Tolerance,
+        arrivals: Mapping[str, Sequence[tuple[int, float]]],
+        processes: _Processes,
+    ) -> None:
         self.place = place
         self.tolerance = tolerance
         self.arrivals = arrivals
+        self.processes = processes
         self.found: list[Violation] = []
         self.config: Row | None = None
+        self.level: _Level | None = None
         self.name = str(place)
         self.name_of_limit = ""
         self.leases: dict[str, Row] = {}
@@ -271,9 +364,9 @@ class _Replay:
         # In the order in which they ended their work here. A renewal takes no lock of the (limit, key), and may fall
         # into the middle of another.
         for transaction in sorted(transactions.values(), key=lambda each: each[-1].seq):
-            transaction.sort(key=lambda change: change.seq)
             self._look_for_idling(transaction[-1].at)
-            self._apply(transaction)
+            for change in sorted(transaction, key=lambda change: change.seq):
+                self._apply(change)
             self.moments.append(self._moment(transaction[-1].at))
         self._look_for_idling(end)
         for lease in self.leases.values():
@@ -281,73 +374,73 @@ class _Replay:
         return self
 
     def left_over(self) -> list[Violation]:
-        held = [lease["lease_id"] for lease in self.leases.values() if lease["expires_at"] > self.end]
-        waits = [row["lease_id"] for row in self.queue.values() if row["expires_at"] > self.end and row["turn"] is None]
+        leases = self.leases.values()
+        held = [lease["lease_id"] for lease in leases if lease["slots"] and lease["expires_at"] > self.end]
+        waits = [row["lease_id"] for row in self.queue.values() if self.processes.are_alive(row, self.end)]
         return [Violation("Nothing is lost", f"{self.name}: {what} at the end: {ids}")
                 for what, ids in (("held", held), ("waiting", waits)) if ids]  # fmt: skip
 
     def _wrong(self, promise: str, what: str) -> None:
         self.found.append(Violation(promise, f"{self.name}: {what}"))
 
-    def _apply(self, transaction: Sequence[Change]) -> None:
-        granted: list[Change] = []
-        served = {change.row["lease_id"] for change in transaction if change.what == "leases" and change.was is None}
-        left = {change.row["lease_id"] for change in transaction if change.what == "queue" and change.becomes is None}
-        in_line = {lease_id: row for lease_id, row in self.queue.items() if lease_id not in left - served}
-        for change in transaction:
-            was, becomes = change.was, change.becomes
-            lease_id = change.row.get("lease_id")
-            if change.what == "configs":
-                self.config = becomes
-                self.name_of_limit = str(change.row["name"])
-                self.name = self.name_of_limit + (f" with key {self.place[1]}" if self.place[1] else "")
-            elif change.what == "queue":
-                if becomes is None:
-                    self.queue.pop(change.row["lease_id"], None)
-                else:
-                    self.queue[becomes["lease_id"]] = becomes
-            elif becomes is None:
-                assert was is not None
-                self.leases.pop(was["lease_id"], None)
-                self._lived(was, change.at)
-            elif was is None:
-                granted.append(change)
-            elif lease_id not in served:
-                self._renewed(was, becomes, change.at)
-        for change in sorted(granted, key=lambda change: int(change.row["fence"])):
-            self._granted(change.row, in_line, change.seq)
-        for change in transaction:  # what became of those that it granted
-            if change.what == "leases" and change.row["lease_id"] in served:
-                self.leases.pop(change.row["lease_id"], None)
-                if change.becomes is not None:
-                    self.leases[change.becomes["lease_id"]] = change.becomes
+    def _apply(self, change: Change) -> None:
+        was, becomes = change.was, change.becomes
+        if change.what == "configs":
+            self.config = becomes
+            self.name_of_limit = str(change.row["name"])
+            self.name = self.name_of_limit + (f" with key {self.place[1]}" if self.place[1] else "")
+        elif change.what == "states":
+            assert becomes is not None
+            self.level = _Level.of(becomes)
+        elif change.what == "queue":
+            if becomes is None:
+                self.queue.pop(change.row["lease_id"], None)
+            else:
+                self.queue[becomes["lease_id"]] = becomes
+        elif becomes is None:
+            assert was is not None
+            self.leases.pop(was["lease_id"], None)
+            self._lived(was, change.at)
+        elif was is None:
+            self._granted(becomes, change)
+        else:
+            self._renewed(was, becomes, change.at)
 
     def _lived(self, lease: Row, until: float) -> None:
-        self.lives[lease["lease_id"]].append(
-            (lease["acquired_at"], min(until, lease["expires_at"]), int(lease["fence"]))
-        )
+        if is_held(lease):
+            self.lives[lease["lease_id"]].append(
+                (lease["acquired_at"], min(until, lease["expires_at"]), int(lease["fence"]))
+            )
 
-    def _granted(self, row: Row, in_line: Mapping[str, Row], seq: int) -> None:
-        lease_id, now = str(row["lease_id"]), float(row["acquired_at"])
+    def _granted(self, row: Row, change: Change) -> None:
+        """Or kept, for a request that waits for other limits; or noted, for a rate_limit or one whose time was over."""
+        lease_id, now = str(row["lease_id"]), min(change.at, row["acquired_at"])
         if self.config is None:
             return self._wrong("Never too many", f"{lease_id} was granted though the limit is gone")
-        held = sum(lease["slots"] for lease in self.leases.values() if lease["expires_at"] > now)
-        if held + row["slots"] > self.config["limit"]:
-            self._wrong("Never too many", f"{held} + {row['slots']} of {self.config['limit']} slots, for {lease_id}")
-        if row["fence"] <= self.fence:
-            self._wrong("Fences rise", f"{row['fence']} of {lease_id} after {self.fence}")
-        self.fence = max(self.fence, int(row["fence"]))
         before = self.leases.get(lease_id)
         if before is not None and before["expires_at"] > now:
             self._wrong("Once", f"{lease_id} was granted while it was held")
-        arrived = [arrival for noted, arrival in self.arrivals.get(lease_id, ()) if noted < seq]
-        mine = (-row["priority"], arrived[-1] if arrived else now)
-        for other in in_line.values():
-            live = other["turn"] is None and other["expires_at"] > now and other["slots"] <= self.config["limit"]
-            if live and (other["rank"], other["arrival"]) < mine and other["lease_id"] not in self.leases:
-                self._wrong("In order", f"{lease_id} went before {other['lease_id']}, {mine} before "
-                                        f"{(other['rank'], other['arrival'])}")  # fmt: skip
+        limit, slots = self.config["limit"], row["slots"]
+        held = sum(lease["slots"] for lease in self.leases.values() if lease["expires_at"] > now)
+        if slots and held + slots > limit:
+            self._wrong("Never too many", f"{held} + {slots} of {limit} slots, for {lease_id}")
+        if row["fence"]:
+            if row["fence"] <= self.fence:
+                self._wrong("Fences rise", f"{row['fence']} of {lease_id} after {self.fence}")
+            self.fence = int(row["fence"])
+            self._in_order(row, change)
         self.leases[lease_id] = row
+
+    def _in_order(self, row: Row, change: Change) -> None:
+        """Nobody who lives stands in this line before who is granted: a newcomer comes after all of its priority."""
+        assert self.config is not None
+        arrived = [arrival for noted, arrival in self.arrivals.get(row["lease_id"], ()) if noted < change.seq]
+        mine = (-row["priority"], arrived[-1] if arrived else change.at)
+        for other in self.queue.values():
+            theirs = (other["rank"], other["arrival"])
+            passed = theirs < mine and other["lease_id"] != row["lease_id"] and other["slots"] <= self.config["limit"]
+            if passed and self.processes.are_alive(other, change.at):
+                self._wrong("In order", f"{row['lease_id']} went before {other['lease_id']}, {mine} before {theirs}")
 
     def _renewed(self, was: Row, becomes: Row, at: float) -> None:
         lease_id = becomes["lease_id"]
@@ -360,14 +453,16 @@ class _Replay:
 
     def _moment(self, at: float) -> _Moment:
         config: Row = self.config or {"limit": 0, "active": False, "slot_decay_per_second": 0}
-        line = [row for row in self.queue.values() if row["turn"] is None]
+        decays = config["slot_decay_per_second"] > 0
         return _Moment(
             at,
             int(config["limit"]),
             bool(config["active"]),
-            config["slot_decay_per_second"] > 0,
+            decays,
+            self.level if decays else None,
             [(lease["expires_at"], int(lease["slots"])) for lease in self.leases.values()],
-            sorted(line, key=lambda row: (row["rank"], row["arrival"])),
+            sorted(self.queue.values(), key=lambda row: (row["rank"], row["arrival"])),
+            self.processes,
         )
 
     def _look_for_idling(self, until: float) -> None:
@@ -426,6 +521,43 @@ def _believed(said: Mapping[str, Sequence[Said]]) -> list[float]:
     return [each.at for what in ("granted", "still", "leaving") for each in said.get(what, ()) if not each.more["lost"]]
 
 
+def _lines(history: History) -> list[Violation]:
+    """A request stands in one line at a time, in each by its first arrival."""
+    found: list[Violation] = []
+    stands: dict[str, Row] = {}
+    for change in history.changes:
+        if change.what != "queue":
+            continue
+        lease_id, before = change.row["lease_id"], stands.pop(change.row["lease_id"], None)
+        if change.becomes is None:
+            continue
+        stands[lease_id] = change.becomes
+        if change.was is None and before is not None:
+            found.append(Violation("In order", f"{lease_id} stands in two lines"))
+        elif change.was is not None and any(change.was[name] != change.becomes[name] for name in ("rank", "arrival")):
+            found.append(Violation("In order", f"{lease_id} stands elsewhere by another arrival"))
+    return found
+
+
+def _grants(history: History) -> Iterator[Change]:
+    """The rows of leases that tell of a grant: one for each limit."""
+    for change in history.changes:
+        if change.what == "leases" and change.was is None and change.row["fence"]:
+            yield change
+
+
+def _in_parts(history: History) -> list[Violation]:
+    """A request over several limits is granted all of them in one transaction, as of one moment."""
+    grants: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for change in _grants(history):
+        grants[change.row["lease_id"], change.tx].append(change.row)
+    return [
+        Violation("All or nothing", f"{lease_id} was granted {len(rows)} of {rows[0]['parts']} limits")
+        for (lease_id, _), rows in grants.items()
+        if len(rows) != rows[0]["parts"] or len({row["acquired_at"] for row in rows}) > 1
+    ]
+
+
 def _beliefs(history: History, replays: Mapping[Key, _Replay]) -> list[Violation]:
     """Nobody believes to hold what the database does not say that it holds."""
     found: list[Violation] = []
@@ -435,10 +567,9 @@ def _beliefs(history: History, replays: Mapping[Key, _Replay]) -> list[Violation
             lives[lease_id].append(of_lease)
     for attempt, said in _attempts(history).items():
         for granted in said.get("granted", ()):
-            lease_id, fences = granted.more["lease_id"], granted.more["fences"]
-            parts = lives.get(lease_id, [])
-            who = f"{lease_id}, of which {attempt} was told the fences {fences}"
-            if sorted(of_part[-1][2] for of_part in parts) != sorted(fences):
+            parts = lives.get(attempt, [])
+            who = f"{attempt}, which was told the fences {granted.more['fences']}"
+            if sorted(of_part[-1][2] for of_part in parts) != sorted(granted.more["fences"]):
                 found.append(Violation("Nothing is lost", f"{who}: the database has {parts}"))
                 continue
             for at in _believed(said):
@@ -472,42 +603,69 @@ def _overlaps(history: History) -> list[Violation]:
 def _too_fast(history: History) -> list[Violation]:
     """In no window do rate limits grant more than the limit and what decays in it.
 
-    The moment of a grant lies between the question and its answer; so those count for a window that were asked and
-    answered in it.
+    What counts is the moment of each grant. The database tells that of those who stood in line. That of others lies
+    between the question and its answer; so they count for a window that has both in it.
     """
     found: list[Violation] = []
     forms = _by_name(history)
-    grants: dict[tuple[str, str], list[tuple[float, float, int]]] = defaultdict(list)
-    for said in _attempts(history).values():
-        for went in (*said.get("went", ()), *said.get("granted", ())):
-            asked = said["asked"][0]
-            for name, slots in asked.more["slots"].items():
-                grants[name, asked.more["key"]].append((asked.at, went.at, slots))
-    for (name, key), of_place in grants.items():
+    for (name, key), grants in _moments(history).items():
         rate = max((float(form["slot_decay_per_second"]) for form in forms[name]), default=0.0)
         if not rate:
             continue
         limit = max(int(form["limit"]) for form in forms[name])
-        of_place.sort(key=lambda grant: grant[1])
-        for begin, _, _ in of_place:
-            first = bisect.bisect_left(of_place, begin, key=lambda grant: grant[1])
-            if worst := _first_excess(of_place[first : first + WINDOWS], begin, limit, rate):
+        grants.sort(key=lambda grant: grant[1])
+        for begin, _, _ in grants:
+            first = bisect.bisect_left(grants, begin, key=lambda grant: grant[1])
+            if worst := _first_excess(grants[first : first + WINDOWS], begin, limit, rate):
                 found.append(Violation("Never too fast", f"{name} {key}: {worst}"))
                 break
     return found
 
 
-WINDOWS = 1000  # answers that are looked at from each question on
+WINDOWS = 1000  # grants that are looked at from each on
+
+
+def _moments(history: History) -> dict[tuple[str, str], list[tuple[float, float, int]]]:
+    """Of each (limit, key), the grants: between which moments they were, and how many slots they took."""
+    names = {form["limit_id"]: name for name, forms in _by_name(history).items() for form in forms}
+    wanted: dict[tuple[str, str, str], int] = {}
+    known: dict[tuple[str, str, str], float] = {}
+    answered: dict[tuple[str, str, str], tuple[float, float]] = {}
+    for attempt, said in _attempts(history).items():
+        for name, slots in said["asked"][0].more["slots"].items() if said["asked"] else ():
+            place = (attempt, name, said["asked"][0].more["key"])
+            wanted[place] = slots
+            for went in (*said.get("went", ()), *said.get("granted", ())):
+                answered[place] = said["asked"][0].at, went.at
+    for change in _grants(history):
+        place = (change.row["lease_id"], names.get(change.row["limit_id"], ""), change.row["key"])
+        wanted.setdefault(place, change.row["slots"])
+        known[place] = change.row["acquired_at"]
+    found: dict[tuple[str, str], list[tuple[float, float, int]]] = defaultdict(list)
+    for place in {*known, *answered}:
+        earliest, latest = (known[place], known[place]) if place in known else answered[place]
+        found[place[1:]].append((earliest, latest, wanted[place]))
+    return found
 
 
 def _first_excess(grants: Sequence[tuple[float, float, int]], begin: float, limit: int, rate: float) -> str | None:
     slots = 0
-    for asked, answered, taken in grants:
-        if asked >= begin:
+    for earliest, latest, taken in grants:
+        if earliest >= begin:
             slots += taken
-            if slots > limit + rate * (answered - begin) + 1e-6:
-                return f"{slots} slots in {answered - begin:.6f} s from {begin:.6f} on"
+            if slots > limit + rate * (latest - begin) + 1e-3:
+                return f"{slots} slots in {latest - begin:.6f} s from {begin:.6f} on"
     return None
+
+
+def _too_early(history: History) -> list[Violation]:
+    """Nobody goes before the moment of its grant."""
+    moments = {change.row["lease_id"]: change.row["acquired_at"] for change in _grants(history)}
+    return [
+        Violation("Never too fast", f"{said.attempt} went {moments[said.attempt] - said.at:.6f} s before its moment")
+        for said in history.said
+        if said.what == "went" and moments.get(said.attempt, 0.0) > said.at + 0.001
+    ]
 
 
 def _false_refusals(history: History, replays: Mapping[Key, _Replay], tolerance: Tolerance) -> list[Violation]:
@@ -548,8 +706,8 @@ def longest_unheard(history: History, tolerance: Tolerance | None = None) -> tup
     replays = _replays(history, tolerance).values()
     for attempt, said in _attempts(history).items():
         for granted in said.get("granted", ()):
-            names, lease_id = list(said["asked"][0].more["slots"]), granted.more["lease_id"]
-            lives = [life for replay in replays for life in replay.lives.get(lease_id, ())]
+            names = list(said["asked"][0].more["slots"])
+            lives = [life for replay in replays for life in replay.lives.get(attempt, ())]
             for begin, end, _ in lives if len(names) == 1 else ():
                 until = min(granted.at, end)
                 seconds = until - begin - tolerance.out_of_reach(names[0], begin, until)
@@ -558,7 +716,7 @@ def longest_unheard(history: History, tolerance: Tolerance | None = None) -> tup
 
 
 def slots_gone(history: History, name: str) -> list[tuple[float, int]]:
-    """When the turns of a rate limit came, as its callers saw it, and how many slots each took."""
+    """When callers of a rate limit went, and how many slots each took."""
     return [
         (went.at, said["asked"][0].more["slots"][name])
         for said in _attempts(history).values()

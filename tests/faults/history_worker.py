@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,10 +31,17 @@ from pglimits import (
     LimiterUnavailable,
     QueueFull,
     SlotsExceedLimit,
+    _async_limiter,
     _engine,
+    _limiter,
 )
 
 EXPECTED = (AcquireTimeout, LeaseLost, LimiterUnavailable, QueueFull, SlotsExceedLimit)
+
+
+# What is asked has the id of its attempt: so the log of the database tells of it too.
+attempt: ContextVar[str] = ContextVar("attempt")
+_limiter.new_id = _async_limiter.new_id = lambda: uuid.UUID(attempt.get())  # type: ignore[attr-defined]
 
 
 class Cancelled(Exception):
@@ -106,8 +114,6 @@ class Held(Protocol):
     """What a lease is to its holder."""
 
     @property
-    def id(self) -> uuid.UUID: ...
-    @property
     def fences(self) -> Sequence[int | None]: ...
     @property
     def lost(self) -> bool: ...
@@ -125,7 +131,7 @@ class Worker:
     def next(self) -> Ask:
         asked = self.random.choice(self.plan.asks)
         ask = Ask(
-            uuid.UUID(int=self.random.getrandbits(128)).hex,
+            str(uuid.UUID(int=self.random.getrandbits(128))),
             asked["slots"],
             self.random.choice(asked.get("keys", [""])),
             bool(asked.get("rate")),
@@ -133,6 +139,7 @@ class Worker:
             self.random.choice(self.plan.timeouts),
             self.random.random() * self.plan.hold,
         )
+        attempt.set(ask.attempt)
         self.log.say(
             ask.attempt, "asked", slots=dict(ask.slots), key=ask.key, rate=ask.rate, priority=ask.priority,
             timeout=ask.timeout,
@@ -149,8 +156,7 @@ class Worker:
         self.say_held(ask, "leaving", lease)
 
     def say_granted(self, ask: Ask, lease: Held) -> None:
-        fences = [fence for fence in lease.fences if fence is not None]
-        self.say_held(ask, "granted", lease, lease_id=str(lease.id), fences=fences)
+        self.say_held(ask, "granted", lease, fences=[fence for fence in lease.fences if fence is not None])
 
     def say_held(self, ask: Ask, what: str, lease: Held, **more: Any) -> None:
         at = time.time()  # before it is known: what is not lost after it was not lost then
@@ -265,12 +271,8 @@ async def _ask_in_loop(worker: Worker, limiter: AsyncLimiter, ask: Ask) -> None:
 class SqlLease:
     """A lease of plain SQL that nobody renews: lost when it ends."""
 
-    def __init__(self, lease_id: uuid.UUID, fences: Sequence[int | None], ends: float) -> None:
-        self._id, self._fences, self._ends = lease_id, fences, ends
-
-    @property
-    def id(self) -> uuid.UUID:
-        return self._id
+    def __init__(self, fences: Sequence[int | None], ends: float) -> None:
+        self._fences, self._ends = fences, ends
 
     @property
     def fences(self) -> Sequence[int | None]:
@@ -281,8 +283,18 @@ class SqlLease:
         return time.time() >= self._ends
 
 
+UNAVAILABLE = (psycopg.OperationalError, psycopg.InternalError)
+LIMIT_LOCKED = "PL009"
+ASK = {
+    "acquire": "status, array[fence], expires_at, retry_after from pglimits.acquire",
+    "acquire_all": "status, fences, expires_at, retry_after from pglimits.acquire_all",
+    "rate_limit": "status, null, null, retry_after from pglimits.rate_limit",
+    "rate_limit_all": "status, null, null, retry_after from pglimits.rate_limit_all",
+}
+
+
 def work_in_sql(worker: Worker) -> None:
-    """Asks with ids of its own, and repeats whatever got no answer: that must act once."""
+    """Repeats whatever got no answer: that must act once."""
 
     def work() -> None:
         connection: psycopg.Connection[Any] | None = None
@@ -294,52 +306,53 @@ def work_in_sql(worker: Worker) -> None:
                     if connection is None or connection.closed:
                         connection = psycopg.connect(worker.plan.dsn, autocommit=True, prepare_threshold=None)
                     return connection.execute(query.encode(), parameters).fetchone()
-                except (psycopg.OperationalError, psycopg.InternalError):
+                except psycopg.Error as error:
+                    if not isinstance(error, UNAVAILABLE) and error.sqlstate != LIMIT_LOCKED:
+                        worker.log.say("", "unexpected", error=repr(error)[:500])
+                        raise
                     if connection is not None:
                         connection.close()
                     time.sleep(0.05)
 
         while not worker.ended.is_set():
             ask = worker.next()
-            if ask.rate:
-                status, wait = run(
-                    "select status, extract(epoch from wait)::float8 from pglimits.rate_limit(%s::text[], %s::int[],"
-                    " keys => %s::text[], wait => '10 seconds')",
-                    list(ask.slots), list(ask.slots.values()), [ask.key],
-                )  # fmt: skip
-                if status == "granted":
-                    time.sleep(wait)
-                worker.log.say(ask.attempt, "went" if status == "granted" else "refused")
-                continue
-            began = time.monotonic()
-            lease_id = uuid.UUID(ask.attempt)
-            while True:
-                answer = run(
-                    "select status, fences, extract(epoch from expires_at)::float8,"
-                    " extract(epoch from retry_after)::float8 from pglimits.acquire(%s::text[], %s::int[], %s::text[],"
-                    " lease_duration => make_interval(secs => %s), wait => make_interval(secs => %s),"
-                    " priority => %s, lease_id => %s)",
-                    list(ask.slots), list(ask.slots.values()), [ask.key], worker.plan.lease,
-                    3e6 if ask.timeout is None else ask.timeout, ask.priority, lease_id,
-                )  # fmt: skip
-                status, fences, ends, retry_after = answer
-                over = worker.ended.is_set() or (ask.timeout and time.monotonic() - began > ask.timeout)
-                if status != "queued":
-                    break
-                if over:
-                    run("select pglimits.release(%s::uuid)", lease_id)
-                    status = "timed out"
-                    break
-                time.sleep(min(retry_after, 0.05))
-            if status == "granted":
-                lease = SqlLease(lease_id, fences, ends)
+            status, lease = ask_in_sql(worker, ask, run)
+            if lease is not None:
                 for seconds in worker.steps(ask, lease):
                     time.sleep(seconds)
-                run("select pglimits.release(%s::uuid)", lease_id)
-                status = "left"
+                run("select pglimits.release(%s)", ask.attempt)
             worker.log.say(ask.attempt, status)
 
     run_threads(worker, work)
+
+
+def ask_in_sql(worker: Worker, ask: Ask, run: Callable[..., Any]) -> tuple[str, SqlLease | None]:
+    """Ask until it is granted, or not: what to say of it at its end, and the lease that it has until then."""
+    function = "rate_limit" if ask.rate else "acquire"
+    wanted: list[Any] = [*ask.slots, *ask.slots.values(), ask.key]
+    if len(ask.slots) > 1:
+        function += "_all"
+        wanted = [list(ask.slots), list(ask.slots.values()), [ask.key]]
+    more = "timeout_seconds => %s, priority => %s, lease_id => %s"
+    parameters = [*wanted, ask.timeout, ask.priority, ask.attempt]
+    if not ask.rate:
+        more += ", lease_duration => %s"
+        parameters.append(worker.plan.lease)
+    status, fences, ends = "queued", [], None
+    if len(ask.slots) == 1 and ask.timeout != 0 and worker.random.random() < 0.25:
+        answer = run(f"call pglimits.{function}_wait(%s, %s, %s, {more})", *parameters)
+        status, fences, ends = answer[1], answer[2:3], answer[3] if not ask.rate else None
+    while status == "queued":
+        status, fences, ends, retry_after = run(f"select {ASK[function]}(%s, %s, %s, {more})", *parameters)
+        if status == "queued" and worker.ended.is_set():
+            run("select pglimits.release(%s)", ask.attempt)
+            status = "timed out"
+        elif status == "queued":
+            # A lease that was handed over meanwhile is in use by nobody.
+            time.sleep(retry_after if ask.rate else min(retry_after, 0.05))
+    if status == "granted":
+        return ("went", None) if ask.rate else ("left", SqlLease(fences, ends.timestamp()))
+    return "refused" if status == "refused" and ask.timeout == 0 else "timed out", None
 
 
 def start() -> Worker:

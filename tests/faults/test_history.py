@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import history
 import psycopg
 import pytest
-from histories import CALM, KINDS, ONE, RATE, RATES, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, granted
+from histories import BOTH, CALM, KINDS, ONE, RATE, RATES, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, granted
 from history import History, Said
 
 Asks: TypeAlias = Sequence[Mapping[str, Any]]
@@ -26,8 +26,17 @@ MANY: Asks = [
     for other in (0, one % 40 + 1, one * 7 % 40 + 1)
     if one != other
 ]
-MIXED: Asks = [*WIDTHS, *SEVERAL, *RATE, *RATES]
-ALL = {"mixed": MIXED, "one": ONE, "widths": WIDTHS, "several": SEVERAL, "rate": RATE, "rates": RATES, "many": MANY}
+MIXED: Asks = [*WIDTHS, *SEVERAL, *RATE, *RATES, *BOTH]
+ALL = {
+    "mixed": MIXED,
+    "one": ONE,
+    "widths": WIDTHS,
+    "several": SEVERAL,
+    "rate": RATE,
+    "rates": RATES,
+    "both": BOTH,
+    "many": MANY,
+}
 FORGETS = 1.0
 """For how long (seconds) before a crash commits with synchronous_commit = off may be forgotten: three times
 wal_writer_delay (0.2 s), says PostgreSQL's documentation of asynchronous commit."""
@@ -58,17 +67,17 @@ def test_nothing_happens(run: Run, asks: Asks) -> None:
 def test_a_rate_limit_that_is_always_asked_for_delivers_all_that_decays(run: Run) -> None:
     run.workers(RATE, timeouts=[None], at_once=8)
     run.let(lambda: None)
-    turns = sorted(history.slots_gone(run.finish(CALM), "api"))
-    stop = turns[0][0] + SECONDS - 1.0
-    while_asked = [slots for at, slots in turns if at <= stop]
+    went = sorted(history.slots_gone(run.finish(CALM), "api"))
+    stop = went[0][0] + SECONDS - 1.0
+    while_asked = [slots for at, slots in went if at <= stop]
     # All that decayed until then has been used, but for what was on its way at the end.
     late = 1.0
-    assert sum(while_asked) >= 5 + 0.999 * 50 * (stop - late - turns[0][0]) - 2
+    assert sum(while_asked) >= 5 + 0.999 * 50 * (stop - late - went[0][0]) - 2
 
 
 @of("rates", "mixed")
 def test_limits_are_changed(run: Run, asks: Asks) -> None:
-    """Who sleeps, or stands in line, is told. In plain SQL nobody can be told of a lower rate."""
+    """Whoever stands in line goes by what holds when it comes to the head."""
     run.workers(asks, each=2, kinds=("sync", "async"), at_once=6)
 
     def change() -> None:
@@ -143,7 +152,7 @@ def test_connections_are_ended_by_the_server(run: Run, asks: Asks) -> None:
 @pytest.mark.parametrize("how", ["stop", "crash", "kill"])
 @of("mixed", "one", "several", "rate", "rates")
 def test_the_server_goes_away_and_comes_back(run: Run, asks: Asks, how: str) -> None:
-    """What anybody was told of is there after it: slots, places in line, turns."""
+    """What anybody was told of is there after it: slots, and places in line."""
     run.workers(asks, limiter={"on_unavailable": "wait"}, lease=5.0)
     run.let(lambda: run.server.restart(how), every=1.0)
     run.finish(ROUGH)
@@ -184,7 +193,7 @@ def test_a_zombie_is_told_and_its_fence_is_lower_than_that_of_who_came_after_it(
     (old,) = run.wait_until(lambda: fence_of("gpu"))
     zombie.send_signal(signal.SIGSTOP)
     with psycopg.connect(run.dsn, autocommit=True) as connection:
-        connection.execute("call pglimits.acquire_wait('gpu', lease_duration => '1 minute')")
+        connection.execute("call pglimits.acquire_wait('gpu', lease_duration => 60)")
     (new,) = fence_of("gpu")
     assert new > old
     zombie.send_signal(signal.SIGCONT)

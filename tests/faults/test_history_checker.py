@@ -34,30 +34,42 @@ class Story:
         row = {"limit_id": 1, "name": "database", "limit": limit, "slot_decay_per_second": rate, "active": active}
         self.change(at, "configs", row)
 
+    def level(self, at: float, booked: float, limit: int = 1, rate: float = 1.0) -> None:
+        """What is booked from now on, in slots beyond those that have decayed since time 0."""
+        row = {"limit_id": 1, "key": "", "limit": limit, "slot_decay_per_second": rate, "booked": booked * 1e6}
+        self.change(at, "states", row | {"decayed": 0.0, "decayed_at": 0.0}, "state")
+
     def waits(
         self, at: float, lease_id: str, slots: int = 1, rank: int = 0, alive_until: float = 1000.0, **more: Any
     ) -> None:
-        row = {
-            "limit_id": 1,
-            "key": "",
-            "lease_id": lease_id,
-            "slots": slots,
-            "rank": rank,
-            "turn": None,
-            "arrival": at,
-        }
-        self.change(at, "queue", row | {"expires_at": alive_until, "several": False} | more, lease_id)
+        row = {"limit_id": 1, "key": "", "lease_id": lease_id, "slots": slots, "rank": rank, "arrival": at}
+        row |= {"expires_at": alive_until, "channel": None, "parts": None, "lease_duration": 300.0}
+        self.change(at, "queue", row | more, lease_id)
+
+    def moves(self, at: float, lease_id: str, key: str = "other", **more: Any) -> None:
+        """Goes to stand in another line."""
+        self.change(at, "queue", self.rows["queue", lease_id] | {"key": key} | more, lease_id)
+
+    def beats(self, at: float, channel: str) -> None:
+        self.change(at, "processes", {"channel": channel, "expires_at": at + 10}, channel)
 
     def leaves(self, at: float, lease_id: str, together: bool = False) -> None:
         self.change(at, "queue", None, lease_id, together)
 
     def granted(
         self, at: float, lease_id: str, slots: int = 1, ends: float = 1000.0, fence: int | None = None, rank: int = 0,
-        together: bool = False,
+        together: bool = False, **more: Any,
     ) -> None:  # fmt: skip
         self.fence = self.fence + 1 if fence is None else fence
         row = {"limit_id": 1, "key": "", "lease_id": lease_id, "slots": slots, "fence": self.fence, "priority": -rank}
-        self.change(at, "leases", row | {"acquired_at": at, "expires_at": ends}, lease_id, together)
+        row |= {"acquired_at": at, "expires_at": ends, "parts": 1}
+        self.change(at, "leases", row | more, lease_id, together)
+
+    def kept(self, at: float, lease_id: str, slots: int = 1, ends: float = 1000.0) -> None:
+        """Slots are kept for one who waits for other limits too."""
+        rising = self.fence
+        self.granted(at, lease_id, slots, ends, fence=0, parts=2)
+        self.fence = rising
 
     def renewed(self, at: float, lease_id: str, ends: float, **more: Any) -> None:
         self.change(at, "leases", self.rows["leases", lease_id] | {"expires_at": ends} | more, lease_id)
@@ -74,7 +86,7 @@ class Story:
     def held(self, attempt: str, begin: float, end: float, fence: int, slots: int = 1) -> None:
         """A client's word that it held a lease, whose id is that of the attempt."""
         self.asked(begin, attempt, slots)
-        self.say(begin, attempt, "granted", lease_id=attempt, fences=[fence], lost=False)
+        self.say(begin, attempt, "granted", fences=[fence], lost=False)
         self.say((begin + end) / 2, attempt, "still", lost=False)
         self.say(end, attempt, "leaving", lost=False)
 
@@ -180,6 +192,52 @@ def a_lower_priority_passes(story: Story) -> None:
     story.ended(14, "low")
 
 
+def a_rate_limit_passes(story: Story) -> None:
+    story.waits(11, "next", lease_duration=None)
+    story.waits(12, "second", lease_duration=None)
+    story.leaves(13, "second", together=True)
+    story.granted(13, "second", slots=0, together=True)
+    story.leaves(14, "next")
+
+
+def one_passes_that_lives_by_its_process(story: Story) -> None:
+    story.granted(10, "x", slots=2)
+    story.waits(11, "first", alive_until=12, channel="process")
+    story.beats(14, "process")
+    story.waits(15, "second")
+    story.ended(20, "x")
+    story.leaves(20, "second", together=True)
+    story.granted(20, "second", together=True)
+    story.leaves(20.5, "first")
+    story.ended(21, "second")
+
+
+def another_arrival_in_another_line(story: Story) -> None:
+    story.waits(11, "x")
+    story.moves(12, "x", arrival=12)
+    story.leaves(13, "x")
+
+
+def two_lines_at_once(story: Story) -> None:
+    story.waits(11, "x")
+    story.rows["queue", "elsewhere"] = story.rows.pop(("queue", "x"))
+    story.waits(12, "x", key="other")
+    story.leaves(13, "x")
+    story.leaves(13, "elsewhere")
+
+
+def some_of_it(story: Story) -> None:
+    story.granted(10, "x", parts=2)
+    story.ended(11, "x")
+
+
+def what_is_kept_is_taken(story: Story) -> None:
+    story.kept(10, "patient", slots=2)
+    story.granted(11, "x")
+    story.ended(12, "x")
+    story.ended(12, "patient")
+
+
 def idling(story: Story) -> None:
     story.granted(10, "x", slots=2)
     story.waits(11, "next")
@@ -235,6 +293,12 @@ def refused_though_free(story: Story) -> None:
         (out_of_order, "In order"),
         (a_newcomer_passes, "In order"),
         (a_lower_priority_passes, "In order"),
+        (a_rate_limit_passes, "In order"),
+        (one_passes_that_lives_by_its_process, "In order"),
+        (another_arrival_in_another_line, "In order"),
+        (two_lines_at_once, "In order"),
+        (some_of_it, "All or nothing"),
+        (what_is_kept_is_taken, "Never too many"),
         (idling, "No idling"),
         (idling_after_an_end, "No idling"),
         (fences_fall, "Fences rise"),
@@ -254,9 +318,9 @@ def test_a_rate_limit_that_is_too_fast_is_found_and_one_at_its_full_rate_is_not(
     def story(gap: float) -> Story:
         told = Story(limit=2, rate=10)
         for number in range(50):
-            turn = max(number - 1, 0) * gap
-            told.asked(turn - 0.001, str(number), rate=True)
-            told.say(turn, str(number), "went")
+            moment = max(number - 1, 0) * gap
+            told.asked(moment - 0.001, str(number), rate=True)
+            told.say(moment, str(number), "went")
         return told
 
     assert story(0.1).breaks() == []
@@ -264,13 +328,71 @@ def test_a_rate_limit_that_is_too_fast_is_found_and_one_at_its_full_rate_is_not(
 
 
 def test_slow_answers_do_not_look_too_fast() -> None:
-    """A turn may have come long before its caller heard of it."""
+    """The moment may have come long before the caller heard of it."""
     story = Story(limit=2, rate=10)
     for number in range(20):
         story.asked(number * 0.1, str(number), rate=True)
         story.say(2 + number * 0.001, str(number), "went")
     assert story.breaks() == []
     assert slots_gone(story.history(), "database")[0] == (2.0, 1)
+
+
+def booked(gap: float, late: float) -> Story:
+    """Those who stood in line, by their moments, and went a little later."""
+    story = Story(limit=1, rate=10)
+    for number in range(20):
+        moment = 1 + number * gap
+        story.asked(0.5, str(number), rate=True)
+        story.granted(moment - 0.05, str(number), slots=0, acquired_at=moment)
+        story.say(moment + late, str(number), "went")
+    return story
+
+
+def test_the_moments_of_those_who_stood_in_line_are_known_exactly_however_late_they_went() -> None:
+    assert booked(0.1, late=5).breaks() == []
+    assert booked(0.1, late=0).breaks() == []
+    assert "Never too fast" in booked(0.0999, late=5).breaks()
+
+
+def test_one_that_goes_before_its_moment_is_found() -> None:
+    assert "Never too fast" in booked(0.1, late=-0.002).breaks()
+
+
+def a_rate_limit_that_comes_free(at: float, served: float) -> Story:
+    """Its only slot has decayed at that time, and then somebody is served who waits for it."""
+    story = Story(limit=1, rate=1)
+    story.level(1, booked=at)
+    story.waits(2, "x", lease_duration=None)
+    story.leaves(served, "x")
+    story.granted(served, "x", slots=0, together=True)
+    return story
+
+
+def test_a_rate_limit_that_leaves_somebody_in_line_whose_moment_has_come_idles() -> None:
+    assert a_rate_limit_that_comes_free(10, served=11).breaks() == []
+    assert a_rate_limit_that_comes_free(10, served=13).breaks() == ["No idling"]
+    assert longest_idle(a_rate_limit_that_comes_free(10, served=13).history()) == pytest.approx(3)
+
+
+def test_slots_that_are_kept_are_no_grant_and_not_idle() -> None:
+    story = a_queue_that_moves_on()
+    story.kept(10, "patient", slots=2, ends=20)
+    story.waits(11, "next")
+    story.ended(20, "patient")
+    story.leaves(20, "next", together=True)
+    story.granted(20, "next", together=True)
+    story.ended(21, "next")
+    assert story.breaks() == []
+
+
+def test_one_who_waits_for_several_limits_may_be_passed_where_it_does_not_stand() -> None:
+    story = a_queue_that_moves_on()
+    story.waits(11, "patient", parts=[])
+    story.moves(12, "patient")
+    story.granted(13, "x")
+    story.ended(14, "x")
+    story.leaves(15, "patient")
+    assert story.breaks() == []
 
 
 def test_slots_are_not_idle_while_the_server_is_away_or_the_waiter_dead_or_too_wide() -> None:
@@ -309,7 +431,7 @@ def test_how_late_a_holder_hears_of_its_lease_counts_only_while_it_is_not_locked
     for number, heard in enumerate([10.5, 13.0]):
         story.asked(9, str(number))
         story.granted(10, str(number))
-        story.say(heard, str(number), "granted", lease_id=str(number), fences=[number + 1], lost=False)
+        story.say(heard, str(number), "granted", fences=[number + 1], lost=False)
     assert longest_unheard(story.history())[0] == pytest.approx(3)
     assert longest_unheard(story.history(), Tolerance(locked={"database": [(9, 12)]}))[0] == pytest.approx(1)
 

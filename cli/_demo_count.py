@@ -150,7 +150,7 @@ class Summary:
     wake_up_worst_ms: float | None = None
     killed: Killed | None = None
     calls: int = 0
-    turns_that_died: int = 0
+    calls_that_died: int = 0
     calls_per_second: float | None = None
     configured_per_second: float = 0.0
     most_calls_beyond_rate: float | None = None
@@ -307,22 +307,22 @@ def _killed(summary: Summary, ran: Sequence[Job], events: Sequence[Event], seen:
 def _rate(summary: Summary, events: Sequence[Event]) -> Check:
     calls = [event.at for event in events if event.what == "call"]
     summary.calls = len(calls)
-    summary.turns_that_died = sum(event.what == "want" for event in events) - len(calls)
+    summary.calls_that_died = sum(event.what == "want" for event in events) - len(calls)
     after_burst = calls[summary.burst :]
     if len(after_burst) < 2:
         return Check("never too slow", False, f"only {len(calls)} calls were made")
     summary.calls_per_second = round(
-        (len(after_burst) - 1 + summary.turns_that_died) / (after_burst[-1] - after_burst[0]), 3
+        (len(after_burst) - 1 + summary.calls_that_died) / (after_burst[-1] - after_burst[0]), 3
     )
     counted = (
         f"{summary.calls_per_second:.2f} calls per second, of {summary.configured_per_second:g}, after the burst of "
         f"{summary.burst}; {len(calls)} calls made"
     )
-    if summary.turns_that_died:
-        counted += f", {summary.turns_that_died} turn died with its worker"
+    if summary.calls_that_died:
+        counted += f", {summary.calls_that_died} call died with its worker"
     # The last one may be woken a little late: not by a whole call.
     due = summary.burst + summary.configured_per_second * (calls[-1] - calls[0])
-    return Check("never too slow", len(calls) + summary.turns_that_died > due * 0.999 - 1, counted)
+    return Check("never too slow", len(calls) + summary.calls_that_died > due * 0.999 - 1, counted)
 
 
 def _never_too_fast(summary: Summary, events: Sequence[Event]) -> Check:

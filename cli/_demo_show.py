@@ -141,7 +141,7 @@ class Live:
         api.append(self._off * (view.api.limit - min(round(view.api.level), view.api.limit)), "dim")
         api.append(
             f"  {view.api.slot_decay_per_second:g} calls/s after a burst of {view.api.limit}, "
-            f"{view.api.waiting} asleep until their turn",
+            f"{view.api.waiting} in line",
             "",
         )
         table = Table.grid(padding=(0, 2))

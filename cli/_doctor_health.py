@@ -25,7 +25,7 @@ OLD_XIDS = 1_000_000
 LONG_LOCK = 5
 """Seconds from which on a transaction with a lock on pglimits is long."""
 LONG_WAIT = 300
-"""Seconds from which on it is worth a look what the head of a queue waits for."""
+"""Seconds from which on it is worth a look what the head of a line waits for."""
 IDLE_SLOT = 4
 """Seconds for which a slot may be free beside a waiter that fits: whoever waits looks every 3 seconds."""
 MANY_UNSWEPT = 10_000
@@ -356,7 +356,7 @@ def _trouble(
     *,
     served: bool,
 ) -> Finding | None:
-    """What is wrong with a queue, told by its head."""
+    """What is wrong with a line, told by its head."""
     shown = shlex.quote(name)
     requests = _output.count(waiting, "request")
     head = f"the head of {name!r}" + (f" (key {key!r})" if key else "")

@@ -66,7 +66,7 @@ def _belongings(group: str) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def explained(conninfo: str, group: str) -> Iterator[None]:
     """Where the role may not do what is done inside: say which role lacks what, and the line that mends it."""
-    from pglimits.errors import PermissionDenied
+    from pglimits.errors import PermissionDenied, PglimitsError
 
     try:
         yield
@@ -76,12 +76,12 @@ def explained(conninfo: str, group: str) -> Iterator[None]:
         from . import _client
 
         said = getattr(getattr(error.__cause__, "diag", None), "message_primary", None) or str(error)
-        with contextlib.suppress(Error):
-            with _client.connect(conninfo) as connection:
-                found = lacking(connection, group)
-            if found is not None:
-                raise PermissionDenied(f"{said}: {found[0]}. An administrator mends it: {found[1]}") from error
-        raise
+        found = None
+        with contextlib.suppress(Error, PglimitsError), _client.connect(conninfo) as connection:
+            found = lacking(connection, group)
+        if found is not None:
+            said += f": {found[0]}. An administrator mends it: {found[1]}"
+        raise PermissionDenied(said) from error
 
 
 def create(roles: Sequence[str]) -> str:

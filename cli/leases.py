@@ -133,7 +133,7 @@ def _must_exist(limiter: Limiter, name: str | None, seen: bool) -> None:
 
 @command(app, _LOOK)
 def release(lease_ids: LeaseIds, dsn: Dsn = None, output: Output = Format.table) -> None:
-    """End leases, or take requests out of the queue.
+    """End leases, or take requests out of the line.
 
     Safe to repeat: a lease that has ended already is no error.
 
@@ -248,9 +248,9 @@ def rate(
     dsn: Dsn = None,
     output: Output = Format.table,
 ) -> None:
-    """Wait for a turn on a rate limit.
+    """Take slots of a rate limit, and wait until it lets you go on.
 
-    Exits with 75, at once, if the turn would come too late.
+    Exits with 75, at once, if that would be too late.
 
     Example: pglimits rate openai --timeout 30 && curl https://api.openai.com/v1/models
     """

@@ -33,7 +33,7 @@ Rate = Annotated[
 ]
 MaxWaiters = Annotated[
     int | None,
-    typer.Option("--max-waiters", metavar="N", min=0, show_default=False, help="The longest queue, for each key."),
+    typer.Option("--max-waiters", metavar="N", min=0, show_default=False, help="The longest line, for each key."),
 ]
 Description = Annotated[
     str | None, typer.Option("--description", metavar="TEXT", show_default=False, help="What it is for.")
@@ -197,7 +197,7 @@ def update(
         typer.Option("--new-name", metavar="NAME", show_default=False, help="Rename it; everything is kept."),
     ] = None,
     max_waiters: MaxWaiters = None,
-    no_max_waiters: Annotated[bool, typer.Option("--no-max-waiters", help="A queue of any length.")] = False,
+    no_max_waiters: Annotated[bool, typer.Option("--no-max-waiters", help="A line of any length.")] = False,
     description: Description = None,
     active_slots: ActiveSlots = None,
     dsn: Dsn = None,

@@ -63,7 +63,7 @@ def run(
 ) -> None:
     """Run a command while holding slots.
 
-    For cron lines and shell scripts: like flock, but across machines, with a queue.
+    For cron lines and shell scripts: like flock, but across machines, and in line.
 
     The lease is renewed while the command runs and given back when it ends, however it ends. The command finds
     PGLIMITS_LEASE_ID and PGLIMITS_FENCE (of several limits: commas between) in its environment. TERM, INT, HUP,

@@ -123,12 +123,22 @@ def test_a_dsn_that_cannot_be_read_is_a_usage_error(pglimits: Cli) -> None:
     assert (result.code, result.out) == (2, "") and result.err.count("\n") == 1
 
 
-def test_a_role_without_rights_is_told_what_to_grant(pglimits: Cli, conn: Connection, dsn: str) -> None:
+def test_a_role_without_rights_is_told_what_it_lacks_and_the_line_that_mends_it(
+    process: Cli, conn: Connection, dsn: str
+) -> None:
     conn.execute("create role stranger login")
     try:
-        result = pglimits("ls", "--dsn", psycopg.conninfo.make_conninfo(dsn, user="stranger"))
-        assert (result.code, result.out) == (1, "")
-        assert "permission denied" in result.err and "grant pglimits_" in result.err
+        for command, role in (
+            (("ls",), "pglimits_reader"), (("holders",), "pglimits_reader"), (("acquire", "x"), "pglimits_user"),
+            (("rate", "x"), "pglimits_user"), (("create", "x", "-l", "1"), "pglimits_admin"),
+            (("cron", "enable"), "pglimits_admin"),
+        ):  # fmt: skip
+            result = process(*command, "--dsn", psycopg.conninfo.make_conninfo(dsn, user="stranger"))
+            assert (result.code, result.out) == (1, "")
+            assert result.err == (
+                f"Error: permission denied for schema pglimits: the role stranger is not a member of {role}."
+                f" An administrator mends it: grant {role} to stranger;\n"
+            )
     finally:
         conn.execute("drop role stranger")
 

@@ -68,14 +68,6 @@ def test_enabled_twice_it_is_scheduled_once(pglimits: Cli, cluster: Server, home
 
 
 @needs_cron
-def test_seconds_become_minutes_where_it_knows_no_seconds(pglimits: Cli, cluster: Server, home: Connection) -> None:
-    assert pglimits("cron", "enable", "--every", "10", *dsn_of(cluster, "away")).code == 0
-    version = home.execute("select extversion from pg_extension where extname = 'pg_cron'").fetchone()
-    assert version is not None and version[0].startswith("1.4")
-    assert [schedule for _, schedule, _ in jobs(home)] == ["* * * * *"]
-
-
-@needs_cron
 def test_disable_takes_only_its_own_job(pglimits: Cli, cluster: Server, home: Connection) -> None:
     for name in ("home", "away", "it's"):
         pglimits("cron", "enable", *dsn_of(cluster, name))

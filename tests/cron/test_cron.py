@@ -78,23 +78,15 @@ def jobs(connection: Connection) -> list[tuple[Any, ...]]:
     ).fetchall()
 
 
-def test_enabling_twice_schedules_once(here: Connection) -> None:
-    assert value(here, "select pglimits.cron_enable()") == "* * * * *"
+def test_enabling_again_changes_the_one_job(here: Connection) -> None:
     assert value(here, "select pglimits.cron_enable()") == "* * * * *"
     ((schedule, command, database, _, active),) = jobs(here)
     assert (schedule, database, active) == ("* * * * *", "with_cron", True)
     assert "pglimits.sweep" in command
-
-
-def test_enabling_again_changes_how_often(here: Connection) -> None:
-    value(here, "select pglimits.cron_enable(60)")
     assert value(here, "select pglimits.cron_enable(300)") == "*/5 * * * *"
     assert [job[0] for job in jobs(here)] == ["*/5 * * * *"]
-
-
-def test_seconds_become_minutes_where_pg_cron_knows_no_seconds(here: Connection) -> None:
     assert value(here, "select extversion from pg_extension where extname = 'pg_cron'").startswith("1.4")
-    assert value(here, "select pglimits.cron_enable(10)") == "* * * * *"
+    assert value(here, "select pglimits.cron_enable(10)") == "* * * * *", "it knows no seconds"
     assert [job[0] for job in jobs(here)] == ["* * * * *"]
 
 

@@ -129,16 +129,12 @@ class Script:
 # The shared server
 
 
-def test_start_makes_a_server_and_finds_it_again() -> None:
+def test_start_makes_a_durable_server_for_its_owner_only_and_finds_it_again() -> None:
     assert embedded.status() is None
     server = embedded.start()
     assert embedded.start() == server == embedded.status()
     assert query(server, "select current_user") == server.user == "postgres"
     assert int(query(server, "show server_version_num")) // 10000 == server.version
-
-
-def test_it_is_durable_and_reached_by_its_owner_only() -> None:
-    server = embedded.start()
     for setting, value in {"fsync": "on", "full_page_writes": "on", "listen_addresses": ""}.items():
         assert query(server, f"show {setting}") == value
     for path in (Path(server.host), server.data):
@@ -344,7 +340,7 @@ def test_a_large_log_is_put_aside_at_the_start(home: Path) -> None:
 # Throwaway servers
 
 
-def test_a_throwaway_server_is_gone_after_the_block(folder: Path) -> None:
+def test_a_throwaway_server_is_gone_after_the_block_however_that_ends(folder: Path) -> None:
     with embedded.throwaway(settings={"max_connections": "17"}) as server:
         assert query(server, "show fsync") == "off"
         assert query(server, "show max_connections") == "17"
@@ -353,9 +349,6 @@ def test_a_throwaway_server_is_gone_after_the_block(folder: Path) -> None:
     assert throwaways(folder) == []
     assert not alive(server.pid)
     idle.close()
-
-
-def test_a_throwaway_server_is_gone_after_an_exception(folder: Path) -> None:
     with pytest.raises(ZeroDivisionError), embedded.throwaway(fsync=True) as server:
         assert query(server, "show fsync") == "on"
         raise ZeroDivisionError

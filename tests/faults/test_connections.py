@@ -370,7 +370,7 @@ def test_where_transactions_are_serializable_by_default_nobody_fails_for_it(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_function_that_is_missing_is_another_version(dsn: str, conn: Connection, kind: str) -> None:
-    conn.execute("drop function pglimits.acquire_alike")
+    conn.execute("drop function pglimits._acquire_batch")
     with open_api(kind, dsn=dsn) as api, pytest.raises(VersionMismatch, match="pglimits upgrade"):
         api.acquire("database")
 

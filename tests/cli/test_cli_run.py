@@ -102,7 +102,7 @@ def test_slots_key_and_priority_are_taken(start: Start, conn: Connection, wait_u
 
 def test_75_when_there_is_no_slot_in_time(process: Callable[..., Any], conn: Connection) -> None:
     conn.execute("select pglimits.acquire('database', slots => 2)")
-    for timeout in ("0", "0.1"):
+    for timeout in ("0", "2"):
         result = process("run", "database", "--timeout", timeout, "--", "echo", "never")
         assert (result.code, result.out) == (75, "")
         assert result.err.startswith("Error: no slot of 'database'")

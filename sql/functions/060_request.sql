@@ -58,7 +58,7 @@ begin
     select c.* into config from pglimits.configs c where c.name = request.names[i];
     if not found then
       perform pglimits._check(pglimits._name_fault('name', request.names[i]));
-      if request.names[i] ~ '[{},]' then
+      if request.names[i] ~ '[{},]|^[[(].*[])]$' then
         -- A driver may have made such a text of a list; to take it for one limit that is missing would let everybody in.
         perform pglimits._fail('InvalidArgument',
           format('there is no limit named %L; for several limits call %s', request.names[i],
@@ -158,6 +158,7 @@ declare
   ready_at timestamptz;
   by_time boolean := true;
   is_full boolean := false;
+  is_due boolean := false;
 begin
   status := 'granted';
   certain := false;
@@ -185,11 +186,12 @@ begin
       end if;
       by_time := by_time and state.slot_decay_per_second > 0 and ready_at < 'infinity';
       certain := certain or ready_at > now and request.timeout_seconds = 0;
+      is_due := is_due or state.waiting > 0 and state.next_look <= now;  -- its head may have died, and everybody in it
     end if;
   end loop;
   if status = 'queued' and (request.timeout_seconds = 0 or seconds > request.timeout_seconds) then
     status := 'refused';
-    certain := certain or request.timeout_seconds > 0;
+    certain := certain or request.timeout_seconds > 0 and not is_due;
   elsif is_full then
     status := 'full';
     certain := true;

@@ -194,7 +194,7 @@ def test_a_process_that_turns_sigterm_into_an_exit_releases(
 def test_a_killed_holders_slot_goes_to_the_waiter_at_the_head_at_the_end_of_its_lease(
     database: Limiter, children: Children, conn: Connection, wait_until: WaitUntil
 ) -> None:
-    conn.execute("create table turns (who text, at timestamptz default clock_timestamp())")
+    conn.execute("create table went (who text, at timestamptz default clock_timestamp())")
     holder = children(HOLDS, "3")
     holder.expect("holds")
     waits = """
@@ -204,7 +204,7 @@ def test_a_killed_holders_slot_goes_to_the_waiter_at_the_head_at_the_end_of_its_
         limiter = Limiter()
         with limiter.concurrency("database"):
             with psycopg.connect(os.environ["SERVER_DSN"], autocommit=True) as log:
-                log.execute("insert into turns (who) values (%s)", [sys.argv[1]])
+                log.execute("insert into went (who) values (%s)", [sys.argv[1]])
         input()
     """
     waiters = []
@@ -214,10 +214,10 @@ def test_a_killed_holders_slot_goes_to_the_waiter_at_the_head_at_the_end_of_its_
     holder.signal(signal.SIGKILL)
     holder.end(-signal.SIGKILL)
     ends = value(conn, "select expires_at from pglimits.holders where name = 'database'")
-    wait_until(lambda: value(conn, "select count(*) from turns") == 2)
-    turns = conn.execute("select who, at >= %s from turns order by at", [ends]).fetchall()
+    wait_until(lambda: value(conn, "select count(*) from went") == 2)
+    went = conn.execute("select who, at >= %s from went order by at", [ends]).fetchall()
     # In the order of arrival, and not before the end of the lease that nobody renewed any longer.
-    assert turns == [("0", True), ("1", True)]
+    assert went == [("0", True), ("1", True)]
     for waiter in waiters:
         waiter.tell()
         waiter.end()
@@ -268,7 +268,7 @@ def test_a_slot_handed_to_a_dead_waiter_goes_on_to_the_next(
     assert nothing_left(conn)
 
 
-def test_a_process_killed_while_it_sleeps_to_its_turn_gives_the_turn_back(
+def test_a_process_killed_in_the_line_of_a_rate_limit_is_in_nobodys_way(
     api_limit: Limiter, dsn: str, children: Children, conn: Connection, clock: Any, wait_until: WaitUntil
 ) -> None:
     dead = children("from pglimits import Limiter; Limiter().rate_limit('api')")
@@ -278,7 +278,7 @@ def test_a_process_killed_while_it_sleeps_to_its_turn_gives_the_turn_back(
     clock.advance(11)
     assert waiting(conn) == 0
 
-    # The next one gets the turn of the dead, at 100 seconds, and is not refused as it would be behind it, at 200.
+    # The next one goes at 100 seconds, and is not refused as it would be behind the dead, at 200.
     async def asks() -> None:
         async with AsyncLimiter(dsn) as limiter:
             asked = asyncio.create_task(limiter.rate_limit("api", timeout_seconds=120))

@@ -182,10 +182,10 @@ class Tolerance:
     away: Sequence[tuple[float, float]] = ()
     locked: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
-    def out_of_reach(self, name: str, begin: float, end: float) -> float:
-        """For how long of that nobody could be granted anything of a limit."""
+    def out_of_reach(self, begin: float, end: float, *names: str) -> float:
+        """For how long of that nobody could be granted anything of one of these limits."""
         total, until = 0.0, begin
-        for gone, back in sorted([*self.away, *self.locked.get(name, ())]):
+        for gone, back in sorted([*self.away, *(times for name in names for times in self.locked.get(name, ()))]):
             total += max(min(end, back) - max(until, gone), 0.0)
             until = max(until, back)
         return total
@@ -203,6 +203,7 @@ def check(history: History, tolerance: Tolerance | None = None, ended: bool = Tr
     found = [violation for replay in replays.values() for violation in replay.found]
     if ended:
         found += [violation for replay in replays.values() for violation in replay.left_over()]
+    found += _idling_on_several(replays, tolerance)
     found += _lines(history)
     found += _in_parts(history)
     found += _beliefs(history, replays)
@@ -292,12 +293,12 @@ class _Moment:
     enforced: bool
     decays: bool
     level: _Level | None
-    leases: list[tuple[float, int]]  # end, slots
+    leases: list[tuple[float, int, str]]  # end, slots, id
     line: list[Row]  # who waits, in their order
     processes: _Processes
 
-    def held(self, at: float) -> int:
-        return sum(slots for end, slots in self.leases if end > at)
+    def held(self, at: float, besides: str = "") -> int:
+        return sum(slots for end, slots, lease_id in self.leases if end > at and lease_id != besides)
 
     def head(self, at: float) -> Row | None:
         """The first in line who is alive, and not told that it asks for too much."""
@@ -308,11 +309,21 @@ class _Moment:
     def idles(self, at: float) -> bool:
         """Whether what somebody waits for is free. Who waits for several limits needs more than this one."""
         head = self.head(at)
-        if head is None or head["parts"] is not None or not self.enforced:
-            return False
-        if head["lease_duration"] is not None and self.held(at) + int(head["slots"]) > self.limit:
-            return False
-        return self.level is None or self.level.ready_at(head["slots"]) <= at
+        return (
+            head is not None and head["parts"] is None and self.enforced and self.is_free_for(head, head["slots"], at)
+        )
+
+    def is_free_for(self, waiter: Row, slots: int, at: float) -> bool:
+        """Whether so many slots are free for somebody, those that are kept for it included, and nobody is before it."""
+        if not self.enforced:
+            return True
+        place = (waiter["rank"], waiter["arrival"])
+        before = (row for row in self.line if (row["rank"], row["arrival"]) < place and row["slots"] <= self.limit)
+        return (
+            (waiter["lease_duration"] is None or self.held(at, waiter["lease_id"]) + slots <= self.limit)
+            and (self.level is None or self.level.ready_at(slots) <= at)
+            and not any(self.processes.are_alive(row, at) for row in before)
+        )
 
     def fits(self, slots: int, rank: int, at: float) -> bool:
         in_front = any(row["rank"] <= rank and self.processes.are_alive(row, at) for row in self.line)
@@ -320,7 +331,7 @@ class _Moment:
 
     def turning_points(self, until: float) -> list[float]:
         """The moments before the next one at which time alone changes something."""
-        points = [end for end, _ in self.leases]
+        points = [end for end, _, _ in self.leases]
         if until - self.at > 0.1:  # else it makes no difference when exactly somebody died
             points += [point for row in self.line for point in self.processes.turning_points(row)]
         if self.level is not None:
@@ -460,7 +471,7 @@ class _Replay:
             bool(config["active"]),
             decays,
             self.level if decays else None,
-            [(lease["expires_at"], int(lease["slots"])) for lease in self.leases.values()],
+            [(lease["expires_at"], int(lease["slots"]), lease["lease_id"]) for lease in self.leases.values()],
             sorted(self.queue.values(), key=lambda row: (row["rank"], row["arrival"])),
             self.processes,
         )
@@ -475,7 +486,7 @@ class _Replay:
                 self.idle_since = None
                 continue
             self.idle_since = begins if self.idle_since is None else self.idle_since
-            idle = ends - self.idle_since - self.tolerance.out_of_reach(self.name_of_limit, self.idle_since, ends)
+            idle = ends - self.idle_since - self.tolerance.out_of_reach(self.idle_since, ends, self.name_of_limit)
             self.longest_idle = max(self.longest_idle, idle)
             if idle > self.tolerance.wake_up:
                 head = moment.head(begins)
@@ -494,6 +505,38 @@ class _Replay:
             if not all(moment.fits(slots, rank, max(point, since)) for point in points):
                 return False
         return bool(self.moments) and self.moments[0].at <= since
+
+
+def _idling_on_several(replays: Mapping[Key, _Replay], tolerance: Tolerance) -> list[Violation]:
+    """Nobody who stands at the head of a line waits while all its limits are free."""
+    found: list[Violation] = []
+    moments = sorted(
+        ((moment.at, place, moment) for place, replay in replays.items() for moment in replay.moments),
+        key=lambda each: each[0],
+    )
+    now: dict[Key, _Moment] = {}
+    free_since: dict[str, float] = {}
+    last = 0.0
+    for at, place, moment in moments:
+        free = {}
+        heads = [each.head(last) for each in now.values() if each.line]
+        for waiter in (head for head in heads if head is not None and head["parts"] is not None):
+            lease_id = waiter["lease_id"]
+            parts = {(part["limit_id"], part["key"]): part["slots"] for part in waiter["parts"]}
+            if not all(now[part].is_free_for(waiter, slots, last) for part, slots in parts.items() if part in now):
+                continue
+            since = free[lease_id] = free_since.get(lease_id, last)
+            idle = at - since - tolerance.out_of_reach(since, at, *(replays[part].name_of_limit for part in parts))
+            # Plain SQL is told nothing, and looks when it asks again.
+            if idle > tolerance.wake_up + (HEARTBEAT if waiter["channel"] is None else 0.0):
+                found.append(Violation("No idling", f"{lease_id} waited {idle:.3f} s while {sorted(parts)} were free"))
+                free[lease_id] = at  # each is told once
+        free_since, last = free, at
+        now[place] = moment
+    return found
+
+
+HEARTBEAT = 3.0  # seconds within which whoever waits looks, whatever it was told
 
 
 # What the clients wrote down.
@@ -678,7 +721,7 @@ def _false_refusals(history: History, replays: Mapping[Key, _Replay], tolerance:
             if len(asked.more["slots"]) != 1 or asked.more.get("rate"):
                 continue
             ((name, slots),) = asked.more["slots"].items()
-            if tolerance.out_of_reach(name, asked.at - tolerance.visible, refused.at):
+            if tolerance.out_of_reach(asked.at - tolerance.visible, refused.at, name):
                 continue
             for limit_id in ids.get(name, ()):
                 replay = replays.get((limit_id, asked.more["key"]))
@@ -710,7 +753,7 @@ def longest_unheard(history: History, tolerance: Tolerance | None = None) -> tup
             lives = [life for replay in replays for life in replay.lives.get(attempt, ())]
             for begin, end, _ in lives if len(names) == 1 else ():
                 until = min(granted.at, end)
-                seconds = until - begin - tolerance.out_of_reach(names[0], begin, until)
+                seconds = until - begin - tolerance.out_of_reach(begin, until, names[0])
                 unheard.append((seconds, f"{attempt} of {granted.worker}, for {names[0]}, from {begin:.3f} on"))
     return max(unheard)
 

@@ -286,7 +286,7 @@ def own_server(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 @pytest.mark.parametrize("how", ["restart", "crash"])
-def test_a_restart_of_the_server_is_survived_by_holders_waiters_and_sleepers(
+def test_a_restart_of_the_server_is_survived_by_holders_and_whoever_waits(
     own_server: Callable[[], Any], how: str, wait_until: WaitUntil
 ) -> None:
     running = own_server()
@@ -505,7 +505,7 @@ def test_no_session_of_the_server_is_left_to_hear_of_waiters_behind_pgbouncer(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_rate_reaches_sleepers_behind_pgbouncer(
+def test_a_changed_rate_reaches_waiters_behind_pgbouncer(
     bouncer: str, conn: Connection, kind: str, wait_until: WaitUntil
 ) -> None:
     with open_api(kind, dsn=bouncer) as api:

@@ -385,6 +385,27 @@ def test_slots_that_are_kept_are_no_grant_and_not_idle() -> None:
     assert story.breaks() == []
 
 
+def a_request_over_two_limits(served: float, other_ends: float, **more: Any) -> Story:
+    """It stands at the head of one line, while slots of the other are held or kept until some time."""
+    parts = [{"limit_id": 1, "key": key, "slots": 1} for key in ("", "other")]
+    story = Story(limit=1)
+    story.granted(1, "holder", key="other")
+    story.waits(2, "x", parts=parts, **more)
+    story.ended(other_ends, "holder")
+    story.configure(served, 1)
+    story.leaves(served, "x")
+    return story
+
+
+def test_a_request_over_several_limits_that_waits_while_all_are_free_idles() -> None:
+    assert a_request_over_two_limits(served=11, other_ends=10, channel="process").breaks() == []
+    assert a_request_over_two_limits(served=13, other_ends=10, channel="process").breaks() == ["No idling"]
+    assert a_request_over_two_limits(served=13, other_ends=10).breaks() == []  # plain SQL
+    assert a_request_over_two_limits(served=16, other_ends=10).breaks() == ["No idling"]
+    story = a_request_over_two_limits(served=20, other_ends=10, channel="process")
+    assert story.breaks(Tolerance(away=[(9, 19)])) == []
+
+
 def test_one_who_waits_for_several_limits_may_be_passed_where_it_does_not_stand() -> None:
     story = a_queue_that_moves_on()
     story.waits(11, "patient", parts=[])

@@ -75,10 +75,6 @@ class _InThreads:
         self._measured = cast(Threads, subject(task))
         return {}
 
-    def take(self) -> dict[str, Any]:
-        """One unit of work."""
-        return {"granted": self._measured.take()}
-
     def run(self, callers: int, seconds: float, pause: float = 0.0) -> dict[str, Any]:
         """As many units of work as so many callers can do in so many seconds, with so many seconds between two."""
         count = _Count()
@@ -100,11 +96,6 @@ class _InThreads:
         until = started + seconds
         _in_threads(call, callers)
         return count.facts(time.perf_counter() - started)
-
-    def hold(self) -> dict[str, Any]:
-        """Take a slot and keep it."""
-        self._held = self._measured.acquire()
-        return {}
 
     def hand_over(self, waiters: int, rounds: int, hold: float, settle: float) -> dict[str, Any]:
         """A slot goes through all who wait for it, one after the other, ``rounds`` times.
@@ -179,10 +170,6 @@ class _InTasks:
         self._measured = cast(Tasks, subject(task))
         return {}
 
-    def take(self) -> dict[str, Any]:
-        """As ``_InThreads.take``."""
-        return {"granted": self._runner.run(self._measured.take())}
-
     def run(self, callers: int, seconds: float, pause: float = 0.0) -> dict[str, Any]:
         """As ``_InThreads.run``."""
         return self._runner.run(self._run(callers, seconds, pause))
@@ -204,11 +191,6 @@ class _InTasks:
 
         await _together(call, callers)
         return count.facts(time.perf_counter() - started)
-
-    def hold(self) -> dict[str, Any]:
-        """As ``_InThreads.hold``."""
-        self._held = self._runner.run(self._measured.acquire())
-        return {}
 
     def hand_over(self, waiters: int, rounds: int, hold: float, settle: float) -> dict[str, Any]:
         """As ``_InThreads.hand_over``."""

@@ -27,13 +27,31 @@ def as_dict(run: Run) -> dict[str, Any]:
 
 
 def write(run: Run, folder: Path) -> None:
-    """Write bench.json, bench.txt, bench.md and, if there are curves, growth.svg."""
+    """Write bench.json, bench.txt and, if there are curves, growth.svg."""
     text = json.dumps(as_dict(run), indent=1, ensure_ascii=False)
     (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
     (folder / "bench.txt").write_text(as_text(run), encoding="utf-8")
-    (folder / "bench.md").write_text(as_markdown(run), encoding="utf-8")
     if run.curves:
         (folder / "growth.svg").write_text(svg(run.curves), encoding="utf-8")
+
+
+def lines_of(found: dict[str, Any]) -> list[Line]:
+    """The lines of a run that ``as_dict`` made something plain of."""
+
+    def measured(each: dict[str, Any] | None) -> Spread | None:
+        return None if each is None else Spread(**{**each, "values": tuple(each["values"])})
+
+    spreads = ("ours", "theirs", "ratio", "above")
+    return [
+        Line(
+            **{
+                **each,
+                **{name: measured(each[name]) for name in spreads},
+                "target": None if each["target"] is None else Target(**each["target"]),
+            }
+        )
+        for each in found["lines"]
+    ]
 
 
 def as_text(run: Run) -> str:
@@ -45,14 +63,11 @@ def as_text(run: Run) -> str:
 
 
 def as_markdown(run: Run) -> str:
-    """The figures as tables for a document: docs/performance.md has the first."""
-    parts = [_markdown(("what", "ours", "theirs", "ratio", "target", "met"), map(_told, run.lines))]
-    if run.curves:
-        columns = ("time of a call against", "", "ms per call", "times the first", "on disk", "dead rows")
-        points = [(curve.what, *cells) for curve in run.curves for cells in _points(curve)]
-        parts.append(_markdown(columns, points))
-    parts += [str(said) for said in _closing(run)]
-    return "\n\n".join(parts) + "\n"
+    """The figures as a table for a document, and what they were measured on: docs/performance.md has it."""
+    table = _markdown(("what", "ours", "theirs", "ratio", "target", "met"), map(_told, run.lines))
+    setup = "\n".join(f"- {line}" for line in str(_setup(run)).splitlines())
+    closing = "\n".join(f"- {said}" for said in _closing(run) if not str(said).startswith(_MISSED))
+    return f"{table}\n\n{setup}\n{closing}\n"
 
 
 def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -67,7 +82,7 @@ def _told(each: Line) -> Iterable[str]:
     against = f"({each.against})" if theirs and each.against else each.against
     met = {True: "yes", False: "**no**", None: ""}[each.met]
     ratio = figure(each.ratio) if each.ratio else ""
-    return what, figure(each.ours, each.unit), f"{theirs} {against}".strip(), ratio, _target(each.target), met
+    return what, figure(each.ours, each.unit), f"{theirs} {against}".strip(), ratio, _target(each), met
 
 
 def tables(run: Run) -> list[RenderableType]:
@@ -107,7 +122,7 @@ def _lines(lines: list[Line]) -> Table:
             what.append(f"\n  {more}" if more else "", "dim")
         met = {True: Text("met", "green"), False: Text("not met", "red"), None: Text("")}[each.met]
         figures = (_cell(each.ours, each.unit), _cell(each.theirs, each.unit), _cell(each.ratio))
-        made.add_row(what, *figures, _target(each.target), met)
+        made.add_row(what, *figures, _target(each), met)
     return made
 
 
@@ -142,11 +157,14 @@ def _points(curve: Curve) -> Iterable[tuple[str, ...]]:
 _POINT = ("ms per call", "times the first", "on disk", "dead rows")
 
 
+_MISSED = "Not met: "
+
+
 def _closing(run: Run) -> list[Text]:
     judged = [each for each in run.lines if each.met is not None]
     missed = [each for each in judged if not each.met]
     said = [Text(f"{len(judged) - len(missed)} of {len(judged)} targets met.")]
-    said += [Text(f"Not met: {each.what}" + (f" / {each.against}" if each.against else "")) for each in missed]
+    said += [Text(f"{_MISSED}{each.what}" + (f" / {each.against}" if each.against else "")) for each in missed]
     said += [Text(f"Skipped: {each.what}: {each.why}") for each in run.skipped]
     said += [Text(f"Failed: {each.what}: {each.why}", "red") for each in run.failed]
     said += [
@@ -171,10 +189,6 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1.005 else f"{value:.3f}"
 
 
-def _target(target: Target | None) -> str:
-    if target is None:
-        return ""
-    if target.relation == "within":
-        return f"{target.value:g}-{target.up_to:.3f}"
-    times = " x" if target.of == "ratio" else ""
-    return f"{target.relation} {target.value:g}{times}"
+def _target(each: Line) -> str:
+    told = each.target.told(each.unit) if each.target else ""
+    return told if each.above is None else f"{told}, or {_number(each.above.median)} {each.unit} more"

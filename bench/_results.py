@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 from ._measure import Spread, ratio
@@ -19,6 +20,8 @@ class Target:
     of: Literal["ratio", "ours"] = "ratio"
     up_to: float | None = None
     """The other end, for ``within``."""
+    or_above: str = ""
+    """Or ours is above theirs by no more than this takes, which is measured beside them."""
 
     def met_by(self, figure: float) -> bool:
         """Whether a figure reaches it."""
@@ -32,9 +35,15 @@ class Target:
             ">": figure > self.value,
         }[self.relation]
 
+    def told(self, unit: str) -> str:
+        """For a table. unit: of our own figure."""
+        if self.relation == "within":
+            return f"{self.value:g}-{self.up_to:.3f}"
+        return f"{self.relation} {self.value:g} {'x' if self.of == 'ratio' else unit}".rstrip()
 
-def at_most(value: float, of: Literal["ratio", "ours"] = "ratio") -> Target:
-    return Target("<=", value, of)
+
+def at_most(value: float, of: Literal["ratio", "ours"] = "ratio", or_above: str = "") -> Target:
+    return Target("<=", value, of, or_above=or_above)
 
 
 def at_least(value: float, of: Literal["ratio", "ours"] = "ratio") -> Target:
@@ -54,6 +63,7 @@ class Line:
         theirs: its figure; None where the target is an absolute one.
         ratio: how many times theirs ours is; None where theirs is 0.
         target: what is to be reached; None: shown for information.
+        above: what ``target.or_above`` names.
         met: whether it was reached; None without a target.
         note: what one has to know to read it.
     """
@@ -66,6 +76,7 @@ class Line:
     theirs: Spread | None
     ratio: Spread | None
     target: Target | None
+    above: Spread | None
     met: bool | None
     note: str = ""
 
@@ -78,6 +89,7 @@ def line(
     against: str = "",
     theirs: Spread | None = None,
     target: Target | None = None,
+    above: Spread | None = None,
     note: str = "",
 ) -> Line:
     """A line, with its ratio and whether the target was met."""
@@ -87,7 +99,10 @@ def line(
         figure = ours if target.of == "ours" else times
         assert figure is not None, "a target for the ratio needs something to compare with"
         met = target.met_by(figure.median)
-    return Line(row, what, unit, ours, against, theirs, times, target, met, note)
+        if above is not None and theirs is not None:
+            more = median(mine - other for mine, other in zip(ours.values, theirs.values, strict=True))
+            met = met or more <= above.median
+    return Line(row, what, unit, ours, against, theirs, times, target, above, met, note)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: each a function that measures and yields lines and curves."""
+"""The rows of the benchmark: each a function that measures figures of ``_figures.py`` and yields lines and curves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from ._figures import FIGURES, Figure, figures
 from ._pgbench import Pgbench
 from ._results import Result, Skipped
 from ._scale import Scale
@@ -36,31 +37,33 @@ class Bench:
 
 Measure = Callable[[Bench], Iterator[Result]]
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row: what ``--only`` calls it, what it measures, and whether others have to be installed for it."""
-
-    name: str
-    what: str
-    measure: Measure
-    peer: bool = False
+ROWS: dict[str, Measure] = {}
+"""By the names that ``--only`` takes."""
 
 
-ROWS: dict[str, Row] = {}
-
-
-def row(name: str, what: str, *, peer: bool = False) -> Callable[[Measure], Measure]:
-    """Make a function a row."""
+def row(name: str) -> Callable[[Measure], Measure]:
+    """Make a function measure a row."""
 
     def register(measure: Measure) -> Measure:
-        assert name not in ROWS, name
-        ROWS[name] = Row(name, what, measure, peer)
+        assert name not in ROWS and figures(name), name
+        ROWS[name] = measure
         return measure
 
     return register
 
 
+def order() -> list[str]:
+    """The names of all rows, in the order of their figures."""
+    return list(dict.fromkeys(each.row for each in FIGURES))
+
+
+def subject(name: str) -> str:
+    """What a row measures: in one line, for whoever watches."""
+    found: list[Figure] = figures(name)
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return found[0].named() + (f", beside {found[0].floor}" if found[0].peer else "") + more
+
+
 def without_pgbench(name: str) -> Skipped:
     """What a row yields that cannot do without it."""
-    return Skipped(name, ROWS[name].what, INSTALL_PGBENCH)
+    return Skipped(name, subject(name), INSTALL_PGBENCH)

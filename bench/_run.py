@@ -7,24 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from . import growth, history, memory, rows_calls, rows_waiting
+from . import growth, history, rows_calls, rows_server, rows_waiting
+from ._figures import figures
 from ._pgbench import Pgbench
 from ._results import Run, Skipped
-from ._rows import ROWS, Bench, Row
+from ._rows import ROWS, Bench, order, subject
 from ._scale import Scale
 from ._server import machine, server, versions
 from .peers import rows as peer_rows
 
 __all__ = ["chosen", "run"]
 
-_ORDER = [module.__name__ for module in (rows_calls, rows_waiting, history, growth, memory, peer_rows)]
+_MEASURED_IN = (rows_calls, rows_server, rows_waiting, history, growth, peer_rows)
+"""Each has made its functions rows."""
 
 
 class UnknownRow(ValueError):
     """There is no such row; the message names those that there are."""
 
 
-def chosen(only: Sequence[str], peers: bool) -> list[Row]:
+def chosen(only: Sequence[str], peers: bool) -> list[str]:
     """The rows to measure: those named, else all, with or without the peers'.
 
     Raises:
@@ -32,13 +34,12 @@ def chosen(only: Sequence[str], peers: bool) -> list[Row]:
     """
     for name in only:
         if name not in ROWS:
-            raise UnknownRow(f"there is no row {name!r}; rows: {', '.join(ROWS)}")
-    wanted = [row for row in ROWS.values() if (row.name in only if only else peers or not row.peer)]
-    return sorted(wanted, key=lambda row: _ORDER.index(row.measure.__module__))
+            raise UnknownRow(f"there is no row {name!r}; rows: {', '.join(order())}")
+    return [name for name in order() if (name in only if only else peers or not figures(name)[0].peer)]
 
 
 def run(
-    rows: Sequence[Row],
+    rows: Sequence[str],
     scale: Scale,
     dsn: str | None = None,
     say: Callable[[str], None] = lambda what: None,
@@ -63,15 +64,15 @@ def run(
         bench = Bench(tested, scale, Pgbench.find(tested.bin), say)
         tools = {"pgbench": bench.pgbench.version} if bench.pgbench else {}
         done.setup |= {"versions": versions() | tools, "server": tested.setup(), "peers": bench.peers}
-        for number, row in enumerate(rows, 1):
-            say(f"{number}/{len(rows)} {row.name}: {row.what}")
+        for number, name in enumerate(rows, 1):
+            say(f"{number}/{len(rows)} {name}: {subject(name)}")
             row_began = time.monotonic()
             try:
-                for result in row.measure(bench):
+                for result in ROWS[name](bench):
                     done.add(result)
             except Exception as error:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                done.failed.append(Skipped(row.name, row.what, why))
-            done.row_seconds[row.name] = round(time.monotonic() - row_began, 1)
+                done.failed.append(Skipped(name, subject(name), why))
+            done.row_seconds[name] = round(time.monotonic() - row_began, 1)
     done.seconds = time.monotonic() - began
     return done

@@ -13,19 +13,19 @@ class Scale:
         name: of the mode.
         repetitions: how often each figure is measured.
         seconds: of one measurement of a rate.
-        rounds: measurements of each size of what grows, for each repetition.
+        rounds: measurements of each size of what grows, and of processor time, for each repetition.
         pairs: acquire and release by one client, for each repetition.
         handovers: of a slot, in one measurement.
-        stream_seconds: for which the delivered rate is watched.
-        calls, snapshot_calls: how many are made, to see whether that slows down later ones; the second is the row with
-            an old snapshot, and is reached on the way to the first.
-        patience: seconds after which such a run of many calls is cut short.
-        limits, keys, leases, waiters, processes: how far they grow.
-        waiting_tasks: in the process whose memory is measured.
+        stream_seconds, streams: for which the delivered rate is watched, and how often.
+        snapshot_calls: how many are made while an old snapshot is open.
+        patience: seconds after which that is cut short.
+        keys, leases, waiters: how far they grow.
+        view_limits, view_keys: over which the views are read.
+        blocked_seconds: for which connections that wait in SQL are watched.
         callers: of a peer, on one hot limit.
         peer_seconds, peer_repetitions, peer_stream_seconds: as those above, for peers; 0 seconds: not at all.
         peer_waiters, peer_rounds: who wait for the slot that a peer hands over, and how often.
-        peer_variants: whether a peer is measured with all its settings, or only with those that do what ours do.
+        peer_variants: whether a peer is called in all the ways that it can be, or only in the first.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Scale:
     pairs: int
     handovers: int
     stream_seconds: float
-    calls: int
+    streams: int
     snapshot_calls: int
     patience: float
-    limits: int
     keys: int
     leases: int
     waiters: int
-    processes: int
-    waiting_tasks: int
+    view_limits: int
+    view_keys: int
+    blocked_seconds: float
     callers: tuple[int, ...]
     peer_seconds: float
     peer_repetitions: int
@@ -60,16 +60,16 @@ SHORT = Scale(
     rounds=10,
     pairs=100,
     handovers=60,
-    stream_seconds=4.0,
-    calls=10_000,
+    stream_seconds=5.0,
+    streams=1,
     snapshot_calls=10_000,
     patience=4.0,
-    limits=1_000,
     keys=1_000,
     leases=1_000,
     waiters=1_000,
-    processes=4,
-    waiting_tasks=10_000,
+    view_limits=1_000,
+    view_keys=10_000,
+    blocked_seconds=3.0,
     callers=(1, 8),
     peer_seconds=0.2,
     peer_repetitions=2,
@@ -79,7 +79,6 @@ SHORT = Scale(
     peer_variants=False,
 )
 
-# All in one run of about 20 minutes on two processors.
 FULL = Scale(
     name="full",
     repetitions=5,
@@ -88,15 +87,15 @@ FULL = Scale(
     pairs=500,
     handovers=300,
     stream_seconds=15.0,
-    calls=1_000_000,
+    streams=3,
     snapshot_calls=500_000,
     patience=400.0,
-    limits=100_000,
     keys=1_000_000,
     leases=100_000,
     waiters=10_000,
-    processes=64,
-    waiting_tasks=10_000,
+    view_limits=10_000,
+    view_keys=100_000,
+    blocked_seconds=10.0,
     callers=(1, 8, 64),
     peer_seconds=0.7,
     peer_repetitions=3,

@@ -32,9 +32,9 @@ def pair(name: str) -> str:
     return f"select lease_id as id from pglimits.acquire('{name}') \\gset\nselect pglimits.release(:id::uuid);\n"
 
 
-def pair_on_hot_limit(name: str) -> str:
-    """The same by the procedures that unlock the limit before the answer is on disk."""
-    return f"call pglimits.acquire_hot('{name}') \\gset\ncall pglimits.release_hot(:granted_lease_id::uuid);\n"
+def waiting_pair(name: str) -> str:
+    """The same by the procedures, which unlock the limit before the answer is on disk."""
+    return f"call pglimits.acquire_wait('{name}') \\gset\ncall pglimits.release_wait(:lease_id::uuid);\n"
 
 
 def pair_any(prefix: str, limits: int = ROWS) -> str:

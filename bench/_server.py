@@ -167,8 +167,8 @@ def server(dsn: str | None) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def server_with(extension: str, instead_of: Server) -> Iterator[Server]:
-    """A server like the own one, of the first PostgreSQL on this machine that has an extension, as that one has not.
+def server_where(suits: Callable[[Server], bool], what: str, instead_of: Server) -> Iterator[Server]:
+    """A server like the own one, of the first PostgreSQL on this machine that has something, as that one has not.
 
     Raises:
         EmbeddedUnavailable: none has it.
@@ -177,10 +177,10 @@ def server_with(extension: str, instead_of: Server) -> Iterator[Server]:
         if binaries.bin == instead_of.bin:
             continue
         with _started(binaries) as started:
-            if started.has(extension):
+            if suits(started):
                 yield started
                 return
-    raise EmbeddedUnavailable(f"no PostgreSQL with {extension}")
+    raise EmbeddedUnavailable(f"no PostgreSQL with {what}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from pglimits import AcquireTimeout, AsyncLimiter, Limiter
 
 # One of ours, or a module of a peer with a function ``subject``.
 _PEERS = {
-    "advisory": "advisory",
     "limits": "redis_limits",
     "throttled": "throttled",
     "pyrate": "pyrate",
@@ -44,11 +43,12 @@ class Tasks(Protocol):
 
 
 class OursInThreads:
-    """pglimits, from threads. ``timeout`` 0 does not wait; with ``rate`` a unit of work is a call of rate_limit."""
+    """pglimits, from threads. ``timeout`` 0 does not wait; with ``rate`` a unit of work is a call of rate_limit.
+    ``name`` is one, or a list of several."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self._limiter = Limiter(task["dsn"])
-        self._name: str = task["name"]
+        self._name: str | list[str] = task["name"]
         self._timeout: float | None = task.get("timeout")
         self._rate = bool(task.get("rate"))
 
@@ -78,7 +78,7 @@ class OursInTasks:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self._limiter = AsyncLimiter(task["dsn"])
-        self._name: str = task["name"]
+        self._name: str | list[str] = task["name"]
         self._timeout: float | None = task.get("timeout")
         self._rate = bool(task.get("rate"))
 

@@ -21,7 +21,7 @@ select count(distinct a.lease_id) filter (where a.status = 'granted' and (%(keep
 from generate_series(%(first)s::int, %(last)s::int) g
 cross join lateral pglimits.acquire(
   %(name)s || case when %(many)s = 'limits' then g::text else left(g::text, 0) end,
-  key => case when %(many)s = 'keys' then g::text else '' end, lease_duration => '1 day') a
+  key => case when %(many)s = 'keys' then g::text else '' end, lease_duration => 86400) a
 """
 
 

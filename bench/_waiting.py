@@ -1,4 +1,4 @@
-"""Workers that wait: who stands in line, a crowd of waiting tasks, and a bare listener as the floor.
+"""Workers that wait: who stands in line, and a bare listener as the floor.
 
 All tell the machine's monotonic clock, which its processes share, in nanoseconds.
 """
@@ -6,7 +6,6 @@ All tell the machine's monotonic clock, which its processes share, in nanosecond
 from __future__ import annotations
 
 import asyncio
-import os
 import selectors
 import threading
 import time
@@ -68,28 +67,6 @@ def _threads_in_line(task: dict[str, Any]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def crowd(task: dict[str, Any], commands: Commands) -> None:
-    """The role ``crowd``: ``waiters`` tasks wait for a slot, or with ``rate`` sleep until their turn, for ever."""
-    asyncio.run(_crowd(task, commands))
-
-
-async def _crowd(task: dict[str, Any], commands: Commands) -> None:
-    async with AsyncLimiter(task["dsn"]) as limiter:
-        tell(ready=True, pid=os.getpid())
-        await asyncio.to_thread(commands)
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(task["waiters"]):
-                if task.get("rate"):
-                    tasks.create_task(limiter.rate_limit(task["name"], strict=True))
-                else:
-                    tasks.create_task(_hold(limiter, task["name"]))
-
-
-async def _hold(limiter: AsyncLimiter, name: str) -> None:
-    async with limiter.concurrency(name, strict=True):
-        await asyncio.Event().wait()
 
 
 def listen(task: dict[str, Any], commands: Commands) -> None:

@@ -21,7 +21,6 @@ Commands = Callable[[], dict[str, Any]]
 _ROLES: dict[str, Callable[[dict[str, Any], Commands], None]] = {
     "calls": _drive.serve,
     "queue": _waiting.queue_up,
-    "crowd": _waiting.crowd,
     "listen": _waiting.listen,
 }
 

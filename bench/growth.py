@@ -1,4 +1,4 @@
-"""Rows about what may not make a call slower: limits, keys, leases, waiters, processes.
+"""Rows about what may not make a call slower: keys, leases, waiters.
 
 Each size has a database of its own, so that all sizes can be measured in turns: what disturbs the machine disturbs all.
 """
@@ -10,19 +10,17 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import UUID, uuid4
 
-from pglimits import Limiter
-
-from ._measure import Spread, alternate, spread
-from ._processes import workers
-from ._results import Curve, Point, Result, at_most, line
-from ._rows import ROWS, Bench, row
+from ._figures import figure
+from ._measure import alternate
+from ._results import Curve, Point, Result
+from ._rows import Bench, row
 from ._scale import steps
 from ._server import Site
 from ._tables import fill, sizes
-from .rows_calls import ROOM, calls, together
+from .rows_calls import ROOM
 
 _CALLS = 10
 """Calls in one measurement: few, so that all sizes have their turn before the machine is disturbed again."""
@@ -32,7 +30,8 @@ _CALL_IN = 2.0
 
 _ACQUIRE = "select a.lease_id from pglimits.acquire(%s, key => %s) a"
 _RELEASE = "select pglimits.release(%s::uuid)"
-_QUEUE = "select a.status from pglimits.acquire(%s, wait => '1 hour', lease_id => %s) a"
+_QUEUE = "select * from pglimits.acquire(%s, timeout_seconds => 3600, lease_id => %s, channel => %s)"
+_BEAT = "select pglimits._beat(%s)"
 
 
 class _Calls(Protocol):
@@ -46,27 +45,21 @@ class _Calls(Protocol):
 
 
 class _Pairs:
-    """Acquire and release on a limit or a key, another one each time."""
+    """Acquire and release on a limit, with another key each time where it has many."""
 
     def __init__(self, site: Site, many: str, size: int) -> None:
         self._connection = site.connect()
         self._name = site.name(f"{many}-{size}-")
         self._many, self._size = many, size
         self._chance = random.Random(size)
-        create = "select pglimits.create_limit(%s, %s)"
-        if many == "limits":
-            series = "select pglimits.create_limit(%s || g, %s) from generate_series(1, %s::int) g"
-            self._connection.execute(series, [self._name, ROOM, size])
-        else:
-            self._connection.execute(create, [self._name, ROOM])
+        self._connection.execute("select pglimits.create_limit(%s, %s)", [self._name, ROOM])
         fill(site, self._name, many, size, keep=many == "leases")
 
     def ms(self) -> float:
         began = time.perf_counter()
         for _ in range(_CALLS // 2):
-            number = str(self._chance.randint(1, self._size))
-            name = self._name + (number if self._many == "limits" else "")
-            row = self._connection.execute(_ACQUIRE, [name, number if self._many == "keys" else ""]).fetchone()
+            key = str(self._chance.randint(1, self._size)) if self._many == "keys" else ""
+            row = self._connection.execute(_ACQUIRE, [self._name, key]).fetchone()
             assert row is not None
             self._connection.execute(_RELEASE, [row[0]])
         return (time.perf_counter() - began) * 1000 / _CALLS
@@ -82,22 +75,23 @@ class _Line:
         self._connection = site.connect()
         self._name = site.name(f"waiters-{size}")
         self._connection.execute("select pglimits.create_limit(%s, 1)", [self._name])
+        self._channel = f"pglimits_{uuid4().hex}"
         self._line: deque[UUID] = deque()
-        self._called_in = time.monotonic()
+        self._called_in = 0.0
         for _ in range(size + 1):
-            self._join()
             self._keep_alive()
+            self._join()
 
     def _join(self) -> None:
         self._line.append(uuid4())
-        self._connection.execute(_QUEUE, [self._name, self._line[-1]])
+        self._connection.execute(_QUEUE, [self._name, self._line[-1], self._channel])
 
     def _keep_alive(self) -> None:
-        """Call in for all, as their processes would, if it is about time."""
+        """Call in for all, as their process would, if it is about time."""
         now = time.monotonic()
         if now - self._called_in > _CALL_IN:
             self._called_in = now
-            self._connection.execute("select count(*) from pglimits.watch(%s::uuid[])", [list(self._line)])
+            self._connection.execute(_BEAT, [self._channel])
 
     def ms(self) -> float:
         self._keep_alive()
@@ -113,25 +107,19 @@ class _Line:
         return sizes(self._connection)
 
 
-@row("limits", "time of a call against the number of limits")
-def limits(bench: Bench) -> Iterator[Result]:
-    """Limits that have all been used, one of them at random for each call."""
-    yield from _grow(bench, "limits", "limits", bench.scale.limits, lambda site, n: _Pairs(site, "limits", n))
-
-
-@row("keys", "time of a call against the number of keys of a limit")
+@row("keys")
 def keys(bench: Bench) -> Iterator[Result]:
     """Keys that have all been used, one of them at random for each call."""
-    yield from _grow(bench, "keys", "keys", bench.scale.keys, lambda site, n: _Pairs(site, "keys", n))
+    yield from _grow(bench, "keys", "keys of a limit", bench.scale.keys, lambda site, n: _Pairs(site, "keys", n))
 
 
-@row("leases", "time of a call against the live leases on a limit")
+@row("leases")
 def leases(bench: Bench) -> Iterator[Result]:
     """Acquire and release while so many others hold slots."""
-    yield from _grow(bench, "leases", "leases", bench.scale.leases, lambda site, n: _Pairs(site, "leases", n))
+    yield from _grow(bench, "leases", "live leases", bench.scale.leases, lambda site, n: _Pairs(site, "leases", n))
 
 
-@row("waiters", "time of a call against the waiters on a limit")
+@row("waiters")
 def waiters(bench: Bench) -> Iterator[Result]:
     """One more stands in line, and a release hands the slot over, with so many in line."""
     yield from _grow(bench, "waiters", "waiters", bench.scale.waiters, _Line)
@@ -146,44 +134,6 @@ def _grow(bench: Bench, name: str, x: str, most: int, make: Callable[[Site, int]
         bench.say(f"{name}: measuring")
         measured = alternate([each.ms for each in made], bench.scale.repetitions * bench.scale.rounds, warm_up=5)
         points = [Point(size, ms, *each.sizes()) for size, each, ms in zip(steps(most), made, measured, strict=True)]
-    yield from _grown(name, x, points, "" if bench.server.own else "all sizes share their tables")
-
-
-def _grown(name: str, x: str, points: list[Point], note: str, target: float | None = 1.5) -> Iterator[Result]:
-    first, last = points[0], points[-1]
-    yield line(
-        name,
-        f"time of a call, {first.x:,.0f} -> {last.x:,.0f} {x}",
-        "ms",
-        last.ms,
-        f"the same with {first.x:,.0f}",
-        first.ms,
-        None if target is None else at_most(target),
-        note,
-    )
-    what = ROWS[name].what.removeprefix("time of a call against the ")
-    yield Curve(name, what, x, tuple(points), note)
-
-
-@row("processes", "time of a call against the number of processes")
-def processes(bench: Bench) -> Iterator[Result]:
-    """Each calls as fast as it can on the same limit; the time is that of all divided by all calls."""
-    scale = bench.scale
-    numbers = [2**power for power in range(scale.processes.bit_length()) if 2**power <= scale.processes]
-    points = []
-    with bench.site() as site, site.connect() as connection:
-        task: dict[str, Any] = calls(site, "hot")
-        with Limiter(site.dsn) as limiter:
-            limiter.create(task["name"], ROOM)
-        with workers([task] * numbers[-1]) as started:
-            together(started, 1, scale.seconds / 4)
-            for number in numbers:
-                bench.say(f"processes: {number}")
-                rates = [together(started[:number], 1, scale.seconds) for _ in range(scale.repetitions)]
-                points.append(Point(number, _per_call(rates), *sizes(connection)))
-    note = "time of all divided by all calls"
-    yield from _grown("processes", "processes", points, note, target=None)
-
-
-def _per_call(pairs_per_second: list[float]) -> Spread:
-    return spread([1000 / (2 * rate) for rate in pairs_per_second])
+    note = "" if bench.server.own else "all sizes share their tables"
+    yield figure(name).line(points[-1].ms, points[0].ms, size=most, note=note)
+    yield Curve(name, x, name, tuple(points), note)

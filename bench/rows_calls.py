@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+
+import psycopg
 
 from pglimits import Limiter
 
 from . import _scripts
+from ._figures import figure
 from ._measure import alternate
 from ._pgbench import Pgbench
 from ._processes import Worker, workers
-from ._results import Result, at_least, at_most, line
-from ._rows import ROWS, Bench, row, without_pgbench
+from ._results import Line, Result
+from ._rows import Bench, row, without_pgbench
 from ._server import Site
+from ._tables import fill
 
 ROOM = 1_000_000
 """Slots of a limit that has room for all."""
 
-_PAIRS = 10
-"""Pairs in one measurement: few, so that the floor has its turn before the machine is disturbed again."""
-
-FLOOR = "pgbench: UPDATE of one row"
+_AT_ONCE = 10
+"""Calls or pairs in one measurement: few, so that the floor has its turn before the machine is disturbed again."""
 
 
-@row("uncontended", "1 client, sync, acquire + release")
+@row("uncontended")
 def uncontended(bench: Bench) -> Iterator[Result]:
     """A pair of calls through the wrapper, against two bare commits over the same driver."""
-    with bench.site() as site, Limiter(site.dsn) as limiter, site.connect() as connection:
+    with bench.site() as site, Limiter(site.dsn) as limiter:
         name = site.name("one")
         limiter.create(name, ROOM)
-        update = f"update {site.table} set n = n + 1 where id = 1".encode()
 
         def ours() -> None:
             with limiter.concurrency(name):
                 pass
 
-        def floor() -> None:
-            connection.execute(update)
-            connection.execute(update)
+        yield _alone(bench, "uncontended", site, ours, commits=2)
 
-        ours_ms, floor_ms = alternate(
-            [lambda: _mean_ms(ours, _PAIRS), lambda: _mean_ms(floor, _PAIRS)],
-            bench.scale.pairs * bench.scale.repetitions // _PAIRS,
-            warm_up=5,
-        )
-    against = "two bare UPDATE commits through psycopg"
-    yield line("uncontended", ROWS["uncontended"].what, "ms", ours_ms, against, floor_ms, at_most(1.4))
+
+@row("uncontended-rate")
+def uncontended_rate(bench: Bench) -> Iterator[Result]:
+    """A call of rate_limit that need not wait, against one bare commit."""
+    with bench.site() as site, Limiter(site.dsn) as limiter:
+        name = site.name("one")
+        limiter.create(name, ROOM, slot_decay_per_second=ROOM)
+        yield _alone(bench, "uncontended-rate", site, lambda: limiter.rate_limit(name), commits=1)
+
+
+def _alone(bench: Bench, name: str, site: Site, ours: Callable[[], None], commits: int) -> Line:
+    """One caller with nobody beside it, against so many bare commits, durable ones and such that are not."""
+    update = _scripts.update_one(site.table).encode()
+    with site.connect() as durable, site.connect(options="-c synchronous_commit=off") as quick:
+
+        def bare(connection: psycopg.Connection[Any]) -> None:
+            for _ in range(commits):
+                connection.execute(update)
+
+        measured = [partial(_mean_ms, work, _AT_ONCE) for work in (ours, partial(bare, durable), partial(bare, quick))]
+        rounds = bench.scale.pairs * bench.scale.repetitions // _AT_ONCE
+        ours_ms, floor_ms, quick_ms = alternate(measured, rounds, warm_up=5)
+    return figure(name).line(ours_ms, floor_ms, above=quick_ms)
 
 
 def _mean_ms(work: Callable[[], None], times: int) -> float:
@@ -58,30 +73,29 @@ def _mean_ms(work: Callable[[], None], times: int) -> float:
     return (time.perf_counter() - began) * 1000 / times
 
 
-@row("one-process", "1 process, 256 tasks, one limit, acquire + release")
+@row("one-process")
 def one_process(bench: Bench) -> Iterator[Result]:
     """Pairs from one process, whose requests travel together."""
-    yield from _pairs(bench, "one-process", processes=1, tasks=256, target=5)
+    yield _pairs(bench, "one-process", processes=1, tasks=256)
 
 
-@row("eight-processes", "8 processes with 32 tasks each, one limit, acquire + release")
+@row("eight-processes")
 def eight_processes(bench: Bench) -> Iterator[Result]:
     """Pairs from several processes, which meet at the limit's row."""
-    yield from _pairs(bench, "eight-processes", processes=8, tasks=32, target=4)
+    yield _pairs(bench, "eight-processes", processes=8, tasks=32)
 
 
-def _pairs(bench: Bench, name: str, *, processes: int, tasks: int, target: float) -> Iterator[Result]:
-    pgbench = bench.pgbench
+def _pairs(bench: Bench, name: str, *, processes: int, tasks: int) -> Result:
+    pgbench, scale = bench.pgbench, bench.scale
     if pgbench is None:
-        yield without_pgbench(name)
-        return
-    scale = bench.scale
+        return without_pgbench(name)
     with bench.site() as site:
         task = calls(site, "hot", flavour="tasks")
         with Limiter(site.dsn) as limiter:
             limiter.create(task["name"], ROOM)
         best = _best_clients(bench, pgbench, site)
         with workers([task] * processes) as started:
+            bench.say(f"{name}: measuring")
             ours, floor = alternate(
                 [
                     lambda: together(started, tasks, scale.seconds),
@@ -90,15 +104,7 @@ def _pairs(bench: Bench, name: str, *, processes: int, tasks: int, target: float
                 scale.repetitions,
                 warm_up=1,
             )
-    yield line(
-        name,
-        ROWS[name].what,
-        "pairs/s",
-        ours,
-        f"{FLOOR}, best of 1, 8, 32 clients ({best})",
-        floor,
-        at_least(target),
-    )
+    return figure(name).line(ours, floor, variant=f"with {best}")
 
 
 def calls(site: Site, name: str, flavour: str = "threads", **more: Any) -> dict[str, Any]:
@@ -129,42 +135,36 @@ def _best_clients(bench: Bench, pgbench: Pgbench, site: Site) -> int:
     return bench.best_clients
 
 
-@row("sql-one-limit", "8 connections calling the SQL functions, one limit, calls")
+@row("sql-one-limit")
 def sql_one_limit(bench: Bench) -> Iterator[Result]:
-    """What any language calls, as procedures for hot limits, against as many bare UPDATEs of one row."""
-    yield from _from_sql(
+    """What any language calls where many connections fight over a limit, against as many bare UPDATEs of one row."""
+    yield _from_sql(
         bench,
         "sql-one-limit",
-        lambda site: _scripts.pair_on_hot_limit(site.name("hot")),
+        lambda site: _scripts.waiting_pair(site.name("hot")),
         lambda site: _scripts.update_one(site.table),
-        f"{FLOOR}, 8 clients",
-        at_least(1.5),
     )
 
 
-@row("sql-many-limits", "8 connections calling the SQL functions, over 1,000 limits, calls")
+@row("sql-many-limits")
 def sql_many_limits(bench: Bench) -> Iterator[Result]:
-    """The same where nobody is in anybody's way."""
-    yield from _from_sql(
+    """What any language calls where nobody is in anybody's way."""
+    yield _from_sql(
         bench,
         "sql-many-limits",
         lambda site: _scripts.pair_any(site.name("many-")),
         lambda site: _scripts.update_any(site.table),
-        "pgbench: UPDATE over 1,000 rows, 8 clients",
-        at_least(0.6),
     )
 
 
-@row("refusals", "refusals of a full limit, 8 connections, calls")
+@row("refusals")
 def refusals(bench: Bench) -> Iterator[Result]:
     """What may cost no more than a read."""
-    yield from _from_sql(
+    yield _from_sql(
         bench,
         "refusals",
         lambda site: _scripts.refusal(site.name("full")),
         lambda site: _scripts.select_any(site.table),
-        "pgbench: SELECT by primary key, 8 clients",
-        at_least(0.3),
         calls_each=1,
     )
 
@@ -174,23 +174,21 @@ def _from_sql(
     name: str,
     script_of: Callable[[Site], str],
     floor_of: Callable[[Site], str],
-    against: str,
-    target: Any,
     calls_each: int = _scripts.CALLS_IN_PAIR,
-) -> Iterator[Result]:
+) -> Result:
     pgbench, scale = bench.pgbench, bench.scale
     if pgbench is None:
-        yield without_pgbench(name)
-        return
+        return without_pgbench(name)
     with bench.site() as site, site.connect() as connection:
         create = "select pglimits.create_limit(%s, %s)"
         connection.execute(create, [site.name("hot"), ROOM])
         connection.execute(create, [site.name("full"), 1])
-        connection.execute("select pglimits.acquire(%s, lease_duration => '1 day')", [site.name("full")])
+        connection.execute("select * from pglimits.acquire(%s, lease_duration => 86400)", [site.name("full")])
         connection.execute(
             "select pglimits.create_limit(%s || g, %s) from generate_series(1, %s) g",
             [site.name("many-"), ROOM, _scripts.ROWS],
         )
+        fill(site, site.name("many-"), "limits", _scripts.ROWS)
         ours_script, floor_script = script_of(site), floor_of(site)
         ours, floor = alternate(
             [
@@ -200,5 +198,4 @@ def _from_sql(
             scale.repetitions,
             warm_up=1,
         )
-    note = "fewer processors than connections" if (os.cpu_count() or 8) < 8 else ""
-    yield line(name, ROWS[name].what, "calls/s", ours, against, floor, target, note)
+    return figure(name).line(ours, floor)

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from pglimits import Limiter
 
+from ._figures import figure
 from ._measure import Spread, percentile, slope, spread
 from ._processes import Worker, worker, workers
-from ._results import Result, Target, at_most, line
-from ._rows import ROWS, Bench, row
+from ._results import Result
+from ._rows import Bench, row
 from ._server import Site
 
 _WAITERS = 100
@@ -21,13 +22,13 @@ _STARTING = 1.0
 """Seconds after the start of a stream that are not counted."""
 
 
-@row("hand-over", "release -> waiter running, 100 waiters")
+@row("hand-over")
 def hand_over(bench: Bench) -> Iterator[Result]:
     """From the call of release in one process to the waiter's next line in another, against NOTIFY to a listener."""
     yield from _hand_over(bench, "hand-over", "tasks")
 
 
-@row("hand-over-threads", "release -> waiter running, 100 waiters, threads")
+@row("hand-over-threads")
 def hand_over_threads(bench: Bench) -> Iterator[Result]:
     """The same to threads, which a process wakes more slowly than tasks."""
     yield from _hand_over(bench, "hand-over-threads", "threads")
@@ -54,16 +55,9 @@ def _hand_over(bench: Bench, name: str, flavour: str) -> Iterator[Result]:
                     ours.append(mine)
                     floor.append(other)
             notify.close()
-    for part, target in ((0.5, at_most(4)), (0.99, at_most(5, "ours"))):
-        yield line(
-            name,
-            f"{ROWS[name].what}, p{part * 100:.0f}",
-            "ms",
-            _over_repetitions(ours, part),
-            f"bare NOTIFY -> listener, p{part * 100:.0f}",
-            _over_repetitions(floor, part),
-            target,
-        )
+    for part in (50, 99):
+        figures = [_over_repetitions(each, part / 100) for each in (ours, floor)]
+        yield figure(name, f"p{part}").line(*figures)
 
 
 def _over_repetitions(measured: list[list[float]], part: float) -> Spread:
@@ -112,24 +106,48 @@ def _until_waiting(limiter: Limiter, name: str, waiters: int, patience: float = 
         time.sleep(0.02)
 
 
-@row("delivered", "delivered / configured rate, 100 waiters")
+@row("delivered")
 def delivered(bench: Bench) -> Iterator[Result]:
     """A rate limit that everybody always waits for, watched from outside; the burst at the start is not counted."""
-    per_second, burst, processes = 200.0, 10, 2
-    scale = bench.scale
     found = []
-    with bench.site() as site, Limiter(site.dsn) as limiter:
-        task = {"role": "calls", "subject": "ours", "flavour": "tasks", "dsn": site.dsn, "rate": True}
-        for number in range(1 if scale.repetitions < 5 else 3):
-            name = site.name(f"rate-{number}")
-            limiter.create(name, burst, slot_decay_per_second=per_second)
-            with workers([{**task, "name": name}] * processes) as started:
-                for each in started:
-                    each.tell("stream", callers=_WAITERS // processes, seconds=scale.stream_seconds)
-                moments = sorted(moment for each in started for moment in each.answer()["moments"])
-            # Not the start, when all come at once, nor the turns after the end, when fewer and fewer wait.
-            begin, end = moments[0] + _STARTING, moments[0] + scale.stream_seconds
-            steady = [moment for moment in moments if begin <= moment <= end]
-            found.append(slope(steady) / per_second)
-    target = Target("within", 0.999, "ours", 1.0)
-    yield line("delivered", ROWS["delivered"].what, "", spread(found), f"{per_second:g}/s", target=target)
+    with bench.site() as site:
+        for number in range(bench.scale.streams):
+            (mine,) = _deliver(bench, site, {f"rate-{number}": 200.0}, 10, [(50, [0]), (50, [0])])
+            found.append(mine)
+    yield figure("delivered").line(spread(found))
+
+
+@row("delivered-three")
+def delivered_three(bench: Bench) -> Iterator[Result]:
+    """Callers of all kinds on three rate limits at once: of one of them, of two, and of all three."""
+    rates, found = (5.0, 50.0, 200.0), []
+    with bench.site() as site:
+        for number in range(bench.scale.streams):
+            limits = {f"rate-{number}-{rate:g}": rate for rate in rates}
+            found.append(_deliver(bench, site, limits, 5, [(10, [0, 1, 2]), (40, [1]), (40, [2]), (10, [1, 2])]))
+    for rate, of_this in zip(rates, zip(*found, strict=True), strict=True):
+        yield figure("delivered-three", f"{rate:g}").line(spread(of_this))
+
+
+def _deliver(
+    bench: Bench, site: Site, rates: dict[str, float], burst: int, crowd: list[tuple[int, list[int]]]
+) -> list[float]:
+    """How much of each rate is delivered. crowd: for each process how many callers, over which of the limits."""
+    seconds = bench.scale.stream_seconds
+    with Limiter(site.dsn) as limiter:
+        for name, rate in rates.items():
+            limiter.create(site.name(name), burst, slot_decay_per_second=rate)
+    task = {"role": "calls", "subject": "ours", "flavour": "tasks", "dsn": site.dsn, "rate": True}
+    names = [site.name(name) for name in rates]
+    with workers([{**task, "name": [names[number] for number in over]} for _, over in crowd]) as started:
+        for each, (callers, _) in zip(started, crowd, strict=True):
+            each.tell("stream", callers=callers, seconds=seconds)
+        moments = [each.answer()["moments"] for each in started]
+    # Not the start, when all come at once, nor the turns after the end, when fewer and fewer wait.
+    first = min(map(min, moments))
+    begin, end = first + _STARTING, first + seconds
+    found = []
+    for number, rate in enumerate(rates.values()):
+        used = [m for mine, (_, over) in zip(moments, crowd, strict=True) if number in over for m in mine]
+        found.append(slope([moment for moment in used if begin <= moment <= end]) / rate)
+    return found

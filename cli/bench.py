@@ -28,7 +28,7 @@ def _dsn(context: typer.Context, value: str | None) -> str | None:
 
 @command(app, "Start here")
 def bench(
-    full: Annotated[bool, typer.Option("--full/--short", help="All of it, or about a minute of it.")] = False,
+    full: Annotated[bool, typer.Option("--full/--short", help="All of it, or little of it, sooner.")] = False,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="ROW", show_default=False, help="Only this row. Can be repeated."),
@@ -41,7 +41,7 @@ def bench(
             help="Measure what others use as well, a minute more. Default: only with --full.",
         ),
     ] = None,
-    rows: Annotated[bool, typer.Option("--rows", help="List the rows, and measure nothing.")] = False,
+    rows: Annotated[bool, typer.Option("--rows", help="List what is measured, and measure nothing.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -49,7 +49,7 @@ def bench(
             metavar="FOLDER",
             file_okay=False,
             show_default=False,
-            help="Also write bench.json, bench.txt, bench.md and growth.svg there.",
+            help="Also write bench.json, bench.txt and growth.svg there.",
         ),
     ] = None,
     dsn: Annotated[
@@ -65,6 +65,10 @@ def bench(
     output: Output = Format.table,
 ) -> None:
     """Measure how fast it is, each figure beside its floor or what others use.
+
+    Takes one to two minutes on two idle processors, with --full and all peers
+    a quarter of an hour; longer where something else runs, and then the
+    figures say little.
 
     Starts a PostgreSQL of its own, durable and on disk, and leaves nothing
     behind. With --dsn it measures on that server, with limits of its own that
@@ -85,7 +89,7 @@ def bench(
     """
     runner, scales, report = _parts()
     if rows:
-        _list(runner.chosen([], True), output)
+        _list(output)
         return
     try:
         wanted = runner.chosen(only or [], full if peers is None else peers)
@@ -120,13 +124,15 @@ def _parts() -> tuple[Any, Any, Any]:
     )
 
 
-def _list(rows: list[Any], output: Format) -> None:
+def _list(output: Format) -> None:
+    figures = importlib.import_module(f"{_PACKAGE}._figures").FIGURES
+    cells = [(each.row, each.named(), each.floor, each.reach.told(each.unit) if each.reach else "") for each in figures]
     if output is Format.json:
-        _output.show(output, [{"name": row.name, "what": row.what, "peer": row.peer} for row in rows])
+        _output.show(output, [dict(zip(("row", "what", "floor", "reach"), each, strict=True)) for each in cells])
         return
-    shown = _output.table("row", "what", whole=("row",))
-    for row in rows:
-        shown.add_row(row.name, _output.text(row.what))
+    shown = _output.table("row", "what", "floor or peer", "reach", whole=("row",))
+    for row, *rest in cells:
+        shown.add_row(row, *map(_output.text, rest))
     _output.render(shown)
 
 

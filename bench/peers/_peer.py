@@ -38,18 +38,15 @@ class Opened:
     """A peer that is ready to be called.
 
     Attributes:
-        called: what it is called in the table, with its settings.
         task: what its workers need to know: its subject and its flavour, threads or tasks. A name and a quota come on
             top.
+        variant: what it is called in the table, beside its name; empty where there is only one.
         environment: variables that its workers need.
-        target: whether ours is to be ahead; False where the other does less than we do, and ``note`` says what.
     """
 
-    called: str
     task: Mapping[str, Any]
+    variant: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
-    target: bool = True
-    note: str = ""
 
 
 class Open(Protocol):
@@ -70,7 +67,6 @@ class Peer:
         install: the line that makes it available.
         room: a quota that lets all in.
         holds: whether it hands slots out that are given back; else it only counts calls.
-        rates: whether it knows rates.
         open: starts what it needs.
         settle: seconds after which whoever asked is waiting for certain.
         extension: of PostgreSQL that it needs. Where the server under test has none, both run on another one that does.
@@ -86,7 +82,6 @@ class Peer:
     open: Open
     program: str = ""
     settle: float = 0.3
-    rates: bool = True
     extension: str = ""
     database: bool = False
 

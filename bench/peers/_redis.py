@@ -18,11 +18,8 @@ from ._peer import Opened, Peer, Quota
 PROGRAM = "redis-server"
 _PATIENCE = 10.0
 
-# What makes a call durable before it is answered, as every call of ours is. And what Redis does if nobody tells it
-# anything: a snapshot every few minutes.
 _DURABLE = ["--appendonly", "yes", "--appendfsync", "always"]
-_DEFAULTS: list[str] = []
-_NOT_DURABLE = "not durable: a crash forgets minutes"
+"""What makes a call durable before it is answered, as every call of ours is."""
 
 
 def on_redis(subject: str, package: str, algorithm: str) -> Peer:
@@ -30,8 +27,11 @@ def on_redis(subject: str, package: str, algorithm: str) -> Peer:
 
     @contextlib.contextmanager
     def opened(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
-        with _opened(subject, package) as each:
-            yield each
+        with _redis() as path:
+            yield [
+                Opened({"subject": subject, "flavour": flavour, "socket": path}, variant=flavour)
+                for flavour in ("threads", "tasks")
+            ]
 
     return Peer(
         name=f"redis-{subject}",
@@ -46,28 +46,13 @@ def on_redis(subject: str, package: str, algorithm: str) -> Peer:
 
 
 @contextlib.contextmanager
-def _opened(subject: str, name: str) -> Iterator[list[Opened]]:
-    """A library on a Redis that is durable and on one with its defaults, called from threads and from tasks."""
-    with _redis(_DURABLE) as durable, _redis(_DEFAULTS) as defaults:
-        found = []
-        for flavour in ("threads", "tasks"):
-            task = {"subject": subject, "flavour": flavour}
-            called = f"{name} on Redis, {flavour}"
-            found += [
-                Opened(f"{called}, appendfsync always", {**task, "socket": durable}),
-                Opened(f"{called}, its defaults", {**task, "socket": defaults}, target=False, note=_NOT_DURABLE),
-            ]
-        yield found
-
-
-@contextlib.contextmanager
-def _redis(settings: list[str]) -> Iterator[str]:
+def _redis() -> Iterator[str]:
     """Run a server for the block, with its data on disk. Gives the path of its socket."""
     found = shutil.which(PROGRAM)
     assert found is not None
     with on_disk(), tempfile.TemporaryDirectory(prefix="pglimits-bench-") as folder:
         path = str(Path(folder) / "redis.sock")
-        command = [found, "--port", "0", "--unixsocket", path, "--dir", folder, *settings]
+        command = [found, "--port", "0", "--unixsocket", path, "--dir", folder, *_DURABLE]
         with program(command) as process:
             _await(path, process)
             yield path

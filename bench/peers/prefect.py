@@ -48,7 +48,7 @@ def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
             command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--no-access-log"]
             with program(command, environment) as process:
                 _await(port, process)
-                yield [Opened("Prefect's server", {"subject": "prefect", "flavour": "tasks"}, environment)]
+                yield [Opened({"subject": "prefect", "flavour": "tasks"}, environment=environment)]
         finally:
             with contextlib.suppress(psycopg.Error):
                 connection.execute(f"drop database {database} with (force)".encode())

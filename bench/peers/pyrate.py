@@ -26,7 +26,7 @@ def _open(server: Server, site: Site) -> Iterator[Sequence[Opened]]:
                 connection.execute(f"drop table {table}".encode())
 
     try:
-        yield [Opened("PyrateLimiter on PostgreSQL", {"subject": "pyrate", "flavour": "threads", "dsn": site.dsn})]
+        yield [Opened({"subject": "pyrate", "flavour": "threads", "dsn": site.dsn})]
     finally:
         if not server.own:  # else the whole database goes
             certainly(clean)

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pglimits import Limiter
 from pglimits.errors import EmbeddedUnavailable
 
+from .._figures import figure
 from .._measure import slope, spread
 from .._processes import Worker, worker
-from .._results import Line, Result, Skipped, Target, at_most, line
+from .._results import Line, Result, Skipped
 from .._rows import Bench, row
-from .._server import Site, server_with
-from . import advisory, prefect, pyrate, redis_limits, throttled
+from .._server import Site, server_where
+from . import prefect, pyrate, redis_limits, throttled
 from ._peer import Opened, Peer, Quota
 
-PEERS = (prefect.PEER, redis_limits.PEER, throttled.PEER, pyrate.PEER, advisory.PEER)
+PEERS = (prefect.PEER, redis_limits.PEER, throttled.PEER, pyrate.PEER)
 
 _STREAM = Quota(100, 1)
-_DAY = 86_400.0
 _CALLERS = 8
-"""Who are refused, or ask for turns all the time."""
+"""Who do not wait, or ask for turns all the time."""
 _HOLD = 0.02
 """Seconds for which a slot is held that is then handed over."""
 _STARTING = 2.0
 """Seconds of a stream that are not counted: what has gathered before it is used up first."""
 _PAUSE = 0.005
 """Seconds between two calls of those who do not wait."""
-
-_FASTER = Target("<", 1)
-_MORE = Target(">", 1)
 
 
 def measure(peer: Peer, bench: Bench) -> Iterator[Result]:
@@ -48,7 +44,8 @@ def measure(peer: Peer, bench: Bench) -> Iterator[Result]:
         server = bench.server
         if peer.extension and not server.has(peer.extension):
             try:
-                server = stack.enter_context(server_with(peer.extension, server))
+                suits = server_where(lambda other: other.has(peer.extension), peer.extension, instead_of=server)
+                server = stack.enter_context(suits)
             except EmbeddedUnavailable as error:
                 yield Skipped(peer.name, peer.what, f"{error}: apt install postgresql")
                 return
@@ -67,18 +64,15 @@ class _Contest:
     def __init__(self, bench: Bench, site: Site, peer: Peer, opened: Opened, ours: Worker, theirs: Worker) -> None:
         self._bench, self._site, self._peer, self._opened = bench, site, peer, opened
         self._workers = ours, theirs
-        self._unit = "pairs/s" if peer.holds else "calls/s"
-        self._name = site.name(zlib.crc32(opened.called.encode()).to_bytes(4).hex() + "-")
+        self._name = site.name(f"{opened.variant}-")
 
     def all(self) -> Iterator[Result]:
         """Everything that both can do."""
         yield from self._calls()
-        if self._peer.room.slots > 1:
-            yield self._false_refusals()
-        yield self._refusals()
+        yield self._false_refusals()
         if self._peer.holds:
             yield self._hand_over()
-        if self._peer.rates and self._opened.target and self._bench.scale.peer_stream_seconds:
+        if self._bench.scale.peer_stream_seconds:
             yield self._stream()
 
     def _use(self, short: str, quota: Quota, **more: Any) -> None:
@@ -100,18 +94,15 @@ class _Contest:
 
     def _calls(self) -> Iterator[Result]:
         """Calls on a limit with room for all: by one caller, then by several at once."""
-        work = "acquire + release" if self._peer.holds else "a call"
-        limit = "one hot limit of one slot" if self._peer.room.slots == 1 else "one hot limit"
         self._use("room", self._peer.room)
         for callers in self._bench.scale.callers:
             self._say(f"{callers} callers")
             runs = self._in_turns(callers)
             if callers == 1:
                 mine, other = ([run["ms"] for run in each] for each in runs)
-                yield self._line(f"1 caller, {work}", "ms", mine, other, _FASTER)
             else:
                 mine, other = ([run["granted"] / run["elapsed"] for run in each] for each in runs)
-                yield self._line(f"{callers} callers, {limit}, {work}", self._unit, mine, other, _MORE)
+            yield self._line(str(callers), mine, other)
 
     def _false_refusals(self) -> Result:
         """Calls that do not wait, on a limit with room for all: none may be refused."""
@@ -119,17 +110,7 @@ class _Contest:
         self._use("impatient", self._peer.room, timeout=0)
         runs = self._in_turns(_CALLERS, pause=_PAUSE)
         mine, other = ([100 * run["refused"] / (run["refused"] + run["granted"]) for run in each] for each in runs)
-        what = f"{_CALLERS} callers that do not wait, refused though there is room"
-        return self._line(what, "%", mine, other, at_most(0, "ours"))
-
-    def _refusals(self) -> Result:
-        """Calls on a limit that is full."""
-        self._say("refusals")
-        self._use("full", Quota(1) if self._peer.holds else Quota(1, _DAY), timeout=0)
-        for each in self._workers:
-            each.ask("hold" if self._peer.holds else "take")
-        mine, other = ([run["refused"] / run["elapsed"] for run in each] for each in self._in_turns(_CALLERS))
-        return self._line(f"{_CALLERS} callers, refusals of a full limit", "calls/s", mine, other, _MORE)
+        return self._line("refused", mine, other)
 
     def _hand_over(self) -> Result:
         """How long the only slot stays free between a release and the next grant, while others wait."""
@@ -138,7 +119,7 @@ class _Contest:
         self._say("hand-over")
         self._use("turns", Quota(1))
         mine, other = (each.ask("hand_over", **how)["ms"] for each in self._workers)
-        return self._line("a slot comes free -> a waiter has it", "ms", mine, other, _FASTER)
+        return self._line("hand-over", mine, other)
 
     def _stream(self) -> Result:
         """A rate that everybody always waits for: how much of it is delivered."""
@@ -150,20 +131,17 @@ class _Contest:
             moments = sorted(each.ask("stream", callers=_CALLERS, seconds=seconds)["moments"])
             steady = [moment for moment in moments if _STARTING <= moment - moments[0] <= seconds]
             delivered.append([slope(steady) / _STREAM.per_second])
-        target = Target("within", 0.999, "ours", 1.0)
-        return self._line(f"delivered / configured rate, {_CALLERS} callers", "", delivered[0], delivered[1], target)
+        return self._line("delivered", *delivered)
 
     def _say(self, what: str) -> None:
-        self._bench.say(f"{self._peer.name}: {self._opened.called}, {what}")
+        self._bench.say(f"{self._peer.name}: {self._opened.variant or self._peer.what}, {what}")
 
-    def _line(self, what: str, unit: str, ours: Sequence[float], theirs: Sequence[float], target: Target) -> Line:
-        opened = self._opened
-        judged = target if opened.target else None
-        return line(self._peer.name, what, unit, spread(ours), opened.called, spread(theirs), judged, opened.note)
+    def _line(self, part: str, ours: Sequence[float], theirs: Sequence[float]) -> Line:
+        return figure(self._peer.name, part).line(spread(ours), spread(theirs), variant=self._opened.variant)
 
 
 def _register(peer: Peer) -> None:
-    @row(peer.name, f"{peer.what}, beside ours at the same work", peer=True)
+    @row(peer.name)
     def beside_ours(bench: Bench) -> Iterator[Result]:
         yield from measure(peer, bench)
 

@@ -70,6 +70,18 @@ def test_the_slope_of_a_steady_stream_is_its_rate_whatever_comes_late_at_one_end
     assert slope([1.0]) == 0.0
 
 
+@pytest.mark.parametrize(("ours", "met"), [(6.9, True), (7.0, True), (8.1, False)])
+def test_a_target_of_a_ratio_is_also_met_by_being_no_more_above_than_something_else_takes(
+    ours: float, met: bool
+) -> None:
+    from pglimits_bench._measure import spread
+    from pglimits_bench._results import at_most, line
+
+    target = at_most(1.4, or_above="another")
+    found = line("row", "a call", "ms", spread([ours]), "one", spread([5.0]), target, above=spread([3.0]))
+    assert found.met is met
+
+
 @pytest.mark.parametrize(
     ("relation", "value", "figure", "met"),
     [
@@ -87,6 +99,17 @@ def test_a_target_is_met_or_not(relation: str, value: float, figure: float, met:
     from pglimits_bench._results import Target
 
     assert Target(relation, value, up_to=1.0).met_by(figure) is met  # type: ignore[arg-type]
+
+
+def test_every_figure_is_measured_by_a_row_and_is_another_one() -> None:
+    from pglimits_bench._figures import FIGURES
+    from pglimits_bench._rows import ROWS
+    from pglimits_bench._run import chosen
+
+    assert {each.row for each in FIGURES} == set(ROWS)
+    assert len({(each.row, each.part) for each in FIGURES}) == len(FIGURES)
+    assert chosen([], peers=True) == list(dict.fromkeys(each.row for each in FIGURES))
+    assert "prefect" not in chosen([], peers=False)
 
 
 def test_nothing_is_compared_with_zero() -> None:
@@ -141,15 +164,36 @@ def test_a_chart_tells_how_much_slower_the_last_size_is_and_numbers_no_two_place
 def test_a_report_is_a_table_for_a_document_too() -> None:
     from pglimits_bench import _report
     from pglimits_bench._measure import spread
-    from pglimits_bench._results import Curve, Point, Run, at_least, line
+    from pglimits_bench._results import Run, at_least, at_most, line
 
-    run = Run("full", "2026-01-01T00:00:00+00:00", {}, row_seconds={"one": 12.3})
+    run = Run("full", "2026-01-01T00:00:00+00:00", {"machine": {"processors": "2"}}, row_seconds={"one": 12.3})
     run.add(line("one", "first | thing", "calls/s", spread([9.0, 11.0]), "floor", spread([5.0, 5.0]), at_least(2.5)))
-    run.add(Curve("keys", "keys", "keys", (Point(1, spread([0.2]), 10**6, 3), Point(10**6, spread([0.3]), 10**8, 4))))
+    reach = at_most(1.4, or_above="a third")
+    run.add(line("two", "second", "ms", spread([5.0]), "floor", spread([2.0]), reach, above=spread([4.0])))
+    run.add(line("three", "third", "s", spread([0.2]), target=at_most(0.3, "ours")))
     said = _report.as_markdown(run).splitlines()
     assert "| first / thing | 10 (9-11) calls/s | 5 (5-5) calls/s (floor) | 2 (1.80-2.20) | >= 2.5 x | **no** |" in said
-    assert "| keys | 1,000,000 | 0.300 | 1.50 | 100.0 MB | 4 |" in said
-    assert "Seconds that each row took: one 12" in said
+    assert "| second | 5 ms | 2 ms (floor) | 2.50 | <= 1.4 x, or 4 ms more | yes |" in said
+    assert "| third | 0.200 s |  |  | <= 0.3 s | yes |" in said
+    assert "- machine: processors 2" in said
+    assert "- Seconds that each row took: one 12" in said
+
+
+def test_the_document_has_the_figures_of_the_results_that_are_kept() -> None:
+    from pglimits_bench import document
+
+    text = document.DOCUMENT.read_text(encoding="utf-8")
+    assert document.with_figures(text) == text
+    results = json.loads(document.RESULTS.read_text(encoding="utf-8"))
+    assert results["started_at"] in text
+    assert all(f"| {line['what']}" in text for line in results["lines"])
+
+
+def test_a_document_without_a_place_for_the_figures_is_refused() -> None:
+    from pglimits_bench import document
+
+    with pytest.raises(ValueError, match="<!-- figures -->"):
+        document.with_figures("# A document\n")
 
 
 def test_a_report_names_what_was_missed_skipped_and_failed() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 Bench = Callable[..., subprocess.CompletedProcess[str]]
 
-LINE = {"row", "what", "unit", "ours", "against", "theirs", "ratio", "target", "met", "note"}
+LINE = {"row", "what", "unit", "ours", "against", "theirs", "ratio", "target", "above", "met", "note"}
 SPREAD = {"median", "low", "high", "values"}
 
 
@@ -43,7 +43,8 @@ def test_rows_yield_figures_and_curves_as_json_text_and_chart(bench: Bench, tmp_
     for line in lines.values():
         assert set(line) == LINE
         assert all(_is_spread(line[name]) for name in ("ours", "theirs", "ratio"))
-        assert line["met"] is (line["ratio"]["median"] <= line["target"]["value"])
+        assert line["met"] or line["ratio"]["median"] > line["target"]["value"]
+    assert _is_spread(lines["uncontended"]["above"])
 
     (curve,) = found["curves"]
     assert [point["x"] for point in curve["points"]] == [1, 10, 100, 1000]
@@ -69,19 +70,19 @@ def test_on_the_server_of_a_dsn_it_leaves_nothing_behind(bench: Bench, dsn: str)
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("select pglimits.create_limit('mine', 1)")
     before = contents()
-    done = bench("--only", "limits", "--only", "prefect", "--dsn", dsn, "-o", "json")
+    done = bench("--only", "waiters", "--only", "prefect", "--dsn", dsn, "-o", "json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert "limits" in [line["row"] for line in found["lines"]]
+    assert "waiters" in [line["row"] for line in found["lines"]]
     assert "not ours" in found["setup"]["server"]
     assert [skipped["row"] for skipped in found["skipped"]] == ["prefect"]
     assert contents() == before
 
 
 def test_interrupted_it_ends_everything_that_it_started(start: Callable[..., subprocess.Popen[str]]) -> None:
-    process = start("--only", "processes")
+    process = start("--only", "eight-processes")
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("processes: "):
+    while not process.stderr.readline().startswith("eight-processes: "):
         assert process.poll() is None
     started = psutil.Process(process.pid).children(recursive=True)
     (server,) = [child for child in started if child.name() == "postgres" and "-D" in child.cmdline()]
@@ -101,7 +102,9 @@ def test_a_row_that_does_not_exist_is_refused_and_all_are_named(bench: Bench) ->
     assert "nonsense" in done.stderr
     assert "hand-over" in done.stderr
     listed = bench("--rows", "-o", "json")
-    assert {"uncontended", "crowd", "prefect"} <= {row["name"] for row in json.loads(listed.stdout)}
+    figures = json.loads(listed.stdout)
+    assert {"row": "refusals", "what": "refusals of a full limit, 8 connections"}.items() <= figures[9].items()
+    assert all(set(each) == {"row", "what", "floor", "reach"} for each in figures)
 
 
 @pytest.fixture
@@ -129,11 +132,11 @@ def test_a_missing_peer_is_skipped_and_says_how_to_install_it(blank: Any) -> Non
 
 
 def test_without_pgbench_its_rows_are_skipped_and_say_how_to_install_it(blank: Any) -> None:
-    from pglimits_bench._run import chosen
+    from pglimits_bench._rows import ROWS
 
-    for row in chosen(["one-process", "sql-one-limit", "calls"], peers=False):
-        (found,) = row.measure(blank)
-        assert (found.row, found.why.startswith("no pgbench: ")) == (row.name, True)
+    for name in ("one-process", "sql-one-limit", "snapshot"):
+        (found,) = ROWS[name](blank)
+        assert (found.row, found.why.startswith("no pgbench: ")) == (name, True)
 
 
 def test_a_row_that_fails_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +145,6 @@ def test_a_row_that_fails_is_noted_and_the_others_go_on(monkeypatch: pytest.Monk
     from pglimits_bench import _run
     from pglimits_bench._measure import spread
     from pglimits_bench._results import line
-    from pglimits_bench._rows import Row
     from pglimits_bench._scale import SHORT
     from pglimits_bench._server import Server
 
@@ -157,11 +159,9 @@ def test_a_row_that_fails_is_noted_and_the_others_go_on(monkeypatch: pytest.Monk
         raise RuntimeError("as expected")
 
     began = time.monotonic()
-    rows = [
-        Row("one", "breaks", breaks),
-        Row("two", "works", lambda bench: iter([line("two", "x", "", spread([2.0]))])),
-    ]
-    done = _run.run(rows, SHORT)
+    monkeypatch.setitem(_run.ROWS, "cpu", breaks)
+    monkeypatch.setitem(_run.ROWS, "views", lambda bench: iter([line("two", "x", "", spread([2.0]))]))
+    done = _run.run(["cpu", "views"], SHORT)
     assert [found.row for found in done.lines] == ["one", "two"]
-    assert [(failed.row, failed.why) for failed in done.failed] == [("one", "RuntimeError: as expected")]
+    assert [(failed.row, failed.why) for failed in done.failed] == [("cpu", "RuntimeError: as expected")]
     assert done.seconds <= time.monotonic() - began

@@ -145,6 +145,10 @@ class Ticket:
         """Whether the two differ in nothing but who asks, and so can be asked together."""
         return (self.kind is other.kind or self.kind == other.kind) and self.wait == other.wait
 
+    def is_of(self, lease_id: UUID) -> bool:
+        """Whether it asks for that lease."""
+        return self.kind is not None and self.lease_id == lease_id
+
     def withdraw(self) -> None:
         """Its caller waits no longer, if it has not been served."""
         if self.batches is not None and not self.done:
@@ -384,6 +388,16 @@ class Batches:
         if not never_sent and not under_way and ticket.kind is not None:
             self._abandon(ticket.lease_id, ticket.kind.places)
         self.nudge()
+
+    def forget(self, lease_id: UUID) -> None:
+        """A request was given up, and its caller may have been struck before it withdrew it: it is sent no more."""
+        with self._lock:
+            for ticket in [ticket for ticket in self._pending if ticket.is_of(lease_id)]:
+                ticket.abandoned = True
+                del self._pending[ticket]
+            for slot in self._under_way:
+                for ticket in slot.batch or ():
+                    ticket.abandoned = ticket.abandoned or ticket.is_of(lease_id)
 
     def can_go(self, ticket: Ticket) -> bool:
         """Whether a batch with this ticket could be taken now. Read without the lock: who is in its way wakes it."""

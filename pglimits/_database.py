@@ -135,7 +135,10 @@ def translate(error: BaseException) -> PglimitsError:
             f"the pglimits in this database is not this version, {__version__} ({message}): run pglimits upgrade"
         )
     if state == "42501":
-        return PermissionDenied(f"{message}: grant pglimits_user (or pglimits_admin) to the role")
+        return PermissionDenied(
+            f"{message}: members of pglimits_user may acquire, of pglimits_reader look, of pglimits_admin do all; "
+            "pglimits doctor says which role lacks what"
+        )
     ended = error.diag.severity_nonlocalized in _ENDS_THE_SESSION
     if isinstance(error, psycopg.OperationalError) or state[:2] in _GAVE_UP or ended:
         kind = Cancelled if state == _CANCELLED else LimiterUnavailable

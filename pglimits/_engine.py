@@ -200,7 +200,8 @@ class Engine:
                     taken = isinstance(problem, LimiterUnavailable) or waiter is not None or ticket.again
                     if isinstance(problem, Busy) or ticket.error is None:
                         if left is not None and time.monotonic() >= (deadline or 0):
-                            raise (yield from self._locked(request)) from problem
+                            late = AcquireTimeout(f"no slot of {request.named()} in time")
+                            raise (yield from self._locked(request)) if ticket.apart else late from problem
                     elif not isinstance(problem, LimiterUnavailable) or request.on_unavailable == "raise":
                         raise problem
                     elif request.on_unavailable == "allow":
@@ -437,6 +438,8 @@ class Engine:
     def _forget(self, lease_id: UUID) -> None:
         self.renewal.forget(lease_id)
         self.keeper.remove(lease_id)
+        for batches in (self.batches, *list(self._of_loops.values())):
+            batches.forget(lease_id)
         self._asking.pop(lease_id, None)
 
     def close(self, user: User) -> None:

@@ -117,14 +117,13 @@ def test_a_task_cancelled_while_it_releases_still_releases(
     run(main())
 
 
-def test_a_task_cancelled_while_it_sleeps_to_its_turn_gives_the_turn_back(dsn: str, conn: Connection) -> None:
+def test_a_task_cancelled_while_it_waits_for_a_rate_takes_nothing(dsn: str, conn: Connection) -> None:
     async def main() -> None:
         async with AsyncLimiter(dsn) as limiter:
             await limiter.create("api", 1, slot_decay_per_second=0.01)
             await limiter.rate_limit("api")
             sleeping = asyncio.create_task(limiter.rate_limit("api"))
             await until(lambda: waiting(conn) == 1)
-            assert (await limiter.get("api")).level > 1.5
             sleeping.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await sleeping

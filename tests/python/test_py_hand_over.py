@@ -64,7 +64,7 @@ def looks(conn: Connection) -> list[int]:
     """The keepers' connections, where they wait for a lock."""
     return [
         pid
-        for pid in backends(conn, "pglimits.watch")
+        for pid in backends(conn, "pglimits._watch")
         if value(conn, "select coalesce(wait_event_type, '') from pg_stat_activity where pid = %s", [pid]) == "Lock"
     ]
 
@@ -212,19 +212,20 @@ def test_notifications_that_mean_nothing_do_no_harm(api: Api, conn: Connection, 
         "self",
         lease_id,
         f"{lease_id} ",
-        f"{lease_id} 1",
-        f"{lease_id} one {end}",
-        f"{lease_id} 1 soon",
-        f"{lease_id} 1 {'9' * 40}",
-        f"{lease_id} 1 -{'9' * 18}",
-        f"{lease_id} 1 {end} more",
-        f"{uuid4()} 1 {end}",
-        f"{holder.id} 1 {end}",
+        f"{lease_id} soon",
+        f"{lease_id} 1 2",
+        f"{lease_id} one 0 {end}",
+        f"{lease_id} 1 0 soon",
+        f"{lease_id} 1 0 {'9' * 40}",
+        f"{lease_id} 1 0 -{'9' * 18}",
+        f"{lease_id} 1 0 {end} more",
+        f"{uuid4()} 1 0 {end}",
+        f"{holder.id} 1 0 {end}\nnonsense\n{lease_id}",
     ]:
         conn.execute("select pg_notify(%s, %s)", [channel, payload])
-    # It has read them when it has looked again.
-    looked = value(conn, "select looks_at from pglimits.queue")
-    wait_until(lambda: value(conn, "select looks_at from pglimits.queue") > looked)
+    # It has read them when it has called in again.
+    since = value(conn, "select clock_timestamp() + interval '10 s'")
+    wait_until(lambda: value(conn, "select max(expires_at) > %s from pglimits.processes", [since]))
     assert not waits.done()
     assert listeners(conn) == before
     assert api.release(holder)
@@ -241,7 +242,7 @@ def test_a_forged_grant_is_a_lost_lease_and_leaves_nothing_behind(
     block = api.start_block("database", lambda lease: wait_until(lambda: lease.lost), strict=True)
     wait_until(lambda: waiting(conn) == 1 and is_watched(conn))
     conn.execute(
-        "select pg_notify(channel, lease_id || ' 99 ' || %s) from pglimits.queue",
+        "select pg_notify(channel, lease_id || ' 99 0 ' || %s) from pglimits.queue",
         [int((holder.expires_at + timedelta(days=1)).timestamp()) * 1_000_000],
     )
     with pytest.raises(LeaseLost):

@@ -33,7 +33,7 @@ def passes(conn: Connection, wait_until: WaitUntil, interval: str) -> None:
 def taken_for_a_second(conn: Connection, *names: str) -> None:
     """Whoever waits for these limits looks again in a second, as time alone frees a slot then."""
     for name in names:
-        conn.execute("select pglimits.acquire(%s, lease_duration => '1 second')", [name])
+        conn.execute("select pglimits.acquire(%s, lease_duration => 1)", [name])
 
 
 # Who waits.
@@ -52,7 +52,7 @@ def test_who_waits_for_a_limit_gets_its_slot_while_somebody_keeps_others_locked(
     held_up = [api.start("acquire", name) for name in locks]
     wait_until(lambda: waiting(conn) == several)
     locked = Locked(connect, *locks)
-    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    wait_until(lambda: blocked(conn, "pglimits._watch"))
     served = [api.start("acquire", name) for name in frees]
     wait_until(lambda: waiting(conn) == 2 * several)
     for lease in leases:
@@ -71,7 +71,7 @@ def test_who_waits_keeps_its_place_while_somebody_keeps_its_limit_or_another_one
 ) -> None:
     for name in ("locked", "free"):
         limiter.create(name, 1)
-    conn.execute("select pglimits.acquire('locked', lease_duration => '5 seconds')")
+    conn.execute("select pglimits.acquire('locked', lease_duration => 5)")
     lease = limiter.acquire("free")
     served = in_thread(limiter.acquire, "free")
     wait_until(lambda: waiting(conn) == 1)
@@ -81,7 +81,7 @@ def test_who_waits_keeps_its_place_while_somebody_keeps_its_limit_or_another_one
         wait_until(lambda nth=nth: waiting(conn, "locked") == nth + 1)
     locked = Locked(connect, "locked")
     # Until there is something due, they are kept alive without the lock.
-    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    wait_until(lambda: blocked(conn, "pglimits._watch"))
     passes(conn, wait_until, LONGER_THAN_A_WAITER_LIVES)
     assert waiting(conn, "free") == 1
     limiter.release(lease)
@@ -106,7 +106,7 @@ def test_what_time_frees_is_found_while_somebody_keeps_another_limit_locked(
     held_up = api.start("acquire", "locked")
     wait_until(lambda: waiting(conn) == 1)
     locked = Locked(connect, "locked")
-    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    wait_until(lambda: blocked(conn, "pglimits._watch"))
     for _ in range(3):
         taken_for_a_second(conn, "free")
         api.release(api.start("acquire", "free").result(30))
@@ -142,7 +142,7 @@ def test_a_request_over_a_locked_limit_and_another_is_apart_from_those_on_the_ot
     locked = Locked(connect, "locked")
     one = api.start("acquire", "free")
     wait_until(lambda: waiting(conn) == 2)
-    wait_until(lambda: blocked(conn, "pglimits.watch"))
+    wait_until(lambda: blocked(conn, "pglimits._watch"))
     api.release(lease)
     api.release(one.result(30))
     assert not both.done()
@@ -161,7 +161,7 @@ def test_a_request_goes_on_whose_wait_for_a_lock_ends_as_if_it_had_been_cancelle
     cancels = (
         "select count(pg_cancel_backend(pid)) from pg_stat_activity where wait_event_type = 'Lock' and query like %s"
     )
-    for statement in ("pglimits.acquire_alike", "pglimits.release_many"):
+    for statement in ("pglimits._acquire_batch", "pglimits._release_batch"):
         wait_until(lambda like=f"%{statement}%": value(conn, cancels, [like]))
     locked.unlock()
     other, released = (call.result(30) for call in calls)

@@ -1,10 +1,9 @@
-"""Waiting: in the queue and for a turn, from threads and tasks, without a connection of one's own."""
+"""Waiting: for a slot and for a rate, from threads and tasks, without a connection of one's own."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ from pglimits import (
     QueueFull,
     SlotsExceedLimit,
     _database,
-    _keeper,
 )
 
 
@@ -381,7 +379,7 @@ def test_a_waiter_stays_in_its_queue_while_the_limit_is_renamed(
 # Rate limits.
 
 
-def test_a_sleeper_goes_when_its_turn_comes(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+def test_who_waits_for_a_rate_goes_when_its_moment_comes(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
     conn.execute("create table started (at timestamptz)")
     conn.execute("insert into started values (clock_timestamp())")
     api.create("api", 1, slot_decay_per_second=5)
@@ -392,7 +390,7 @@ def test_a_sleeper_goes_when_its_turn_comes(api: Api, conn: Connection, wait_unt
     assert waiting(conn) == 0
 
 
-def test_a_turn_beyond_the_timeout_is_refused_at_once_and_takes_nothing(api: Api, conn: Connection) -> None:
+def test_a_moment_beyond_the_timeout_is_refused_at_once_and_takes_nothing(api: Api, conn: Connection) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
     api.rate_limit("api")
     before = api.get("api").level
@@ -403,7 +401,7 @@ def test_a_turn_beyond_the_timeout_is_refused_at_once_and_takes_nothing(api: Api
     assert waiting(conn) == 0
 
 
-def test_a_sleeper_is_told_that_the_rate_rose_and_goes_sooner(
+def test_who_waits_for_a_rate_is_told_that_it_rose_and_goes_sooner(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
@@ -411,12 +409,14 @@ def test_a_sleeper_is_told_that_the_rate_rose_and_goes_sooner(
     sleeps = api.start("rate_limit", "api")
     wait_until(lambda: waiting(conn) == 1)
     api.update("api", slot_decay_per_second=1000)
-    # Its turn was a thousand seconds away.
+    # Its moment was a thousand seconds away.
     sleeps.result(30)
     assert waiting(conn) == 0
 
 
-def test_a_sleeper_stands_in_line_while_its_limit_is_shut(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
+def test_who_waits_for_a_rate_stays_in_line_while_its_limit_is_shut(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
     api.rate_limit("api")
     sleeps = api.start("rate_limit", "api")
@@ -424,15 +424,15 @@ def test_a_sleeper_stands_in_line_while_its_limit_is_shut(api: Api, conn: Connec
     api.update("api", limit=0)
     # By this rate it would have gone.
     api.update("api", slot_decay_per_second=1000)
-    looks_at = "select looks_at from pglimits.queue where turn is null"
-    watched = value(conn, looks_at)
-    wait_until(lambda: value(conn, looks_at) > watched)
-    assert not sleeps.done()
+    # Its process has called in, and looked.
+    since = value(conn, "select clock_timestamp() + interval '10 s'")
+    wait_until(lambda: value(conn, "select max(expires_at) > %s from pglimits.processes", [since]))
+    assert (sleeps.done(), waiting(conn)) == (False, 1)
     api.update("api", limit=1)
     sleeps.result(30)
 
 
-def test_a_sleeper_whose_limit_is_shut_waits_no_longer_than_its_timeout(
+def test_who_waits_for_a_rate_that_is_shut_waits_no_longer_than_its_timeout(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
     api.create("api", 1, slot_decay_per_second=0.2)
@@ -445,7 +445,7 @@ def test_a_sleeper_whose_limit_is_shut_waits_no_longer_than_its_timeout(
     assert nothing_left(conn)
 
 
-def test_a_sleeper_whose_turn_lies_beyond_its_timeout_when_its_limit_is_opened_again_is_told_so(
+def test_who_waits_for_a_rate_is_told_when_its_moment_has_moved_beyond_its_timeout(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
     api.create("api", 1, slot_decay_per_second=0.1)
@@ -453,29 +453,13 @@ def test_a_sleeper_whose_turn_lies_beyond_its_timeout_when_its_limit_is_opened_a
     sleeps = api.start("rate_limit", "api", timeout_seconds=60)
     wait_until(lambda: waiting(conn) == 1)
     api.update("api", limit=0)
-    wait_until(lambda: value(conn, "select looks_at > now() from pglimits.queue where turn is null"))
     api.update("api", limit=1, slot_decay_per_second=0.001)
-    with pytest.raises(AcquireTimeout, match="turn"):
+    with pytest.raises(AcquireTimeout):
         sleeps.result(30)
     wait_until(lambda: nothing_left(conn))
 
 
-def test_who_stood_in_line_and_is_given_a_turn_beyond_its_timeout_is_told_so(
-    api: Api, conn: Connection, wait_until: WaitUntil
-) -> None:
-    api.create("api", 1, slot_decay_per_second=0.001)
-    api.acquire("api")
-    ahead = api.start("acquire", "api")
-    wait_until(lambda: waiting(conn) == 1)
-    behind = api.start("rate_limit", "api", timeout_seconds=60)
-    wait_until(lambda: waiting(conn) == 2)
-    api.update("api", limit=2)
-    api.release(ahead.result(30))
-    with pytest.raises(AcquireTimeout, match="turn"):
-        behind.result(30)
-
-
-def test_a_sleeper_that_could_not_be_told_for_too_long_asks_again_and_does_not_go_early(
+def test_who_could_not_be_told_for_too_long_asks_again_and_does_not_go_early(
     dsn: str, conn: Connection, wait_until: WaitUntil
 ) -> None:
     with Limiter(dsn, on_unavailable="wait") as limiter:
@@ -494,7 +478,7 @@ def test_a_sleeper_that_could_not_be_told_for_too_long_asks_again_and_does_not_g
         sleeps.result(30)
 
 
-def test_a_sleeper_does_not_go_before_its_turn_while_the_database_is_away(
+def test_who_waits_for_a_rate_does_not_go_early_while_the_database_is_away(
     dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Limiter(dsn, on_unavailable="wait") as limiter:
@@ -550,127 +534,37 @@ def test_a_request_whose_reply_was_lost_gets_what_it_was_granted_or_leaves_the_l
         assert nothing_left(conn)
 
 
-def test_a_sleeper_hears_of_what_all_were_told_just_before_it_was_looked_after(
-    dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if poolers.MODE is not None:
-        pytest.skip("nobody is told")
-    with Limiter(dsn) as limiter:
-        limiter.create("other", 0)
-        limiter.create("api", 1, slot_decay_per_second=0.5)
-        limiter.rate_limit("api")
-        keeper = limiter._engine.keeper
-        in_thread(lambda: limiter.acquire("other"))
-        wait_until(lambda: is_watched(conn))
-        told: list[str] = []
-        notified, add = keeper._notified, keeper.add
-
-        def hears(notification: psycopg.Notify) -> None:
-            notified(notification)
-            told.append(notification.payload)
-
-        def adds_late(waiter: Any) -> None:
-            conn.execute("select pglimits.update_limit('api', slot_decay_per_second => 0.001)")
-            wait_until(lambda: "" in told)
-            add(waiter)
-
-        monkeypatch.setattr(keeper, "_notified", hears)
-        monkeypatch.setattr(keeper, "add", adds_late)
-        sleeps = in_thread(lambda: limiter.rate_limit("api"))
-        wait_until(lambda: any((each.turn_at or 0) > time.monotonic() + 60 for each in keeper._waiters.values()))
-        assert not sleeps.done()
-        limiter.update("api", slot_decay_per_second=10000)
-        sleeps.result(30)
-
-
-def test_a_sleeper_is_told_that_the_rate_fell_and_sleeps_longer(
+def test_who_waits_for_a_rate_is_told_that_it_fell_and_goes_later(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
-    api.create("api", 1, slot_decay_per_second=1)
+    api.create("api", 1, slot_decay_per_second=0.5)
     api.rate_limit("api")
     sleeps = api.start("rate_limit", "api")
     wait_until(lambda: waiting(conn) == 1)
     api.update("api", slot_decay_per_second=0.25)
-    turn = value(
-        conn,
-        "select c.decayed_at + (q.turn - c.decayed) / c.slot_decay_per_second::numeric * interval '1 s'"
-        " from pglimits.queue q join pglimits.configs c using (limit_id)",
-    )
+    moment = value(conn, "select pglimits._moment(s, 1, clock_timestamp()) from pglimits.states s")
     sleeps.result(30)
-    # Its old turn has long passed; it went at the new one.
-    assert value(conn, "select clock_timestamp() >= %s", [turn])
-
-
-@pytest.fixture
-def slow_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether those who wait have anything to do is asked, and answered, with a third of a second under way each."""
-    asks, answers = _keeper.Keeper._wake_granted, _keeper.answer
-
-    def asked_late(keeper: _keeper.Keeper) -> None:
-        asks(keeper)
-        time.sleep(0.3)
-
-    def answered_late(*arguments: Any) -> Any:
-        answered = answers(*arguments)
-        time.sleep(0.3)
-        return answered
-
-    # What comes last before a look is sent.
-    monkeypatch.setattr(_keeper.Keeper, "_wake_granted", asked_late)
-    monkeypatch.setattr(_keeper, "answer", answered_late)
-
-
-@pytest.mark.usefixtures("slow_network")
-@pytest.mark.parametrize("several", [False, True])
-def test_a_turn_that_has_not_moved_is_not_put_off_by_the_network(api: Api, conn: Connection, several: bool) -> None:
-    names = ["api", "mails"] if several else ["api"]
-    for name in names:
-        api.create(name, 1, slot_decay_per_second=0.25)
-    api.rate_limit(names)
-    # It is looked at before its turn, which comes just before its timeout.
-    api.rate_limit(names, timeout_seconds=4.1)
-    assert waiting(conn) == 0
-
-
-@pytest.mark.usefixtures("slow_network")
-def test_a_turn_that_was_put_off_by_less_than_the_network_takes_is_waited_for(
-    api: Api, conn: Connection, wait_until: WaitUntil
-) -> None:
-    api.create("api", 1, slot_decay_per_second=1)
-    for _ in range(2):
-        api.rate_limit("api")
-    api.adjust("api", 3)
-    sleeps = api.start("rate_limit", "api", timeout_seconds=60)
-    wait_until(lambda: waiting(conn) == 1)
-    # By about a tenth of a second.
-    api.update("api", slot_decay_per_second=0.96)
-    turn = value(
-        conn,
-        "select clock_timestamp() + pglimits._until(c, q.turn, clock_timestamp())"
-        " from pglimits.queue q join pglimits.configs c using (limit_id)",
-    )
-    sleeps.result(30)
-    assert value(conn, "select clock_timestamp() >= %s - interval '5 milliseconds'", [turn])
+    assert value(conn, "select clock_timestamp() >= %s", [moment])
 
 
 @pytest.mark.parametrize("changed", ["slow", "fast"])
-def test_a_sleeper_on_several_limits_sleeps_anew_when_one_of_them_is_changed(
+def test_who_waits_for_several_rates_goes_by_what_they_are_now(
     api: Api, conn: Connection, wait_until: WaitUntil, changed: str
 ) -> None:
     api.create("slow", 1, slot_decay_per_second=0.001)
     api.create("fast", 1, slot_decay_per_second=1000)
     api.rate_limit("slow")
     sleeps = api.start("rate_limit", ["slow", "fast"])
-    wait_until(lambda: waiting(conn) == 2)
+    wait_until(lambda: waiting(conn) == 1)
     api.update(changed, limit=2)
     if changed == "fast":
-        assert waiting(conn) == 2
+        assert waiting(conn) == 1
         api.update("slow", slot_decay_per_second=1000)
     sleeps.result(30)
     assert waiting(conn) == 0
 
 
-def test_a_sleeper_on_a_limit_that_lost_its_decay_gets_the_error(
+def test_who_waits_for_a_limit_that_lost_its_decay_gets_the_error(
     api: Api, conn: Connection, wait_until: WaitUntil
 ) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
@@ -684,14 +578,14 @@ def test_a_sleeper_on_a_limit_that_lost_its_decay_gets_the_error(
 
 @pytest.mark.parametrize("names", [["api"], ["api", "fast"]])
 @pytest.mark.parametrize("change", ["delete", "deactivate"])
-def test_a_sleeper_goes_at_once_when_its_limit_is_no_longer_enforced(
+def test_who_waits_for_a_rate_goes_at_once_when_it_is_no_longer_enforced(
     api: Api, conn: Connection, wait_until: WaitUntil, change: str, names: list[str]
 ) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
     api.create("fast", 1, slot_decay_per_second=1000)
     api.rate_limit("api")
     sleeps = api.start("rate_limit", names)
-    wait_until(lambda: waiting(conn) == len(names))
+    wait_until(lambda: waiting(conn) == 1)
     if change == "delete":
         api.delete("api")
     else:

@@ -250,7 +250,7 @@ def listeners(conn: Connection) -> list[int]:
     """The connections that listen: what they last did is LISTEN, its test, or a look at those who wait."""
     rows = conn.execute(
         "select pid from pg_stat_activity where datname = current_database() and application_name = 'pglimits'"
-        " and query ~ 'pglimits.watch|pg_notify|listen pglimits' order by pid"
+        " and query ~ 'pglimits._watch|pglimits._beat|pg_notify|listen pglimits' order by pid"
     ).fetchall()
     return [row[0] for row in rows]
 

@@ -112,6 +112,10 @@ declare
   state pglimits.states;
 begin
   for p in 1 .. cardinality(keys) loop
+    if limit_ids[p] = limit_ids[p - 1] then
+      -- Several keys of a limit: none of them may be swept away, to be created again, once another is locked.
+      perform from pglimits.configs c where c.limit_id = limit_ids[p] for share;
+    end if;
     if not exists (select from pglimits.known_keys k where k.limit_id = limit_ids[p] and k.key = keys[p]) then
       perform pglimits._create_state(limit_ids[p], keys[p]);
     end if;

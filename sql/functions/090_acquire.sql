@@ -148,7 +148,13 @@ begin
   end if;
   outcome := pglimits._answer_known(lease_id, told);
   if outcome.status is null then
-    -- What has ended is all that is known of it. It may be in use by somebody who tries to renew it, so nobody has taken it out.
+    -- What has ended is all that is known of it, unless somebody is renewing it right now.
+    perform pglimits._lock_used(p.limit_id, p.key)
+    from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = _ask_again.lease_id order by 1, 2) p;
+    perform from pglimits.leases l where l.lease_id = _ask_again.lease_id order by l.limit_id, l.key for update;
+    outcome := pglimits._answer_known(lease_id, told);
+  end if;
+  if outcome.status is null then
     perform pglimits._release(array[lease_id], told);
   end if;
   return outcome;
@@ -187,20 +193,20 @@ declare
   request pglimits._request;
   outcome pglimits._outcome;
 begin
-  if many > 1 and (cardinality(names) > 1 or again and pglimits._is_known(lease_ids)) then
-    for i in 1 .. many loop
-      for outcome in
-        select a.* from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel,
-                                      array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told) a
-      loop
-        outcome.first := i;
-        outcome.last := i;
-        return next outcome;
-      end loop;
-    end loop;
-    return;
-  end if;
   loop
+    if many > 1 and (cardinality(names) > 1 or again and pglimits._is_known(lease_ids)) then
+      for i in 1 .. many loop
+        for outcome in
+          select a.* from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel,
+                                        array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told) a
+        loop
+          outcome.first := i;
+          outcome.last := i;
+          return next outcome;
+        end loop;
+      end loop;
+      return;
+    end if;
     if again and pglimits._is_known(lease_ids) then
       request.for_rate := for_rate;
       request.timeout_seconds := timeout_seconds;
@@ -222,6 +228,8 @@ begin
     end if;
     outcome := pglimits._refusal(request, many);
     if outcome.status is not null then
+      -- Unless the same request, asked elsewhere at the same time, was the one that came first.
+      continue when again and pglimits._is_known(lease_ids);
       return next outcome;
       return;
     elsif cardinality(request.keys) = 1 then

@@ -76,28 +76,28 @@ begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
-  -- Whoever waits for several limits may go to stand in another line while its locks are waited for: then once more, where it is now.
-  for attempt in 1 .. 5 loop
-    if attempt > 1 or cardinality(lease_ids) > 1
-       or exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1)
-       or exists (select from pglimits.queue q where q.lease_id = any (lease_ids) and q.parts is not null)
-    then
-      -- All states first: delete_limit holds the states of one limit, and touches its leases on others.
-      perform pglimits._lock_used(p.limit_id, p.key)
-      from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
-            union
-            select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
-            order by 1, 2) p;
-    end if;
-    for place in
-      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
-      union
-      select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
-      order by 1, 2
-    loop
-      ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids, own);
-    end loop;
-    exit when not exists (select from pglimits.queue q where q.lease_id = any (lease_ids));
+  if cardinality(lease_ids) > 1
+     or exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1)
+     or exists (select from pglimits.queue q where q.lease_id = any (lease_ids) and q.parts is not null)
+  then
+    -- All states first: delete_limit holds the states of one limit, and touches its leases on others. And all that somebody waits for,
+    -- who may go to stand in another line while these locks are waited for.
+    perform pglimits._lock_used(p.limit_id, p.key)
+    from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+          union
+          select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+          union
+          select w.limit_id, w.key collate "C"
+          from pglimits.queue q cross join lateral unnest(q.parts) as w(limit_id, key, slots) where q.lease_id = any (lease_ids)
+          order by 1, 2) p;
+  end if;
+  for place in
+    select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+    union
+    select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+    order by 1, 2
+  loop
+    ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids, own);
   end loop;
   return ended;
 end $$;

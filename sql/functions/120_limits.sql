@@ -321,6 +321,10 @@ begin
   if not found then
     perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
   end if;
+  -- All states first: delete_limit holds the states of one limit, and touches its leases on others.
+  perform pglimits._lock_used(of_limit, k.key)
+  from (select x.key from pglimits.known_keys x
+        where x.limit_id = of_limit and x.key = coalesce(reset.key, x.key) order by x.key) k;
   for used_key in
     select k.key from pglimits.known_keys k where k.limit_id = of_limit and k.key = coalesce(reset.key, k.key) order by k.key
   loop

@@ -39,6 +39,8 @@ begin
     ) due
     order by due.limit_id, due.key limit max_keys
   ) p;
+  -- All states first: delete_limit holds the states of one limit, and touches its leases on others.
+  perform pglimits._lock_used(u.limit_id, u.key) from unnest(limit_ids, due_keys) as u(limit_id, key);
   for i in 1 .. coalesce(cardinality(due_keys), 0) loop
     was := pglimits._lock_used(limit_ids[i], due_keys[i]);
     continue when was.limit_id is null;

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from datetime import timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -37,38 +38,26 @@ def outcome(future: Future[object]) -> object:
 # A refusal costs nothing.
 
 
-def test_a_refusal_waits_behind_no_row_lock(db: Db, s: Session) -> None:
-    s.create("database", 1)
-    s.serves("database", 1)
-    other = db.session()
-    other.run("begin")
-    lock_state(other, "database")
-    s.run("set lock_timeout = '50ms'")
-    assert s.acquire("database").status == "refused"
-    assert s.acquire(["database", "database"], keys=["", "other"]).status == "refused"
-    other.run("rollback")
-
-
 @pytest.mark.parametrize(
     "request_of",
     [
         pytest.param(lambda s: s.acquire("database").status, id="acquire"),
         pytest.param(lambda s: s.acquire("database", lease_id=uuid4()).status, id="acquire with an id"),
         pytest.param(lambda s: s.acquire(["free", "database"]).status, id="acquire several"),
+        pytest.param(lambda s: s.acquire(["free", "database"], keys=["new", ""]).status, id="acquire a new key too"),
         pytest.param(lambda s: s.rate_limit("api").status, id="rate_limit"),
         pytest.param(lambda s: s.rate_limit(["other api", "api"]).status, id="rate_limit several"),
-        pytest.param(lambda s: s.rate_limit("api", wait="1 second").status, id="rate_limit beyond its wait"),
+        pytest.param(lambda s: s.rate_limit("api", timeout_seconds=1).status, id="rate_limit beyond its timeout"),
         pytest.param(lambda s: s.acquire("queued").status, id="acquire behind a queue"),
         pytest.param(lambda s: s.acquire("shut").status, id="acquire with limit 0"),
-        pytest.param(lambda s: s.peek("database", wait=None).status and "refused", id="peek"),
+        pytest.param(lambda s: s.peek("database", timeout_seconds=None).status and "refused", id="peek"),
     ],
 )
 def test_a_refusal_writes_nothing_takes_no_transaction_id_and_waits_for_nobody(
     db: Db, s: Session, request_of: Callable[[Session], str]
 ) -> None:
-    for name in ("database", "free", "queued"):
-        s.create(name, 1)
-    s.create("shut", 0)
+    for name, limit in {"database": 1, "free": 1, "queued": 1, "shut": 0}.items():
+        s.create(name, limit)
     s.create("api", 1, 1 / 64)
     s.create("other api", 1, 1)
     s.serves("database", 1)
@@ -91,27 +80,19 @@ def test_a_refusal_writes_nothing_takes_no_transaction_id_and_waits_for_nobody(
     other.run("rollback")
 
 
-@pytest.mark.parametrize(
-    "request_of",
-    [lambda s: s.acquire("database").status, lambda s: s.acquire(["database", "other"]).status],
-    ids=["one", "several"],
-)
 def test_a_refusal_costs_nothing_either_once_a_lease_has_been_renewed_beyond_its_first_end(
-    db: Db, s: Session, request_of: Callable[[Session], str]
+    clock: Clock, db: Db, s: Session
 ) -> None:
-    s.create("database", 1)
-    s.create("other", 1)
-    lease = s.acquire("database", lease_duration="1 second")
-    assert s.renew(lease.lease_id, "1 hour")
-    db.wait_until(lambda: s.value("select clock_timestamp() > %s", lease.expires_at))
-    s.run("set lock_timeout = '50ms'")
-    with changes_nothing(db.session()):
-        s.run("begin read only")
-        assert request_of(s) == "refused"
-        s.run("rollback")
+    for name in ("database", "other"):
+        s.create(name, 1)
+    lease_id = s.acquire("database", lease_duration=1).lease_id
+    assert s.renew(lease_id, 3600)
+    clock.advance(2)
+    with changes_nothing(db.session()), s.transaction("read only"):
+        assert [s.acquire(names).status for names in ("database", ["database", "other"])] == ["refused"] * 2
 
 
-def test_a_full_queue_refuses_without_waiting_for_a_lock(db: Db, s: Session) -> None:
+def test_a_full_line_refuses_without_waiting_for_a_lock(db: Db, s: Session) -> None:
     s.create("database", 1, max_waiters=1)
     s.serves("database", 1)
     s.queue("database")
@@ -120,8 +101,59 @@ def test_a_full_queue_refuses_without_waiting_for_a_lock(db: Db, s: Session) -> 
     lock_state(other, "database")
     s.run("set lock_timeout = '50ms'")
     with fails("PL006", "database"):
-        s.acquire("database", wait="1 minute")
+        s.acquire("database", timeout_seconds=60)
     other.run("rollback")
+
+
+# A lock that is not to be had in time.
+
+
+@pytest.mark.parametrize("timeout", [0, 0.2])
+@pytest.mark.parametrize("locked_by", ["acquire", "release", "update"])
+def test_a_limit_that_an_open_transaction_keeps_locked_is_its_own_error_that_says_who_does(
+    db: Db, s: Session, timeout: float, locked_by: str
+) -> None:
+    for name in ("database", "api", "free"):
+        s.create(name, 2, 0.001 if name == "api" else 0)
+        s.release(s.acquire(name).lease_id)
+    lease_id = s.acquire("database").lease_id
+    other = db.session()
+    other.run("set application_name = 'a forgotten one'")
+    other.run("begin")
+    if locked_by == "acquire":
+        other.acquire("database")
+    elif locked_by == "release":
+        other.release(lease_id)
+    else:
+        other.update("database", max_waiters=7)
+    other.rate_limit("api")
+    who = (f"session {other.pid} of {s.value('select session_user')}", "a forgotten one", "idle in transaction")
+    with changes_nothing(db.session()):
+        for names in ("database", ["free", "database"]):
+            with fails("PL009", "'database'", *who):
+                s.acquire(names, timeout_seconds=timeout)
+        with fails("PL009", "'api'", *who):
+            s.rate_limit("api", timeout_seconds=timeout)
+    assert s.value("show lock_timeout") == "0"
+    s.run("set lock_timeout = '20ms'")
+    with fails("PL009", "'database'"):
+        s.acquire("database", timeout_seconds=None)
+    other.run("commit")
+    assert s.acquire("free", timeout_seconds=timeout).status == "granted"
+
+
+def test_who_waits_for_ever_waits_for_a_lock_for_ever_and_nothing_of_it_outlasts_the_call(db: Db, s: Session) -> None:
+    s.create("database", 2)
+    s.serves("database", 1)
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "database")
+    call, session = db.start_blocked(lambda session: session.acquire("database", timeout_seconds=None))
+    other.run("rollback")
+    assert call.result(timeout=60).status == "granted"
+    with session.transaction():
+        session.acquire("database", timeout_seconds=5)
+        assert session.value("show lock_timeout") == "0"
 
 
 # Under contention.
@@ -133,7 +165,7 @@ def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused(db: Db, s: Se
     other = db.session()
     other.run("begin")
     lock_state(other, "database")
-    future, _ = db.start_blocked(lambda session: session.acquire("database"))
+    future, _ = db.start_blocked(lambda session: session.acquire("database", timeout_seconds=60))
     other.run("rollback")
     assert future.result(timeout=20).status == "granted"
 
@@ -181,7 +213,7 @@ def test_the_same_request_asked_twice_at_once_acts_once_and_is_not_refused(db: D
         for lease_id in ids:
             gate.wait(timeout=60)
             try:
-                found.append(session.acquire("database", wait="1 minute", lease_id=lease_id).status)
+                found.append(session.acquire("database", timeout_seconds=60, lease_id=lease_id).status)
             except psycopg.Error as error:
                 found.append(str(error.sqlstate))
             if gate.wait(timeout=60) == 0:
@@ -212,11 +244,9 @@ def test_what_is_handed_over_while_its_waiter_looks_is_claimed_when_it_is_told(d
             gate.wait(timeout=60)
             mine = session.queue("database", channel="pglimits_t")
             gate.wait(timeout=60)
-            while (
-                row := session.one("select status, ends_in from pglimits.watch(array[%s::uuid])", mine)
-            ).status != "granted":
+            while (row := session.watch_one(mine)).status != "granted":
                 pass
-            found.add(row.ends_in > timedelta(minutes=1))
+            found.add(row.ends_in > 60)
             session.release(mine)
             gate.wait(timeout=60)
         return found
@@ -226,11 +256,11 @@ def test_what_is_handed_over_while_its_waiter_looks_is_claimed_when_it_is_told(d
 
 def test_renewing_what_has_ended_keeps_nobody_from_its_slots(db: Db, s: Session, clock: Clock) -> None:
     s.create("database", 1)
-    ended = s.acquire("database", lease_duration="1 second").lease_id
+    ended = s.acquire("database", lease_duration=1).lease_id
     clock.advance(2)
     other = db.session()
     other.run("begin")
-    assert not other.value("select pglimits.renew(%s::uuid)", ended)
+    assert not other.renew(ended)
     assert s.acquire("database").status == "granted"
     other.run("rollback")
 
@@ -241,7 +271,7 @@ def test_the_clock_is_read_after_the_lock_is_held(db: Db, s: Session) -> None:
     other = db.session()
     other.run("begin")
     lock_state(other, "database")
-    future, _ = db.start_blocked(lambda session: session.acquire("database"))
+    future, _ = db.start_blocked(lambda session: session.acquire("database", timeout_seconds=60))
     unlocked = other.value("select clock_timestamp()")
     other.run("commit")
     lease_id = future.result(timeout=20).lease_id
@@ -323,7 +353,7 @@ def test_a_killed_backend_leaves_neither_slot_nor_lease_of_an_open_transaction(d
     assert other.acquire("database").status == "granted"
     s.value("select pg_terminate_backend(%s)", other.pid)
     s.run("set lock_timeout = 0")
-    assert s.acquire("database", wait="1 second").status == "granted"
+    assert s.acquire("database", timeout_seconds=1).status == "granted"
     db.consistent()
 
 
@@ -349,16 +379,36 @@ class Tally:
                 self._inside[name] -= count
 
 
-def wait_for_grant(session: Session, lease_id: UUID, ask: Callable[[], object], answer: object) -> str:
+def outcome_of(session: Session, ask: Callable[[], Any]) -> str:
     """What a client does with a request that may be queued, by polling."""
-    status = str(answer.status)  # type: ignore[attr-defined]
-    while status in ("queued", "retry"):
-        if status == "queued":
-            time.sleep(0.002)
-            status = "/".join({row.status for row in session.watch(lease_id)})
-        else:
-            status = str(ask().status)  # type: ignore[attr-defined]
+    answer = ask()
+    status = str(answer.status)
+    for nth in itertools.count(1):
+        if status not in ("queued", "retry"):
+            break
+        time.sleep(0.002)
+        status = str(ask().status if status == "retry" or nth % 50 == 0 else session.watch_one(answer.lease_id).status)
     return status
+
+
+def work_until_told(db: Db, works: Sequence[Callable[[Session, random.Random], object]]) -> None:
+    """All of them again and again, side by side; each has to get somewhere."""
+    until = time.monotonic() + 4
+
+    def again(number: int, work: Callable[[Session, random.Random], object]) -> Callable[[Session], int]:
+        def rounds(session: Session) -> int:
+            rng, done = random.Random(number), 0
+            while time.monotonic() < until:
+                work(session, rng)
+                done += 1
+            return done
+
+        return rounds
+
+    assert all(db.together([again(number, work) for number, work in enumerate(works)]))
+    assert db.main.holders() == []
+    assert db.main.waiters() == []
+    db.consistent()
 
 
 def test_several_limits_in_any_order_never_deadlock_and_never_let_too_many_in(db: Db, s: Session) -> None:
@@ -366,92 +416,73 @@ def test_several_limits_in_any_order_never_deadlock_and_never_let_too_many_in(db
     for name, limit in limits.items():
         s.create(name, limit)
     tally = Tally(limits)
-    until = time.monotonic() + 4
 
-    def caller(number: int) -> Callable[[Session], int]:
-        def work(session: Session) -> int:
-            rng = random.Random(number)
-            rounds = 0
-            while time.monotonic() < until:
-                names = rng.sample(sorted(limits), rng.randint(1, 4))
-                slots = {name: rng.randint(1, limits[name]) for name in names}
-                lease_id = uuid4()
+    def caller(session: Session, rng: random.Random) -> None:
+        names = rng.sample(sorted(limits), rng.randint(1, 4))
+        slots = {name: rng.randint(1, limits[name]) for name in names}
+        lease_id = uuid4()
+        request = {"names": names, "slots": [*slots.values()], "timeout_seconds": None, "lease_id": lease_id}
+        assert outcome_of(session, lambda: session.acquire(**request)) == "granted"
+        tally.enter(slots)
+        tally.leave(slots)
+        if rng.random() < 0.5:
+            assert session.release(lease_id)
+        else:
+            assert session.value("select pglimits._release_batch(%s::uuid[])", [lease_id]) == []
 
-                def ask(names: list[str] = names, slots: dict[str, int] = slots, lease_id: UUID = lease_id) -> object:
-                    return session.acquire(names, slots=list(slots.values()), wait=None, lease_id=lease_id)
-
-                status = wait_for_grant(session, lease_id, ask, ask())
-                assert status == "granted"
-                tally.enter(slots)
-                tally.leave(slots)
-                assert session.release(lease_id)
-                rounds += 1
-            return rounds
-
-        return work
-
-    rounds = db.together([caller(number) for number in range(THREADS)])
-    assert all(count > 0 for count in rounds), rounds
-    assert s.holders() == []
-    assert s.waiters() == []
-    db.consistent()
+    work_until_told(db, [caller] * THREADS)
 
 
-def test_queues_give_ups_keys_and_changes_of_the_limit_never_let_too_many_in(db: Db, s: Session) -> None:
-    """Everything at once on one limit; its limit only ever grows, so that what is inside always fits."""
+def test_lines_give_ups_renewals_and_changes_of_the_limit_never_let_too_many_in(db: Db, s: Session) -> None:
     s.create("database", 2)
     tally = Tally({"database": 4})
-    until = time.monotonic() + 4
 
-    def caller(number: int) -> Callable[[Session], int]:
-        def work(session: Session) -> int:
-            rng = random.Random(100 + number)
-            rounds = 0
-            while time.monotonic() < until:
-                lease_id = uuid4()
-                slots = {"database": rng.randint(1, 2)}
-                priority = rng.randint(0, 1)
-                wait = None if rng.random() < 0.7 else "0"
+    def caller(session: Session, rng: random.Random) -> None:
+        lease_id, slots = uuid4(), rng.randint(1, 2)
+        request = {
+            "slots": slots, "timeout_seconds": None if rng.random() < 0.7 else 0, "priority": rng.randint(0, 1),
+            "lease_id": lease_id,
+        }  # fmt: skip
+        if rng.random() < 0.2:  # gives up, perhaps in the moment of its grant
+            session.acquire("database", **request)
+            session.release(lease_id)
+        elif outcome_of(session, lambda: session.acquire("database", **request)) == "granted":
+            tally.enter({"database": slots})
+            if rng.random() < 0.3:
+                assert session.renew(lease_id)
+            tally.leave({"database": slots})
+            assert session.release(lease_id)
 
-                def ask(
-                    slots: dict[str, int] = slots,
-                    priority: int = priority,
-                    wait: str | None = wait,
-                    lease_id: UUID = lease_id,
-                ) -> object:
-                    return session.acquire(
-                        "database", slots=slots["database"], wait=wait, lease_id=lease_id, priority=priority
-                    )
+    def administrator(session: Session, rng: random.Random) -> None:
+        session.update("database", limit=rng.randint(3, 4))
+        session.sweep(0)
+        session.limit("database")
 
-                answer = ask()
-                if rng.random() < 0.2:  # gives up, perhaps in the moment of its grant
-                    session.release(lease_id)
-                    continue
-                if wait_for_grant(session, lease_id, ask, answer) == "granted":
-                    tally.enter(slots)
-                    if rng.random() < 0.3:
-                        assert session.renew(lease_id)
-                    tally.leave(slots)
-                    assert session.release(lease_id)
-                    rounds += 1
-            return rounds
+    work_until_told(db, [*[caller] * (THREADS - 1), administrator])
 
-        return work
 
-    def administrator(session: Session) -> int:
-        changes = 0
-        while time.monotonic() < until:
-            session.update("database", limit=3 + changes % 2)
-            session.sweep("0 seconds")
-            session.limit("database")
-            changes += 1
-        return changes
+def test_lines_of_rates_over_several_limits_give_ups_and_changes_never_deadlock(db: Db, s: Session) -> None:
+    names = ["everyone", *"abcd"]
+    for name in names:
+        s.create(name, 2, 50)
 
-    rounds = db.together([caller(number) for number in range(THREADS - 1)] + [administrator])
-    assert all(count > 0 for count in rounds), rounds
-    assert s.holders() == []
-    assert s.waiters() == []
-    db.consistent()
+    def caller(session: Session, rng: random.Random) -> None:
+        mine = [uuid4() for _ in range(rng.randint(1, 4))]
+        some = rng.sample(names, rng.choice([1, 2, 2, 3]))
+        for lease_id in mine:
+            session.rate_limit(some, timeout_seconds=None, lease_id=lease_id, channel=f"pglimits_{session.pid}")
+        session.beat(f"pglimits_{session.pid}")
+        session.watch(*mine)
+        rng.shuffle(mine)
+        session.all("select * from pglimits.release_all(%s::uuid[])", mine[:2])
+        session.value("select pglimits._release_batch(%s::uuid[])", mine[2:])
+
+    def administrator(session: Session, rng: random.Random) -> None:
+        name = rng.choice(names)
+        session.update(name, slot_decay_per_second=rng.choice([10, 50, 200]), limit=rng.choice([2, 3]))
+        session.adjust(name, rng.choice([-2, 1]))
+
+    work_until_told(db, [*[caller] * 5, administrator])
 
 
 # Rings of locks that there must not be. Each is set up step by step, no luck needed.
@@ -459,38 +490,21 @@ def test_queues_give_ups_keys_and_changes_of_the_limit_never_let_too_many_in(db:
 
 def test_changes_of_a_limit_and_first_uses_of_its_keys_do_not_deadlock(db: Db, s: Session) -> None:
     s.create("database", 1000)
-    s.serves("database", 1, key="m")
-    until = time.monotonic() + 1.5
 
-    def caller(number: int) -> Callable[[Session], int]:
-        def work(session: Session) -> int:
-            rounds = 0
-            while time.monotonic() < until:
-                keys = [f"a{number} {rounds}", "m", f"z{number} {rounds}"]
-                answer = session.acquire(["database"] * 3, keys=keys)
-                assert answer.status == "granted"
-                assert session.release(answer.lease_id)
-                rounds += 1
-            return rounds
+    def caller(session: Session, rng: random.Random) -> None:
+        answer = session.acquire(
+            ["database"] * 3, keys=[f"a{rng.random()}", "m", f"z{rng.random()}"], timeout_seconds=60
+        )
+        assert answer.status == "granted"
+        assert session.release(answer.lease_id)
 
-        return work
+    def changer(session: Session, rng: random.Random) -> None:
+        session.update("database", limit=rng.randint(1000, 1001))
 
-    def changer(session: Session) -> int:
-        rounds = 0
-        while time.monotonic() < until:
-            session.update("database", limit=1000 + rounds % 2)
-            rounds += 1
-        return rounds
+    def sweeper(session: Session, rng: random.Random) -> None:
+        session.sweep(0)
 
-    def sweeper(session: Session) -> int:
-        rounds = 0
-        while time.monotonic() < until:
-            session.sweep("0 seconds")
-            rounds += 1
-        return rounds
-
-    assert all(db.together([caller(1), caller(2), caller(3), changer, changer, sweeper]))
-    db.consistent()
+    work_until_told(db, [caller, caller, caller, changer, changer, sweeper])
 
 
 @pytest.mark.parametrize("change", ["update", "delete"])
@@ -503,9 +517,12 @@ def test_a_sweep_under_a_request_for_several_keys_and_a_change_of_the_limit_do_n
     # A sweep, by hand: it removes the key when the request has looked, and is over before the change begins.
     sweeper = db.session()
     sweeper.run("begin")
-    for table in ("states", "keys"):
+    sweeper.run("select from pglimits.configs for update")
+    for table in ("states", "known_keys"):
         sweeper.run(f"delete from pglimits.{table} where key = 'idle'")
-    request, _ = db.start_blocked(lambda session: session.acquire(["database", "database"], keys=["busy", "idle"]))
+    request, _ = db.start_blocked(
+        lambda session: session.acquire(["database", "database"], keys=["busy", "idle"], timeout_seconds=60)
+    )
     changer, _ = db.start_blocked(
         lambda session: session.update("database", limit=1) if change == "update" else session.delete("database")
     )
@@ -538,7 +555,7 @@ def test_who_looks_after_several_limits_and_a_deletion_do_not_deadlock(
 ) -> None:
     s.create("a", 1)
     s.create("b", 1)
-    s.serves(["a", "b"], 1, lease_duration="1 second")
+    s.serves(["a", "b"], 1, lease_duration=1)
     waiters = [s.queue("a"), s.queue("b")]
     clock.advance(2)
     meet(
@@ -557,7 +574,7 @@ def test_a_reset_a_request_and_a_deletion_do_not_deadlock(db: Db, s: Session) ->
     meet(
         db,
         ("a", "2"),
-        lambda session: session.acquire(["a", "b"], keys=["2", ""]),
+        lambda session: session.acquire(["a", "b"], keys=["2", ""], timeout_seconds=60),
         lambda session: session.reset("a"),
         lambda session: session.delete("b"),
     )
@@ -572,9 +589,34 @@ def test_a_release_of_leases_and_of_a_place_in_line_and_a_request_do_not_deadloc
     meet(
         db,
         ("c", ""),
-        lambda session: session.all("select * from pglimits.release(%s::uuid[])", [lease.lease_id, waiter]),
-        lambda session: session.acquire(["a", "b"], wait="1 minute"),
+        lambda session: session.all("select * from pglimits.release_all(%s::uuid[])", [lease.lease_id, waiter]),
+        lambda session: session.acquire(["a", "b"], timeout_seconds=60),
     )
+
+
+def test_a_release_of_somebody_who_goes_to_stand_in_another_line_and_a_request_do_not_deadlock(
+    db: Db, s: Session
+) -> None:
+    for name in ("a", "b", "c"):
+        s.create(name, 1)
+    (first,), (other,) = s.serves("b", 1), s.serves("c", 1)
+    waiter = s.queue(["a", "b"])
+    s.serves("a", 1)
+    gate, mover = db.session(), db.session()
+    gate.run("begin")
+    lock_state(gate, "c")
+    with mover.transaction():
+        mover.value("select pglimits._release_batch(%s::uuid[])", [first.lease_id])
+        assert [row.name for row in mover.waiters()] == ["a"]
+        both = [waiter, other.lease_id]
+        release, one = db.start_blocked(lambda session: session.all("select * from pglimits.release_all(%s)", both))
+        request, two = db.start_blocked(lambda session: session.acquire(["a", "b"], timeout_seconds=60))
+    db.wait_until(lambda: request.done() or s.value("select %s = any (pg_blocking_pids(%s))", one.pid, two.pid))
+    gate.run("commit")
+    assert [row.released for row in release.result(timeout=60)] == [True, True]
+    assert request.result(timeout=60).status == "queued"
+    assert len(s.waiters()) == 1
+    db.consistent()
 
 
 def test_watch_and_release_do_not_deadlock(db: Db, s: Session) -> None:
@@ -583,7 +625,7 @@ def test_watch_and_release_do_not_deadlock(db: Db, s: Session) -> None:
     holder = s.acquire("first")
     handed_over = s.queue("first")
     s.release(holder.lease_id)  # handed_over has a lease now that it has not claimed
-    held = s.acquire("second", lease_duration="1 second")
+    held = s.acquire("second", lease_duration=1)
     waiting = s.queue("second")
     db.wait_until(lambda: s.value("select next_look <= clock_timestamp() from pglimits.states where waiting > 0"))
     gate = db.session()
@@ -592,7 +634,7 @@ def test_watch_and_release_do_not_deadlock(db: Db, s: Session) -> None:
     watch, _ = db.start_blocked(lambda session: session.watch(handed_over, waiting))
     release, _ = db.start_blocked(
         lambda session: session.all(
-            "select * from pglimits.release(%s::uuid[])", [str(handed_over), str(held.lease_id)]
+            "select * from pglimits.release_all(%s::uuid[])", [str(handed_over), str(held.lease_id)]
         )
     )
     gate.run("commit")
@@ -613,8 +655,8 @@ def test_renew_and_release_of_the_same_leases_do_not_deadlock(db: Db, s: Session
     gate.run("begin")
     gate.run("select from pglimits.leases where lease_id = %s for update", low)
     both = [str(low), str(high)]
-    renew, _ = db.start_blocked(lambda session: session.all("select * from pglimits.renew(%s::uuid[])", both))
-    release, _ = db.start_blocked(lambda session: session.all("select * from pglimits.release(%s::uuid[])", both))
+    renew, _ = db.start_blocked(lambda session: session.all("select * from pglimits.renew_all(%s::uuid[])", both))
+    release, _ = db.start_blocked(lambda session: session.all("select * from pglimits.release_all(%s::uuid[])", both))
     gate.run("commit")
     for future in (renew, release):
         assert not isinstance(outcome(future), psycopg.Error), outcome(future)
@@ -626,27 +668,17 @@ def test_renew_release_and_acquire_of_the_same_leases_do_not_deadlock(db: Db, s:
     s.create("one", 100)
     s.create("two", 100)
     ids = [uuid4() for _ in range(20)]
-    until = time.monotonic() + 2
 
-    def holder(session: Session) -> int:
-        rounds = 0
-        while time.monotonic() < until:
-            for lease_id in ids:
-                session.acquire(["one", "two"], lease_id=lease_id)
-            session.run("select * from pglimits.release(%s::uuid[])", [str(lease_id) for lease_id in ids])
-            rounds += 1
-        return rounds
+    def holder(session: Session, rng: random.Random) -> None:
+        for lease_id in ids:
+            session.acquire(["one", "two"], lease_id=lease_id, timeout_seconds=60)
+        session.all("select * from pglimits.release_all(%s::uuid[])", ids)
 
-    def renewer(session: Session) -> int:
-        rounds = 0
-        while time.monotonic() < until:
-            session.run("select * from pglimits.renew(%s::uuid[])", [str(lease_id) for lease_id in ids])
-            session.watch(*ids[:10])
-            rounds += 1
-        return rounds
+    def renewer(session: Session, rng: random.Random) -> None:
+        session.all("select * from pglimits.renew_all(%s::uuid[])", ids)
+        session.watch(*ids[:10])
 
-    assert all(db.together([holder, renewer, renewer, renewer]))
-    db.consistent()
+    work_until_told(db, [holder, renewer, renewer, renewer])
 
 
 # Names.
@@ -706,7 +738,9 @@ def test_a_queue_that_is_bounded_while_a_call_waits_for_its_lock_is_bounded_for_
     owner = db.session()
     owner.run("begin")
     owner.run("select pglimits.update_limit('api', max_waiters => 0)")
-    call, _ = db.start_blocked(lambda session: session.one("select * from pglimits.rate_limit('api', wait => null)"))
+    call, _ = db.start_blocked(
+        lambda session: session.one("select * from pglimits.rate_limit('api', timeout_seconds => null)")
+    )
     owner.run("commit")
     with fails("PL006", "api"):
         call.result(30)
@@ -735,13 +769,13 @@ def test_a_release_of_several_limits_and_the_deletion_of_one_do_not_wait_for_eac
 def test_a_renewal_of_many_and_the_end_of_all_do_not_wait_for_each_other(db: Db, s: Session, end: str) -> None:
     s.create("many", 10)
     first, second = sorted(uuid4() for _ in range(2))
-    s.acquire("many", lease_id=first, lease_duration="900 seconds")
-    s.acquire("many", lease_id=second, lease_duration="100 seconds")
+    s.acquire("many", lease_id=first, lease_duration=900)
+    s.acquire("many", lease_id=second, lease_duration=100)
     renewing = db.session()
     renewing.run("begin")
     assert renewing.renew(first)
     both, _ = db.start_blocked(
-        lambda session: session.all("select renewed from pglimits.renew(%s::uuid[])", [first, second])
+        lambda session: session.all("select renewed from pglimits.renew_all(%s::uuid[])", [first, second])
     )
     ending, _ = db.start_blocked(lambda session: getattr(session, end)("many"))
     renewing.run("commit")
@@ -758,13 +792,15 @@ def test_asked_again_by_the_id_of_a_lease_that_ends_while_it_is_renewed_it_waits
     clock.freeze()
     s.create("db", 1)
     lease_id = uuid4()
-    first = s.acquire("db", lease_id=lease_id, lease_duration="2 s")
+    first = s.acquire("db", lease_id=lease_id, lease_duration=2)
     renewing = db.session()
     clock.advance(1.5)
     renewing.run("begin")
     assert renewing.renew(lease_id)
     clock.advance(1)
-    again, _ = db.start_blocked(lambda session: session.acquire("db", lease_id=lease_id, lease_duration="2 s"))
+    again, _ = db.start_blocked(
+        lambda session: session.acquire("db", lease_id=lease_id, lease_duration=2, timeout_seconds=60)
+    )
     renewing.run("commit" if renewed else "rollback")
     second = again.result(timeout=20)
     assert second.status == "granted"

@@ -354,19 +354,23 @@ class Keeper:
         return list(due)
 
     def _beat(self, connection: psycopg.Connection[Row]) -> None:
-        """Call in for all that wait here, if it is time, and have them look."""
+        """Call in for all that wait here, if it is time, and look."""
         now = time.monotonic()
         if now < self._beats_at:
             return
         with self._lock:
-            waiting = [lease_id for lease_id in self._waiters if not self._is_apart(lease_id)]
+            # One of each line looks for all; where somebody stands who waits for several limits, only a look can tell.
+            looks: dict[object, UUID] = {}
+            for lease_id, waiter in self._waiters.items():
+                if waiter.places not in self._apart:
+                    looks[waiter.places if len(waiter.places) == 1 else lease_id] = lease_id
             if not self._waiters:
                 self._beats_at = math.inf
                 return
         rows = self._execute(connection, b"", _sql.BEAT, [self.channel.encode()])
         self._beat_at = now
         self._beats_at = time.monotonic() + max(rows[0][0], 0.01)
-        self._look(connection, waiting, only_news=True)
+        self._look(connection, list(looks.values()), only_news=True)
 
     def _is_apart(self, lease_id: UUID) -> bool:
         waiter = self._waiters.get(lease_id)

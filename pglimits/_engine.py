@@ -225,7 +225,7 @@ class Engine:
                     yield from self._sleep(request, user, now + (answer.seconds or 0.0))
                     return self._lease(request, user, answer, asked)
                 if answer.status == "refused":
-                    raise AcquireTimeout(_refusal(request, answer))
+                    raise _refusal(request, answer)
                 if answer.status == "full":
                     raise QueueFull(f"the line of {request.named()} is as long as its max_waiters allows")
 
@@ -504,12 +504,14 @@ def _releasing(lease_id: UUID, lanes: tuple[tuple[str, ...], ...], waker: Waker,
     return Ticket(lease_id, None, lanes, None, "", waker, patience)
 
 
-def _refusal(request: Request, answer: Answer) -> str:
-    if not request.kind.timeout:
-        said = f"no slot of {request.named()} is free"
-    else:
-        said = f"no slot of {request.named()} within {request.kind.timeout:g} s"
-    return said if answer.seconds is None else f"{said}; it could be had in {answer.seconds:.3f} s"
+def _refusal(request: Request, answer: Answer) -> AcquireTimeout:
+    said = f"no slot of {request.named()} "
+    said += f"within {request.kind.timeout:g} s" if request.kind.timeout else "is free"
+    if answer.seconds is not None:
+        said += f"; it could be had in {answer.seconds:.3f} s"
+    error = AcquireTimeout(said)
+    error.retry_after = answer.seconds
+    return error
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -57,7 +57,12 @@ class CronUnavailable(PglimitsError):
 
 
 class AcquireTimeout(PglimitsError, TimeoutError):
-    """The slots could not be had within timeout_seconds; nothing was taken."""
+    """The slots could not be had within timeout_seconds; nothing was taken.
+
+    ``retry_after``: in how many seconds time alone would let the request in; None where only a release can tell.
+    """
+
+    retry_after: float | None = None
 
 
 class LimitLocked(AcquireTimeout):

@@ -395,8 +395,9 @@ def test_a_moment_beyond_the_timeout_is_refused_at_once_and_takes_nothing(api: A
     api.rate_limit("api")
     before = api.get("api").level
     for seconds in (0, 10, 900):
-        with pytest.raises(AcquireTimeout):
+        with pytest.raises(AcquireTimeout) as caught:
             api.rate_limit("api", timeout_seconds=seconds)
+        assert 900 < (caught.value.retry_after or 0) <= 1000
     assert api.get("api").level <= before
     assert waiting(conn) == 0
 

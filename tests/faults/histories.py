@@ -26,7 +26,8 @@ import poolers
 import psycopg
 import pytest
 from cluster import Cluster, cluster
-from history import Tolerance
+from history_checker import check, longest_idle
+from history_replay import Tolerance, Violation
 
 from pglimits import _embedded, _install
 
@@ -183,7 +184,7 @@ class Run:
             what="for everything to come back",
         )
         found = history.read(self.dsn, [log for workers in self._all for log in workers.logs])
-        wrong = [each for each in history.check(found, self.tolerance(tolerance)) if each.promise not in allowed]
+        wrong = [each for each in check(found, self.tolerance(tolerance)) if each.promise not in allowed]
         self.report(found, wrong)
         if wrong:
             evidence = self.folder / "history.pickle"
@@ -193,7 +194,7 @@ class Run:
         assert not unexpected, unexpected[:3]
         return found
 
-    def report(self, found: history.History, wrong: Sequence[history.Violation]) -> None:
+    def report(self, found: history.History, wrong: Sequence[Violation]) -> None:
         """Add a line to the report, if one is wanted."""
         if "PGLIMITS_FAULT_REPORT" not in os.environ:
             return
@@ -205,7 +206,7 @@ class Run:
             "happened": self.happened,
             "asked": sum(said.what == "asked" for said in found.said),
             "granted": granted(found),
-            "idle": round(history.longest_idle(found, self.tolerance()), 3),
+            "idle": round(longest_idle(found, self.tolerance()), 3),
             "violations": len(wrong),
         }
         with Path(os.environ["PGLIMITS_FAULT_REPORT"]).open("a") as report:

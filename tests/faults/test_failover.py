@@ -10,7 +10,9 @@ import history
 import pytest
 from cluster import Cluster, cluster
 from histories import RATE, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, granted
-from history import History, Tolerance
+from history import History
+from history_checker import check
+from history_replay import Tolerance
 from psycopg.conninfo import make_conninfo
 from wrappertest import Future, WaitUntil, open_api, open_every
 
@@ -164,7 +166,7 @@ def assert_kept(found: History, run: Run, concerned: set[str]) -> None:
     """The database has kept every promise, and what it told the clients, but for those that are concerned."""
     others = [said for said in found.said if said.attempt not in concerned]
     assert len({said.attempt for said in others}) > len(concerned)
-    assert history.check(History(found.changes, others, found.end), run.tolerance(ROUGH)) == []
+    assert check(History(found.changes, others, found.end), run.tolerance(ROUGH)) == []
 
 
 # What a client notices.

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from histories import BOTH, CALM, KINDS, ONE, RATE, RATES, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, granted
 from history import History, Said
+from history_checker import check, slots_gone
 
 Asks: TypeAlias = Sequence[Mapping[str, Any]]
 MANY: Asks = [
@@ -67,7 +68,7 @@ def test_nothing_happens(run: Run, asks: Asks) -> None:
 def test_a_rate_limit_that_is_always_asked_for_delivers_all_that_decays(run: Run) -> None:
     run.workers(RATE, timeouts=[None], at_once=8)
     run.let(lambda: None)
-    went = sorted(history.slots_gone(run.finish(CALM), "api"))
+    went = sorted(slots_gone(run.finish(CALM), "api"))
     stop = went[0][0] + SECONDS - 1.0
     while_asked = [slots for at, slots in went if at <= stop]
     # All that decayed until then has been used, but for what was on its way at the end.
@@ -179,7 +180,7 @@ def test_a_crash_without_durability_forgets_nothing_but_the_last_moments(run: Ru
         and any(gone - FORGETS <= said.at <= back for gone, back in run.server.away)
     }
     remembered = History(found.changes, [said for said in found.said if said.attempt not in forgotten], found.end)
-    assert history.check(remembered, run.tolerance(ROUGH)) == []
+    assert check(remembered, run.tolerance(ROUGH)) == []
 
 
 def test_a_zombie_is_told_and_its_fence_is_lower_than_that_of_who_came_after_it(run: Run) -> None:

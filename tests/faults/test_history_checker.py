@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from history import Change, History, Said, Tolerance, check, longest_idle, longest_unheard, read_log, slots_gone
+from history import Change, History, Said, read_log
+from history_checker import check, longest_idle, longest_unheard, slots_gone
+from history_replay import Tolerance
 
 
 class Story:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import history
 import psutil
 import psycopg
 import pytest
 from cluster import Cluster, cluster
 from histories import CALM, ONE, RATE, ROUGH, SECONDS, SEVERAL, WIDTHS, Run, Workers, granted, started
+from history_checker import longest_unheard
 from psycopg.conninfo import make_conninfo
 
 from pglimits import EmbeddedUnavailable, _embedded
@@ -134,7 +134,7 @@ def test_limits_and_leases_are_kept_locked_in_long_transactions(run: Run, asks: 
     lost = {said.attempt for said in found.said if said.more.get("lost") and not said.worker.startswith("sql")}
     assert lost <= locks.leases
     if asks is EACH_BY_ITSELF:  # else who asks for several limits keeps some of them locked while it waits for another
-        seconds, which = history.longest_unheard(found, run.tolerance())
+        seconds, which = longest_unheard(found, run.tolerance())
         assert seconds <= CALM.wake_up, which
 
 

@@ -61,10 +61,10 @@ def test_a_connection_that_has_died_unseen_is_replaced_without_an_error(
     limiter.create("database", 1)
     far.release(far.acquire("database"))
     assert proxy.each(lambda link: link.holes.update(directions))
-    lease = far.start("acquire", "database").result(20)
+    lease = far.start("acquire", "database").result(60)
     assert held(conn) == 1
     assert proxy.each(lambda link: link.holes.update(directions))
-    assert far.start("release", lease).result(20)
+    assert far.start("release", lease).result(60)
     assert nothing_left(conn)
 
 
@@ -93,7 +93,7 @@ def test_a_lease_that_cannot_be_released_is_released_when_the_network_is_back(
     limiter.create("database", 1)
     lease = far.acquire("database")
     proxy.black_hole()
-    far.start("release", lease).result(30)
+    far.start("release", lease).result(60)
     assert held(conn) == 1
     proxy.heal()
     wait_until(lambda: held(conn) == 0)

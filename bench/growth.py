@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID, uuid4
+
+import psycopg
 
 from ._figures import figure
 from ._measure import alternate
@@ -25,8 +28,8 @@ from .rows_calls import ROOM
 _CALLS = 10
 """Calls in one measurement: few, so that all sizes have their turn before the machine is disturbed again."""
 
-_CALL_IN = 2.0
-"""Seconds after which waiters are kept alive."""
+_BEAT_EVERY = 2.0
+"""Seconds after which waiters are kept alive, as their process would do it."""
 
 _ACQUIRE = "select a.lease_id from pglimits.acquire(%s, key => %s) a"
 _RELEASE = "select pglimits.release(%s::uuid)"
@@ -42,6 +45,8 @@ class _Calls(Protocol):
 
     def sizes(self) -> tuple[int, int]:
         """Bytes on disk, dead rows."""
+
+    def close(self) -> None: ...
 
 
 class _Pairs:
@@ -67,6 +72,9 @@ class _Pairs:
     def sizes(self) -> tuple[int, int]:
         return sizes(self._connection)
 
+    def close(self) -> None:
+        self._connection.close()
+
 
 class _Line:
     """One slot and a line of waiters: one comes to its end, and a release hands the slot to its head."""
@@ -77,24 +85,24 @@ class _Line:
         self._connection.execute("select pglimits.create_limit(%s, 1)", [self._name])
         self._channel = f"pglimits_{uuid4().hex}"
         self._line: deque[UUID] = deque()
-        self._called_in = 0.0
+        self._ends = threading.Event()
+        self._heart = threading.Thread(target=self._beat, args=[site.connect()], daemon=True)
+        self._heart.start()
         for _ in range(size + 1):
-            self._keep_alive()
             self._join()
 
     def _join(self) -> None:
         self._line.append(uuid4())
         self._connection.execute(_QUEUE, [self._name, self._line[-1], self._channel])
 
-    def _keep_alive(self) -> None:
-        """Call in for all, as their process would, if it is about time."""
-        now = time.monotonic()
-        if now - self._called_in > _CALL_IN:
-            self._called_in = now
-            self._connection.execute(_BEAT, [self._channel])
+    def _beat(self, connection: psycopg.Connection[Any]) -> None:
+        with connection, contextlib.suppress(psycopg.Error):
+            while True:
+                connection.execute(_BEAT, [self._channel])
+                if self._ends.wait(_BEAT_EVERY):
+                    return
 
     def ms(self) -> float:
-        self._keep_alive()
         began = time.perf_counter()
         for _ in range(_CALLS // 2):
             self._join()
@@ -105,6 +113,11 @@ class _Line:
 
     def sizes(self) -> tuple[int, int]:
         return sizes(self._connection)
+
+    def close(self) -> None:
+        self._ends.set()
+        self._heart.join()
+        self._connection.close()
 
 
 @row("keys")
@@ -131,6 +144,7 @@ def _grow(bench: Bench, name: str, x: str, most: int, make: Callable[[Site, int]
         for size in reversed(steps(most)):  # the largest takes longest to make, and no small line waits so long
             bench.say(f"{name}: {size:,}")
             made.insert(0, make(stack.enter_context(bench.site()), size))
+            stack.callback(made[0].close)
         bench.say(f"{name}: measuring")
         measured = alternate([each.ms for each in made], bench.scale.repetitions * bench.scale.rounds, warm_up=5)
         points = [Point(size, ms, *each.sizes()) for size, each, ms in zip(steps(most), made, measured, strict=True)]

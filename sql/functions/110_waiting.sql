@@ -127,6 +127,9 @@ ends_in: seconds that the lease lasts without another call.$$;
 
 -- Sleeps until there is news of a queued request, or until a moment: whether it is queued still. Reads the rows of the line and no state.
 --
+-- The rows stay locked against an upgrade as long as the transaction lasts: so it ends when there is one, and nothing is read until that
+-- has been tried for a while.
+--
 -- Only who is at the head has to look every few milliseconds. Whoever is behind somebody who sleeps here too waits for the lock that this
 -- one has while it sleeps, at no cost, and is woken as it leaves.
 create or replace function pglimits._sleep(lease_id uuid, until timestamptz)
@@ -141,6 +144,10 @@ declare
   before bigint;
   is_locked boolean := false;
 begin
+  if pglimits._is_being_upgraded() then
+    perform pg_sleep(0.1);
+    return true;
+  end if;
   loop
     if not is_locked then
       is_locked := pg_try_advisory_xact_lock(hashtextextended(lease_id::text, 0));
@@ -161,12 +168,12 @@ begin
         return true;
       end;
     end if;
-    if clock_timestamp() >= until then
+    if clock_timestamp() >= until or pglimits._is_being_upgraded() then
       return true;
     end if;
   end loop;
   while exists (select from pglimits.queue q where q.lease_id = _sleep.lease_id) loop
-    if clock_timestamp() >= until then
+    if clock_timestamp() >= until or pglimits._is_being_upgraded() then
       return true;
     end if;
     perform pg_sleep(0.007);
@@ -176,6 +183,22 @@ end $$;
 
 comment on function pglimits._sleep(uuid, timestamptz) is
   'Sleeps until there is news of a queued request, or until a moment: whether it is queued still. For acquire_wait.';
+
+-- Whether somebody has the lock under which pglimits is installed (start.sql).
+create or replace function pglimits._is_being_upgraded()
+returns boolean
+language plpgsql
+volatile
+as $$
+begin
+  if pg_try_advisory_lock_shared(7210911204761542) then
+    perform pg_advisory_unlock_shared(7210911204761542);
+    return false;
+  end if;
+  return true;
+end $$;
+
+comment on function pglimits._is_being_upgraded() is 'Whether an installation or an upgrade is under way.';
 
 -- A sign of life of who sleeps there, which also serves the line, if that is due. Answers for how many seconds to sleep on; null: there
 -- is news, or its time is over.

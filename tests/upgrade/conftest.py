@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,21 +16,16 @@ from editions import Edition
 from installtest import other_dsn, psql
 from wrappertest import _nothing_stays_open, children
 
+from pglimits import _install
 from pglimits.errors import PglimitsError
 
-__all__ = ["_nothing_stays_open", "children", "edition", "install_by", "next_version", "other_dsn", "psql"]
+__all__ = ["_nothing_stays_open", "children", "edition", "install_by", "other_dsn", "psql"]
 
 
 @pytest.fixture
 def edition(tmp_path: Path) -> Callable[[str], Edition]:
     """edition(version): a copy of the SQL of this version, to be changed and installed under that number."""
     return lambda version: Edition(tmp_path / version, version)
-
-
-@pytest.fixture
-def next_version(edition: Callable[[str], Edition]) -> Edition:
-    """A version to come, which serves the clients of this one: see ``Edition.become_the_next``."""
-    return edition("0.1.1").become_the_next()
 
 
 @pytest.fixture
@@ -42,10 +36,9 @@ def install_by(psql: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Edi
         if means == "psql":
             done = psql(dsn, edition.folder / "install.sql")
             return None if done.returncode == 0 else str(done.stderr)
-        installer: Any = importlib.import_module("pglimits._install")
-        monkeypatch.setattr(installer, "_folder", lambda: edition.folder)
+        monkeypatch.setattr(_install, "_folder", lambda: edition.folder)
         try:
-            installer.install(dsn)
+            _install.install(dsn)
         except PglimitsError as error:
             return str(error)
         return None

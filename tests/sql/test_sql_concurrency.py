@@ -142,7 +142,9 @@ def test_a_limit_that_an_open_transaction_keeps_locked_is_its_own_error_that_say
     assert s.acquire("free", timeout_seconds=timeout).status == "granted"
 
 
-def test_who_waits_for_ever_waits_for_a_lock_for_ever_and_nothing_of_it_outlasts_the_call(db: Db, s: Session) -> None:
+def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused_and_nothing_of_that_outlasts_the_call(
+    db: Db, s: Session
+) -> None:
     s.create("database", 2)
     s.serves("database", 1)
     other = db.session()
@@ -157,17 +159,6 @@ def test_who_waits_for_ever_waits_for_a_lock_for_ever_and_nothing_of_it_outlasts
 
 
 # Under contention.
-
-
-def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused(db: Db, s: Session) -> None:
-    s.create("database", 2)
-    s.serves("database", 1)
-    other = db.session()
-    other.run("begin")
-    lock_state(other, "database")
-    future, _ = db.start_blocked(lambda session: session.acquire("database", timeout_seconds=60))
-    other.run("rollback")
-    assert future.result(timeout=20).status == "granted"
 
 
 def test_a_request_that_fits_is_not_refused_because_its_limit_is_changed(db: Db, s: Session) -> None:
@@ -331,18 +322,6 @@ def test_first_users_of_a_key_do_not_both_create_it(db: Db, s: Session) -> None:
             return str(session.acquire("database", key=str(key)).status)
 
         assert sorted(db.together([caller] * THREADS)) == ["granted"] + ["refused"] * (THREADS - 1)
-    db.consistent()
-
-
-def test_a_transaction_that_rolls_back_has_taken_nothing(db: Db, s: Session) -> None:
-    s.create("database", 1)
-    s.run("begin")
-    assert s.acquire("database").status == "granted"
-    assert s.limit("database").held == 1
-    s.run("rollback")
-    assert s.limit("database").held == 0
-    assert s.holders() == []
-    s.serves("database", 1)
     db.consistent()
 
 

@@ -30,24 +30,6 @@ def micros(moment: datetime) -> int:
     return round(moment.timestamp() * 1_000_000)
 
 
-@pytest.fixture
-def heard(db: Db) -> Callable[[], list[str]]:
-    """heard(): what was sent so far to the channel pglimits_t, and not heard before."""
-    listener = db.session().connection
-    listener.execute("listen pglimits_t")
-
-    def all_so_far() -> list[str]:
-        db.main.run("select pg_notify('pglimits_t', 'end')")
-        found: list[str] = []
-        for notice in listener.notifies(timeout=60):
-            if notice.payload == "end":
-                return found
-            found += notice.payload.split("\n")
-        raise AssertionError(found)
-
-    return all_so_far
-
-
 # Joining the line.
 
 

@@ -126,7 +126,7 @@ def _parts() -> tuple[Any, Any, Any]:
 
 def _list(output: Format) -> None:
     figures = importlib.import_module(f"{_PACKAGE}._figures").FIGURES
-    cells = [(each.row, each.named(), each.floor, each.reach.told(each.unit) if each.reach else "") for each in figures]
+    cells = [(each.row, each.named(), each.floor, each.wanted()) for each in figures]
     if output is Format.json:
         _output.show(output, [dict(zip(("row", "what", "floor", "reach"), each, strict=True)) for each in cells])
         return

@@ -104,6 +104,7 @@ def test_a_row_that_does_not_exist_is_refused_and_all_are_named(bench: Bench) ->
     listed = bench("--rows", "-o", "json")
     figures = json.loads(listed.stdout)
     assert {"row": "refusals", "what": "refusals of a full limit, 8 connections"}.items() <= figures[9].items()
+    assert "two bare UPDATE commits with synchronous_commit = off" in figures[0]["reach"]
     assert all(set(each) == {"row", "what", "floor", "reach"} for each in figures)
 
 

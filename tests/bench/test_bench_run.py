@@ -133,7 +133,7 @@ def test_a_missing_peer_is_skipped_and_says_how_to_install_it(blank: Any) -> Non
 
 
 def test_without_pgbench_its_rows_are_skipped_and_say_how_to_install_it(blank: Any) -> None:
-    from pglimits_bench._rows import ROWS
+    from pglimits_bench._run import ROWS
 
     for name in ("one-process", "sql-one-limit", "snapshot"):
         (found,) = ROWS[name](blank)

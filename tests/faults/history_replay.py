@@ -202,7 +202,8 @@ class Replay:
         # into the middle of another.
         for transaction in sorted(transactions.values(), key=lambda each: each[-1].seq):
             self._look_for_idling(transaction[-1].at)
-            for change in sorted(transaction, key=lambda change: change.seq):
+            # Who changes a limit is noted at its commit, and grants what fits from then on before that.
+            for change in sorted(transaction, key=lambda change: (change.what != "configs", change.seq)):
                 self._apply(change)
             self.moments.append(self._moment(transaction[-1].at))
         self._look_for_idling(end)

@@ -32,9 +32,9 @@ class Story:
             self.rows[what, lease_id] = row
         self.changes.append(Change(len(self.changes), self.tx, at, what, was, row))
 
-    def configure(self, at: float, limit: int, rate: float = 0.0, active: bool = True) -> None:
+    def configure(self, at: float, limit: int, rate: float = 0.0, active: bool = True, together: bool = False) -> None:
         row = {"limit_id": 1, "name": "database", "limit": limit, "slot_decay_per_second": rate, "active": active}
-        self.change(at, "configs", row)
+        self.change(at, "configs", row, together=together)
 
     def level(self, at: float, booked: float, limit: int = 1, rate: float = 1.0) -> None:
         """What is booked from now on, in slots beyond those that have decayed since time 0."""
@@ -374,6 +374,18 @@ def test_a_rate_limit_that_leaves_somebody_in_line_whose_moment_has_come_idles()
     assert a_rate_limit_that_comes_free(10, served=11).breaks() == []
     assert a_rate_limit_that_comes_free(10, served=13).breaks() == ["No idling"]
     assert longest_idle(a_rate_limit_that_comes_free(10, served=13).history()) == pytest.approx(3)
+
+
+def test_whoever_changes_a_limit_grants_by_what_it_becomes() -> None:
+    story = a_queue_that_moves_on()
+    story.granted(10, "x", slots=2)
+    story.waits(11, "next")
+    story.leaves(12, "next")
+    story.granted(12, "next", together=True)
+    story.configure(12, limit=3, together=True)
+    story.ended(13, "x")
+    story.ended(13, "next")
+    assert story.breaks() == []
 
 
 def test_slots_that_are_kept_are_no_grant_and_not_idle() -> None:

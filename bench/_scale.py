@@ -16,7 +16,7 @@ class Scale:
         rounds: measurements of each size of what grows, and of processor time, for each repetition.
         pairs: acquire and release by one client, for each repetition.
         handovers: of a slot, in one measurement.
-        stream_seconds, streams: for which the delivered rate is watched, and how often.
+        stream_seconds, streams: for which the delivered rate is watched, after the start, and how often.
         snapshot_calls: how many are made while an old snapshot is open.
         patience: seconds after which that is cut short.
         keys, leases, waiters: how far they grow.
@@ -60,7 +60,7 @@ SHORT = Scale(
     rounds=10,
     pairs=100,
     handovers=60,
-    stream_seconds=5.0,
+    stream_seconds=4.0,
     streams=1,
     snapshot_calls=10_000,
     patience=4.0,

@@ -19,7 +19,9 @@ _WAITERS = 100
 _BREATH = 0.002
 """Seconds between a grant and the release that follows: nothing of the grant is still under way by then."""
 _STARTING = 1.0
-"""Seconds after the start of a stream that are not counted."""
+"""Seconds after the start of a stream that are not counted: all come at once, and use up the burst."""
+_STARTING_THREE = 5.0
+"""Over several limits it takes longer until the burst of the slowest is used up."""
 
 
 @row("hand-over")
@@ -112,7 +114,7 @@ def delivered(bench: Bench) -> Iterator[Result]:
     found = []
     with bench.site() as site:
         for number in range(bench.scale.streams):
-            (mine,) = _deliver(bench, site, {f"rate-{number}": 200.0}, 10, [(50, [0]), (50, [0])])
+            (mine,) = _deliver(bench, site, {f"rate-{number}": 200.0}, 10, [(50, [0]), (50, [0])], _STARTING)
             found.append(mine)
     yield figure("delivered").line(spread(found))
 
@@ -124,16 +126,17 @@ def delivered_three(bench: Bench) -> Iterator[Result]:
     with bench.site() as site:
         for number in range(bench.scale.streams):
             limits = {f"rate-{number}-{rate:g}": rate for rate in rates}
-            found.append(_deliver(bench, site, limits, 5, [(10, [0, 1, 2]), (40, [1]), (40, [2]), (10, [1, 2])]))
+            crowd = [(10, [0, 1, 2]), (40, [1]), (40, [2]), (10, [1, 2])]
+            found.append(_deliver(bench, site, limits, 5, crowd, _STARTING_THREE))
     for rate, of_this in zip(rates, zip(*found, strict=True), strict=True):
         yield figure("delivered-three", f"{rate:g}").line(spread(of_this))
 
 
 def _deliver(
-    bench: Bench, site: Site, rates: dict[str, float], burst: int, crowd: list[tuple[int, list[int]]]
+    bench: Bench, site: Site, rates: dict[str, float], burst: int, crowd: list[tuple[int, list[int]]], starting: float
 ) -> list[float]:
     """How much of each rate is delivered. crowd: for each process how many callers, over which of the limits."""
-    seconds = bench.scale.stream_seconds
+    seconds = starting + bench.scale.stream_seconds
     with Limiter(site.dsn) as limiter:
         for name, rate in rates.items():
             limiter.create(site.name(name), burst, slot_decay_per_second=rate)
@@ -143,9 +146,9 @@ def _deliver(
         for each, (callers, _) in zip(started, crowd, strict=True):
             each.tell("stream", callers=callers, seconds=seconds)
         moments = [each.answer()["moments"] for each in started]
-    # Not the start, when all come at once, nor the turns after the end, when fewer and fewer wait.
+    # Nor the turns after the end, when fewer and fewer wait.
     first = min(map(min, moments))
-    begin, end = first + _STARTING, first + seconds
+    begin, end = first + starting, first + seconds
     found = []
     for number, rate in enumerate(rates.values()):
         used = [m for mine, (_, over) in zip(moments, crowd, strict=True) if number in over for m in mine]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from history import History, Key, Row, Said, grants
 from history_replay import Replay, Tolerance, Violation, idling_on_several, replays_of
@@ -131,25 +131,37 @@ def _too_fast(history: History) -> list[Violation]:
     """In no window do rate limits grant more than the limit and what decays in it.
 
     What counts is the moment of each grant. The database tells that of those who stood in line. That of others lies
-    between the question and its answer; so they count for a window that has both in it.
+    between the question and its answer; so they count for a window that has both in it. Windows between two changes of
+    the limit are looked at: whoever was told its moment by a lower rate goes then, beside those who go by a higher one.
     """
     found: list[Violation] = []
-    forms = _by_name(history)
-    for (name, key), of_place in _moments(history).items():
-        rate = max((float(form["slot_decay_per_second"]) for form in forms[name]), default=0.0)
-        if not rate:
-            continue
-        limit = max(int(form["limit"]) for form in forms[name])
-        of_place.sort(key=lambda grant: grant[1])
-        for begin, _, _ in of_place:
-            first = bisect.bisect_left(of_place, begin, key=lambda grant: grant[1])
-            if worst := _first_excess(of_place[first : first + WINDOWS], begin, limit, rate):
-                found.append(Violation("Never too fast", f"{name} {key}: {worst}"))
-                break
+    for (name, key), of_limit in _moments(history).items():
+        for begins, ends, form in _eras(history, name):
+            if not form["slot_decay_per_second"]:
+                continue
+            of_place = sorted(
+                (grant for grant in of_limit if begins <= grant[0] and grant[1] <= ends), key=lambda grant: grant[1]
+            )
+            for begin, _, _ in of_place:
+                first = bisect.bisect_left(of_place, begin, key=lambda grant: grant[1])
+                window = of_place[first : first + WINDOWS]
+                if worst := _first_excess(window, begin, form["limit"], form["slot_decay_per_second"]):
+                    found.append(Violation("Never too fast", f"{name} {key}: {worst}"))
+                    break
     return found
 
 
 WINDOWS = 1000  # grants that are looked at from each on
+SETTLES = 0.3  # seconds around a change of a limit: longer than moments are told ahead, and than it takes to commit
+
+
+def _eras(history: History, name: str) -> Iterator[tuple[float, float, Row]]:
+    """From when until when a limit had which form."""
+    changes = [change for change in history.changes if change.what == "configs" and change.row["name"] == name]
+    for change, following in zip(changes, [*changes[1:], None], strict=True):
+        begins = change.at + SETTLES if change.was is not None else 0.0
+        if change.becomes is not None:
+            yield begins, float("inf") if following is None else following.at - SETTLES, change.becomes
 
 
 def _moments(history: History) -> dict[tuple[str, str], list[tuple[float, float, int]]]:

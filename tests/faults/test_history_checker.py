@@ -356,6 +356,17 @@ def test_the_moments_of_those_who_stood_in_line_are_known_exactly_however_late_t
     assert "Never too fast" in booked(0.0999, late=5).breaks()
 
 
+def test_a_raised_rate_may_be_met_by_those_who_were_told_their_moments_before_and_holds_from_then_on() -> None:
+    story = booked(0.1, late=0)
+    story.configure(2, limit=1, rate=20)
+    for number in range(20):
+        story.granted(2 + number * 0.05, f"faster {number}", slots=0, acquired_at=2.05 + number * 0.05)
+        story.asked(2, f"faster {number}", rate=True)
+    assert "Never too fast" in story.breaks()  # the moments of the others lie up to 0.9 s ahead
+    story.changes = [change for change in story.changes if not 2.2 < change.row.get("acquired_at", 0) < 3]
+    assert story.breaks() == []
+
+
 def test_one_that_goes_before_its_moment_is_found() -> None:
     assert "Never too fast" in booked(0.1, late=-0.002).breaks()
 

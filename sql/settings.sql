@@ -4,7 +4,7 @@
 -- hour. jit off, since such plans look expensive enough to be compiled. And one plan for all arguments: a plan for each array takes longer
 -- than its work.
 --
--- Each setting costs a call some 2 % of a bare UPDATE. So acquire, rate_limit and release have just the one that the short way needs; the
+-- Each setting costs a call some 2 % of a bare UPDATE. So acquire, rate_limit and release have just those that the short way needs; the
 -- long way is entered by _answer and _release, which have all of them. The functions that read no table (errors, version) have none.
 do $$
 declare
@@ -16,7 +16,7 @@ begin
     where p.pronamespace = 'pglimits'::regnamespace and p.prokind = 'f' and (p.prosecdef or p.proname in ('_answer', '_release'))
   loop
     foreach setting in array case
-      when routine.is_short then array['enable_seqscan = off']
+      when routine.is_short then array['enable_seqscan = off', 'enable_bitmapscan = off']
       else array['enable_seqscan = off', 'enable_bitmapscan = off', 'jit = off', 'plan_cache_mode = force_generic_plan'] end
     loop
       execute format('alter function %s set %s', routine.name, setting);

@@ -19,9 +19,10 @@ cross join pglimits.states s;
 
 comment on view pglimits._uses is 'Every state, less what has ended or died and was not taken out yet.';
 
+-- Sums of integers: those of bigint are computed as numeric.
 create or replace view pglimits.limits as
 select
-  c.name, c."limit", coalesce(sum(u.held), 0)::bigint as held, coalesce(sum(u.waiting), 0)::bigint as waiting, c.active,
+  c.name, c."limit", coalesce(sum(u.held::integer), 0) as held, coalesce(sum(u.waiting::integer), 0) as waiting, c.active,
   c.slot_decay_per_second, coalesce(sum(u.level), 0) as level, c.max_waiters, c.description, c.created_at, c.updated_at
 from pglimits.configs c
 left join pglimits._uses u on u.limit_id = c.limit_id

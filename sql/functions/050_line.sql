@@ -18,19 +18,28 @@ return case when channel is not null then pg_notify(channel, message) end;
 
 comment on function pglimits._tell(text, text) is 'Notifies a waiting process about one of its requests.';
 
--- How many stand before a place in a line, and what they wait for. Who is last need not count.
+-- How many stand before a place in a line, which may be taken, and what they wait for. Who is last, or comes last, need not count.
 create or replace function pglimits._before(
   state pglimits.states, rank integer, arrival timestamptz, out waiters integer, out slots bigint)
 language plpgsql
 volatile
 as $$
+declare
+  here record;
 begin
   waiters := state.waiting;
   slots := state.waiting_slots;
-  if waiters > 0 and exists (
-    select from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (_before.rank, _before.arrival))
-  then
+  if waiters = 0 then
+    return;
+  end if;
+  select count(*) as others, bool_or(x.is_it) as is_taken, sum(x.slots) as slots into here from (
+    select (q.rank, q.arrival) = (_before.rank, _before.arrival) as is_it, q.slots from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (_before.rank, _before.arrival)
+    order by q.rank, q.arrival limit 2) x;
+  if here.others = 1 and here.is_taken then
+    waiters := waiters - 1;
+    slots := slots - here.slots;
+  elsif here.others > 0 then
     select count(*), coalesce(sum(q.slots), 0) into waiters, slots from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
       and (q.rank, q.arrival) < (_before.rank, _before.arrival);

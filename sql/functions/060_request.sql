@@ -181,7 +181,7 @@ begin
       if status = 'granted' then
         status := 'queued';
         waiters := before.waiters;
-        is_full := state.waiting >= state.max_waiters and state.max_waiters <= state.waiting - pglimits._dead_waiters(
+        is_full := coalesce(state.waiting >= state.max_waiters, false) and state.max_waiters <= state.waiting - pglimits._dead_waiters(
           state.limit_id, state.key, state.head_rank, state.head_arrival, now);
       end if;
       by_time := by_time and state.slot_decay_per_second > 0 and ready_at < 'infinity';

@@ -76,6 +76,12 @@ begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
   end if;
+  if cardinality(lease_ids) = 1 then
+    select l.limit_id, l.key into place from pglimits.leases l where l.lease_id = lease_ids[1] and l.parts = 1 and l.fence > 0;
+    if found then  -- a lease on one limit is on nothing else
+      return pglimits._release_at(place.limit_id, place.key, lease_ids, own);
+    end if;
+  end if;
   if cardinality(lease_ids) > 1
      or exists (select from pglimits.leases l where l.lease_id = any (lease_ids) and l.parts > 1)
      or exists (select from pglimits.queue q where q.lease_id = any (lease_ids) and q.parts is not null)

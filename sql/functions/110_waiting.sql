@@ -237,7 +237,7 @@ create or replace procedure pglimits._wait(
 language plpgsql
 as $$
 declare
-  id constant pg_catalog.uuid := coalesce(lease_id, pg_catalog.gen_random_uuid());
+  id pg_catalog.uuid := lease_id;
   is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
   began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
   remaining double precision := timeout_seconds;
@@ -266,6 +266,7 @@ begin
     end if;
     commit;
     exit when answer.status operator(pg_catalog.<>) 'queued';
+    id := answer.lease_id;
     if answer."position" is null then
       perform pg_catalog.pg_sleep(answer.retry_after);  -- it is granted, as of then
     else

@@ -288,7 +288,7 @@ def test_what_has_plans_has_the_settings_of_settings_sql(s: Session) -> None:
     for row in routines(s):
         settings = {one for one in row.config if not one.startswith(("search_path=", "lock_timeout="))}
         if row.name in ("acquire", "rate_limit", "release"):
-            assert settings == {"enable_seqscan=off"}, row.signature
+            assert settings == {"enable_seqscan=off", "enable_bitmapscan=off"}, row.signature
         else:
             assert settings == (every if row.definer or row.name in ("_answer", "_release") else set()), row.signature
 

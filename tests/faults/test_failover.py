@@ -131,6 +131,8 @@ def test_an_asynchronous_standby_loses_what_it_had_not_received_and_nothing_else
     ids = {str(change.row["lease_id"]) for change in lost if "lease_id" in change.row}
     since = min(change.at for change in lost)
     concerned = heard(found, ("granted",), since, found.end) & ids
+    # Also those whose leases were renewed, and end as they did before.
+    concerned |= {str(change.row["lease_id"]) for change in lost if change.what == "leases" and change.was is not None}
     # Of a call of rate_limit that went at once, and of a refusal, no row tells.
     concerned |= heard(found, ("asked",), since, back) & heard(found, ("went",), since, found.end)
     concerned |= heard(found, ("refused",), since, back)

@@ -143,6 +143,7 @@ as $$
 declare
   before bigint;
   is_locked boolean := false;
+  polls integer := 0;
 begin
   if pglimits._is_being_upgraded() then
     perform pg_sleep(0.1);
@@ -159,7 +160,7 @@ begin
     order by b.rank desc, b.arrival desc limit 1;
     exit when not found;
     if pg_try_advisory_lock_shared(before) then
-      perform pg_advisory_unlock_shared(before), pg_sleep(0.007);
+      perform pg_advisory_unlock_shared(before), pg_sleep(0.008);
     else
       begin
         perform pg_advisory_lock_shared(before);
@@ -173,10 +174,11 @@ begin
     end if;
   end loop;
   while exists (select from pglimits.queue q where q.lease_id = _sleep.lease_id) loop
-    if clock_timestamp() >= until or pglimits._is_being_upgraded() then
+    polls := polls + 1;
+    if clock_timestamp() >= until or polls % 16 = 0 and pglimits._is_being_upgraded() then
       return true;
     end if;
-    perform pg_sleep(0.007);
+    perform pg_sleep(0.008);
   end loop;
   return false;
 end $$;

@@ -55,7 +55,8 @@ begin
     if rate > 0 then
       granted := least(granted, greatest(floor((
         pglimits._decayed(state.decayed, rate, state.decayed_at,
-                          case when may_wait then least(now + pglimits._horizon(), deadline) else now end)
+                          case when may_wait and (state.waiting < state.max_waiters) is not false
+                               then least(now + pglimits._horizon(), deadline) else now end)
         + pglimits._millionths(state."limit") - booked) / pglimits._millionths(slots)), 0));
     end if;
   end if;

@@ -1,17 +1,18 @@
 -- The short way: what most calls ask for, one at a time, in a few statements. A look without a lock, and if it shows room, nobody in line and
 -- nobody at work on the state, one UPDATE of what was seen. It fails, with nothing done, if anything has changed since, as every change
--- raises the version. Everything that is not so simple is left to those who decide under the lock.
+-- raises the version. Where somebody else is at work, acquire and release go it once more, with the state locked. Everything that is not so
+-- simple is left to those who decide.
 --
 -- Whoever has a state locked is its xmax. The transaction that wrote it leaves itself there, if it had it locked before: then xmax is xmin.
 --
 -- Invariant: what is done here is what _decide, or _release_at, would do.
 -- Called by: the public functions and the batches, first.
 
--- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. Answers its fence; 0: there is no room,
--- whoever is in line; null: it is not so simple.
+-- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. locked: the state is, by this transaction.
+-- Answers its fence; 0: there is no room, whoever is in line; -1: there is, but somebody else is at work; null: it is not so simple.
 create or replace function pglimits._take_at_once(
   name text, slots integer, key text, lease_duration double precision, priority integer, holder jsonb, lease_id uuid, chosen boolean,
-  now timestamptz, ends timestamptz)
+  now timestamptz, ends timestamptz, locked boolean)
 returns bigint
 language plpgsql
 volatile
@@ -20,7 +21,7 @@ declare
   seen record;
 begin
   select s.limit_id, s.ctid as place, s.xmin as written_by, s."limit", s."limit" - s.held as room, s.version, s.held, s.next_expiry,
-         s.waiting = 0 and (s.xmax = '0' or s.xmax = s.xmin) as is_free
+         s.waiting, locked or s.xmax = '0' or s.xmax = s.xmin as is_free
   into seen from pglimits.states s
   where s.name = _take_at_once.name and s.key = _take_at_once.key and s.active and s.slot_decay_per_second = 0
   order by s.generation desc limit 1;
@@ -29,7 +30,10 @@ begin
       return null;
     end if;
   end if;
-  if slots > 0 and slots <= seen.room and seen.is_free and seen.next_expiry > now then
+  if slots > 0 and slots <= seen.room and seen.waiting = 0 and seen.next_expiry > now then
+    if not seen.is_free then
+      return -1;
+    end if;
     update pglimits.states s
     set version = seen.version + 1, generation = (seen.version + 1) / 64, held = seen.held + slots,
         next_expiry = least(seen.next_expiry, ends), changed_at = now
@@ -41,6 +45,7 @@ begin
               priority, lease_duration, true, 1, now, ends);
       return seen.version + 1;
     end if;
+    return -1;
   elsif slots > greatest(seen.room, 0) and slots <= seen."limit" then
     if seen.next_expiry > now or pglimits._ended_slots(seen.limit_id, key, seen.next_expiry, now) = 0 then
       return 0;
@@ -50,8 +55,31 @@ begin
 end $$;
 
 comment on function pglimits._take_at_once(
-  text, integer, text, double precision, integer, jsonb, uuid, boolean, timestamptz, timestamptz) is
-  'Grants a request if nothing is in the way: its fence; 0 if there is no room; null if it is not so simple.';
+  text, integer, text, double precision, integer, jsonb, uuid, boolean, timestamptz, timestamptz, boolean) is
+  'Grants a request if nothing is in the way: its fence; 0 if there is no room; -1 if somebody is at work; null if it is not so simple.';
+
+-- The same with the state locked, for what found somebody else at work.
+create or replace function pglimits._take_locked(
+  name text, slots integer, key text, lease_duration double precision, priority integer, holder jsonb, lease_id uuid, chosen boolean)
+returns pglimits._outcome
+language plpgsql
+volatile
+as $$
+declare
+  now timestamptz;
+  ends timestamptz;
+  fence bigint;
+begin
+  perform from pglimits.states s
+  where s.name = _take_locked.name and s.key = _take_locked.key order by s.generation desc limit 1 for update;
+  now := pglimits._now();
+  ends := now + lease_duration * interval '1 second';
+  fence := pglimits._take_at_once(name, slots, key, lease_duration, priority, holder, lease_id, chosen, now, ends, true);
+  return case when fence > 0 then row(1, 1, 'granted', fence, ends, array[0])::pglimits._outcome end;
+end $$;
+
+comment on function pglimits._take_locked(text, integer, text, double precision, integer, jsonb, uuid, boolean) is
+  'Grants a request over one concurrency limit, having locked its state, if nothing else is in the way; null if it is not so simple.';
 
 -- A call of rate_limit over one limit, which leaves nothing but the level. lease_id: if it may be known. Answers seconds: 0, it is granted;
 -- more, it is refused, and could go then; null, it is not so simple.
@@ -120,7 +148,7 @@ end $$;
 comment on function pglimits._is_known(uuid[]) is 'Whether some of these requests were asked before, and are known.';
 
 -- Ends a lease on one limit where nobody waits. Whether it was live; null if it is not so simple.
-create or replace function pglimits._release_at_once(lease_id uuid)
+create or replace function pglimits._release_at_once(lease_id uuid, locked boolean)
 returns boolean
 language plpgsql
 volatile
@@ -132,7 +160,8 @@ begin
   select l.slots, s.place, s.written_by, s.version, s.held into seen
   from pglimits.leases l
   cross join lateral (
-    select x.ctid as place, x.xmin as written_by, x.version, x.held, x.waiting = 0 and (x.xmax = '0' or x.xmax = x.xmin) as is_simple
+    select x.ctid as place, x.xmin as written_by, x.version, x.held,
+           x.waiting = 0 and (locked or x.xmax = '0' or x.xmax = x.xmin) as is_simple
     from pglimits.states x where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
   where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and s.is_simple;
   if not found then
@@ -149,5 +178,5 @@ begin
   return live;
 end $$;
 
-comment on function pglimits._release_at_once(uuid) is
+comment on function pglimits._release_at_once(uuid, boolean) is
   'Ends a lease on one limit where nobody waits: whether it was live; null if it is not so simple.';

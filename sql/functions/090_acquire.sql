@@ -254,7 +254,7 @@ comment on function pglimits._ask(
 -- second, if not at all: contention is no reason to refuse). Past that, somebody keeps a limit locked in an open transaction.
 create or replace function pglimits._answer(
   what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
-  lease_duration double precision, priority integer, holder jsonb, lease_id uuid, strict boolean, channel text)
+  lease_duration double precision, priority integer, holder jsonb, lease_id uuid, strict boolean, channel text, contended boolean)
 returns pglimits.acquired_all
 language plpgsql
 volatile
@@ -277,6 +277,15 @@ begin
     if bounded then
       -- In milliseconds, an integer. To try once, a lock is waited for one second.
       perform set_config('lock_timeout', least(ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000), 2147483647)::integer::text, true);
+    end if;
+    if contended then
+      outcome := pglimits._take_locked(names[1], slots[1], keys[1], lease_duration, priority, holder, id, lease_id is not null);
+      if outcome.status is not null then
+        if bounded then
+          perform set_config('lock_timeout', lock_timeout, true);
+        end if;
+        return row('granted', id, array[outcome.fence], outcome.expires_at, null, null)::pglimits.acquired_all;
+      end if;
     end if;
     select a.* into outcome
     from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
@@ -316,8 +325,8 @@ begin
 end $$;
 
 comment on function pglimits._answer(
-  text, text[], integer[], text[], boolean, double precision, double precision, integer, jsonb, uuid, boolean, text) is
-  'Serves one request; raises what is wrong with it.';
+  text, text[], integer[], text[], boolean, double precision, double precision, integer, jsonb, uuid, boolean, text, boolean) is
+  'Serves one request; raises what is wrong with it. contended: the short way was clear, but for somebody else at work.';
 
 -- The fences of a lease, one for each name; null where it is not enforced.
 create or replace function pglimits._fences(lease_id uuid, names text[], keys text[])
@@ -386,7 +395,7 @@ begin
     id := coalesce(lease_id, gen_random_uuid());
     now := pglimits._now();
     ends := now + lease_duration * interval '1 second';
-    fence := pglimits._take_at_once(name, slots, key, lease_duration, priority, holder, id, lease_id is not null, now, ends);
+    fence := pglimits._take_at_once(name, slots, key, lease_duration, priority, holder, id, lease_id is not null, now, ends, false);
     if fence > 0 then
       return row('granted', id, fence, ends, null, null)::pglimits.acquired;
     elsif fence = 0 and timeout_seconds = 0 then
@@ -394,7 +403,7 @@ begin
     end if;
   end if;
   whole := pglimits._answer('acquire', array[name], array[slots], array[key], false, timeout_seconds, lease_duration, priority,
-                            holder, lease_id, strict, channel);
+                            holder, lease_id, strict, channel, fence = -1);
   return row(whole.status, whole.lease_id, whole.fences[1], whole.expires_at, whole.retry_after, whole."position")
          ::pglimits.acquired;
 end $$;
@@ -439,7 +448,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return pglimits._answer('acquire_all', names, slots, keys, false, timeout_seconds, lease_duration, priority, holder, lease_id,
-                          strict, channel);
+                          strict, channel, false);
 end $$;
 
 comment on function pglimits.acquire_all(
@@ -518,7 +527,7 @@ volatile
 as $$
 declare
   whole constant pglimits.acquired_all := pglimits._answer(
-    what, names, slots, keys, true, timeout_seconds, 1, priority, holder, lease_id, strict, channel);
+    what, names, slots, keys, true, timeout_seconds, 1, priority, holder, lease_id, strict, channel, false);
 begin
   return row(whole.status, whole.retry_after, whole.lease_id, whole."position")::pglimits.rate_limited;
 end $$;

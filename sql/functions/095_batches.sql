@@ -80,7 +80,13 @@ begin
       now := pglimits._now();
       ends := now + lease_duration * interval '1 second';
       fence := pglimits._take_at_once(
-        names[1], slots[1], keys[1], lease_duration, priority, holders -> 0, lease_ids[1], again, now, ends);
+        names[1], slots[1], keys[1], lease_duration, priority, holders -> 0, lease_ids[1], again, now, ends, false);
+      if fence = -1 then
+        outcome := pglimits._take_locked(
+          names[1], slots[1], keys[1], lease_duration, priority, holders -> 0, lease_ids[1], again);
+        fence := outcome.fence;
+        ends := outcome.expires_at;
+      end if;
       if fence > 0 then
         status := 'granted';
         fences[1] := fence;
@@ -142,7 +148,7 @@ begin
   if (durable and patience is null) is not true then
     perform pglimits._for_this_call(durable, patience);
   end if;
-  if cardinality(lease_ids) = 1 and not pg_is_in_recovery() and pglimits._release_at_once(lease_ids[1]) then
+  if cardinality(lease_ids) = 1 and not pg_is_in_recovery() and pglimits._release_at_once(lease_ids[1], false) then
     return array[]::uuid[];
   end if;
   perform pglimits._check(pglimits._ids_fault(lease_ids));

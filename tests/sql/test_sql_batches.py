@@ -115,6 +115,12 @@ def test_moments_within_the_horizon_are_told_to_whoever_sends_a_batch(clock: Clo
     assert s.limit("api").level == 5
 
 
+def test_where_nobody_may_stand_in_line_nobody_is_granted_ahead_of_its_moment(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 100, max_waiters=0)
+    assert each(batch(s, "api", ids(3), for_rate=True, timeout_seconds=10)) == ["granted", "full", "full"]
+
+
 def test_what_is_sent_again_acts_once_also_beside_what_is_new(db: Db, s: Session) -> None:
     for name in ("database", "other"):
         s.create(name, 10)

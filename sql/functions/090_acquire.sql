@@ -280,16 +280,12 @@ begin
     end if;
     if contended then
       outcome := pglimits._take_locked(names[1], slots[1], keys[1], lease_duration, priority, holder, id, lease_id is not null);
-      if outcome.status is not null then
-        if bounded then
-          perform set_config('lock_timeout', lock_timeout, true);
-        end if;
-        return row('granted', id, array[outcome.fence], outcome.expires_at, null, null)::pglimits.acquired_all;
-      end if;
     end if;
-    select a.* into outcome
-    from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
-                       jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false) a;
+    if outcome.status is null then
+      select a.* into outcome
+      from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
+                         jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false) a;
+    end if;
     if bounded then
       perform set_config('lock_timeout', lock_timeout, true);
     end if;

@@ -130,7 +130,9 @@ class Keeper:
         self._agenda: list[tuple[float, int, Waiter]] = []
         self._count = itertools.count()
         self._told: set[UUID] = set()
-        # When it called in last, and does so next.
+        # When it called in last but one, last, and does so next. What was granted just before the last time goes by the
+        # one before that.
+        self._beat_before = -math.inf
         self._beat_at = -math.inf
         self._beats_at = math.inf
         # Told of their lease, and not woken yet.
@@ -308,7 +310,7 @@ class Keeper:
             return
         fence, goes_in, expires = map(int, numbers)
         # Its lease ends when it would have died, or as long after it was asked for as it lasts.
-        ends = min(max(waiter.called_in, self._beat_at) + LIVENESS, waiter.called_in + waiter.kind.lease_duration)
+        ends = min(max(waiter.called_in, self._beat_before) + LIVENESS, waiter.called_in + waiter.kind.lease_duration)
         if waiter.trusting and (waiter.kind.for_rate or ends - now > _TRUSTED):
             expires_at = _EPOCH + timedelta(microseconds=expires)
             waiter.news = News("granted", fence, expires_at, ends, claimed=False, goes_at=now + goes_in / 1e6)
@@ -368,7 +370,7 @@ class Keeper:
                 self._beats_at = math.inf
                 return
         rows = self._execute(connection, b"", _sql.BEAT, [self.channel.encode()])
-        self._beat_at = now
+        self._beat_before, self._beat_at = self._beat_at, now
         self._beats_at = time.monotonic() + max(rows[0][0], 0.01)
         self._look(connection, list(looks.values()), only_news=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,7 +27,10 @@ from wrappertest import (
     waiting,
 )
 
-from pglimits import Lease, LeaseLost
+from pglimits import Lease, LeaseLost, Limiter
+from pglimits._keeper import LIVENESS, Waiter
+from pglimits._requests import checked
+from pglimits._wake import ThreadWaker
 
 by_notification = poolers.straight_only("no notification comes, and a waiter goes on when it finds its lease")
 
@@ -231,6 +235,19 @@ def test_notifications_that_mean_nothing_do_no_harm(api: Api, conn: Connection, 
     assert api.release(holder)
     assert api.release(waits.result(30))
     assert nothing_left(conn)
+
+
+def test_a_lease_is_counted_from_the_last_heartbeat_that_was_surely_before_its_grant(limiter: Limiter) -> None:
+    """It is told before it is claimed, and the heartbeat may have overtaken the grant."""
+    kind, _ = checked("database", 1, None, None, 300, False, None, None, "", 0)
+    keeper, now, lease_id = limiter._engine.keeper, time.monotonic(), uuid4()
+    waiter = Waiter(lease_id, ThreadWaker(), None, user=limiter._user, kind=kind, called_in=now - 60, trusting=True)
+    keeper._waiters[lease_id] = waiter
+    keeper._beat_before, keeper._beat_at = now - 4, now - 1
+    keeper._told_of(str(lease_id), "7", "0", "2000000000000000")
+    assert waiter.news is not None
+    assert (waiter.news.fence, waiter.news.ends) == (7, now - 4 + LIVENESS)
+    keeper.remove(lease_id)
 
 
 @by_notification

@@ -4,7 +4,7 @@
 -- hour. jit off, since such plans look expensive enough to be compiled. And one plan for all arguments: a plan for each array takes longer
 -- than its work.
 --
--- Each setting costs a call some 2 % of a bare UPDATE. So acquire, rate_limit and release have just those that the short way needs; the
+-- Each setting costs a call some 4 % of a bare UPDATE. So acquire, rate_limit and release have just those that the short way needs; the
 -- long way is entered by _answer and _release, which have all of them. The functions that read no table (errors, version) have none.
 do $$
 declare

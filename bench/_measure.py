@@ -20,12 +20,6 @@ class Spread:
     high: float
     values: tuple[float, ...] = ()
 
-    def scaled(self, factor: float) -> Spread:
-        """The same in another unit."""
-        return Spread(
-            self.median * factor, self.low * factor, self.high * factor, tuple(value * factor for value in self.values)
-        )
-
 
 MANY = 10
 """More measurements than this are summed up by their quartiles: one of them is bound to be far off."""

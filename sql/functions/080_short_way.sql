@@ -8,20 +8,25 @@
 -- Invariant: what is done here is what _decide, or _release_at, would do.
 -- Called by: the public functions and the batches, first.
 
--- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. locked: the state is, by this transaction.
--- Answers its fence; 0: there is no room, whoever is in line; -1: there is, but somebody else is at work; null: it is not so simple.
+-- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. patient: it waits for somebody else who is
+-- at work, as long as lock_timeout lets it. Answers what acquire does; the status is null if it is not so simple, and 'busy' if that
+-- is only because somebody else is at work.
 create or replace function pglimits._take_at_once(
-  name text, slots integer, key text, lease_duration double precision, priority integer, holder jsonb, lease_id uuid, chosen boolean,
-  now timestamptz, ends timestamptz, locked boolean)
-returns bigint
+  name text, slots integer, key text, timeout_seconds double precision, lease_duration double precision, priority integer,
+  holder jsonb, lease_id uuid, chosen boolean, patient boolean)
+returns pglimits.acquired
 language plpgsql
 volatile
 as $$
 declare
   seen record;
+  fence bigint;
+  now timestamptz;
+  ends timestamptz;
 begin
-  select s.limit_id, s.ctid as place, s.xmin as written_by, s."limit", s."limit" - s.held as room, s.version, s.held, s.next_expiry,
-         s.waiting, locked or s.xmax = '0' or s.xmax = s.xmin as is_free
+  select s.limit_id, s.generation, s.version, s."limit", s."limit" - s.held as room, s.next_expiry,
+         s.next_expiry > pglimits._now() as is_current, s.waiting,
+         patient or s.xmax = '0' or s.xmax = s.xmin or timeout_seconds is null and current_setting('lock_timeout') = '0' as may_go
   into seen from pglimits.states s
   where s.name = _take_at_once.name and s.key = _take_at_once.key and s.active and s.slot_decay_per_second = 0
   order by s.generation desc limit 1;
@@ -30,56 +35,36 @@ begin
       return null;
     end if;
   end if;
-  if slots > 0 and slots <= seen.room and seen.waiting = 0 and seen.next_expiry > now then
-    if not seen.is_free then
-      return -1;
+  if slots > 0 and slots <= seen.room and seen.waiting = 0 and seen.is_current then
+    if seen.may_go then
+      update pglimits.states s
+      set version = s.version + 1, generation = (s.version + 1) / 64, held = s.held + slots,
+          next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now()
+      where s.limit_id = seen.limit_id and s.key = _take_at_once.key and s.generation >= seen.generation
+        and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots <= s."limit"
+        and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
+      returning s.version, pglimits._now() into fence, now;
+      if found then
+        insert into pglimits.leases as l (
+          lease_id, limit_id, key, slots, holder, session, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
+        values (lease_id, seen.limit_id, key, slots, holder, case when holder is null then pglimits._session() end, fence,
+                priority, lease_duration, true, 1, now, now + lease_duration * interval '1 second')
+        returning l.expires_at into ends;
+        return row('granted', lease_id, fence, ends, null, null)::pglimits.acquired;
+      end if;
     end if;
-    update pglimits.states s
-    set version = seen.version + 1, generation = (seen.version + 1) / 64, held = seen.held + slots,
-        next_expiry = least(seen.next_expiry, ends), changed_at = now
-    where s.ctid = seen.place and s.xmin = seen.written_by;
-    if found then
-      insert into pglimits.leases (
-        lease_id, limit_id, key, slots, holder, session, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
-      values (lease_id, seen.limit_id, key, slots, holder, case when holder is null then pglimits._session() end, seen.version + 1,
-              priority, lease_duration, true, 1, now, ends);
-      return seen.version + 1;
-    end if;
-    return -1;
-  elsif slots > greatest(seen.room, 0) and slots <= seen."limit" then
-    if seen.next_expiry > now or pglimits._ended_slots(seen.limit_id, key, seen.next_expiry, now) = 0 then
-      return 0;
+    return row('busy', null, null, null, null, null)::pglimits.acquired;
+  elsif timeout_seconds = 0 and slots > greatest(seen.room, 0) and slots <= seen."limit" then
+    if seen.is_current or pglimits._ended_slots(seen.limit_id, key, seen.next_expiry, pglimits._now()) = 0 then
+      return row('refused', null, null, null, null, null)::pglimits.acquired;
     end if;
   end if;
   return null;
 end $$;
 
 comment on function pglimits._take_at_once(
-  text, integer, text, double precision, integer, jsonb, uuid, boolean, timestamptz, timestamptz, boolean) is
-  'Grants a request if nothing is in the way: its fence; 0 if there is no room; -1 if somebody is at work; null if it is not so simple.';
-
--- The same with the state locked, for what found somebody else at work.
-create or replace function pglimits._take_locked(
-  name text, slots integer, key text, lease_duration double precision, priority integer, holder jsonb, lease_id uuid, chosen boolean)
-returns pglimits._outcome
-language plpgsql
-volatile
-as $$
-declare
-  now timestamptz;
-  ends timestamptz;
-  fence bigint;
-begin
-  perform from pglimits.states s
-  where s.name = _take_locked.name and s.key = _take_locked.key order by s.generation desc limit 1 for update;
-  now := pglimits._now();
-  ends := now + lease_duration * interval '1 second';
-  fence := pglimits._take_at_once(name, slots, key, lease_duration, priority, holder, lease_id, chosen, now, ends, true);
-  return case when fence > 0 then row(1, 1, 'granted', fence, ends, array[0])::pglimits._outcome end;
-end $$;
-
-comment on function pglimits._take_locked(text, integer, text, double precision, integer, jsonb, uuid, boolean) is
-  'Grants a request over one concurrency limit, having locked its state, if nothing else is in the way; null if it is not so simple.';
+  text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, boolean) is
+  'Grants a request if nothing is in the way, or refuses it if there is no room; status null: it is not so simple.';
 
 -- A call of rate_limit over one limit, which leaves nothing but the level. lease_id: if it may be known. Answers seconds: 0, it is granted;
 -- more, it is refused, and could go then; null, it is not so simple.
@@ -148,7 +133,7 @@ end $$;
 comment on function pglimits._is_known(uuid[]) is 'Whether some of these requests were asked before, and are known.';
 
 -- Ends a lease on one limit where nobody waits. Whether it was live; null if it is not so simple.
-create or replace function pglimits._release_at_once(lease_id uuid, locked boolean)
+create or replace function pglimits._release_at_once(lease_id uuid)
 returns boolean
 language plpgsql
 volatile
@@ -157,26 +142,30 @@ declare
   seen record;
   live boolean;
 begin
-  select l.slots, s.place, s.written_by, s.version, s.held into seen
+  select l.limit_id, l.key, l.slots, l.ctid as place, s.generation into seen
   from pglimits.leases l
   cross join lateral (
-    select x.ctid as place, x.xmin as written_by, x.version, x.held,
-           x.waiting = 0 and (locked or x.xmax = '0' or x.xmax = x.xmin) as is_simple
-    from pglimits.states x where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
-  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and s.is_simple;
+    select x.generation, x.waiting from pglimits.states x
+    where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
+  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and s.waiting = 0;
   if not found then
     return null;
   end if;
   update pglimits.states s
-  set version = seen.version + 1, generation = (seen.version + 1) / 64, held = seen.held - seen.slots, changed_at = pglimits._now()
-  where s.ctid = seen.place and s.xmin = seen.written_by;
+  set version = s.version + 1, generation = (s.version + 1) / 64, held = s.held - seen.slots, changed_at = pglimits._now()
+  where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
   if not found then
     return null;
   end if;
-  delete from pglimits.leases l where l.lease_id = _release_at_once.lease_id
+  delete from pglimits.leases l where l.lease_id = _release_at_once.lease_id and l.ctid = seen.place
   returning l.expires_at > pglimits._now() into live;
+  if not found then
+    -- Somebody else ended it, or renewed it, before its state was locked.
+    update pglimits.states s set held = s.held + seen.slots
+    where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation;
+  end if;
   return live;
 end $$;
 
-comment on function pglimits._release_at_once(uuid, boolean) is
+comment on function pglimits._release_at_once(uuid) is
   'Ends a lease on one limit where nobody waits: whether it was live; null if it is not so simple.';

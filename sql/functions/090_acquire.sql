@@ -263,6 +263,7 @@ declare
   id constant uuid := coalesce(lease_id, gen_random_uuid());
   lock_timeout constant text := current_setting('lock_timeout');
   bounded constant boolean := lock_timeout = '0' and timeout_seconds is not null;
+  taken pglimits.acquired;
   outcome pglimits._outcome;
   missing text[];
   answer pglimits.acquired_all;
@@ -279,9 +280,12 @@ begin
       perform set_config('lock_timeout', least(ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000), 2147483647)::integer::text, true);
     end if;
     if contended then
-      outcome := pglimits._take_locked(names[1], slots[1], keys[1], lease_duration, priority, holder, id, lease_id is not null);
+      taken := pglimits._take_at_once(
+        names[1], slots[1], keys[1], timeout_seconds, lease_duration, priority, holder, id, lease_id is not null, true);
     end if;
-    if outcome.status is null then
+    if taken.status = 'granted' then
+      outcome := row(1, 1, 'granted', taken.fence, taken.expires_at, array[0])::pglimits._outcome;
+    else
       select a.* into outcome
       from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
                          jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false) a;
@@ -381,25 +385,18 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  id uuid;
-  now timestamptz;
-  ends timestamptz;
-  fence bigint;
+  answer pglimits.acquired;
   whole pglimits.acquired_all;
 begin
   if pglimits._is_plain(timeout_seconds, lease_duration, priority, holder, strict, channel) then
-    id := coalesce(lease_id, gen_random_uuid());
-    now := pglimits._now();
-    ends := now + lease_duration * interval '1 second';
-    fence := pglimits._take_at_once(name, slots, key, lease_duration, priority, holder, id, lease_id is not null, now, ends, false);
-    if fence > 0 then
-      return row('granted', id, fence, ends, null, null)::pglimits.acquired;
-    elsif fence = 0 and timeout_seconds = 0 then
-      return row('refused', null, null, null, null, null)::pglimits.acquired;
+    answer := pglimits._take_at_once(name, slots, key, timeout_seconds, lease_duration, priority, holder,
+                                     coalesce(lease_id, gen_random_uuid()), lease_id is not null, false);
+    if answer.status <> 'busy' then
+      return answer;
     end if;
   end if;
   whole := pglimits._answer('acquire', array[name], array[slots], array[key], false, timeout_seconds, lease_duration, priority,
-                            holder, lease_id, strict, channel, fence = -1);
+                            holder, lease_id, strict, channel, answer.status is not null);
   return row(whole.status, whole.lease_id, whole.fences[1], whole.expires_at, whole.retry_after, whole."position")
          ::pglimits.acquired;
 end $$;

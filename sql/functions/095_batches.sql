@@ -49,9 +49,7 @@ set lock_timeout = '300ms'
 as $$
 declare
   many constant integer := cardinality(lease_ids);
-  now timestamptz;
-  ends timestamptz;
-  fence bigint;
+  taken pglimits.acquired;
   outcome pglimits._outcome;
 begin
   if pg_is_in_recovery() then
@@ -77,24 +75,14 @@ begin
         names[1], slots[1], keys[1], timeout_seconds is distinct from 0, case when again then lease_ids[1] end);
       status := case when seconds[1] = 0 then 'granted' when seconds[1] is not null then 'refused' end;
     else
-      now := pglimits._now();
-      ends := now + lease_duration * interval '1 second';
-      fence := pglimits._take_at_once(
-        names[1], slots[1], keys[1], lease_duration, priority, holders -> 0, lease_ids[1], again, now, ends, false);
-      if fence = -1 then
-        outcome := pglimits._take_locked(
-          names[1], slots[1], keys[1], lease_duration, priority, holders -> 0, lease_ids[1], again);
-        fence := outcome.fence;
-        ends := outcome.expires_at;
-      end if;
-      if fence > 0 then
-        status := 'granted';
-        fences[1] := fence;
-        expires_at := ends;
+      taken := pglimits._take_at_once(
+        names[1], slots[1], keys[1], timeout_seconds, lease_duration, priority, holders -> 0, lease_ids[1], again, true);
+      if taken.status = 'granted' then
+        fences[1] := taken.fence;
+        expires_at := taken.expires_at;
         ends_in := lease_duration;
-      elsif fence = 0 and timeout_seconds = 0 then
-        status := 'refused';
       end if;
+      status := nullif(taken.status, 'busy');
     end if;
     if status is not null then
       return next;
@@ -148,7 +136,7 @@ begin
   if (durable and patience is null) is not true then
     perform pglimits._for_this_call(durable, patience);
   end if;
-  if cardinality(lease_ids) = 1 and not pg_is_in_recovery() and pglimits._release_at_once(lease_ids[1], false) then
+  if cardinality(lease_ids) = 1 and not pg_is_in_recovery() and pglimits._release_at_once(lease_ids[1]) then
     return array[]::uuid[];
   end if;
   perform pglimits._check(pglimits._ids_fault(lease_ids));

@@ -79,11 +79,6 @@ begin
   if cardinality(lease_ids) = 1 then
     select l.limit_id, l.key into place from pglimits.leases l where l.lease_id = lease_ids[1] and l.parts = 1 and l.fence > 0;
     if found then  -- a lease on one limit is on nothing else
-      perform from pglimits.states s
-      where s.limit_id = place.limit_id and s.key = place.key and s.waiting = 0 order by s.generation desc limit 1 for update;
-      if found then
-        return case when pglimits._release_at_once(lease_ids[1], true) then lease_ids else array[]::uuid[] end;
-      end if;
       return pglimits._release_at(place.limit_id, place.key, lease_ids, own);
     end if;
   end if;
@@ -187,7 +182,7 @@ begin
   if lease_id is null then
     perform pglimits._check('lease_id must not be null');
   elsif not pg_is_in_recovery() then
-    live := pglimits._release_at_once(lease_id, false);
+    live := pglimits._release_at_once(lease_id);
   end if;
   return coalesce(live, cardinality(pglimits._release(array[lease_id], false)) > 0);
 end $$;

@@ -160,7 +160,7 @@ begin
     order by b.rank desc, b.arrival desc limit 1;
     exit when not found;
     if pg_try_advisory_lock_shared(before) then
-      perform pg_advisory_unlock_shared(before), pg_sleep(0.008);
+      perform pg_advisory_unlock_shared(before), pg_sleep(0.005);
     else
       begin
         perform pg_advisory_lock_shared(before);
@@ -175,10 +175,10 @@ begin
   end loop;
   while exists (select from pglimits.queue q where q.lease_id = _sleep.lease_id) loop
     polls := polls + 1;
-    if clock_timestamp() >= until or polls % 16 = 0 and pglimits._is_being_upgraded() then
+    if clock_timestamp() >= until or polls % 32 = 0 and pglimits._is_being_upgraded() then
       return true;
     end if;
-    perform pg_sleep(0.008);
+    perform pg_sleep(0.005);
   end loop;
   return false;
 end $$;
@@ -227,23 +227,62 @@ end $$;
 comment on function pglimits._stay(uuid) is
   'Keeps the place of who sleeps: for how many seconds to sleep on; null if it is to ask. For acquire_wait.';
 
--- Waits in plain SQL, for acquire_wait and rate_limit_wait. No security definer and no search_path here: PostgreSQL forbids both to a
--- procedure that commits, so everything in it is qualified, the operators and the types too.
---
--- Each transaction commits with synchronous_commit = off, so that it unlocks the limit at once; the last one, which has nothing locked,
--- waits until all is on disk. WAL is a prefix: nobody durable depends on something that was lost.
-create or replace procedure pglimits._wait(
-  for_rate boolean, name text, slots integer, key text, timeout_seconds double precision, lease_duration double precision,
-  priority integer, holder jsonb, strict boolean, inout lease_id uuid, inout status text, inout fence bigint,
-  inout expires_at timestamptz, inout retry_after double precision)
+-- Waits in plain SQL until there is news of a queued request, or until its time is over: then it is to ask again.
+create or replace procedure pglimits._wait(lease_id uuid, "position" integer, retry_after double precision)
+language plpgsql
+as $$
+begin
+  if "position" is null then
+    perform pg_catalog.pg_sleep(retry_after);  -- it is granted, as of then
+    return;
+  end if;
+  while pglimits._sleep(lease_id, pg_catalog.clock_timestamp()
+                        operator(pg_catalog.+) (interval '1 second' operator(pg_catalog.*) retry_after))
+  loop
+    commit;
+    retry_after := pglimits._stay(lease_id);
+    commit;
+    exit when retry_after is null;
+  end loop;
+end $$;
+
+comment on procedure pglimits._wait(uuid, integer, double precision) is
+  'Sleeps until a queued request is to ask again. For acquire_wait and rate_limit_wait.';
+
+-- What is left of a timeout. The place in line keeps its own deadline; this is for one that was lost.
+create or replace function pglimits._remaining(timeout_seconds double precision, began timestamptz)
+returns double precision
+language sql
+volatile
+return case when timeout_seconds is not null then greatest(timeout_seconds - date_part('epoch', clock_timestamp() - began), 0) end;
+
+comment on function pglimits._remaining(double precision, timestamptz) is
+  'What is left of a timeout that began at a moment; null for ever. For acquire_wait and rate_limit_wait.';
+
+-- Whether the procedure that asks can certainly commit: it was called by a statement that is all of its query and the first of its
+-- transaction, and from within no other function or procedure. If not, it may be able to all the same.
+create or replace function pglimits._can_commit()
+returns boolean
+language plpgsql
+volatile
+as $$
+declare
+  callers pg_catalog.text;
+begin
+  get diagnostics callers = pg_context;  -- a line for each, this function being the first
+  return pg_catalog.statement_timestamp() operator(pg_catalog.=) pg_catalog.transaction_timestamp()
+     and pg_catalog.strpos(pg_catalog.rtrim(pg_catalog.current_query(), e'; \n'), ';') operator(pg_catalog.=) 0
+     and callers operator(pg_catalog.!~) e'\n.*\n';
+end $$;
+
+comment on function pglimits._can_commit() is
+  'Whether there is certainly no transaction open around the procedure that calls it. For the procedures.';
+
+-- Finds out for sure, and raises the error of a transaction that is open around the call.
+create or replace procedure pglimits._refuse_transaction()
 language plpgsql
 as $$
 declare
-  id pg_catalog.uuid := lease_id;
-  is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
-  began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
-  remaining double precision := timeout_seconds;
-  answer pg_catalog.record;
   problem pg_catalog.text;
 begin
   begin
@@ -253,53 +292,13 @@ begin
   end;
   if problem operator(pg_catalog.=) pglimits._cannot_commit() then
     raise exception using errcode = 'PL010',
-      message = 'whoever waits has to commit in between: call it outside a transaction block, with autocommit on',
-      hint = 'Inside a transaction, or in a function, ask again with acquire or rate_limit after a commit.';
+      message = 'this procedure commits by itself: call it outside a transaction block, with autocommit on',
+      hint = 'Inside a transaction, or in a function, call acquire, rate_limit or release instead, and ask again after a commit.';
   end if;
-  loop
-    perform pg_catalog.set_config('synchronous_commit', 'off', true);
-    if for_rate then
-      select r.status, r.lease_id, null::bigint as fence, null::pg_catalog.timestamptz as expires_at, r.retry_after,
-             r."position" into answer
-      from pglimits.rate_limit(name, slots, key, remaining, priority, holder, id, strict) r;
-    else
-      select a.status, a.lease_id, a.fence, a.expires_at, a.retry_after, a."position" into answer
-      from pglimits.acquire(name, slots, key, remaining, lease_duration, priority, holder, id, strict) a;
-    end if;
-    commit;
-    exit when answer.status operator(pg_catalog.<>) 'queued';
-    id := answer.lease_id;
-    if answer."position" is null then
-      perform pg_catalog.pg_sleep(answer.retry_after);  -- it is granted, as of then
-    else
-      loop
-        exit when not pglimits._sleep(id, pg_catalog.clock_timestamp()
-          operator(pg_catalog.+) (interval '1 second' operator(pg_catalog.*) answer.retry_after));
-        commit;
-        answer.retry_after := pglimits._stay(id);
-        commit;
-        exit when answer.retry_after is null;
-      end loop;
-    end if;
-    if timeout_seconds is not null then
-      remaining := greatest(timeout_seconds operator(pg_catalog.-) pg_catalog.date_part(
-        'epoch', pg_catalog.clock_timestamp() operator(pg_catalog.-) began), 0);
-    end if;
-  end loop;
-  if is_durable and answer.status operator(pg_catalog.=) 'granted' then
-    perform pglimits._flush();
-  end if;
-  lease_id := answer.lease_id;
-  status := answer.status;
-  fence := answer.fence;
-  expires_at := answer.expires_at;
-  retry_after := answer.retry_after;
 end $$;
 
-comment on procedure pglimits._wait(
-  boolean, text, integer, text, double precision, double precision, integer, jsonb, boolean, uuid, text, bigint, timestamptz,
-  double precision) is
-  'Asks, and asks again, until a request is granted, or its time is over. For acquire_wait and rate_limit_wait.';
+comment on procedure pglimits._refuse_transaction() is
+  'Raises CommitFirst where a transaction is open around the procedure that calls it. For the procedures.';
 
 -- What the server says, in its language, to a commit where a transaction is open around the call: a function is always such a place.
 create or replace function pglimits._cannot_commit()
@@ -322,20 +321,21 @@ end $$;
 
 comment on function pglimits._cannot_commit() is 'The message of a commit that a transaction around it forbids.';
 
--- What commits nothing flushes nothing.
+-- What commits nothing flushes nothing. It is put in place of its call.
 create or replace function pglimits._flush()
-returns void
+returns pg_lsn
 language sql
 volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-  select pg_logical_emit_message(true, 'pglimits', '')
-$$;
+return pg_logical_emit_message(true, 'pglimits', '');
 
 comment on function pglimits._flush() is
-  'Has the transaction that calls it wait until all that was committed before is on disk. For _wait and release_wait.';
+  'Has the transaction that calls it wait until all that was committed before is on disk. For the procedures.';
 
+-- The procedures that wait. No security definer and no search_path here: PostgreSQL forbids both to a procedure that commits, so
+-- everything in them is qualified, the operators and the types too.
+--
+-- Each transaction commits with synchronous_commit = off, so that it unlocks the limit at once; the last one, which has nothing locked,
+-- waits until all is on disk. WAL is a prefix: nobody durable depends on something that was lost.
 create or replace procedure pglimits.acquire_wait(
   name text,
   slots integer default 1,
@@ -352,9 +352,32 @@ create or replace procedure pglimits.acquire_wait(
   inout retry_after double precision default null)
 language plpgsql
 as $$
+declare
+  is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
+  began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+  remaining double precision := timeout_seconds;
+  answer pglimits.acquired;
 begin
-  call pglimits._wait(false, name, slots, key, timeout_seconds, lease_duration, priority, holder, strict, lease_id, status, fence,
-                      expires_at, retry_after);
+  if not pglimits._can_commit() then
+    call pglimits._refuse_transaction();
+  end if;
+  loop
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
+    answer := pglimits.acquire(name, slots, key, remaining, lease_duration, priority, holder, lease_id, strict);
+    commit;
+    exit when answer.status operator(pg_catalog.<>) 'queued';
+    lease_id := answer.lease_id;
+    call pglimits._wait(lease_id, answer."position", answer.retry_after);
+    remaining := pglimits._remaining(timeout_seconds, began);
+  end loop;
+  if is_durable and answer.status operator(pg_catalog.=) 'granted' then
+    perform pglimits._flush();
+  end if;
+  lease_id := answer.lease_id;
+  status := answer.status;
+  fence := answer.fence;
+  expires_at := answer.expires_at;
+  retry_after := answer.retry_after;
 end $$;
 
 comment on procedure pglimits.acquire_wait(
@@ -383,11 +406,29 @@ create or replace procedure pglimits.rate_limit_wait(
 language plpgsql
 as $$
 declare
-  fence bigint;
-  expires_at pg_catalog.timestamptz;
+  is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
+  began constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+  remaining double precision := timeout_seconds;
+  answer pglimits.rate_limited;
 begin
-  call pglimits._wait(true, name, slots, key, timeout_seconds, 1, priority, holder, strict, lease_id, status, fence, expires_at,
-                      retry_after);
+  if not pglimits._can_commit() then
+    call pglimits._refuse_transaction();
+  end if;
+  loop
+    perform pg_catalog.set_config('synchronous_commit', 'off', true);
+    answer := pglimits.rate_limit(name, slots, key, remaining, priority, holder, lease_id, strict);
+    commit;
+    exit when answer.status operator(pg_catalog.<>) 'queued';
+    lease_id := answer.lease_id;
+    call pglimits._wait(lease_id, answer."position", answer.retry_after);
+    remaining := pglimits._remaining(timeout_seconds, began);
+  end loop;
+  if is_durable and answer.status operator(pg_catalog.=) 'granted' then
+    perform pglimits._flush();
+  end if;
+  lease_id := answer.lease_id;
+  status := answer.status;
+  retry_after := answer.retry_after;
 end $$;
 
 comment on procedure pglimits.rate_limit_wait(
@@ -400,6 +441,9 @@ as $$
 declare
   is_durable constant boolean := pg_catalog.current_setting('synchronous_commit') operator(pg_catalog.<>) 'off';
 begin
+  if not pglimits._can_commit() then
+    call pglimits._refuse_transaction();
+  end if;
   perform pg_catalog.set_config('synchronous_commit', 'off', true);
   released := pglimits.release(lease_id);
   commit;

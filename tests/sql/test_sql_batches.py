@@ -350,14 +350,43 @@ def test_inside_a_transaction_block_or_a_function_it_fails_with_a_clear_error_an
     assert s.limit("database").level == 0
 
 
-def test_a_release_wait_inside_a_transaction_block_fails_and_changes_nothing(s: Session) -> None:
+WITHIN = {
+    "a block": ["begin", "{}"],
+    "a block in one query": ["begin; {}; commit"],
+    "a query of two statements": ["select 1; {}"],
+    "a function": [
+        "create function f() returns void language plpgsql as $$ declare done boolean; begin {}; end $$", "select f()"
+    ],
+    "a procedure with settings": [
+        "create procedure f() language plpgsql set work_mem = '4MB' as $$ declare done boolean; begin {}; end $$",
+        "call f()",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", WITHIN.values(), ids=WITHIN)
+def test_a_release_wait_inside_any_kind_of_transaction_fails_and_changes_nothing(
+    s: Session, queries: list[str]
+) -> None:
     s.create("database", 1)
     lease_id = s.acquire("database").lease_id
-    s.run("begin")
-    with fails("2D000"):
-        s.run("call pglimits.release_wait(%s)", lease_id)
+    with fails("PL010", "transaction block"):
+        for query in queries:
+            inside = "$$" in query
+            s.run(query.format(f"call pglimits.release_wait('{lease_id}'{', done' if inside else ''})"))
     s.run("rollback")
     assert s.limit("database").held == 1
+
+
+@pytest.mark.parametrize(
+    "query", ["{}", " {} ; ", "do $$ declare done boolean; begin {}; end $$", "-- ; comes first\n{}"],
+    ids=["alone", "with a semicolon", "a block of code", "after a comment"],
+)  # fmt: skip
+def test_a_release_wait_that_is_alone_is_done_however_it_is_written(s: Session, query: str) -> None:
+    s.create("database", 1)
+    lease_id = s.acquire("database").lease_id
+    s.run(query.format(f"call pglimits.release_wait('{lease_id}'{', done' if '$$' in query else ''})"))
+    assert s.limit("database").held == 0
 
 
 def test_interrupted_and_called_again_with_the_same_id_it_keeps_its_place(db: Db, s: Session) -> None:
@@ -465,7 +494,7 @@ def test_it_fails_as_the_functions_would(s: Session) -> None:
 def test_the_limit_is_unlocked_before_the_answer_is_on_disk(db: Db, s: Session) -> None:
     s.create("database", 1)
     s.run(
-        "create or replace function pglimits._flush() returns void language plpgsql"
+        "create or replace function pglimits._flush() returns pg_lsn language plpgsql"
         " as $$ begin raise 'on its way'; end $$"
     )
     session = db.session()

@@ -19,8 +19,10 @@ CHANGE = {
     "create_limit", "update_limit", "delete_limit", "adjust", "reset", "sweep", "cron_enable", "cron_disable",
 }  # fmt: skip
 WRAPPER = {"_acquire_batch", "_release_batch", "_watch", "_beat", "_locked_by"}
-PROCEDURES = {"acquire_wait", "rate_limit_wait", "release_wait", "_wait"}
-OF_PROCEDURES = {"_wait", "_sleep", "_stay", "_cannot_commit", "_flush"}
+PROCEDURES = {"acquire_wait", "rate_limit_wait", "release_wait", "_wait", "_refuse_transaction"}
+QUALIFIED = {"_can_commit", "_remaining", "_flush"}
+"""They run as whoever calls them, and name nothing that a search_path could change."""
+OF_PROCEDURES = {"_wait", "_refuse_transaction", "_sleep", "_stay", "_cannot_commit"} | QUALIFIED
 """What the procedures call, which run as whoever calls them."""
 OF_VIEWS = {"_now", "_decayed", "_as_holder", "_ended_slots", "_dead_waiters"}
 GRANTED = {
@@ -47,7 +49,7 @@ def test_what_callers_call_pins_its_search_path_and_is_of_the_owner_and_nothing_
     """A procedure that commits can do neither, so what it calls does; and what the views call, if it reads a table."""
     pinned = {row.name for row in routines(s) if "search_path=pg_catalog, pg_temp" in row.config}
     definers = {row.name for row in routines(s) if row.definer}
-    functions = (USE | WRAPPER | CHANGE | OF_PROCEDURES) - PROCEDURES
+    functions = (USE | WRAPPER | CHANGE | OF_PROCEDURES) - PROCEDURES - QUALIFIED
     assert pinned == functions | {"_ended_slots", "_dead_waiters"}
     assert definers == pinned - {"version", "errors"}
     assert {row.name for row in routines(s) if row.kind == "p"} == PROCEDURES
@@ -212,9 +214,9 @@ def test_every_error_that_is_raised_is_listed_once_and_every_listed_one_is_raise
 
 
 def test_no_function_raises_an_error_of_its_own_making(s: Session) -> None:
-    """Those two say it in PostgreSQL's own code for it; _wait runs as its caller, and cannot call _fail."""
+    """Those two say it in PostgreSQL's own code for it; a procedure runs as its caller, and cannot call _fail."""
     own = {row.name for row in routines(s) if "raise exception" in row.source}
-    assert own == {"_fail", "_refuse_standby", "_refuse_snapshot", "_wait"}
+    assert own == {"_fail", "_refuse_standby", "_refuse_snapshot", "_refuse_transaction"}
 
 
 def test_errors_that_the_wrapper_maps_are_those_that_are_listed(s: Session) -> None:
@@ -319,6 +321,6 @@ def test_limit_and_key_are_part_of_every_hot_tables_primary_key_and_nothing_reac
 def test_only_what_waits_has_a_subtransaction_and_only_what_pg_cron_calls_has_dynamic_sql(s: Session) -> None:
     """_answer is not in the hot path: the short way comes before it."""
     handlers = {row.name for row in routines(s) if re.search(r"\bexception\s+when\b", row.source)}
-    assert handlers == {"_answer", "_wait", "_sleep", "_cannot_commit"}
+    assert handlers == {"_answer", "_refuse_transaction", "_sleep", "_cannot_commit"}
     dynamic = {row.name for row in routines(s) if re.search(r"^\s*execute\s", row.source, re.MULTILINE)}
     assert dynamic == {"cron_enable", "cron_disable"}

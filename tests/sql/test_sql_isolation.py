@@ -460,7 +460,7 @@ def test_a_procedure_that_commits_between_the_calls_and_one_that_waits_work_outs
     before = contents(s)
     for call, code in (
         ("pglimits.acquire_wait('database')", "PL010"), ("pglimits.rate_limit_wait('api')", "PL010"),
-        (f"pglimits.release_wait('{NEW}')", "2D000"), ("job()", "2D000"),
+        (f"pglimits.release_wait('{NEW}')", "PL010"), ("job()", "2D000"),
     ):  # fmt: skip
         session.run("begin")
         with fails(code):

@@ -8,7 +8,7 @@ from sqltest import Session
 EXPECTED = {
     # These try to commit, to find out whether they may.
     ("_cannot_commit", "2D000", "error"),
-    ("_wait", "2D000", "error"),
+    ("_refuse_transaction", "2D000", "error"),
     # It has no plain value for a parameter of a composite type.
     ("_serve_several", "00000", "warning extra"),
 }

@@ -160,6 +160,71 @@ def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused_and_nothing_o
 
 # Under contention.
 
+CHANGED = {
+    "nothing": (None, "granted"),
+    "others took all": ("select pglimits.acquire('database', 4)", "queued"),
+    "some came free": ("select pglimits.release(%(held)s)", "granted"),
+    "off": ("select pglimits.update_limit('database', active => false)", "unlimited"),
+    "shut": ("select pglimits.update_limit('database', 0)", "queued"),
+    "a rate limit": ("select pglimits.update_limit('database', slot_decay_per_second => 0.001)", "granted"),
+    "renamed": ("select pglimits.update_limit('database', new_name => 'other')", "granted"),
+    "deleted": ("select pglimits.delete_limit('database')", "unlimited"),
+}
+
+
+@pytest.mark.parametrize("own_id", [False, True], ids=["", "own id"])
+@pytest.mark.parametrize(("change", "status"), CHANGED.values(), ids=CHANGED)
+def test_what_waited_for_the_lock_of_a_limit_goes_by_what_it_finds_then(
+    db: Db, s: Session, change: str | None, status: str, own_id: bool
+) -> None:
+    s.create("database", 5)
+    held = s.acquire("database").lease_id
+    other = db.session()
+    other.run("begin")
+    other.run("select from pglimits.states for update")
+    if change is not None:
+        other.run(change.replace("%(held)s", f"'{held}'::uuid"))
+    call, _ = db.start_blocked(
+        lambda session: session.acquire("database", timeout_seconds=None, lease_id=uuid4() if own_id else None)
+    )
+    other.run("commit")
+    answer = call.result(timeout=20)
+    if own_id and change == CHANGED["renamed"][0]:
+        status = "unlimited"  # it is asked anew, by a name that is no more
+    assert answer.status == status
+    db.consistent()
+
+
+ENDED = {
+    "released": ("select pglimits.release(%(id)s)", False),
+    "renewed": ("select pglimits.renew(%(id)s, 1000)", True),
+    "taken again": (
+        "select pglimits.release(%(id)s); select pglimits.acquire('database', 3, lease_id => %(id)s)", True
+    ),
+    "somebody in line": (
+        "select pglimits.acquire('database', 5, timeout_seconds => null)", True
+    ),
+    "deleted": ("select pglimits.delete_limit('database')", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "live"), ENDED.values(), ids=ENDED)
+def test_a_release_that_waited_for_the_lock_ends_what_it_finds_then(
+    db: Db, s: Session, change: str, live: bool
+) -> None:
+    s.create("database", 5)
+    lease_id = s.acquire("database").lease_id
+    other = db.session()
+    other.run("begin")
+    other.run("select from pglimits.states for update")
+    for query in change.split("; "):
+        other.run(query.replace("%(id)s", f"'{lease_id}'::uuid"))
+    release, _ = db.start_blocked(lambda session: session.release(lease_id))
+    other.run("commit")
+    assert release.result(timeout=20) is live
+    db.consistent()
+    assert [row.lease_id for row in s.holders() if row.lease_id == lease_id] == []
+
 
 def test_a_request_that_fits_is_not_refused_because_its_limit_is_changed(db: Db, s: Session) -> None:
     """What is in use is never compared with another limit than it was taken from."""

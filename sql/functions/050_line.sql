@@ -223,8 +223,9 @@ comment on function pglimits._dead_waiters(bigint, text, integer, timestamptz, t
 -- Serves a line, strictly in order, so that a wide request is not starved by narrow ones; sees to it that whoever is left at its head
 -- knows when to look; and saves the state.
 -- own: this transaction is nobody else's, and so may lock other states for a head that needs them. mine: for this one, whoever
--- calls has them locked already.
-create or replace function pglimits._serve(state pglimits.states, now timestamptz, own boolean, mine uuid default null)
+-- calls has them locked already. until: whose moment comes later is not granted yet; null: beyond the horizon.
+create or replace function pglimits._serve(
+  state pglimits.states, now timestamptz, own boolean, mine uuid default null, until timestamptz default null)
 returns void
 language plpgsql
 volatile
@@ -265,7 +266,7 @@ begin
     elsif head.deadline <= now or head.deadline < ready_at and ready_at < 'infinity' then
       state := pglimits._time_out(state, head.lease_id, now);
       perform pglimits._tell(head.channel, head.lease_id::text);
-    elsif ready_at > now + pglimits._horizon() then
+    elsif ready_at > coalesce(until, now + pglimits._horizon()) then
       looks_in := pglimits._looks_in(state, 0, head.slots, head.lease_duration is null, now);
       exit;
     elsif head.parts is not null then
@@ -315,5 +316,5 @@ begin
   end if;
 end $$;
 
-comment on function pglimits._serve(pglimits.states, timestamptz, boolean, uuid) is
+comment on function pglimits._serve(pglimits.states, timestamptz, boolean, uuid, timestamptz) is
   'Grants from the head of a line what fits, tells whoever stays there when to look, and saves the state.';

@@ -3,7 +3,7 @@
 -- Such a request stands, with its arrival, in one line at a time. At the head of that:
 --   where somebody older waits for another of its limits, or another cannot be had soon, it goes to stand there;
 --   else it is the oldest everywhere, and is granted on all as of their joint moment, if that lies within the horizon or the slowest
---   of its limits has come so far; else it goes to stand on the slowest.
+--   of its limits has come so far (what decays until then goes to others who wait); else it goes to stand on the slowest.
 -- So it is served by age like everybody else. But where all its limits are always in use, it would never find them free at the same
 -- moment: as it goes to wait for one, what it has found free of the others is kept for it for a quarter of the time that it has waited.
 --
@@ -96,6 +96,12 @@ begin
     end if;
   end loop;
   target := coalesce(older, wanting, case when ready[slowest] > now + pglimits._horizon() then slowest end);
+  if target is null and mine.lease_duration is null then
+    for p in 1 .. cardinality(mine.parts) loop
+      continue when p = here or ready[p] is null;
+      states[p] := pglimits._serve_before(states[p], (mine.parts[p]).slots, joint, now);
+    end loop;
+  end if;
 
   if target is null and joint <= mine.deadline then
     states[here] := pglimits._leave(states[here], mine.lease_id);
@@ -139,6 +145,27 @@ end $$;
 
 comment on function pglimits._serve_several(pglimits.states, uuid, timestamptz, timestamptz, boolean) is
   'Grants the head of a line that needs other limits too, or has it go to stand in the line of one of these.';
+
+-- What decays on a rate limit until the moment at which a request over several goes would be lost. So those who wait for this one alone get
+-- it, though they came later: as far as that does not put off the one over several.
+create or replace function pglimits._serve_before(state pglimits.states, slots integer, moment timestamptz, now timestamptz)
+returns pglimits.states
+language plpgsql
+volatile
+as $$
+begin
+  if state.waiting > 0 and state.slot_decay_per_second > 0
+     and state.booked < pglimits._decayed(state.decayed, state.slot_decay_per_second, state.decayed_at, moment)
+  then
+    perform pglimits._serve(state, now, false, null, moment - interval '1 second' * pglimits._seconds_until(
+      pglimits._millionths(slots), 0, state.slot_decay_per_second));
+    return pglimits._reload(state.limit_id, state.key);
+  end if;
+  return state;
+end $$;
+
+comment on function pglimits._serve_before(pglimits.states, integer, timestamptz, timestamptz) is
+  'Grants those who wait for one of the limits of a request over several what would be lost by its moment; returns the state.';
 
 -- Goes to stand in another line, by its arrival.
 create or replace function pglimits._stand_again(

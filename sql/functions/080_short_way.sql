@@ -1,12 +1,21 @@
--- The short way: what most calls ask for, one at a time, in a few statements. A look without a lock, and if it shows room, nobody in line and
--- nobody at work on the state, one UPDATE of what was seen. It fails, with nothing done, if anything has changed since, as every change
--- raises the version. Where somebody else is at work, acquire and release go it once more, with the state locked. Everything that is not so
--- simple is left to those who decide.
---
--- Whoever has a state locked is its xmax. The transaction that wrote it leaves itself there, if it had it locked before: then xmax is xmin.
+-- The short way: what most calls ask for, one at a time, in a few statements. A look without a lock, and if it shows room and nobody in
+-- line, one UPDATE that changes the state if all of that still holds. Where somebody else is at work, acquire and release wait for them
+-- in this UPDATE, so that nothing but what has to be written comes between the lock and the commit. Everything that is not so simple is
+-- left to those who decide.
 --
 -- Invariant: what is done here is what _decide, or _release_at, would do.
 -- Called by: the public functions and the batches, first.
+
+-- Whether nobody has a row locked: who has is its xmax. That stays there when its transaction is over; and xmax is xmin where the
+-- transaction that wrote the row had it locked before.
+create or replace function pglimits._is_unlocked(xmin xid, xmax xid)
+returns boolean
+language sql
+volatile
+return xmax = '0' or xmax = xmin or age(xmax) > age(pg_snapshot_xmin(pg_current_snapshot())::xid);
+
+comment on function pglimits._is_unlocked(xid, xid) is
+  'Whether a row with these two is locked by nobody. False where a transaction is open that is older than the last to lock it.';
 
 -- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. patient: it waits for somebody else who is
 -- at work, as long as lock_timeout lets it. Answers what acquire does; the status is null if it is not so simple, and 'busy' if that
@@ -26,7 +35,7 @@ declare
 begin
   select s.limit_id, s.generation, s.version, s."limit", s."limit" - s.held as room, s.next_expiry,
          s.next_expiry > pglimits._now() as is_current, s.waiting,
-         patient or s.xmax = '0' or s.xmax = s.xmin or timeout_seconds is null and current_setting('lock_timeout') = '0' as may_go
+         patient or pglimits._is_unlocked(s.xmin, s.xmax) or timeout_seconds is null and current_setting('lock_timeout') = '0' as may_go
   into seen from pglimits.states s
   where s.name = _take_at_once.name and s.key = _take_at_once.key and s.active and s.slot_decay_per_second = 0
   order by s.generation desc limit 1;
@@ -81,7 +90,7 @@ declare
   too_much double precision;
 begin
   select s.limit_id, s.ctid as place, s.xmin as written_by, s."limit", s.slot_decay_per_second, s.decayed, s.decayed_at, s.version,
-         s.booked, s.waiting, s.xmax = '0' or s.xmax = s.xmin as is_unlocked
+         s.booked, s.waiting, pglimits._is_unlocked(s.xmin, s.xmax) as is_unlocked
   into seen from pglimits.states s
   where s.name = _use_at_once.name and s.key = _use_at_once.key and s.active and s.slot_decay_per_second > 0
   order by s.generation desc limit 1;

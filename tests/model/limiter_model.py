@@ -278,8 +278,9 @@ class Model:
         lives_until = self.lives_until(head)
         return lives_until if looks_at is None else min(looks_at, lives_until)
 
-    def serve(self, place: Place, own: bool, mine: UUID | None = None) -> None:
+    def serve(self, place: Place, own: bool, mine: UUID | None = None, until: int | None = None) -> None:
         """Grants from the head all whose moment is within the horizon; tells the one that stays when to look."""
+        last = self.now + HORIZON if until is None else until
         self.take_expired(place)
         place.next_look = None
         looks_in = None
@@ -295,7 +296,7 @@ class Model:
                 head.deadline <= self.now or (ready is not None and head.deadline < ready)
             ):
                 self.time_out(place, head)
-            elif ready is None or ready > self.now + HORIZON:
+            elif ready is None or ready > last:
                 looks_in = self.looks_in(place, 0, head.slots, for_rate)
                 break
             elif head.parts is not None:
@@ -336,6 +337,11 @@ class Model:
         beyond = takes[slowest] > 0 and slowest_at is not None and slowest_at > self.now + HORIZON
         targets = older or wanting or ([slowest] if beyond else [])
         joint = max((at for at in ready.values() if at is not None), default=self.now)
+        if not targets and for_rate:
+            for place, slots in parts.items():
+                if place is not here and place.line and place.limit.virtual(joint) > place.booked:
+                    # What would be lost goes to those who wait for this one alone.
+                    self.serve(place, own=False, until=joint - math.ceil(slots * SECOND / place.limit.rate))
         if not targets and (head.deadline is None or joint <= head.deadline):
             here.line.remove(head)
             self.hand_over(head, parts, joint)
@@ -462,12 +468,14 @@ class Model:
     def refusal(self, request: Request, parts: Parts) -> Answer | None:
         """What is certain without any lock: there is no room even without a line, or not in time, or none in line."""
         blocked: Place | None = None
-        waits, certain, by_time = [0], False, True
+        waits, certain, by_time, is_due = [0], False, True, False
         for place, slots in parts.items():
             ready = self.ready_at(place, slots, request.for_rate)
             before = self.before(place, (-request.priority, math.inf))
             if ready is None or ready > self.now or before:
                 blocked = blocked or place
+                # Its head may have died, and everybody in it.
+                is_due = is_due or (bool(place.line) and place.next_look is not None and place.next_look <= self.now)
                 certain = certain or ((ready is None or ready > self.now) and request.timeout == 0)
                 by_time = by_time and bool(place.limit.rate) and ready is not None
                 if place.limit.rate and place.limit.most:
@@ -475,7 +483,7 @@ class Model:
         if blocked is None:
             return None
         if request.timeout is not None and (request.timeout == 0 or max(waits) > request.timeout):
-            is_certain = certain or request.timeout > 0
+            is_certain = certain or (request.timeout > 0 and not is_due)
             return Answer("refused", wait=max(waits) if by_time else None) if is_certain else None
         if blocked.limit.max_waiters is not None and len(self.waiting(blocked)) >= blocked.limit.max_waiters:
             raise Wrong("PL006")

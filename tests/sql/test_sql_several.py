@@ -393,6 +393,33 @@ def test_it_is_booked_on_all_as_of_their_joint_moment(clock: Clock, s: Session) 
     assert (s.limit("fast").level, s.limit("slow").level) == (pytest.approx(1), pytest.approx(1))
 
 
+def test_what_would_be_lost_until_the_joint_moment_goes_to_those_who_wait_for_that_limit_alone(
+    clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("fast", 1, 40)
+    s.create("slow", 1, 0.5)
+    both, *later = (uuid4() for _ in range(4))
+    s.rate_limit(["fast", "slow"])
+    s.rate_limit(["fast", "slow"], timeout_seconds=FOREVER, lease_id=both, channel="pglimits_t")
+    clock.advance(1.84)
+    for _ in range(5):  # they go ahead, the last of them in 100 ms
+        s.rate_limit("fast", timeout_seconds=FOREVER, channel="pglimits_u")
+    for lease_id in later:
+        s.rate_limit("fast", timeout_seconds=FOREVER, lease_id=lease_id, channel="pglimits_u")
+    assert [row.lease_id for row in s.waiters("fast")] == later
+    clock.advance(0.12)
+    s.all(
+        "select * from pglimits._acquire_batch('{slow}', '{1}', '{\"\"}', true, null, 1, 0,"
+        " array[%s::uuid], '[null]', false, false, 'pglimits_u')",
+        uuid4(),
+    )  # serves the line in which both wait
+    assert [row.lease_id for row in s.waiters("fast")] == later[1:]
+    row = s.watch_one(both)
+    assert (row.status, row.seconds) == ("granted", pytest.approx(0.04)), "nobody puts it off"
+    assert s.watch_one(later[0]).seconds == pytest.approx(0.005)
+
+
 def test_a_plain_caller_is_queued_until_the_joint_moment_and_granted_then(clock: Clock, s: Session) -> None:
     clock.freeze()
     s.create("fast", 1, 8)

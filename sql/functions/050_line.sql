@@ -295,8 +295,9 @@ begin
   if head.lease_id is not null then
     due_at := now + looks_in * interval '1 second';
     state.next_look := least(due_at, head.lives_until);
-    -- The heartbeat is soon enough for what is further ahead.
-    if due_at < least(head.looks_at - pglimits._horizon() / 20, now + pglimits._heartbeat_every()) then
+    -- The heartbeat is soon enough for what is further ahead; and what it was told before now, it has done.
+    if due_at < least(case when head.looks_at > now then head.looks_at - pglimits._horizon() / 20 end,
+                      now + pglimits._heartbeat_every()) then
       update pglimits.queue q set looks_at = due_at
       where q.lease_id = head.lease_id
         and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key;

@@ -31,6 +31,9 @@ begin
   end if;
   perform pglimits._lock_all(limit_ids, keys);
   now := pglimits._now();
+  -- Whoever was told to look for itself does so now, and can be told again.
+  update pglimits.queue q set looks_at = 'infinity'
+  where q.lease_id = any (lease_ids) and q.parts is not null and q.looks_at <= now;
   for p in 1 .. cardinality(keys) loop
     state := pglimits._reload(limit_ids[p], keys[p]);
     if state.active and state.waiting > 0 then

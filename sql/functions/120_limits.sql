@@ -151,6 +151,15 @@ begin
       slot_decay_per_second = new.slot_decay_per_second, active = new.active, max_waiters = new.max_waiters,
       decayed = new.decayed, decayed_at = new.decayed_at
   where s.limit_id = old.limit_id;
+  if not new.active then
+    -- Nothing is kept of what is not enforced, for those who wait for other limits too.
+    with kept as (
+      delete from pglimits.leases l where l.limit_id = old.limit_id and l.fence = 0 and l.slots > 0 returning l.key, l.slots
+    )
+    update pglimits.states s set held = s.held - k.slots
+    from (select x.key, sum(x.slots) as slots from kept x group by x.key) k
+    where s.limit_id = old.limit_id and s.key = k.key;
+  end if;
 
   for state in
     select s.* from pglimits.states s where s.limit_id = old.limit_id and s.waiting > 0 order by s.key

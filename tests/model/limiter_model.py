@@ -312,7 +312,8 @@ class Model:
         if place.line:
             head, looks_at = place.line[0], self.later(looks_in)
             place.next_look = self.next_look(head, looks_at)
-            told_at = self.now + HEARTBEAT if head.looks_at is None else head.looks_at - HORIZON // 20
+            is_to_look = head.looks_at is not None and head.looks_at > self.now
+            told_at = head.looks_at - HORIZON // 20 if is_to_look and head.looks_at else self.now + HEARTBEAT
             if looks_at is not None and looks_at < min(told_at, self.now + HEARTBEAT):
                 head.looks_at = looks_at
 
@@ -666,6 +667,7 @@ class Model:
                     places.add(place)
                 if waiter.parts is not None and waiter.looks_at is not None and waiter.looks_at <= self.now:
                     places |= {place for place in waiter.parts if self.exists(place)}
+                    waiter.looks_at = None
         for place in sorted(places, key=Place.order):
             if place.limit.active and place.line:
                 self.serve(place, own, lease_ids[0])
@@ -785,6 +787,8 @@ class Model:
         if description is not None:
             changed.description = description or None
         for place in sorted(changed.places.values(), key=Place.order):
+            if not changed.active:
+                place.kept.clear()
             if place.line:
                 place.line = [
                     waiter

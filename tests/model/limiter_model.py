@@ -501,7 +501,8 @@ class Model:
         limit, timeout = place.limit, request.timeout
         before = self.before(place, (-request.priority, math.inf))
         ready = self.ready_at(place, slots, request.for_rate)
-        latest = self.now + (HORIZON if timeout is None else min(HORIZON, timeout))
+        ahead = 0 if most is not None and len(place.line) >= most else HORIZON
+        latest = self.now + (ahead if timeout is None else min(ahead, timeout))
         if not before and ready is not None and ready <= latest:
             if told or ready == self.now:
                 if request.for_rate:

@@ -223,6 +223,11 @@ class Lives(RuleBasedStateMachine):
         soon = place.next_look is not None and place.next_look <= self.model.now + HORIZON // 10
         return head.parts is None and ready is not None and ready <= self.model.now + HORIZON // 2 and not soon
 
+    def is_to_look(self, place: Place) -> bool:
+        """The head was told to look for itself: whoever may lock other limits serves it, if its process has died."""
+        head = place.line[0] if place.line else None
+        return head is not None and head.looks_at is not None and head.looks_at <= self.model.now
+
     def beat(self, channel: str) -> None:
         again_in = self.model.beat(channel)
         assert micros(self.s.beat(channel)) == again_in
@@ -444,7 +449,7 @@ class Lives(RuleBasedStateMachine):
     def ask_for(self, parts: Any, way: int, look_first: bool, **more: Any) -> None:
         request = self.request(parts, **more)
         peeked = entry_points.peek(self.s, request) if look_first else None
-        due = any(self.model.is_due(place) for place in self.model.places())
+        due = any(self.model.is_due(place) or self.is_to_look(place) for place in self.model.places())
         (answer,) = self.ask([request], way)
         if peeked is not None and not due and answer.wait in (None, 0) and answer.codes != ("PL006",):
             # What is due to others, it does not reckon with.

@@ -62,7 +62,7 @@ begin
   state.decayed := config.decayed;
   state.decayed_at := config.decayed_at;
   state.version := config.fence_floor;
-  state.generation := state.version / 64;
+  state.generation := state.version / 16;
   state.held := 0;
   state.booked := 0;
   state.next_expiry := timestamptz 'infinity';
@@ -156,7 +156,7 @@ volatile
 as $$
 begin
   update pglimits.states s
-  set version = greatest(state.version, s.version + 1), generation = greatest(state.version, s.version + 1) / 64,
+  set version = greatest(state.version, s.version + 1), generation = greatest(state.version, s.version + 1) / 16,
       held = state.held, booked = state.booked, next_expiry = state.next_expiry, waiting = state.waiting,
       waiting_slots = state.waiting_slots, head_rank = state.head_rank, head_arrival = state.head_arrival,
       last_arrival = state.last_arrival, next_look = state.next_look, changed_at = now

@@ -17,9 +17,9 @@ return xmax = '0' or xmax = xmin or age(xmax) > age(pg_snapshot_xmin(pg_current_
 comment on function pglimits._is_unlocked(xid, xid) is
   'Whether a row with these two is locked by nobody. False where a transaction is open that is older than the last to lock it.';
 
--- A request over one concurrency limit, for a lease from now on. chosen: its id may be known. patient: it waits for somebody else who is
--- at work, as long as lock_timeout lets it. Answers what acquire does; the status is null if it is not so simple, and 'busy' if that
--- is only because somebody else is at work.
+-- A request over one concurrency limit, for a lease from now on. lease_id null: it gets one. chosen: its id may be known. patient: it
+-- waits for somebody else who is at work, as long as lock_timeout lets it. Answers what acquire does; the status is null if it is not so
+-- simple, and 'busy' if that is only because somebody else is at work.
 create or replace function pglimits._take_at_once(
   name text, slots integer, key text, timeout_seconds double precision, lease_duration double precision, priority integer,
   holder jsonb, lease_id uuid, chosen boolean, patient boolean)
@@ -35,7 +35,8 @@ declare
 begin
   select s.limit_id, s.generation, s.version, s."limit", s."limit" - s.held as room, s.next_expiry,
          s.next_expiry > pglimits._now() as is_current, s.waiting,
-         patient or pglimits._is_unlocked(s.xmin, s.xmax) or timeout_seconds is null and current_setting('lock_timeout') = '0' as may_go
+         patient or pglimits._is_unlocked(s.xmin, s.xmax)
+         or timeout_seconds is null and current_setting('lock_timeout') = '0' as may_go
   into seen from pglimits.states s
   where s.name = _take_at_once.name and s.key = _take_at_once.key and s.active and s.slot_decay_per_second = 0
   order by s.generation desc limit 1;
@@ -47,7 +48,7 @@ begin
   if slots > 0 and slots <= seen.room and seen.waiting = 0 and seen.is_current then
     if seen.may_go then
       update pglimits.states s
-      set version = s.version + 1, generation = (s.version + 1) / 64, held = s.held + slots,
+      set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held + slots,
           next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now()
       where s.limit_id = seen.limit_id and s.key = _take_at_once.key and s.generation >= seen.generation
         and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots <= s."limit"
@@ -56,9 +57,10 @@ begin
       if found then
         insert into pglimits.leases as l (
           lease_id, limit_id, key, slots, holder, session, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
-        values (lease_id, seen.limit_id, key, slots, holder, case when holder is null then pglimits._session() end, fence,
-                priority, lease_duration, true, 1, now, now + lease_duration * interval '1 second')
-        returning l.expires_at into ends;
+        values (coalesce(lease_id, gen_random_uuid()), seen.limit_id, key, slots, holder,
+                case when holder is null then pglimits._session() end, fence, priority, lease_duration, true, 1, now,
+                now + lease_duration * interval '1 second')
+        returning l.lease_id, l.expires_at into lease_id, ends;
         return row('granted', lease_id, fence, ends, null, null)::pglimits.acquired;
       end if;
     end if;
@@ -111,7 +113,7 @@ begin
     return null;
   end if;
   update pglimits.states s
-  set version = seen.version + 1, generation = (seen.version + 1) / 64, booked = used, changed_at = now
+  set version = seen.version + 1, generation = (seen.version + 1) / 16, booked = used, changed_at = now
   where s.ctid = seen.place and s.xmin = seen.written_by;
   if not found then
     return null;
@@ -161,7 +163,7 @@ begin
     return null;
   end if;
   update pglimits.states s
-  set version = s.version + 1, generation = (s.version + 1) / 64, held = s.held - seen.slots, changed_at = pglimits._now()
+  set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now()
   where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
   if not found then
     return null;

@@ -389,8 +389,8 @@ declare
   whole pglimits.acquired_all;
 begin
   if pglimits._is_plain(timeout_seconds, lease_duration, priority, holder, strict, channel) then
-    answer := pglimits._take_at_once(name, slots, key, timeout_seconds, lease_duration, priority, holder,
-                                     coalesce(lease_id, gen_random_uuid()), lease_id is not null, false);
+    answer := pglimits._take_at_once(
+      name, slots, key, timeout_seconds, lease_duration, priority, holder, lease_id, lease_id is not null, false);
     if answer.status <> 'busy' then
       return answer;
     end if;

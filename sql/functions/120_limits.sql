@@ -147,7 +147,7 @@ begin
       updated_at = now
   where c.limit_id = old.limit_id;
   update pglimits.states s
-  set version = s.version + 1, generation = (s.version + 1) / 64, name = new.name, "limit" = new."limit",
+  set version = s.version + 1, generation = (s.version + 1) / 16, name = new.name, "limit" = new."limit",
       slot_decay_per_second = new.slot_decay_per_second, active = new.active, max_waiters = new.max_waiters,
       decayed = new.decayed, decayed_at = new.decayed_at
   where s.limit_id = old.limit_id;

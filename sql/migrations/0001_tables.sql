@@ -77,8 +77,8 @@ create unique index states_by_name on pglimits.states (name, key, generation);
 comment on table pglimits.states is
   'The hot row: one per (limit, key), rewritten by every grant and release. Whoever decides has it locked.';
 comment on column pglimits.states.generation is
-  'version / 64, and part of the key: while an old snapshot keeps all dead versions alive, "order by generation desc limit 1" '
-  'meets at most 64 of them. Between two generations no index has to change (HOT).';
+  'version / 16, and part of the key: while an old snapshot keeps all dead versions alive, "order by generation desc limit 1" '
+  'meets at most 16 of them. Between two generations no index has to change (HOT).';
 comment on column pglimits.states.name is 'As the six that follow, a copy of what is in configs: update_limit changes all of them.';
 comment on column pglimits.states.version is 'Grows with every write and with every grant: the source of fences.';
 comment on column pglimits.states.held is 'Slots under leases, including those that have ended and that nobody took out yet.';

@@ -238,7 +238,7 @@ def check_consistent(session: Session) -> None:
                  coalesce(bool_and((q.rank, q.arrival) >= (s.head_rank, s.head_arrival)), true) as behind
           from pglimits.queue q where q.limit_id = s.limit_id and q.key = s.key) q
         where s.held <> l.slots or (s.waiting, s.waiting_slots) <> (q.waiting, q.slots) or s.next_expiry > l.first
-           or not q.behind or s.generation <> s.version / 64
+           or not q.behind or s.generation <> s.version / 16
            or (s."limit", s.slot_decay_per_second, s.active, s.max_waiters, s.decayed, s.decayed_at) is distinct from
               (c."limit", c.slot_decay_per_second, c.active, c.max_waiters, c.decayed, c.decayed_at)
         """

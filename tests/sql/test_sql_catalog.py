@@ -243,7 +243,7 @@ def test_the_hot_row_is_found_from_the_live_end_of_its_index(db: Db, s: Session)
     other.run("select from pglimits.states")
     s.run(
         "do $$ begin for i in 1 .. 3000 loop update pglimits.states set version = version + 1,"
-        " generation = (version + 1) / 64; commit; end loop; end $$"
+        " generation = (version + 1) / 16; commit; end loop; end $$"
     )
     s.run("vacuum analyze pglimits.states")
     assert found in str(s.all(query))

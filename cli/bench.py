@@ -66,8 +66,8 @@ def bench(
 ) -> None:
     """Measure how fast it is, each figure beside its floor or what others use.
 
-    Takes one to two minutes on two idle processors, with --full several times
-    as long; longer where something else runs, and then the figures say little.
+    Takes one to two minutes on two idle processors, with --full a quarter of
+    an hour; longer where something else runs, and then the figures say little.
 
     Starts a PostgreSQL of its own, durable and on disk, and leaves nothing
     behind. With --dsn it measures on that server, with limits of its own that

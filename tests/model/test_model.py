@@ -89,6 +89,8 @@ class Lives(RuleBasedStateMachine):
     def ask(self, requests: Sequence[Request], way: int = 0) -> list[Answer]:
         """Requests that differ in nothing but their ids and holders."""
         possible = [each for each in ways(requests) if tells(each) == (requests[0].channel is not None)]
+        if any(self.is_to_come(each.lease_id) for each in requests) and entry_points.waiting in possible:
+            possible.remove(entry_points.waiting)  # it would wait for a clock that stands still
         chosen = possible[way % len(possible)]
         known = any(self.model.is_known(request.lease_id) for request in requests)
         before = copy.deepcopy(self.model) if known or not tells(chosen) else None
@@ -110,6 +112,11 @@ class Lives(RuleBasedStateMachine):
             if answer.status == "queued":
                 self.waits(request, answer)
         return answers
+
+    def is_to_come(self, lease_id: UUID) -> bool:
+        """Whether it was asked before, and its moment has not come."""
+        lease = self.model.live(lease_id)
+        return self.model.is_known(lease_id) and (lease is None or lease.acquired_at > self.model.now)
 
     def waits(self, request: Request, answer: Answer) -> None:
         if request.channel is not None:

@@ -14,15 +14,17 @@ from ._server import Site
 
 _CHUNK = 1_000
 
-# Acquires on names (or keys) that end in a number, and gives back what is not to be kept; all in one transaction.
-# The name mentions the number in any case: else all rows would share one call.
-_FILL = """
-select count(distinct a.lease_id) filter (where a.status = 'granted' and (%(keep)s or pglimits.release(a.lease_id)))
+# Acquires on names (or keys) that end in a number. The name mentions the number in any case: else all rows would share
+# one call.
+_ACQUIRE = """
+select array_agg(distinct a.lease_id) filter (where a.status = 'granted')
 from generate_series(%(first)s::int, %(last)s::int) g
 cross join lateral pglimits.acquire(
   %(name)s || case when %(many)s = 'limits' then g::text else left(g::text, 0) end,
   key => case when %(many)s = 'keys' then g::text else '' end, lease_duration => 86400) a
 """
+# In another transaction, as callers do it.
+_RELEASE = "select count(*) from unnest(%s::uuid[]) l(lease_id) where pglimits.release(l.lease_id)"
 
 
 def fill(site: Site, name: str, many: str, size: int, *, keep: bool = False) -> None:
@@ -54,10 +56,13 @@ def fill(site: Site, name: str, many: str, size: int, *, keep: bool = False) -> 
 
 
 def _fill(connection: psycopg.Connection[Any], name: str, many: str, first: int, last: int, keep: bool) -> None:
-    wanted = {"name": name, "many": many, "first": first, "last": last, "keep": keep}
-    row = connection.execute(_FILL, wanted).fetchone()
-    if row is None or row[0] != last - first + 1:
-        raise RuntimeError(f"only {row and row[0]} of {last - first + 1} leases were granted")
+    wanted = {"name": name, "many": many, "first": first, "last": last}
+    row = connection.execute(_ACQUIRE, wanted).fetchone()
+    leases = row[0] or [] if row else []
+    if len(leases) != last - first + 1:
+        raise RuntimeError(f"only {len(leases)} of {last - first + 1} leases were granted")
+    if not keep:
+        connection.execute(_RELEASE, [leases])
 
 
 def vacuum(connection: psycopg.Connection[Any]) -> None:

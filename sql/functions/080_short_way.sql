@@ -6,16 +6,16 @@
 -- Invariant: what is done here is what _decide, or _release_at, would do.
 -- Called by: the public functions and the batches, first.
 
--- Whether nobody has a row locked: who has is its xmax. That stays there when its transaction is over; and xmax is xmin where the
--- transaction that wrote the row had it locked before.
+-- Whether nobody has a row locked: who has is its xmax. xmax is xmin where the transaction that wrote the row had it locked before; had
+-- it done that in another subtransaction, the row counts as locked until it is written again, which is slower and no less right.
 create or replace function pglimits._is_unlocked(xmin xid, xmax xid)
 returns boolean
 language sql
 volatile
-return xmax = '0' or xmax = xmin or age(xmax) > age(pg_snapshot_xmin(pg_current_snapshot())::xid);
+return xmax = '0' or xmax = xmin;
 
 comment on function pglimits._is_unlocked(xid, xid) is
-  'Whether a row with these two is locked by nobody. False where a transaction is open that is older than the last to lock it.';
+  'Whether a row with these two is certainly locked by nobody.';
 
 -- A request over one concurrency limit, for a lease from now on. lease_id null: it gets one. chosen: its id may be known. patient: it
 -- waits for somebody else who is at work, as long as lock_timeout lets it. Answers what acquire does; the status is null if it is not so
@@ -153,7 +153,7 @@ declare
   seen record;
   live boolean;
 begin
-  select l.limit_id, l.key, l.slots, l.ctid as place, s.generation into seen
+  select l.limit_id, l.key, l.slots, l.fence, s.generation into seen
   from pglimits.leases l
   cross join lateral (
     select x.generation, x.waiting from pglimits.states x
@@ -168,10 +168,12 @@ begin
   if not found then
     return null;
   end if;
-  delete from pglimits.leases l where l.lease_id = _release_at_once.lease_id and l.ctid = seen.place
+  delete from pglimits.leases l
+  where l.lease_id = _release_at_once.lease_id and l.fence = seen.fence
+    and l.limit_id is not distinct from seen.limit_id and l.key is not distinct from seen.key
   returning l.expires_at > pglimits._now() into live;
   if not found then
-    -- Somebody else ended it, or renewed it, before its state was locked.
+    -- Somebody else ended it before its state was locked.
     update pglimits.states s set held = s.held + seen.slots
     where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation;
   end if;

@@ -312,8 +312,8 @@ class Model:
         if place.line:
             head, looks_at = place.line[0], self.later(looks_in)
             place.next_look = self.next_look(head, looks_at)
-            is_to_look = head.looks_at is not None and head.looks_at > self.now
-            told_at = head.looks_at - HORIZON // 20 if is_to_look and head.looks_at else self.now + HEARTBEAT
+            told = head.looks_at
+            told_at = self.now + HEARTBEAT if told is None or told <= self.now else told - HORIZON // 20
             if looks_at is not None and looks_at < min(told_at, self.now + HEARTBEAT):
                 head.looks_at = looks_at
 

@@ -160,6 +160,19 @@ def test_a_request_that_fits_waits_for_the_lock_and_is_not_refused_and_nothing_o
 
 # Under contention.
 
+
+def behind(db: Db, change: str | None, work: Callable[[Session], Any]) -> Any:
+    """What comes of that if it waits for the state of a limit while somebody else changes something, and commits."""
+    other = db.session()
+    other.run("begin")
+    lock_state(other, "database")
+    for query in change.split("; ") if change else []:
+        other.run(query)
+    future, _ = db.start_blocked(work)
+    other.run("commit")
+    return future.result(timeout=20)
+
+
 CHANGED = {
     "nothing": (None, "granted"),
     "others took all": ("select pglimits.acquire('database', 4)", "queued"),
@@ -179,16 +192,10 @@ def test_what_waited_for_the_lock_of_a_limit_goes_by_what_it_finds_then(
 ) -> None:
     s.create("database", 5)
     held = s.acquire("database").lease_id
-    other = db.session()
-    other.run("begin")
-    other.run("select from pglimits.states for update")
-    if change is not None:
-        other.run(change.replace("%(held)s", f"'{held}'::uuid"))
-    call, _ = db.start_blocked(
-        lambda session: session.acquire("database", timeout_seconds=None, lease_id=uuid4() if own_id else None)
-    )
-    other.run("commit")
-    answer = call.result(timeout=20)
+    answer = behind(
+        db, change and change.replace("%(held)s", f"'{held}'::uuid"),
+        lambda session: session.acquire("database", timeout_seconds=None, lease_id=uuid4() if own_id else None),
+    )  # fmt: skip
     if own_id and change == CHANGED["renamed"][0]:
         status = "unlimited"  # it is asked anew, by a name that is no more
     assert answer.status == status
@@ -214,14 +221,10 @@ def test_a_release_that_waited_for_the_lock_ends_what_it_finds_then(
 ) -> None:
     s.create("database", 5)
     lease_id = s.acquire("database").lease_id
-    other = db.session()
-    other.run("begin")
-    other.run("select from pglimits.states for update")
-    for query in change.split("; "):
-        other.run(query.replace("%(id)s", f"'{lease_id}'::uuid"))
-    release, _ = db.start_blocked(lambda session: session.release(lease_id))
-    other.run("commit")
-    assert release.result(timeout=20) is live
+    released = behind(
+        db, change.replace("%(id)s", f"'{lease_id}'::uuid"), lambda session: session.release(lease_id)
+    )  # fmt: skip
+    assert released is live
     db.consistent()
     assert [row.lease_id for row in s.holders() if row.lease_id == lease_id] == []
 

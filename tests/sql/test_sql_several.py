@@ -277,6 +277,40 @@ def test_what_is_kept_meanwhile_is_kept_for_a_quarter_of_the_time_it_has_waited_
     db.consistent()
 
 
+def test_nothing_is_kept_of_a_limit_that_is_switched_off(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    one, _ = full(s, "one", "two")
+    s.queue(BOTH, channel="pglimits_t")
+    for _ in range(4):
+        clock.advance(2)
+        s.beat("pglimits_t")
+    give_back(s, one)
+    assert s.limit("one").held == 1
+    s.update("one", active=False)
+    assert s.limit("one").held == 0
+    s.update("one", active=True)
+    assert s.acquire("one").status == "granted"
+    db.consistent()
+
+
+def test_a_head_that_has_looked_and_stays_is_told_again(
+    heard: Callable[[], list[str]], clock: Clock, db: Db, s: Session
+) -> None:
+    clock.freeze()
+    s.create("one", 1)
+    holder = s.acquire(s.create("two", 1)).lease_id
+    waiter = s.queue(BOTH, channel="pglimits_t")
+    s.release(holder)
+    assert heard() == [str(waiter)]
+    holder = s.acquire("one").lease_id
+    assert s.watch_one(waiter).status == "queued"
+    heard()
+    s.release(holder)
+    assert heard() == [str(waiter)]
+    assert s.watch_one(waiter).status == "granted"
+    db.consistent()
+
+
 @pytest.mark.parametrize("end", ["release", "delete"])
 def test_what_is_kept_comes_free_with_the_request(clock: Clock, db: Db, s: Session, end: str) -> None:
     clock.freeze()

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from ._async_limiter import AsyncLimiter
 from ._install import Installed, install
-from ._limiter import Limiter
-from ._renewal import Lease
+from ._leases import Lease
+from ._limiter import AsyncLimiter, Limiter
 from .errors import (
     AcquireTimeout,
     CommitFirst,

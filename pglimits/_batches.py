@@ -1,445 +1,361 @@
-"""Requests of one event loop, or of the threads of a process, travel together: whoever may send takes along what has
-queued up meanwhile.
+"""What goes out together: requests that are alike in one statement, and with them what was released meanwhile.
 
-As a group commit does, and with no waiting to fill a batch: a lone caller sends its own request at once, from its own
-thread. A (limit, key) is in one batch of requests and one of releases at a time, so one hot limit makes large batches,
-one of which is under way while the callers in the other go on; and a limit that somebody keeps locked holds up only
-itself.
+As a group commit does, and with no waiting to fill a batch: a lone caller's request goes at once. A (limit, key) is in
+one statement at a time, so one hot limit makes large batches, and one that somebody keeps locked holds up only itself.
 
-This module does no I/O: it says what to send and takes in what came back.
+All of it happens in the courier's thread.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
+import math
 import random
-import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
-from uuid import UUID
+from collections import deque
+from collections.abc import Hashable
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeAlias
 
-from psycopg import BaseConnection
+import psycopg
+from psycopg.pq.abc import PGresult
 
-from . import _sql
-from ._database import BATCHES_AT_ONCE, LOCK_WAIT, Busy, Row, translate
-from ._wake import Orphan, Waker, wake_all
+from . import _codec, _sql
+from ._codec import Row
+from ._database import Busy, Connection, is_lost, may_go_again
+from ._leases import Place
+from ._requests import PATIENCE, Kind, Params, Release, Request
+from ._sql import Statement
+from ._waiting import LOCK_WAIT
 from .errors import LimiterUnavailable, NotInstalled, PermissionDenied, PglimitsError, VersionMismatch
 
-Place = tuple[str, str]
+if TYPE_CHECKING:
+    from ._courier import Courier
 
 LARGEST_BATCH = 128
-"""Requests in a batch at most: while the server is at work on one, the answers to another are handed out."""
-SMALL_BATCH = 48
-"""Releases and requests on one (limit, key) that are no more than this travel together."""
-
-_AGAIN = -5
-"""Where among the parameters of a statement it says whether some of its ids may have been sent before."""
-
-PATIENCE = 1.0
-"""Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
+"""Requests in a batch at most, and releases: while the server is at work on one, the answers to another are taken."""
+BATCHES_AT_ONCE = 2
+"""How many batches may be on their way at the same time, beside one that has met a lock."""
+ANSWERS_WITHIN = 10.0
+"""Seconds after which a server that does not say the last word on a statement is taken for gone."""
+_TRIES = 3
 
 
-@dataclass(slots=True)
-class Answer:
-    """What became of a request.
+class Lane:
+    """Requests that can go together, or releases on the same places (``kind`` None)."""
 
-    ``seconds``: until it goes (granted), until it is to look (queued; None: the heartbeat is soon enough), or until it
-    might be let in (refused). ``ends_in``: how many seconds its lease lasts.
-    """
-
-    status: str
-    fences: list[int | None] | None = None
-    expires_at: datetime | None = None
-    ends_in: float | None = None
-    seconds: float | None = None
-    missing: list[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What requests have in common that differ in nothing but who asks.
-
-    Attributes:
-        places: each limit and key. One batch of requests at a time may have one.
-        release_lanes: the same for batches of releases.
-        timeout: seconds, None for ever.
-        lease_duration: seconds.
-        for_rate: whether it is a rate_limit.
-        names, slots, keys: arrays as PostgreSQL writes them.
-    """
-
-    places: tuple[Place, ...]
-    release_lanes: tuple[tuple[str, ...], ...]
-    timeout: float | None
-    lease_duration: float
-    for_rate: bool
-    names: str
-    slots: str
-    keys: str
-    priority: int
-    strict: bool
-
-
-class Ticket:
-    """A request on its way: an acquire or rate_limit of some kind, or a release (``kind`` None)."""
-
-    __slots__ = (
-        "abandoned",
-        "again",
-        "alone",
-        "answer",
-        "apart",
-        "batches",
-        "done",
-        "error",
-        "holder",
-        "kind",
-        "lanes",
-        "lease_id",
-        "not_before",
-        "patience",
-        "sent",
-        "tries",
-        "wait",
-        "waker",
-    )
+    __slots__ = ("apart", "errands", "key", "kind", "not_before", "number", "places", "tries", "wait")
 
     def __init__(
-        self,
-        lease_id: UUID,
-        kind: Kind | None,
-        lanes: tuple[tuple[str, ...], ...],
-        wait: float | None,
-        holder: str,
-        waker: Waker,
-        patience: float | None,
+        self, key: Hashable, number: int, kind: Kind | None, places: tuple[Place, ...], wait: float | None = None
     ) -> None:
-        self.lease_id = lease_id
+        self.key = key
+        # The order in which lanes have begun to wait.
+        self.number = number
         self.kind = kind
-        self.lanes = lanes
-        # For how many seconds it is ready to wait in line.
+        self.places = places
         self.wait = wait
-        self.holder = holder
-        self.waker = waker
-        self.patience = patience
-        self.batches: Batches | None = None
-        # Sent before, and nobody knows what became of that.
-        self.again = False
-        # When (monotonic) it was sent: an answer is of no earlier moment.
-        self.sent = 0.0
-        # Sent by itself: it has met an error that may be another's. Or only with others on the same limits, and not
-        # before that moment: it has met a lock.
-        self.alone = False
+        self.errands: deque[Request | Release] = deque()
+        # It goes by itself: it has met a lock, or an error that may be one's.
         self.apart = False
         self.not_before = 0.0
         self.tries = 0
-        self.abandoned = False
-        self.done = False
-        self.answer: Answer | bool | None = None
-        self.error: PglimitsError | None = None
-
-    def is_like(self, other: Ticket) -> bool:
-        """Whether the two differ in nothing but who asks, and so can be asked together."""
-        return (self.kind is other.kind or self.kind == other.kind) and self.wait == other.wait
-
-    def is_of(self, lease_id: UUID) -> bool:
-        """Whether it asks for that lease."""
-        return self.kind is not None and self.lease_id == lease_id
-
-    def withdraw(self) -> None:
-        """Its caller waits no longer, if it has not been served."""
-        if self.batches is not None and not self.done:
-            self.batches.withdraw(self)
-
-    def patient_for(self, left: float | None) -> float | None:
-        """How long its caller waits before it looks again; None: until it is woken."""
-        if not self.not_before:
-            return left
-        seconds = max(self.not_before - time.monotonic(), 0.001)
-        return seconds if left is None else min(left, seconds)
 
 
-class Slot:
-    """Holds the batch that its owner has to send, and the connection while the server may be at work on it."""
-
-    __slots__ = ("apart", "batch", "batches", "connection", "orphan", "params", "releases", "requests", "sql")
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-        # It has met a lock, or an error: it has a way of its own, and leaves the others theirs.
-        self.apart = False
-        self.batch: list[Ticket] | None = None
-        self.sql = ""
-        self.params: list[object] = []
-        self.releases: list[Ticket] = []
-        self.requests: list[Ticket] = []
-        self.orphan: Orphan[Slot] | None = None
-        self.connection: BaseConnection[Any] | None = None
-
-    def goes_again(self) -> None:
-        """It is sent once more, and nobody knows what became of it before: ids make that safe."""
-        for ticket in self.batch or ():
-            ticket.again = True
-        if self.requests:
-            self.params[_AGAIN] = True
+Lanes: TypeAlias = dict[Hashable, Lane]
 
 
-class Batches:
-    """What waits to be sent, and what is on its way.
+class Outbox:
+    """What waits to be sent, in lanes, and which places are on their way."""
 
-    An exception can strike a caller's thread anywhere, so each step here can be taken again: what counts is which slots
-    are under way, not a counter, and a batch whose sender was struck is put back as a whole and sent again.
-    """
+    def __init__(self, courier: Courier) -> None:
+        self._courier = courier
+        self._requests: Lanes = {}
+        self._releases: Lanes = {}
+        self._places: set[Place] = set()
+        self._under_way: set[Batch] = set()
+        # When the last batch was sent, if any is on its way.
+        self.sent_at = -math.inf
+        self._count = itertools.count()
 
-    def __init__(self, durable: bool, channel: str, abandon: Callable[[UUID, tuple[Place, ...]], None]) -> None:
-        self.durable = durable
-        self.channel = channel
-        self._abandon = abandon
-        self._closed = False
-        # Whether a task that sends is on its way: whoever queues up meanwhile need not make another.
-        self.summoned = False
-        self._lock = threading.Lock()
-        self._pending: dict[Ticket, None] = {}
-        self._under_way: dict[Slot, set[tuple[str, ...]]] = {}
+    def is_empty(self) -> bool:
+        """Nothing waits to be sent, and nothing is on its way."""
+        return not self._requests and not self._releases and not self._under_way
 
-    def submit(self, ticket: Ticket) -> None:
+    def put(self, request: Request) -> None:
         """Queue a request."""
-        ticket.batches = self
-        with self._lock:
-            self._queue(ticket)
+        kind = request.kind
+        wait = kind.timeout
+        if wait and kind.for_rate and request.until is not None:
+            # If all say the same, they are asked together; and only for a rate it matters how much has gone by.
+            left = max(request.until - time.monotonic(), 0.0)
+            wait = left if left < wait - 0.001 else wait
+        key: Hashable = kind if wait is kind.timeout else (kind, wait)
+        if request.alone:
+            key = request.lease_id
+        lane = self._requests.get(key)
+        if lane is None:
+            lane = self._requests[key] = Lane(key, next(self._count), kind, kind.places, wait)
+            lane.apart = request.alone
+        lane.errands.append(request)
 
-    def _queue(self, ticket: Ticket) -> None:
-        if self._closed and ticket.kind is not None:
-            ticket.error = LimiterUnavailable("the limiter has been closed")
-            ticket.done = True
-        else:
-            self._pending[ticket] = None
+    def put_release(self, release: Release) -> None:
+        """Queue a release."""
+        key: Hashable = release.lease_id if release.alone else release.places
+        lane = self._releases.get(key)
+        if lane is None:
+            lane = self._releases[key] = Lane(key, next(self._count), None, release.places)
+            lane.apart = release.alone
+        lane.errands.append(release)
 
-    def close(self) -> None:
-        """Send no more requests: what is not on its way by now never is. Releases still are."""
-        with self._lock:
-            self._closed = True
-            unsent = [ticket for ticket in self._pending if ticket.kind is not None]
-            for ticket in unsent:
-                del self._pending[ticket]
-                self._queue(ticket)
-        wake_all([ticket.waker for ticket in unsent])
+    def take_out(self) -> list[Request | Release]:
+        """Everything that waits to be sent, to be sent no more."""
+        lanes = [*self._requests.values(), *self._releases.values()]
+        self._requests.clear()
+        self._releases.clear()
+        return [errand for lane in lanes for errand in lane.errands]
 
-    def under_way(self) -> list[Slot]:
-        """What has been sent and not been answered yet."""
-        with self._lock:
-            return list(self._under_way)
-
-    def take(self, slot: Slot, ticket: Ticket | None = None) -> bool:
-        """Put the next batch into the slot; false if nothing can be sent now (or not ``ticket``, when one is given)."""
-        with self._lock:
-            first = ticket if ticket is not None else next(filter(self._can_go, self._pending), None)
-            if first is None or first not in self._pending or not self._can_go(first):
-                return False
-            slot.batch = batch = self._batch_with(first)
-            slot.apart = any(taken.alone or taken.apart for taken in batch)
-            self._under_way[slot] = {lane for taken in batch for lane in taken.lanes}
-            now = time.monotonic()
-            for taken in batch:
-                taken.sent = now
-                self._pending.pop(taken, None)
-        return True
-
-    def _batch_with(self, first: Ticket) -> list[Ticket]:
-        if first.alone:
-            return [first]
-        busy = set().union(*self._under_way.values())
+    def next_at(self) -> float:
+        """When what has met a lock may go again."""
         now = time.monotonic()
-        none_apart = not any(slot.apart for slot in self._under_way)
-        batch = [
-            other
-            for other in self._pending
-            if other.is_like(first)
-            and not other.alone
-            and (none_apart or not other.apart)
-            and other.not_before <= now
-            and busy.isdisjoint(other.lanes)
-        ]
-        apart = any(other.apart and other.lanes == first.lanes for other in batch)
-        batch = [other for other in batch if (other.lanes == first.lanes if apart else not other.apart)]
-        del batch[LARGEST_BATCH:]
-        if first not in batch:
-            batch[-1] = first
-        if len(batch) <= SMALL_BATCH and not apart:
-            batch += self._companions(batch, busy)
+        moments = [
+            lane.not_before for lanes in (self._requests, self._releases) for lane in lanes.values()
+            if lane.not_before > now
+        ]  # fmt: skip
+        return min(moments, default=math.inf)
+
+    def can_send(self, now: float) -> bool:
+        """Whether there is anything that may go."""
+        if not self._requests and not self._releases:
+            return False
+        apart = sum(batch.apart for batch in self._under_way)
+        return any(
+            self._may_go(lane, now, apart) for lanes in (self._requests, self._releases) for lane in lanes.values()
+        )
+
+    def next_job(self, now: float) -> Batch | None:
+        """What is to be sent now, if anything may go: what has waited longest, and what can go with it."""
+        apart = sum(batch.apart for batch in self._under_way)
+        request = next((lane for lane in self._requests.values() if self._may_go(lane, now, apart)), None)
+        release = next((lane for lane in self._releases.values() if self._may_go(lane, now, apart)), None)
+        if request is not None and release is not None and release.number < request.number:
+            # Unless there are requests on the same place.
+            same = (lane for lane in self._requests.values() if lane.places == release.places and not lane.apart)
+            request = None if release.apart else next(same, None)
+        batch = Batch(self._courier)
+        if request is not None:
+            self._take_requests(batch, request)
+            together = self._releases.get(request.places)
+            if len(request.places) == 1 and not request.apart and together is not None and not together.apart:
+                self._take_releases(batch, together)
+        elif release is not None and release.apart:
+            self._take_releases(batch, release)
+        elif release is not None:
+            for lane in list(self._releases.values()):
+                if not lane.apart and len(batch.releases) < LARGEST_BATCH and self._places.isdisjoint(lane.places):
+                    self._take_releases(batch, lane)
+        if not batch.requests and not batch.releases:
+            return None
+        batch.apart = batch.lanes[0].apart
+        self._under_way.add(batch)
+        self.sent_at = now
+        for lane in batch.lanes:
+            self._places.update(lane.places)
         return batch
 
-    def _companions(self, batch: list[Ticket], busy: set[tuple[str, ...]]) -> list[Ticket]:
-        """Releases that can go with few requests, or requests with few releases: all on one (limit, key)."""
-        first = batch[0]
-        if len(first.lanes) != 1 or any(ticket.lanes != first.lanes for ticket in batch):
-            return []
-        lane = first.lanes[0]
-        other_lanes = (("release", *lane) if first.kind is not None else lane[1:],)
-        if not busy.isdisjoint(other_lanes):
-            return []
-        others = [
-            ticket for ticket in self._pending if ticket.lanes == other_lanes and not ticket.alone and not ticket.apart
-        ]
-        others = [ticket for ticket in others if ticket.is_like(others[0])]
-        return others if len(others) <= SMALL_BATCH else []
-
-    def statement(self, slot: Slot) -> tuple[str, list[object]]:
-        """The one statement that serves the batch."""
-        batch = slot.batch or []
-        patience = min((ticket.patience for ticket in batch if ticket.patience is not None), default=None)
-        if patience is not None:
-            patience = min(max(patience, 0.001), LOCK_WAIT)
-        slot.releases = [ticket for ticket in batch if ticket.kind is None]
-        slot.requests = [ticket for ticket in batch if ticket.kind is not None]
-        slot.params = params = []
-        if slot.releases:
-            params += [_ids(slot.releases), self.durable, patience]
-        if not slot.requests:
-            slot.sql = _sql.RELEASE
-            return slot.sql, params
-        slot.sql = _sql.RELEASE_AND_ACQUIRE if slot.releases else _sql.ACQUIRE
-        first, kind = slot.requests[0], slot.requests[0].kind
-        assert kind is not None
-        holders = ",".join([ticket.holder for ticket in slot.requests])
-        params += [
-            kind.names, kind.slots, kind.keys, kind.for_rate, first.wait, kind.lease_duration, kind.priority,
-            _ids(slot.requests), f"[{holders}]", any(ticket.again for ticket in slot.requests), kind.strict,
-            self.channel, self.durable, patience,
-        ]  # fmt: skip
-        return slot.sql, params
-
-    def finish(self, slot: Slot, rows: Sequence[Row]) -> None:
-        """Hand out what came back."""
-        if slot.releases:
-            ended = set(rows[0][0])
-            for ticket in slot.releases:
-                ticket.answer = not ended or ticket.lease_id not in ended
-        if slot.requests:
-            for row in rows:
-                _hand_out(slot.requests, *row[-8:])
-        self._close(slot)
-
-    def put_back(self, slot: Slot) -> None:
-        """Nobody knows what became of a batch, but it is over: ids make it safe to ask again."""
-        for ticket in slot.batch or ():
-            ticket.again = True
-        self._close(slot)
-
-    def fail(self, slot: Slot, error: Exception) -> None:
-        """A batch could not be sent, or the database refused it. What is safe to send again is."""
-        problem = translate(error)
-        for ticket in slot.batch or ():
-            if ticket.answer is not None:
-                continue
-            if isinstance(problem, Busy):
-                ticket.apart = True
-                ticket.tries += 1
-                ticket.not_before = time.monotonic() + min(0.02 * 2**ticket.tries, 1.0) * random.uniform(0.5, 1.0)
-            elif len(slot.batch or ()) > 1 and _blames_the_request(problem):
-                # Nothing was done, and only one of them need be to blame.
-                ticket.alone = True
-            else:
-                # Each its own: an exception that many raise gathers the tracebacks of all.
-                ticket.error = copy.copy(problem)
-                ticket.error.__cause__ = problem.__cause__
-        self._close(slot)
-
-    def _close(self, slot: Slot) -> None:
-        batch = slot.batch
-        if batch is None:
-            return
-        with self._lock:
-            for ticket in batch:
-                if ticket.answer is not None or ticket.error is not None or ticket.abandoned:
-                    ticket.done = True
-                    self._pending.pop(ticket, None)
-                else:
-                    self._queue(ticket)
-            self._under_way.pop(slot, None)
-        # Those that were put back as well: they may have to wait until another moment now.
-        wake_all([ticket.waker for ticket in batch if not ticket.abandoned])
-        for ticket in batch:
-            if ticket.done and ticket.abandoned and ticket.kind is not None:
-                self._abandon(ticket.lease_id, ticket.kind.places)
-        slot.batch = None
-        slot.orphan = None
-        self.nudge()
-
-    def nudge(self) -> None:
-        """Wake somebody who can send the next batch, if there is one to send."""
-        if not self._pending:
-            return  # who queues up next looks for himself
-        with self._lock:
-            ticket = next(filter(self._can_go, self._pending), None)
-        if ticket is not None:
-            ticket.waker.wake()
-
-    def withdraw(self, ticket: Ticket) -> None:
-        """Its caller has given up. If it was sent already, what it gets is given back."""
-        with self._lock:
-            ticket.abandoned = True
-            never_sent = ticket in self._pending and not ticket.tries
-            self._pending.pop(ticket, None)
-            under_way = any(ticket in (slot.batch or ()) for slot in self._under_way)
-        if not never_sent and not under_way and ticket.kind is not None:
-            self._abandon(ticket.lease_id, ticket.kind.places)
-        self.nudge()
-
-    def forget(self, lease_id: UUID) -> None:
-        """A request was given up, and its caller may have been struck before it withdrew it: it is sent no more."""
-        with self._lock:
-            for ticket in [ticket for ticket in self._pending if ticket.is_of(lease_id)]:
-                ticket.abandoned = True
-                del self._pending[ticket]
-            for slot in self._under_way:
-                for ticket in slot.batch or ():
-                    ticket.abandoned = ticket.abandoned or ticket.is_of(lease_id)
-
-    def can_go(self, ticket: Ticket) -> bool:
-        """Whether a batch with this ticket could be taken now. Read without the lock: who is in its way wakes it."""
-        return ticket in self._pending and self._can_go(ticket)
-
-    def _can_go(self, ticket: Ticket) -> bool:
-        apart = sum(slot.apart for slot in tuple(self._under_way))
-        if ticket.alone or ticket.apart:
-            if apart or ticket.not_before > time.monotonic():
+    def _may_go(self, lane: Lane, now: float, apart: int) -> bool:
+        if lane.apart:
+            if apart or lane.not_before > now:
                 return False
         elif len(self._under_way) - apart >= BATCHES_AT_ONCE:
             return False
-        return all(lanes.isdisjoint(ticket.lanes) for lanes in tuple(self._under_way.values()))
+        return self._places.isdisjoint(lane.places)
+
+    def _take_requests(self, batch: Batch, lane: Lane) -> None:
+        """As many as fit. The rest goes behind all others."""
+        del self._requests[lane.key]
+        batch.lanes.append(lane)
+        while lane.errands and len(batch.requests) < LARGEST_BATCH:
+            request = lane.errands.popleft()
+            assert isinstance(request, Request)
+            if not request.given_up and not request.answered:
+                request.under_way = True
+                batch.requests.append(request)
+        if lane.errands:
+            self._requests[lane.key] = lane
+
+    def _take_releases(self, batch: Batch, lane: Lane) -> None:
+        """As many as fit. The rest goes behind all others."""
+        del self._releases[lane.key]
+        batch.lanes.append(lane)
+        while lane.errands and len(batch.releases) < LARGEST_BATCH:
+            release = lane.errands.popleft()
+            assert isinstance(release, Release)
+            batch.releases.append(release)
+        if lane.errands:
+            self._releases[lane.key] = lane
+
+    def over(self, batch: Batch) -> None:
+        """A batch is no longer on its way."""
+        self._under_way.discard(batch)
+        if not self._under_way:
+            self.sent_at = -math.inf
+        for lane in batch.lanes:
+            self._places.difference_update(lane.places)
+
+    def met_a_lock(self, batch: Batch) -> None:
+        """Those of a batch go again, after a pause, each lane by itself."""
+        tries = 1 + max(lane.tries for lane in batch.lanes)
+        not_before = time.monotonic() + min(0.02 * 2**tries, 1.0) * random.uniform(0.5, 1.0)
+        for request in batch.requests:
+            request.locked = True
+            self.put(request)
+        for release in batch.releases:
+            self.put_release(release)
+        for lanes in (self._requests, self._releases):
+            for lane in lanes.values():
+                if any(mine.places == lane.places for mine in batch.lanes):
+                    lane.apart, lane.tries, lane.not_before = True, tries, not_before
 
 
-def _hand_out(
-    requests: Sequence[Ticket],
-    first: int,
-    last: int,
-    status: str,
-    fences: list[int | None] | None,
-    expires_at: datetime | None,
-    ends_in: float | None,
-    seconds: list[float | None] | None,
-    missing: list[str] | None,
-) -> None:
-    """What ``_acquire_batch`` answered to those from the first to the last."""
-    seconds = seconds or [None]
-    for nth, ticket in enumerate(requests[first - 1 : last]):
-        mine = seconds[min(nth, len(seconds) - 1)]
-        ticket.answer = answer = Answer(status, fences, expires_at, ends_in, mine, missing)
-        if nth and status == "granted":
-            if fences is not None and fences[0] is not None:  # one limit, and each has the next
-                answer.fences = [fences[0] + nth]
-            later = (mine or 0.0) - (seconds[0] or 0.0)
-            if later and expires_at is not None and ends_in is not None:
-                answer.expires_at, answer.ends_in = expires_at + timedelta(seconds=later), ends_in + later
+class Batch:
+    """One statement, and for whom it goes."""
+
+    answers_within = ANSWERS_WITHIN
+
+    def __init__(self, courier: Courier) -> None:
+        self._courier = courier
+        self.lanes: list[Lane] = []
+        self.requests: list[Request] = []
+        self.releases: list[Release] = []
+        self.apart = False
+
+    def statements(self, connection: Connection) -> list[tuple[Statement, Params]]:
+        now = time.monotonic()
+        requests = self.requests
+        params: list[bytes | None] = []
+        durable = b"t" if self._courier.durable else b"f"
+        patience = self._patience(now)
+        if self.releases:
+            params += (_ids(self.releases), durable, patience)
+        if not requests:
+            return [(_sql.RELEASE, params)]
+        kind = requests[0].kind
+        again = False
+        for request in requests:
+            request.asked_at = now
+            request.maybe_there = True
+            again = again or request.sent
+        holders = ",".join([request.holder for request in requests])
+        if (codec := connection.codec) is not None:
+            holders = ",".join([_as_encoded(request, codec) for request in requests])
+        params += (
+            *kind.head, _codec.encode(self.lanes[0].wait), *kind.between, _ids(requests), f"[{holders}]".encode(),
+            b"t" if again else b"f", b"t" if kind.strict else b"f", self._courier.waiting.channel.encode(), durable,
+            patience,
+        )  # fmt: skip
+        return [(_sql.RELEASE_AND_ACQUIRE if self.releases else _sql.ACQUIRE, params)]
+
+    def _patience(self, now: float) -> bytes | None:
+        """How long it waits for a lock; None: as long as contention takes."""
+        if not self.requests or self.requests[0].kind.timeout is None:
+            return None
+        left = min(
+            [
+                (request.until - now if request.kind.timeout else PATIENCE)
+                for request in self.requests
+                if request.until is not None
+            ],
+            default=LOCK_WAIT,
+        )
+        return None if left >= LOCK_WAIT else str(max(left, 0.001)).encode()
+
+    def done(self, courier: Courier, result: PGresult) -> None:
+        """Hand out what came back."""
+        courier.outbox.over(self)
+        for lane in self.lanes:
+            lane.apart, lane.tries, lane.not_before = False, 0, 0.0
+        found = _codec.rows(result)
+        if self.releases:
+            ended = set(found[0][0])
+            for release in self.releases:
+                courier.released(release, not ended or release.lease_id not in ended)
+        if self.requests:
+            for row in found:
+                self._hand_out(courier, row[-8:])
+
+    def _hand_out(self, courier: Courier, row: Row) -> None:
+        """What ``_acquire_batch`` answered to those from the first to the last."""
+        first, last, status, fences, expires_at, ends_in, seconds, missing = row
+        if missing:
+            courier.warn_missing(missing)
+        now = time.monotonic()
+        some = seconds or [None]
+        for nth, request in enumerate(self.requests[first - 1 : last]):
+            request.under_way = False
+            request.sent = True
+            mine = some[min(nth, len(some) - 1)]
+            if status == "granted":
+                later = (mine or 0.0) - (some[0] or 0.0) if nth else 0.0
+                courier.grant(
+                    request,
+                    # One limit, and each has the next.
+                    fences if not nth or fences is None or fences[0] is None else [fences[0] + nth],
+                    expires_at + timedelta(seconds=later) if later and expires_at is not None else expires_at,
+                    request.asked_at + (ends_in or 0.0) + later,
+                    now + mine if mine else 0.0,
+                )
+            else:
+                courier.answer(request, status, mine)
+
+    def failed(self, courier: Courier, error: BaseException, problem: PglimitsError) -> None:
+        """It could not be sent, or the database refused it. What is safe to send again is."""
+        courier.outbox.over(self)
+        for request in self.requests:
+            request.under_way = False
+        if isinstance(problem, Busy):
+            courier.outbox.met_a_lock(self)
+            for request in self.requests:
+                courier.look_at(request)
+            return
+        lost, again = False, False
+        if isinstance(error, psycopg.Error):
+            lost, again = is_lost(error, problem), may_go_again(error, problem)
+        many = len(self.requests) + len(self.releases) > 1
+        by_itself = many and _blames_one(problem)
+        errands: list[Request | Release] = [*self.releases, *self.requests]
+        for errand in errands:
+            errand.unheard = errand.unheard or lost
+            errand.tries += 1
+            if by_itself:
+                # Nothing was done, and only one of them need be to blame.
+                errand.alone = True
+            elif not again or errand.tries >= _TRIES:
+                errand.tries = 0
+                if isinstance(errand, Request):
+                    errand.sent = errand.sent or lost
+                    courier.unavailable(errand, problem, error)
+                else:
+                    courier.release_failed(errand, problem, error)
+                continue
+            if isinstance(errand, Request):
+                errand.sent = errand.sent or lost
+                if not courier.look_at(errand):
+                    courier.outbox.put(errand)
+            else:
+                courier.outbox.put_release(errand)
 
 
-def _ids(batch: Sequence[Ticket]) -> str:
-    return "{" + ",".join([ticket.lease_id.hex for ticket in batch]) + "}"
+def _ids(errands: list[Request] | list[Release]) -> bytes:
+    return ("{" + ",".join([errand.lease_id.hex for errand in errands]) + "}").encode()
 
 
-def _blames_the_request(problem: PglimitsError) -> bool:
+def _as_encoded(request: Request, codec: str) -> str:
+    """A holder as a database in another encoding takes it: nobody fails for what nobody asked for."""
+    if request.says_who:
+        return request.holder
+    return request.holder.encode(codec, "replace").decode(codec)
+
+
+def _blames_one(problem: PglimitsError) -> bool:
     return not isinstance(problem, (LimiterUnavailable, NotInstalled, VersionMismatch, PermissionDenied))

@@ -1,72 +1,312 @@
-"""The calls that need no waiting: what to execute, and what to make of the rows. Shared by both shells."""
+"""What a limiter can do: one source for the limiter of threads and for that of tasks, which differ in how they wait.
+
+Each method is a course without I/O. It hands errands to the courier, and yields what it waits for and how long at
+most; the limiters do just that, and hand out what the course returns.
+"""
 
 from __future__ import annotations
 
+import builtins
 import json
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
-from . import _arguments, _sql
-from ._database import Row
-from ._renewal import Lease, Renewed
-from .errors import InvalidArgument, LimitNotFound
+from psycopg.pq.abc import PGresult
+
+from . import _arguments, _codec, _sql
+from ._arguments import Names
+from ._codec import Row, Value
+from ._courier import Courier, courier_for, forget
+from ._database import Callback, OfPool, Source
+from ._dsn import resolve
+from ._leases import Lease, orphan
+from ._requests import (
+    PATIENCE,
+    Close,
+    Errand,
+    GiveUp,
+    Kind,
+    Leave,
+    OnUnavailable,
+    Query,
+    Release,
+    Request,
+    User,
+    checked,
+    new_id,
+)
+from ._sql import Statement
+from ._wake import Waker
+from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
 
 T = TypeVar("T")
 
+Course: TypeAlias = Generator[tuple[Waker, float | None], None, T]
+
+_LEAVES_WITHIN = 0.25
+"""Seconds that a request whose time is over waits to be out of the line. If that takes longer, nobody waits for it."""
 _DEEPEST = 100
 """A holder nested deeper stays text, as whoever walks it would run out of stack."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    """One statement and how to read its rows."""
+class _Anchor:
+    """Lives as long as a call."""
 
-    sql: str
-    params: Sequence[object]
-    read: Callable[[list[Row]], T]
+    __slots__ = ("__weakref__",)
 
 
-def _nothing(rows: list[Row]) -> None:
-    return None
+class Base:
+    """What both limiters are made of."""
+
+    _courier: Courier
+    _user: User
+    _on_unavailable: OnUnavailable
+    _strict: bool
+
+    def _set_up(
+        self, dsn: str | None, pool: Any, connect: Any, durable: bool, strict: bool, how: OnUnavailable
+    ) -> None:
+        _arguments.flag("durable", durable)
+        self._strict = _arguments.flag("strict", strict)
+        if how not in ("raise", "wait", "allow"):
+            raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {how!r}")
+        if sum(given is not None for given in (dsn, pool, connect)) > 1:
+            raise InvalidArgument("only one of dsn, pool and connect may be given")
+        self._on_unavailable = how
+        self._user = User()
+        source: Source | None = None
+        if pool is not None:
+            source = OfPool(pool)
+        elif connect is not None:
+            source = Callback(connect)
+        if source is None:
+            self._courier = courier_for(resolve(dsn).conninfo, durable, self._user)
+        else:
+            self._courier = Courier(source, durable)
+            self._courier.users.add(self._user)
+
+    def _share(self, other: Base) -> None:
+        """Be the same limiter as another one, which waits in another way."""
+        self._courier, self._user = other._courier, other._user
+        self._on_unavailable, self._strict = other._on_unavailable, other._strict
+
+    def _waker(self) -> Waker:
+        raise NotImplementedError
+
+    def _who(self) -> str:
+        raise NotImplementedError
+
+    def _task(self) -> Any:
+        """A reference to the task that calls, if it is one."""
+        return None
+
+    def _is_strict(self, strict: bool) -> bool:
+        """Whether a call is strict: it says so, or all are."""
+        return _arguments.flag("strict", strict) or self._strict
+
+    def _acquiring(self, kind: Kind, holder: str | None, renew: bool = True) -> Course[Lease]:
+        courier = self._courier
+        self._check_open()
+        now = time.monotonic()
+        timeout = kind.timeout
+        request = Request(
+            kind,
+            self._who() if holder is None else holder,
+            new_id(),
+            self._waker(),
+            self._user,
+            self._on_unavailable,
+            None if timeout is None else now + timeout,
+            renew=renew,
+            says_who=holder is not None,
+        )
+        request.task = self._task()
+        until = None if timeout is None else now + (timeout or PATIENCE)
+        # The last resort: an interrupt can strike in the handler of another.
+        anchor = _Anchor()
+        request.orphan = orphan(anchor, courier.inbox.append, request)
+        try:
+            courier.put(request)
+            assert request.waker is not None
+            while not request.answered:
+                left = None if until is None else until - time.monotonic()
+                if left is None or left > 0:
+                    yield request.waker, left
+                elif request.leaving:
+                    raise request.late()
+                else:
+                    request.leaving = True
+                    until = time.monotonic() + _LEAVES_WITHIN
+                    courier.put(Leave(request))
+            if request.error is not None:
+                raise request.error
+            while (left := request.goes_at - time.monotonic()) > 0:
+                self._check_open()
+                yield request.waker, left
+            lease, request.lease = request.lease, None
+            assert lease is not None
+            return lease
+        except BaseException:
+            if request.error is None:
+                courier.put(GiveUp(request))
+            raise
+        finally:
+            request.orphan = None
+
+    def _releasing(self, lease: Lease) -> Course[bool | None]:
+        """Whether it was still live; None if the database could not be asked."""
+        if not lease.is_ours():
+            return False
+        if self._courier.is_inside():
+            return self._release_later(lease)
+        waker = self._waker()
+        release = Release(lease.id, lease.places, waker, lease)
+        self._courier.put(release)
+        lease.released = True
+        while not release.answered:
+            yield waker, None
+        if release.error is not None:
+            raise release.error
+        return release.live
+
+    def _release_later(self, lease: Lease) -> bool:
+        """End a lease in the background. Whether it was still live, as far as is known here. Callable from anywhere."""
+        if not lease.is_ours():
+            return False
+        live = not lease.lost
+        self._courier.put(Release(lease.id, lease.places))
+        lease.released = True
+        return live
+
+    def _ask(
+        self,
+        statement: Statement,
+        *params: Value | Iterable[Value],
+        then: Callable[[Courier, PGresult], None] | None = None,
+    ) -> Course[builtins.list[Row]]:
+        """Ask the database something. Returns the rows."""
+        self._check_open()
+        encoded = [_codec.encode(param) for param in params]
+        query = Query(statement, encoded, self._waker(), self._user, then)
+        yield from self._until_answered(query)
+        if query.error is not None:
+            raise query.error
+        return [] if query.result is None else _codec.rows(query.result)
+
+    def _until_answered(self, errand: Errand) -> Course[None]:
+        self._courier.put(errand)
+        assert errand.waker is not None
+        while not errand.answered:
+            yield errand.waker, None
+
+    def _check_open(self) -> None:
+        if self._user.closed:
+            raise LimiterUnavailable("the limiter has been closed")
+        if self._courier.is_inside():
+            raise LimiterUnavailable("a finalizer that runs in a thread of the limiter cannot wait for it")
 
 
-def create(
-    name: str,
-    limit: int,
-    slot_decay_per_second: float,
-    active: bool,
-    max_waiters: int | None,
-    description: str | None,
-) -> Call[None]:
-    return Call(
-        _sql.CREATE,
-        (
+class Calls(Base):
+    """What a limiter can do."""
+
+    def acquire(
+        self,
+        names: Names,
+        occupy: int = 1,
+        timeout_seconds: float | None = None,
+        max_retries: int | None = None,
+        lease_duration: float = 300,
+        strict: bool = False,
+        holder: Any = None,
+        *,
+        key: str = "",
+        priority: int = 0,
+        renew: bool = True,
+    ) -> Course[Lease]:
+        """Take slots until ``release``. Arguments and errors as ``concurrency``.
+
+        Keep what it returns: a lease that nobody refers to any longer is given back.
+
+        renew: False leaves the lease alone: it lives on after this process, for ``lease_duration`` or until somebody
+        releases it by its id.
+        """
+        kind = checked(
+            names, occupy, timeout_seconds, max_retries, lease_duration, self._is_strict(strict), None, key, priority
+        )
+        return self._acquiring(kind, None if holder is None else _arguments.holder(holder), renew)
+
+    def rate_limit(
+        self,
+        names: Names,
+        occupy: int = 1,
+        timeout_seconds: float | None = None,
+        strict: bool = False,
+        key: str = "",
+    ) -> Course[None]:
+        """Take slots that come back by decay only, and sleep until the moment of the grant.
+
+        A request whose earliest moment lies beyond ``timeout_seconds`` is refused at once and takes nothing. Raises as
+        ``concurrency``, and NoSlotDecay for a limit without ``slot_decay_per_second``.
+        """
+        kind = checked(names, occupy, timeout_seconds, None, 300, self._is_strict(strict), None, key, 0, True)
+        yield from self._acquiring(kind, None)
+
+    def release(self, lease: Lease | UUID | str) -> Course[bool]:
+        """End a lease now instead of at its expiry. Whether it was still live; doing it twice is harmless.
+
+        True also where the connection was lost before the reply came, and asking again found it ended.
+
+        Given the id of a waiting request, takes it out of its queue.
+
+        Raises:
+            LimiterUnavailable: an id was given, and the database could not be reached. A lease of our own is released
+                once it can be.
+        """
+        if not isinstance(lease, Lease):
+            lease = Lease.foreign(_lease_id(lease))
+        return bool((yield from self._releasing(lease)))
+
+    # Limits.
+
+    def create(
+        self,
+        name: str,
+        limit: int,
+        slot_decay_per_second: float = 0.0,
+        active: bool = True,
+        max_waiters: int | None = None,
+        description: str | None = None,
+    ) -> Course[Limit]:
+        """Create a limit. Raises LimitExists, InvalidArgument."""
+        yield from self._ask(
+            _sql.CREATE,
             _arguments.text("name", name),
             _arguments.whole("limit", limit, least=0),
             _arguments.rate(slot_decay_per_second),
             _arguments.flag("active", active),
             _arguments.optional_whole("max_waiters", max_waiters, least=0),
             _arguments.optional_text("description", description),
-        ),
-        _nothing,
-    )
+        )
+        return (yield from Calls.get(self, name))
 
-
-def update(
-    name: str,
-    limit: int | None,
-    slot_decay_per_second: float | None,
-    active: bool | None,
-    max_waiters: int | None,
-    description: str | None,
-    new_name: str | None,
-) -> Call[None]:
-    return Call(
-        _sql.UPDATE,
-        (
+    def update(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        slot_decay_per_second: float | None = None,
+        active: bool | None = None,
+        max_waiters: int | None = None,
+        description: str | None = None,
+        new_name: str | None = None,
+    ) -> Course[Limit]:
+        """Change what is given, at once. ``max_waiters=-1``: no bound. Raises LimitNotFound, LimitExists."""
+        yield from self._ask(
+            _sql.UPDATE,
             _arguments.text("name", name),
             _arguments.optional_whole("limit", limit, least=0),
             None if slot_decay_per_second is None else _arguments.rate(slot_decay_per_second),
@@ -74,36 +314,165 @@ def update(
             _arguments.optional_whole("max_waiters", max_waiters, least=-1),
             _arguments.optional_text("description", description),
             _arguments.optional_text("new_name", new_name),
-        ),
-        _nothing,
-    )
+        )
+        return (yield from Calls.get(self, name if new_name is None else new_name))
 
+    def upsert(
+        self,
+        name: str,
+        limit: int,
+        slot_decay_per_second: float = 0.0,
+        active: bool = True,
+        max_waiters: int | None = None,
+        description: str | None = None,
+    ) -> Course[Limit]:
+        """Create a limit, or make the one of that name so."""
+        _arguments.whole("limit", limit, least=0)
+        _arguments.flag("active", active)
+        _arguments.optional_whole("max_waiters", max_waiters, least=0)
+        _arguments.rate(slot_decay_per_second)
+        while True:
+            try:
+                return (
+                    yield from Calls.update(
+                        self,
+                        name,
+                        limit=limit,
+                        slot_decay_per_second=slot_decay_per_second,
+                        active=active,
+                        max_waiters=-1 if max_waiters is None else max_waiters,
+                        description="" if description is None else description,
+                    )
+                )
+            except LimitNotFound:
+                pass
+            try:
+                return (
+                    yield from Calls.create(self, name, limit, slot_decay_per_second, active, max_waiters, description)
+                )
+            except LimitExists:
+                pass
 
-def delete(name: str) -> Call[None]:
-    return Call(_sql.DELETE, (_arguments.text("name", name),), _nothing)
+    def delete(self, name: str) -> Course[None]:
+        """Delete a limit with its leases; its waiters are told. Raises LimitNotFound."""
+        yield from self._ask(_sql.DELETE, _arguments.text("name", name))
 
-
-def get(name: str) -> Call[Limit]:
-    def read(rows: list[Row]) -> Limit:
-        if not rows:
+    def get(self, name: str) -> Course[Limit]:
+        """One limit, as it stands now. Raises LimitNotFound."""
+        found = yield from self._ask(_sql.LIMITS, _arguments.text("name", name))
+        if not found:
             raise LimitNotFound(f"there is no limit named {name!r}")
-        return Limit(*rows[0])
+        return Limit(*found[0])
 
-    return Call(_sql.LIMITS, (_arguments.text("name", name),), read)
+    def list(self) -> Course[builtins.list[Limit]]:
+        """All limits by name, as they stand now."""
+        found = yield from self._ask(_sql.LIMITS, None)
+        return [Limit(*row) for row in found]
+
+    def keys(self, name: str | None = None) -> Course[builtins.list[Key]]:
+        """The keys that were used, of one limit or of all, as they stand now."""
+        found = yield from self._ask(_sql.KEYS, _arguments.optional_text("name", name))
+        return [Key(*row) for row in found]
+
+    def reset(self, name: str, key: str | None = None) -> Course[int]:
+        """End every lease of a limit (or of one key) and set its level to zero. Returns how many leases ended."""
+        found = yield from self._ask(_sql.RESET, _arguments.text("name", name), _arguments.optional_text("key", key))
+        return int(found[0][0])
+
+    def peek(
+        self,
+        names: Names,
+        occupy: int = 1,
+        *,
+        key: str = "",
+        priority: int = 0,
+        strict: bool = False,
+        for_rate: bool = False,
+    ) -> Course[Peek]:
+        """What a request would be answered now, without making it. ``for_rate``: for ``rate_limit``."""
+        parts = _arguments.parts(names, occupy, key)
+        found = yield from self._ask(
+            _sql.PEEK,
+            [part.name for part in parts],
+            [part.slots for part in parts],
+            [part.key for part in parts],
+            _arguments.whole("priority", priority),
+            self._is_strict(strict),
+            _arguments.flag("for_rate", for_rate),
+        )
+        return Peek(*found[0])
+
+    def adjust(self, name: str, slots: int, key: str = "") -> Course[float]:
+        """Add slots to (or take them off) the level of a rate limit after the fact. Returns the new level.
+
+        Raises LimitNotFound, NoSlotDecay.
+        """
+        found = yield from self._ask(
+            _sql.ADJUST, _arguments.text("name", name), _arguments.whole("slots", slots), _arguments.text("key", key)
+        )
+        return float(found[0][0])
+
+    def holders(self, name: str | None = None) -> Course[builtins.list[Holder]]:
+        """The live leases, of one limit or of all."""
+        found = yield from self._ask(_sql.HOLDERS, _arguments.optional_text("name", name))
+        return [Holder(*_with_holder(row)) for row in found]
+
+    def waiters(self, name: str | None = None) -> Course[builtins.list[Waiter]]:
+        """Who waits, in order, for one limit or for all."""
+        found = yield from self._ask(_sql.WAITERS, _arguments.optional_text("name", name))
+        return [Waiter(*_with_holder(row)) for row in found]
+
+    def renew(self, lease: Lease | UUID | str, lease_duration: float | None = None) -> Course[bool]:
+        """Renew a lease that is not renewed by itself. Whether it was still live."""
+        seconds = None if lease_duration is None else _arguments.lease_duration(lease_duration)
+        then = _Renewed(lease, seconds, time.monotonic()) if isinstance(lease, Lease) else None
+        found = yield from self._ask(_sql.RENEW, None, [_lease_id(lease)], seconds, then=then)
+        return bool(found[0][1])
+
+    def sweep(self) -> Course[Swept]:
+        """Tidy up. Nothing depends on it but the size of the tables."""
+        found = yield from self._ask(_sql.SWEEP)
+        return Swept(*found[0])
+
+    def version(self) -> Course[str]:
+        """The version of pglimits in the database."""
+        found = yield from self._ask(_sql.VERSION)
+        return str(found[0][0])
+
+    def close(self) -> Course[None]:
+        """Release what is still held, which whoever is at work under it has lost, and close connections of our own."""
+        if self._user.closed:
+            return
+        self._user.closed = True
+        last = forget(self._courier, self._user)
+        if not self._courier.is_needed():
+            self._courier.shut()
+            return
+        yield from self._until_answered(Close(self._waker(), None if last else self._user))
 
 
-def list_limits() -> Call[list[Limit]]:
-    return Call(_sql.LIMITS, (None,), lambda rows: [Limit(*row) for row in rows])
+@dataclass(frozen=True, slots=True)
+class _Renewed:
+    """A lease was renewed by its holder, for so many seconds from when it asked."""
+
+    lease: Lease
+    duration: float | None
+    asked: float
+
+    def __call__(self, courier: Courier, result: PGresult) -> None:
+        ((_, live, expires_at),) = _codec.rows(result)
+        if live:
+            courier.leases.extend(self.lease, self.asked, expires_at, self.duration)
 
 
-def keys(name: str | None) -> Call[list[Key]]:
-    named = _arguments.optional_text("name", name)
-    return Call(_sql.KEYS, (named,), lambda rows: [Key(*row) for row in rows])
-
-
-def holders(name: str | None) -> Call[list[Holder]]:
-    named = _arguments.optional_text("name", name)
-    return Call(_sql.HOLDERS, (named,), lambda rows: [Holder(*_with_holder(row)) for row in rows])
+def _lease_id(lease: Lease | UUID | str) -> UUID:
+    """The id of a lease, given as itself, as a UUID, or as the text of one."""
+    if isinstance(lease, Lease):
+        return lease.id
+    try:
+        return lease if isinstance(lease, UUID) else UUID(lease)
+    except (ValueError, AttributeError, TypeError):
+        raise InvalidArgument(f"lease must be a Lease or the UUID of one, not {lease!r}") from None
 
 
 def _with_holder(row: Row) -> Row:
@@ -128,57 +497,3 @@ def _holder(text: str | None) -> Any:
 
 def _items(found: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return found.values() if isinstance(found, dict) else found
-
-
-def waiters(name: str | None) -> Call[list[Waiter]]:
-    named = _arguments.optional_text("name", name)
-    return Call(_sql.WAITERS, (named,), lambda rows: [Waiter(*_with_holder(row)) for row in rows])
-
-
-def reset(name: str, key: str | None) -> Call[int]:
-    params = (_arguments.text("name", name), _arguments.optional_text("key", key))
-    return Call(_sql.RESET, params, lambda rows: int(rows[0][0]))
-
-
-def adjust(name: str, slots: int, key: str) -> Call[float]:
-    params = (_arguments.text("name", name), _arguments.whole("slots", slots), _arguments.text("key", key))
-    return Call(_sql.ADJUST, params, lambda rows: float(rows[0][0]))
-
-
-def peek(names: _arguments.Names, occupy: int, key: str, priority: int, strict: bool, for_rate: bool) -> Call[Peek]:
-    parts = _arguments.parts(names, occupy, key)
-    return Call(
-        _sql.PEEK,
-        (
-            [part.name for part in parts],
-            [part.slots for part in parts],
-            [part.key for part in parts],
-            _arguments.whole("priority", priority),
-            _arguments.flag("strict", strict),
-            _arguments.flag("for_rate", for_rate),
-        ),
-        lambda rows: Peek(*rows[0]),
-    )
-
-
-def renew(lease: Lease | UUID, lease_duration: float | None) -> Call[Renewed]:
-    seconds = None if lease_duration is None else _arguments.lease_duration(lease_duration)
-    return Call(_sql.RENEW, (None, [lease_id(lease)], seconds), lambda rows: Renewed(*rows[0]))
-
-
-def sweep() -> Call[Swept]:
-    return Call(_sql.SWEEP, (), lambda rows: Swept(*rows[0]))
-
-
-def version() -> Call[str]:
-    return Call(_sql.VERSION, (), lambda rows: str(rows[0][0]))
-
-
-def lease_id(lease: Lease | UUID | str) -> UUID:
-    """The id of a lease, given as itself, as a UUID, or as the text of one."""
-    if isinstance(lease, Lease):
-        return lease.id
-    try:
-        return lease if isinstance(lease, UUID) else UUID(lease)
-    except (ValueError, AttributeError, TypeError):
-        raise InvalidArgument(f"lease must be a Lease or the UUID of one, not {lease!r}") from None

@@ -1,26 +1,32 @@
-"""Connections, and what their errors mean."""
+"""Connections: where they come from, how a statement goes over one, and what its errors mean.
+
+Statements go over libpq itself, below psycopg's cursors: what an app sets for psycopg (adapters, cursor and row
+factories, instrumentation) does not reach them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 import contextlib
-import math
+import inspect
 import re
-import selectors
+import select
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import psycopg
-from psycopg import waiting
-from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
-from psycopg.pq import TransactionStatus
-from psycopg.pq.abc import PGconn, PGresult
-from psycopg.rows import tuple_row
-from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGresult
 
 from . import __version__, _sql
+from ._codec import Row, rows
+from ._sql import Statement
 from .errors import (
     BY_SQLSTATE,
+    InvalidArgument,
     LimiterUnavailable,
     NotInstalled,
     PermissionDenied,
@@ -29,33 +35,9 @@ from .errors import (
     VersionMismatch,
 )
 
-Row = tuple[Any, ...]
-C = TypeVar("C", bound=psycopg.BaseConnection[Any])
-T = TypeVar("T")
-
-ANSWERS_WITHIN = 10.0
-"""Seconds after which a server that does not say the last word on a statement is taken for gone.
-
-It waits for a lock for a fraction of that."""
-
-LOCK_WAIT = 0.3
-"""Seconds that what serves many waits for a lock: longer than contention takes; then somebody keeps it in a long
-transaction."""
-
-_LOOKS_EVERY = 0.1
-"""Seconds after which a wait for an answer looks how late it is."""
-
-BATCHES_AT_ONCE = 2
-"""How many batches of one process may be on their way at the same time, beside one that has met a lock; each needs a
-connection."""
-
 
 class NoAnswer(psycopg.OperationalError):
     """The server has said nothing for so long that the connection is taken for dead. It has been closed."""
-
-
-class Late(Exception):
-    """Whoever sent a statement has no more time. The server may still be at work on it."""
 
 
 class Busy(LimiterUnavailable):
@@ -71,14 +53,17 @@ class Cancelled(LimiterUnavailable):
 
 
 _ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
-"""How every connection of ours is opened, whatever the encoding of the database is."""
-
-_NOTHING_DONE = (Busy, Cancelled, ReadOnlyServer, VersionMismatch)
+"""How every connection to a conninfo of ours is opened, whatever the encoding of the database is."""
+_OPENS_WITHIN = 10.0
+"""Seconds that the first statement on a new connection may take."""
 
 _BUSY = {"40001", "40P01", "55P03"}
 _CANCELLED = "57014"
-_CHANGED = {"42883", "42P01", "42703", "42704", "42804"}
-"""What a statement meets, at its start or in its middle, that counts on functions or tables of another version."""
+_ENCODING = {"22021", "22P05"}
+"""A character that the encoding of the database lacks."""
+_CHANGED = {"26000", "42883", "42P01", "42703", "42704", "42804"}
+"""What a statement meets, at its start or in its middle, that counts on functions or tables of another version, or on
+what somebody has told the session to forget."""
 _CHANGED_UNDERNEATH = ("cache lookup failed", "could not open relation")
 """The same as an internal error (XX000), whose messages are in no language but this."""
 _CHANGED_RESULT = "0A000"
@@ -115,13 +100,16 @@ def translate(error: BaseException) -> PglimitsError:
     if isinstance(error, PglimitsError):
         return error
     if not isinstance(error, psycopg.Error):
-        return LimiterUnavailable(str(error) or type(error).__name__)
+        # Of the app's own code, which opens connections: a token that could not be fetched, for instance.
+        return LimiterUnavailable(f"{type(error).__name__}: {error}")
     state = error.sqlstate or ""
     message = error.diag.message_primary or str(error).strip() or type(error).__name__
     if state in BY_SQLSTATE:
         return BY_SQLSTATE[state](message)
     if state in _BUSY:
         return Busy(message)
+    if state in _ENCODING:
+        return InvalidArgument(f"the encoding of the database lacks a character: {message}")
     if state == "25006":
         return ReadOnlyServer(
             f"the server is read-only ({message}): connect to the primary, "
@@ -146,459 +134,302 @@ def translate(error: BaseException) -> PglimitsError:
     return PglimitsError(message)
 
 
-def is_busy(error: BaseException) -> bool:
-    """Whether it says that nothing was done, and that it may be tried again."""
-    return isinstance(translate(error), Busy)
-
-
-class Sender(Protocol):
-    """Who waits for a statement.
-
-    ``connection`` is where, as long as the server may be at work on it. ``goes_again`` is called where it is sent once
-    more, and nobody knows what became of it before.
-    """
-
-    connection: psycopg.BaseConnection[Any] | None
-
-    def goes_again(self) -> None: ...
-
-
-class _Nobody:
-    connection: psycopg.BaseConnection[Any] | None = None
-
-    def goes_again(self) -> None:
-        """Whatever it is, its sender does not care."""
-
-
-class Database:
-    """Where statements go: a pool of the caller's, or connections of its own, opened when they are needed.
-
-    Its own are kept in a plain list: an interrupt can strike a thread at any moment, and a connection that got lost by
-    it is then missing from no count. After a fork the child opens its own; the parent's sockets are left alone.
-    """
-
-    def __init__(
-        self,
-        conninfo: str,
-        options: dict[str, Any],
-        pool: ConnectionPool[Any] | AsyncConnectionPool[Any] | None = None,
-    ) -> None:
-        self.conninfo = conninfo
-        self.options = options
-        self.pooled = False
-        self.checked = False
-        self._there: str | None = None
-        self._pool = pool if isinstance(pool, ConnectionPool) else None
-        self._pool_in_loops = pool if isinstance(pool, AsyncConnectionPool) else None
-        self._idle: list[psycopg.Connection[Row]] = []
-        self._idle_in_loops: list[psycopg.AsyncConnection[Row]] = []
-        self._closed = False
-        self._left_to_parent: list[object] = []
-
-    def forked(self) -> None:
-        """Called in the child of a fork: forget the parent's sockets without closing them."""
-        self._left_to_parent += [self._pool, self._pool_in_loops, *self._idle, *self._idle_in_loops]
-        self._pool = None
-        self._pool_in_loops = None
-        self._idle = []
-        self._idle_in_loops = []
-
-    def execute(
-        self,
-        sql: str,
-        params: Sequence[object],
-        sender: Sender | None = None,
-        within: float | None = None,
-        until: float | None = None,
-    ) -> list[Row]:
-        """Run one statement in a transaction of its own, again if the connection had gone stale.
-
-        Args:
-            sender: is left with the connection if an exception of another's making strikes in the middle, a signal's
-                for instance: the server may then still be at work on it. ``let_end`` it.
-            within: seconds after which a connection on which no answer has come is taken for stale; None: never.
-            until: when (monotonic) the sender has no more time.
-
-        Raises:
-            PglimitsError: as ``translate`` says.
-            Late: it is ``until``.
-        """
-        if sender is not None:
-            return self._try(sql, params, sender, within, until)
-        sender = _Nobody()
-        try:
-            return self._try(sql, params, sender, within, until)
-        finally:
-            if sender.connection is not None:
-                self._drop(sender.connection)
-
-    def _try(
-        self, sql: str, params: Sequence[object], sender: Sender, within: float | None, until: float | None
-    ) -> list[Row]:
-        for last in (False, False, True):
-            try:
-                if self._pool is not None:
-                    return self._execute_in_pool(self._pool, sql, params, sender, within, until)
-                return self._execute(sql, params, sender, within, until)
-            except psycopg.Error as error:
-                problem = self.noticed(error)
-                if last or not worth_another_try(problem, error):
-                    raise problem from error
-                if not isinstance(problem, _NOTHING_DONE):
-                    sender.goes_again()
-        raise AssertionError("unreachable")
-
-    def _execute(
-        self, sql: str, params: Sequence[object], sender: Sender, within: float | None, until: float | None
-    ) -> list[Row]:
-        if self._closed:
-            raise LimiterUnavailable("the limiter has been closed")
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self.connect(until)
-        sender.connection = connection
-        try:
-            rows = self._run(connection, sql, params, within, until)
-        except (psycopg.Error, PglimitsError) as error:
-            sender.connection = None
-            self._keep(connection, self._idle, error)
-            raise
-        sender.connection = None
-        self._keep(connection, self._idle)
-        return rows
-
-    def _keep(self, connection: C, idle: list[C], error: Exception | None = None) -> None:
-        """Keep a connection of ours for the next statement, if it is still good after this one."""
-        if isinstance(error, psycopg.Error) and not error.sqlstate and isinstance(translate(error), LimiterUnavailable):
-            # If one connection has gone stale, so have the others.
-            self._drop_idle()
-        if _is_stale(error) or connection.info.transaction_status == TransactionStatus.INERROR:
-            self._drop(connection)
-        elif not connection.closed:
-            idle.append(connection)
-        if len(idle) > BATCHES_AT_ONCE:
-            self._drop(idle.pop(0))
-
-    def _run(
-        self,
-        connection: psycopg.Connection[Any],
-        sql: str,
-        params: Sequence[object],
-        within: float | None,
-        until: float | None,
-    ) -> list[Row]:
-        with answering(connection, within, until):
-            self.check(connection)
-            # Another connection may have been opened before this one found out that there is a pooler.
-            if sql in _sql.MEET_ALL_KEYS:
-                connection.execute(_begin(connection), prepare=False)
-            rows = run(connection, sql, params, prepare=False if self.pooled else None)
-            if not connection.autocommit or sql in _sql.MEET_ALL_KEYS:
-                connection.commit()
-        return rows
-
-    def _execute_in_pool(
-        self,
-        pool: ConnectionPool[Any],
-        sql: str,
-        params: Sequence[object],
-        sender: Sender,
-        within: float | None,
-        until: float | None,
-    ) -> list[Row]:
-        try:
-            left = None if until is None else min(max(until - time.monotonic(), 0.001), pool.timeout)
-            connection = pool.getconn(left)
-        except PoolTimeout as error:
-            if until is not None and time.monotonic() >= until:
-                raise Late from error
-            raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
-        sender.connection = connection
-        try:
-            rows = self._run(connection, sql, params, within, until)
-        except (psycopg.Error, PglimitsError) as error:
-            with contextlib.suppress(psycopg.Error):
-                connection.rollback()
-            sender.connection = None
-            if _is_stale(error):
-                connection.close()
-            pool.putconn(connection)
-            if isinstance(error, psycopg.OperationalError):
-                pool.check()
-            raise
-        sender.connection = None
-        pool.putconn(connection)
-        return rows
-
-    async def execute_in_loop(
-        self,
-        sql: str,
-        params: Sequence[object],
-        sender: Sender | None = None,
-        within: float | None = None,
-    ) -> list[Row]:
-        """As ``execute``, in an event loop: on a connection of a pool of the caller's, or on one of our own."""
-        sender = sender or _Nobody()
-        pool = self._pool_in_loops
-        try:
-            for last in (False, False, True):
-                try:
-                    if pool is not None:
-                        return await self._execute_in_async_pool(pool, sql, params, within)
-                    return await self._execute_in_loop(sql, params, sender, within)
-                except psycopg.Error as error:
-                    problem = self.noticed(error)
-                    if last or not worth_another_try(problem, error):
-                        raise problem from error
-                    if not isinstance(problem, _NOTHING_DONE):
-                        sender.goes_again()
-                        if pool is not None:
-                            await pool.check()
-        finally:
-            if sender.connection is not None and isinstance(sender, _Nobody):
-                self._drop(sender.connection)
-        raise AssertionError("unreachable")
-
-    async def _execute_in_loop(
-        self, sql: str, params: Sequence[object], sender: Sender, within: float | None
-    ) -> list[Row]:
-        if self._closed:
-            raise LimiterUnavailable("the limiter has been closed")
-        try:
-            connection = self._idle_in_loops.pop()
-        except IndexError:
-            connection = await self._connect_in_loop()
-        sender.connection = connection
-        try:
-            rows = await self._run_in_loop(connection, sql, params, within)
-        except (psycopg.Error, PglimitsError) as error:
-            sender.connection = None
-            self._keep(connection, self._idle_in_loops, error)
-            raise
-        sender.connection = None
-        self._keep(connection, self._idle_in_loops)
-        return rows
-
-    async def _execute_in_async_pool(
-        self, pool: AsyncConnectionPool[Any], sql: str, params: Sequence[object], within: float | None
-    ) -> list[Row]:
-        try:
-            async with pool.connection() as connection:
-                try:
-                    return await self._run_in_loop(connection, sql, params, within)
-                except psycopg.Error as error:
-                    if _is_stale(error):
-                        await connection.close()
-                    raise
-        except PoolTimeout as error:
-            raise LimiterUnavailable(f"no connection of the pool came free: {error}") from error
-
-    async def _run_in_loop(
-        self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[object], within: float | None
-    ) -> list[Row]:
-        with answering(connection, within):
-            return await self._ask_in_loop(connection, sql, params)
-
-    async def _ask_in_loop(
-        self, connection: psycopg.AsyncConnection[Any], sql: str, params: Sequence[object]
-    ) -> list[Row]:
-        async with connection.cursor(row_factory=tuple_row, binary=True) as cursor:
-            if not self.checked:
-                await cursor.execute(_sql.VERSION.encode(), prepare=False)
-                self.check_on((await cursor.fetchall())[0], connection.info.backend_pid)
-            if sql in _sql.MEET_ALL_KEYS:
-                await connection.execute(_begin(connection), prepare=False)
-            await cursor.execute(sql.encode(), params, prepare=False if self.pooled else None)
-            rows: list[Row] = await cursor.fetchall()
-            if sql in _sql.MEET_ALL_KEYS:
-                await connection.commit()
-            return rows
-
-    async def _connect_in_loop(self) -> psycopg.AsyncConnection[Row]:
-        try:
-            return await psycopg.AsyncConnection.connect(self.conninfo, **{**_ALWAYS, **self._connection_options()})
-        except psycopg.Error as error:
-            raise translate(error) from error
-
-    def let_end(self, connection: psycopg.BaseConnection[Any]) -> None:
-        """Wait for the end of a statement that its sender has left, and close its connection.
-
-        To close it at once would not do: the server notices that only when it answers, and what has been given back
-        meanwhile it would grant afterwards.
-        """
-        try:
-            while connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                answer(connection.pgconn, ANSWERS_WITHIN)
-        except NoAnswer:
-            self._drop_idle()
-        except (psycopg.Error, OSError, ValueError):
-            pass
-        self._drop(connection)
-
-    def _drop(self, connection: psycopg.BaseConnection[Any]) -> None:
-        if isinstance(connection, psycopg.Connection):
-            connection.close()
-            if self._pool is not None:
-                self._pool.putconn(connection)
-        else:
-            connection.pgconn.finish()  # its loop may have ended
-
-    def _drop_idle(self) -> None:
-        for idle in (self._idle, self._idle_in_loops):
-            with contextlib.suppress(IndexError):
-                while True:
-                    self._drop(idle.pop())
-
-    def connect(self, until: float | None = None) -> psycopg.Connection[Row]:
-        """Open a connection. ``until``: when (monotonic) it has to be there; it is given 2 seconds at least."""
-        options = self._connection_options()
-        if until is not None:
-            given = timeout_from_conninfo(conninfo_to_dict(self.conninfo) | options)
-            options["connect_timeout"] = min(max(math.ceil(until - time.monotonic()), 2), given)
-        return connect(self.conninfo, **options)
-
-    def _connection_options(self) -> dict[str, Any]:
-        options = dict(self.options)
-        if self.pooled:
-            options["prepare_threshold"] = None
-        return options
-
-    def noticed(self, error: BaseException) -> PglimitsError:
-        """What an error of a statement means. If another version may be there now, the next statement looks first."""
-        problem = translate(error)
-        if isinstance(problem, VersionMismatch):
-            self.checked = False
-            if self._there is not None and isinstance(error, psycopg.Error):
-                return mismatch(self._there, f" ({error.diag.message_primary})")
-        return problem
-
-    def check(self, connection: psycopg.Connection[Any]) -> None:
-        """Find out, on a first connection, whether the versions match, and whether there is a pooler."""
-        if not self.checked:
-            self.check_on(run(connection, _sql.VERSION, (), prepare=False)[0], connection.info.backend_pid)
-
-    def check_on(self, row: Row, backend_pid: int) -> None:
-        """Note what a first connection has found out: whether the versions match, and whether there is a pooler.
-
-        Versions that differ in their last number only serve each other, in both directions: where that is not so, the
-        number before it is raised.
-        """
-        version, real_pid = row
-        ours, theirs = numbers(__version__)[:2], numbers(str(version))[:2]
-        if ours != theirs:
-            raise mismatch(str(version))
-        self._there = str(version)
-        # A pooler hands out a process id of its own.
-        self.pooled = real_pid != backend_pid
-        self.checked = True
-
-    def close(self) -> None:
-        """Close our own connections."""
-        self._closed = True
-        self._drop_idle()
-
-
-def _is_stale(error: Exception | None) -> bool:
-    """Whether a connection is of no more use: what it has prepared was made for what was there before, or it leads to a
-    server that is read-only, and another may lead to the primary."""
-    return isinstance(error, psycopg.Error) and isinstance(translate(error), (ReadOnlyServer, VersionMismatch))
-
-
-def worth_another_try(problem: PglimitsError, error: psycopg.Error) -> bool:
-    """Whether a statement that failed so may go through if it is sent again at once."""
+def may_go_again(error: psycopg.Error, problem: PglimitsError) -> bool:
+    """Whether a statement that failed so may go through if it is sent again at once, on another connection."""
     if isinstance(problem, VersionMismatch):
         return True  # an upgrade may have come in the middle
     return isinstance(problem, LimiterUnavailable) and error.sqlstate not in ("55P03", "53300")
 
 
-@contextlib.contextmanager
-def answering(
-    connection: psycopg.BaseConnection[Any], within: float | None, until: float | None = None
-) -> Iterator[None]:
-    """No statement of this block waits for its answer for more than ``within`` seconds, nor beyond ``until``.
-
-    Whoever waits forever for a connection whose packets get lost does so without an error. And an interrupt that
-    strikes a thread leaves the connection as it is: psycopg would cancel the statement and, interrupted again, close
-    the connection, so that nobody could tell any longer when the server is done with it. Where a task is cancelled
-    psycopg does cancel the statement, and waits for its end: a connection of a pool goes back there at once.
-    """
-    if within is None and until is None:
-        yield
-        return
-    dead_at = math.inf if within is None else time.monotonic() + within
-    last = math.inf if until is None else until
-
-    def wait_in_time(generator: Generator[Any, Any, T], interval: float = _LOOKS_EVERY, **options: Any) -> Any:
-        bounded = _in_time(connection, generator, dead_at, last)
-        if isinstance(connection, psycopg.AsyncConnection):
-            return psycopg.AsyncConnection.wait(connection, bounded, interval=interval, **options)
-        return waiting.wait(bounded, connection.pgconn.socket, interval=interval, **options)
-
-    connection.wait = wait_in_time  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del connection.wait  # type: ignore[attr-defined]
+def is_lost(error: psycopg.Error, problem: PglimitsError) -> bool:
+    """Whether nobody knows what became of a statement that failed so."""
+    return isinstance(problem, LimiterUnavailable) and not isinstance(problem, (Busy, Cancelled, ReadOnlyServer))
 
 
-def _in_time(
-    connection: psycopg.BaseConnection[Any], generator: Generator[Any, Any, T], dead_at: float, until: float
-) -> Generator[Any, Any, T]:
-    """What psycopg waits for, as long as there is time."""
-    try:
-        wanted = next(generator)
-        while True:
-            ready = yield wanted
-            if not ready and (now := time.monotonic()) >= min(dead_at, until):
-                if now < dead_at:
-                    raise Late
-                connection.pgconn.finish()
+class Job(Protocol):
+    """What goes over a connection: statements one after the other, the last of which gives the answer."""
+
+    answers_within: float
+
+    def statements(self, connection: Connection) -> list[tuple[Statement, Sequence[bytes | None]]]:
+        """The statements, the last one first. The answer is that of the last one that has rows."""
+
+    def done(self, courier: Any, result: PGresult) -> None: ...
+    def failed(self, courier: Any, error: BaseException, problem: PglimitsError) -> None: ...
+
+
+class Connection:
+    """A connection of the courier, and the job that is under way on it."""
+
+    def __init__(self, opened: psycopg.BaseConnection[Any], give_back: Callable[[], None] | None) -> None:
+        # Kept, as it closes the connection when it is forgotten.
+        self._opened = opened
+        self.lent = give_back is not None
+        self.pgconn = opened.pgconn
+        self._close = give_back or self.pgconn.finish
+        self.fd = self.pgconn.socket
+        self.version = ""
+        # A pooler may give each transaction another session: nothing is prepared, and nothing heard.
+        self.pooled = self.lent
+        self.listens = False
+        self.job: Job | None = None
+        self.sent: Statement | None = None
+        self.answers_by = 0.0
+        self.used_at = 0.0
+        self.events = select.POLLIN
+        self._prepared: set[bytes] = set()
+        self._left: list[tuple[Statement, Sequence[bytes | None]]] = []
+        self._preparing = False
+        self._result: PGresult | None = None
+        self._answer: PGresult | None = None
+
+    # For the thread that opens it, and may wait.
+
+    def execute(self, statement: Statement, params: Sequence[bytes | None] = ()) -> list[Row]:
+        """Execute one statement and wait for its rows."""
+        pgconn = self.pgconn
+        until = time.monotonic() + _OPENS_WITHIN
+        pgconn.send_query_params(statement.sql, params, result_format=1)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while pgconn.flush() or pgconn.is_busy():
+            if not poll.poll(max(until - time.monotonic(), 0) * 1000):
                 raise NoAnswer("the server did not answer")
-            wanted = generator.send(ready)
-    except StopIteration as end:
-        result: T = end.value
-        return result
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        while pgconn.get_result() is not None:
+            pass
+        assert result is not None
+        _raise(result)
+        return rows(result)
 
+    def hears_within(self, seconds: float) -> bool:
+        """Whether a notification comes within so many seconds."""
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while self.pgconn.notifies() is None:
+            left = until - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                return False
+            self.pgconn.consume_input()
+        return True
 
-def answer(pgconn: PGconn, within: float) -> list[PGresult]:
-    """The results of what was sent. Raises NoAnswer if they do not come."""
-    results: list[PGresult] = []
-    until = time.monotonic() + within
-    with selectors.DefaultSelector() as selector:
-        selector.register(pgconn.socket, selectors.EVENT_READ)
-        while True:
-            if not pgconn.is_busy():
-                result = pgconn.get_result()
-                if result is None:
-                    return results
-                results.append(result)
-            elif selector.select(max(until - time.monotonic(), 0)):
-                pgconn.consume_input()
+    def begin(self) -> None:
+        """Find out whether the versions match, and whether there is a pooler.
+
+        Versions that differ in their last number only serve each other, in both directions: where that is not so, the
+        number before it is raised.
+        """
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            raise LimiterUnavailable("the connection has a transaction open")
+        self.pgconn.nonblocking = 1
+        ((version, real_pid),) = self.execute(_sql.VERSION)
+        if numbers(__version__)[:2] != numbers(str(version))[:2]:
+            raise mismatch(str(version))
+        self.version = str(version)
+        # A pooler hands out a process id of its own.
+        self.pooled = self.lent or real_pid != self.pgconn.backend_pid
+        if self.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+            self.execute(Statement(b"set client_encoding to 'UTF8'"))
+
+    @property
+    def codec(self) -> str | None:
+        """How Python calls the encoding of the database; None if it takes any character."""
+        encoding = (self.pgconn.parameter_status(b"server_encoding") or b"UTF8").decode()
+        if encoding in ("UTF8", "SQL_ASCII"):
+            return None
+        try:
+            return codecs.lookup(encoding.replace("WIN", "cp").replace("KOI8", "koi8_")).name
+        except LookupError:
+            return "ascii"
+
+    # For the courier, which waits for all of them at once.
+
+    def start(self, job: Job, now: float) -> None:
+        """Send a job. Raises psycopg.Error."""
+        self.job = job
+        self.used_at = now
+        self.answers_by = now + job.answers_within
+        self._left = job.statements(self)
+        self._send()
+
+    def _send(self) -> None:
+        statement, params = self._left[-1]
+        self.sent = statement
+        name = statement.name
+        self._preparing = False
+        if not name or self.pooled:
+            self.pgconn.send_query_params(statement.sql, params, result_format=1)
+        elif name in self._prepared:
+            self.pgconn.send_query_prepared(name, params, None, 1)
+        else:
+            self._preparing = True
+            self.pgconn.send_prepare(name, statement.sql)
+        self.flush()
+
+    def flush(self) -> None:
+        """Go on sending what the network has not taken yet."""
+        self.events = select.POLLIN | select.POLLOUT if self.pgconn.flush() else select.POLLIN
+
+    def receive(self) -> PGresult | None:
+        """Take in what has come. The result, if the job is done. Raises psycopg.Error."""
+        pgconn = self.pgconn
+        pgconn.consume_input()
+        while self.job is not None and not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is not None:
+                self._result = result if self._result is None else self._result
+                continue
+            result, self._result = self._result, None
+            if result is None:
+                raise psycopg.OperationalError("the connection was closed")
+            if result.status not in _FINE:
+                self._left = []
+                _raise(result)
+            if self._preparing:
+                self._prepared.add(self._left[-1][0].name)
             else:
-                raise NoAnswer("the server did not answer")
+                self._left.pop()
+                if result.status == ExecStatus.TUPLES_OK:
+                    self._answer = result
+            if not self._left:
+                answer, self._answer = self._answer, None
+                return answer if answer is not None else result
+            self._send()
+        if pgconn.status != ConnStatus.OK:
+            raise psycopg.OperationalError("the connection was closed")
+        return None
+
+    def is_usable(self) -> bool:
+        """Whether another job can go over it."""
+        return self.pgconn.status == ConnStatus.OK and self.pgconn.transaction_status == TransactionStatus.IDLE
+
+    def close(self) -> None:
+        """Close it, or give it back to where it came from."""
+        with contextlib.suppress(Exception):
+            self._close()
 
 
-def _begin(connection: psycopg.BaseConnection[Any]) -> bytes:
-    return (_sql.BEGIN if connection.autocommit else _sql.GO_ON).encode()
+_FINE = (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
 
 
-def run(connection: psycopg.Connection[Any], sql: str, params: Sequence[object], prepare: bool | None) -> list[Row]:
-    """Execute one statement and fetch its rows, whatever row factory the connection has."""
-    with connection.cursor(row_factory=tuple_row, binary=True) as cursor:
-        cursor.execute(sql.encode(), params, prepare=prepare)
-        return cursor.fetchall()
+def _raise(result: PGresult) -> None:
+    if result.status not in _FINE:
+        raise psycopg.errors.error_from_result(result)
 
 
-def connection_source(pool: Any) -> tuple[str, dict[str, Any]]:
-    """The conninfo and connection options of a caller's pool, to open further connections like its own."""
+Opened: TypeAlias = tuple[psycopg.BaseConnection[Any], Callable[[], None] | None]
+"""A connection, and how to give it back if it is lent."""
 
-    def value_of(source: Any) -> Any:
-        return source() if isinstance(source, Callable) else source  # type: ignore[arg-type]
 
-    conninfo = str(value_of(pool.conninfo))
-    options = dict(value_of(pool.kwargs) or {})
-    conninfo_to_dict(conninfo)
-    return conninfo, {
-        name: value for name, value in options.items() if name not in ("autocommit", "row_factory", "cursor_factory")
-    }
+class Source:
+    """Where the courier's connections come from: a conninfo of ours.
+
+    What opens one runs in a thread of its own, as it may take long, and as it may be the app's code.
+    """
+
+    def __init__(self, conninfo: str, **options: Any) -> None:
+        self.conninfo = conninfo
+        self.options = {**_ALWAYS, **options}
+
+    def open(self) -> Connection:
+        """Open a connection. Raises psycopg.Error, PglimitsError, and what the app's code raises."""
+        connection = Connection(*self._connect())
+        try:
+            connection.begin()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _connect(self) -> Opened:
+        opened = psycopg.Connection.connect(self.conninfo, **self.options)
+        return opened, None
+
+
+class Callback(Source):
+    """A function of the app's, sync or async, that opens a connection."""
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        if not callable(connect):
+            raise InvalidArgument(f"connect must be a function that returns a psycopg connection, not {connect!r}")
+        self._opens = connect
+
+    def _connect(self) -> Opened:
+        opened = _in_a_loop_if_need_be(self._opens)
+        if not isinstance(opened, psycopg.BaseConnection):
+            raise InvalidArgument(f"connect must return a psycopg connection, not {opened!r}")
+        return opened, None
+
+
+class OfPool(Source):
+    """A pool of the app's, sync or async: each connection is opened and configured as the pool does it.
+
+    They do not count as the pool's: an app that has lent out all of those loses no lease. Only where the server allows
+    no further connection does a pool of threads lend one.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        if any(not hasattr(pool, name) for name in _RECIPE):
+            raise InvalidArgument(f"pool must be a psycopg_pool.ConnectionPool or AsyncConnectionPool, not {pool!r}")
+        if not callable(pool.conninfo):
+            conninfo_to_dict(pool.conninfo or "")
+
+    def _connect(self) -> Opened:
+        try:
+            opened: psycopg.BaseConnection[Any] = _in_a_loop_if_need_be(self._as_the_pool_does)
+        except psycopg.OperationalError:
+            lent = self._borrow()
+            if lent is None:
+                raise
+            return lent
+        return opened, None
+
+    def _as_the_pool_does(self) -> Any:
+        pool = self._pool
+        if not inspect.iscoroutinefunction(pool.connection_class.connect):
+            opened = pool.connection_class.connect(_value(pool.conninfo) or "", **(_value(pool.kwargs) or {}))
+            if pool._configure:
+                pool._configure(opened)
+            return opened
+        return self._as_the_async_pool_does()
+
+    async def _as_the_async_pool_does(self) -> Any:
+        pool = self._pool
+        conninfo, options = await _awaited(_value(pool.conninfo)), await _awaited(_value(pool.kwargs))
+        opened = await pool.connection_class.connect(conninfo or "", **(options or {}))
+        if pool._configure:
+            await pool._configure(opened)
+        return opened
+
+    def _borrow(self) -> Opened | None:
+        pool = self._pool
+        if inspect.iscoroutinefunction(pool.getconn):
+            return None
+        try:
+            lent = pool.getconn(_LENDS_WITHIN)
+        except psycopg.OperationalError:
+            return None
+        return lent, lambda: pool.putconn(lent)
+
+
+_RECIPE = ("conninfo", "kwargs", "connection_class", "_configure", "getconn")
+"""What makes a pool's connections what they are."""
+_LENDS_WITHIN = 1.0
+
+
+def _value(source: Any) -> Any:
+    return source() if callable(source) else source
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+def _in_a_loop_if_need_be(make: Callable[[], Any]) -> Any:
+    made = make()
+    if not inspect.isawaitable(made):
+        return made
+    return asyncio.run(_awaited(made))

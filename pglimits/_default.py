@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from ._async_limiter import AsyncLimiter
-from ._limiter import Limiter
+from ._limiter import AsyncLimiter, Limiter
 
 _lock = threading.RLock()
 _limiter: Limiter | None = None
@@ -31,4 +30,4 @@ def limiter() -> Limiter:
 
 def async_limiter() -> AsyncLimiter:
     """The same for tasks: both share what is held and renewed."""
-    return AsyncLimiter._on(limiter())
+    return limiter()._in_tasks()

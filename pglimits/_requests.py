@@ -1,33 +1,348 @@
-"""What both shells do before they ask: check arguments, say who asks, and wrap functions."""
+"""What callers hand to the courier: requests, releases, and questions."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
+from psycopg.pq.abc import PGresult
+
 from . import _arguments
-from ._batches import Kind
-from ._database import Database, connection_source
-from ._dsn import resolve
-from ._engine import Engine, OnUnavailable, User, engine_for, kind_of
-from .errors import InvalidArgument
+from ._codec import array, encode
+from ._leases import Lease, Orphan, Place
+from ._sql import Statement
+from ._wake import Waker
+from .errors import AcquireTimeout, PglimitsError
 
-F = TypeVar("F", bound=Callable[..., Any])
-K = TypeVar("K")
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from ._courier import Courier
+
+OnUnavailable = Literal["raise", "wait", "allow"]
+
+Params = Sequence[bytes | None]
+
+PATIENCE = 1.0
+"""Seconds that a request which may not wait at all still waits for a lock, as contention is no reason to refuse."""
 
 
-def who(*, task: str | None = None) -> str:
+class User:
+    """One of those who share a courier: a limiter, until it is closed."""
+
+    __slots__ = ("closed",)
+
+    def __init__(self) -> None:
+        self.closed = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """What requests have in common that differ in nothing but who asks.
+
+    Attributes:
+        places: each limit and key.
+        timeout: seconds, None for ever.
+        lease_duration: seconds.
+        for_rate: whether it is a rate_limit.
+        head, tail: the parameters of a statement, before and behind the timeout and the ids.
+    """
+
+    places: tuple[Place, ...]
+    timeout: float | None
+    lease_duration: float
+    for_rate: bool
+    strict: bool
+    head: Params
+    between: Params
+
+    @property
+    def named(self) -> str:
+        return ", ".join([repr(name) for name, _ in self.places])
+
+
+class Errand:
+    """What a caller hands to the courier, and waits for."""
+
+    __slots__ = ("answered", "error", "user", "waker")
+
+    def __init__(self, waker: Waker | None, user: User | None = None) -> None:
+        self.waker = waker
+        self.user = user
+        self.answered = False
+        self.error: PglimitsError | None = None
+
+    def arrive(self, courier: Courier) -> None:
+        """The courier has it now. Called in its thread, as is everything that follows."""
+        raise NotImplementedError
+
+
+class Request(Errand):
+    """A caller wants slots."""
+
+    __slots__ = (
+        "alone",
+        "asked_at",
+        "called_in",
+        "given_up",
+        "goes_at",
+        "holder",
+        "kind",
+        "lease",
+        "lease_id",
+        "leaving",
+        "locked",
+        "looks_at",
+        "maybe_there",
+        "on_unavailable",
+        "orphan",
+        "pause",
+        "renew",
+        "says_who",
+        "sent",
+        "task",
+        "tries",
+        "under_way",
+        "unheard",
+        "until",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        holder: str,
+        lease_id: UUID,
+        waker: Waker,
+        user: User,
+        on_unavailable: OnUnavailable,
+        until: float | None,
+        *,
+        renew: bool,
+        says_who: bool,
+    ) -> None:
+        self.waker = waker
+        self.user = user
+        self.answered = False
+        self.error = None
+        self.kind = kind
+        # As JSON. Whether its caller has said so: else what the database cannot take in it is left out.
+        self.holder = holder
+        self.says_who = says_who
+        self.lease_id = lease_id
+        self.on_unavailable: OnUnavailable = on_unavailable
+        # When (monotonic) its caller has no more time.
+        self.until = until
+        self.renew = renew
+        # What came of it: a lease, or an error; and when (monotonic) it goes.
+        self.lease: Lease | None = None
+        self.goes_at = 0.0
+        # Its caller waits no longer; or only to hear that it has left.
+        self.given_up = False
+        self.leaving = False
+        self.under_way = False
+        # It stands in line. When it is to look, unless there is news before, and when it was last known to be alive.
+        self.waits = False
+        self.looks_at = 0.0
+        self.called_in = 0.0
+        # Sent before. Nobody knows what became of that. The database may have something of it.
+        self.sent = False
+        self.unheard = False
+        self.maybe_there = False
+        # It goes by itself: it has met an error that may be another's. It has met a lock.
+        self.alone = False
+        self.locked = False
+        self.tries = 0
+        self.pause = 0.05
+        # When it was sent: an answer is of no earlier moment.
+        self.asked_at = 0.0
+        self.orphan: Orphan | None = None
+        self.task: Any = None
+
+    def arrive(self, courier: Courier) -> None:
+        courier.ask(self)
+
+    def late(self) -> AcquireTimeout:
+        """Its time is over."""
+        kind = self.kind
+        within = f"within {kind.timeout:g} s" if kind.timeout else "in time"
+        return AcquireTimeout(f"no slot of {kind.named} {within}")
+
+
+class GiveUp(Errand):
+    """The caller of a request waits no longer: whatever it got, or gets, is given back."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(None)
+        self.request = request
+
+    def arrive(self, courier: Courier) -> None:
+        courier.give_up(self.request)
+
+
+class Leave(Errand):
+    """The time of a request is over: it is to leave its line."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(None)
+        self.request = request
+
+    def arrive(self, courier: Courier) -> None:
+        courier.leave(self.request)
+
+
+class Release(Errand):
+    """A lease, or a place in line, that is given back.
+
+    ``live``: whether it was still live; None if the database could not be asked yet. ``again_after``: it is released
+    once more so many seconds later, where the first time may come before what it is to undo. ``then``: what to do when
+    it is over, however that went.
+    """
+
+    __slots__ = ("again_after", "alone", "lease", "lease_id", "live", "places", "then", "tries", "unheard")
+
+    def __init__(
+        self,
+        lease_id: UUID,
+        places: tuple[Place, ...] = (),
+        waker: Waker | None = None,
+        lease: Lease | None = None,
+        again_after: float = 0.0,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        self.waker = waker
+        self.user = None
+        self.answered = False
+        self.error = None
+        self.lease_id = lease_id
+        # Each limit and key that it is on, as far as that is known: only those on the same are locked together.
+        self.places = places or (("", lease_id.hex),)
+        self.lease = lease
+        self.live: bool | None = None
+        self.again_after = again_after
+        self.then = then
+        self.alone = False
+        self.tries = 0
+        # Sent before, and nobody knows what became of that.
+        self.unheard = False
+
+    @property
+    def is_foreign(self) -> bool:
+        """It was named by its id: who holds it is elsewhere."""
+        return self.waker is not None and (self.lease is None or not self.lease.places)
+
+    def arrive(self, courier: Courier) -> None:
+        courier.release(self)
+
+
+class Query(Errand):
+    """A question to the database, in a transaction of its own; asked again where the connection is lost."""
+
+    __slots__ = ("params", "result", "statement", "then", "tries")
+
+    def __init__(
+        self,
+        statement: Statement,
+        params: Params,
+        waker: Waker | None,
+        user: User | None,
+        then: Callable[[Courier, PGresult], None] | None = None,
+    ) -> None:
+        super().__init__(waker, user)
+        self.statement = statement
+        self.params = params
+        self.result: PGresult | None = None
+        self.then = then
+        self.tries = 0
+
+    def arrive(self, courier: Courier) -> None:
+        courier.query(self)
+
+
+class Close(Errand):
+    """A limiter is closed, or (no user) all of them are."""
+
+    __slots__ = ()
+
+    def arrive(self, courier: Courier) -> None:
+        courier.end(self)
+
+
+def checked(
+    names: _arguments.Names,
+    occupy: int,
+    timeout_seconds: float | None,
+    max_retries: int | None,
+    lease_duration: float,
+    strict: bool,
+    raise_on_lease_renewal_failure: bool | None,
+    key: str,
+    priority: int,
+    for_rate: bool = False,
+) -> Kind:
+    """Check the arguments of a request."""
+    rest = (
+        occupy,
+        timeout_seconds,
+        max_retries,
+        lease_duration,
+        strict,
+        raise_on_lease_renewal_failure,
+        key,
+        priority,
+        for_rate,
+    )
+    try:
+        return _kind_again(names, *rest) if isinstance(names, str) else _kind(names, *rest)
+    except TypeError:  # something that cannot be hashed, and so is of a wrong type
+        return _kind(names, *rest)
+
+
+def _kind(
+    names: _arguments.Names,
+    occupy: int,
+    timeout_seconds: float | None,
+    max_retries: int | None,
+    lease_duration: float,
+    strict: bool,
+    raise_on_lease_renewal_failure: bool | None,
+    key: str,
+    priority: int,
+    for_rate: bool,
+) -> Kind:
+    _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
+    parts = _arguments.parts(names, occupy, key)
+    duration = _arguments.lease_duration(lease_duration)
+    head = (
+        array(part.name for part in parts).encode(),
+        array(part.slots for part in parts).encode(),
+        array(part.key for part in parts).encode(),
+        encode(for_rate),
+    )
+    between = (encode(duration), encode(_arguments.whole("priority", priority)))
+    places = tuple((part.name, part.key) for part in parts)
+    timeout = _arguments.timeout(timeout_seconds, max_retries)
+    return _same(places, timeout, duration, for_rate, _arguments.flag("strict", strict), head, between)
+
+
+# One object for all that are alike: requests of one kind travel together.
+_same = functools.lru_cache(maxsize=1000)(Kind)
+# By type too: True is no number of slots.
+_kind_again = functools.lru_cache(maxsize=1000, typed=True)(_kind)
+
+
+def who(task: str | None = None) -> str:
     """The default holder, as JSON: host, pid, program, and the thread or task."""
     if task is not None:
         return f'{_this_process(os.getpid())},"task":{encode_basestring(_storable(task))}}}'
@@ -59,140 +374,3 @@ def new_id() -> UUID:
         _random.extend(block[at : at + 16] for at in range(16, len(block), 16))
         mine = block[:16]
     return UUID(bytes=mine, version=4)
-
-
-def checked(
-    names: _arguments.Names,
-    occupy: int,
-    timeout_seconds: float | None,
-    max_retries: int | None,
-    lease_duration: float,
-    strict: bool,
-    holder: Any,
-    raise_on_lease_renewal_failure: bool | None,
-    key: str,
-    priority: int,
-    *,
-    for_rate: bool = False,
-) -> tuple[Kind, str | None]:
-    """Check the arguments. Returns the kind of request that they make, and the holder, as JSON, if there is one."""
-    rest = (
-        occupy,
-        timeout_seconds,
-        max_retries,
-        lease_duration,
-        strict,
-        raise_on_lease_renewal_failure,
-        key,
-        priority,
-        for_rate,
-    )
-    try:
-        kind = _kind_again(names, *rest) if isinstance(names, str) else _kind(names, *rest)
-    except TypeError:  # something that cannot be hashed, and so is of a wrong type
-        kind = _kind(names, *rest)
-    return kind, None if holder is None else _arguments.holder(holder)
-
-
-def _kind(
-    names: _arguments.Names,
-    occupy: int,
-    timeout_seconds: float | None,
-    max_retries: int | None,
-    lease_duration: float,
-    strict: bool,
-    raise_on_lease_renewal_failure: bool | None,
-    key: str,
-    priority: int,
-    for_rate: bool,
-) -> Kind:
-    _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
-    return kind_of(
-        _arguments.parts(names, occupy, key),
-        _arguments.timeout(timeout_seconds, max_retries),
-        _arguments.lease_duration(lease_duration),
-        _arguments.whole("priority", priority),
-        _arguments.flag("strict", strict),
-        for_rate,
-    )
-
-
-# By type too: True is no number of slots.
-_kind_again = functools.lru_cache(maxsize=1000, typed=True)(_kind)
-
-
-def engine_of(
-    user: User, dsn: str | None, pool: Any, kind_of_pool: type[Any], durable: bool, on_unavailable: OnUnavailable
-) -> Engine:
-    """The engine for what a limiter was given, with one more user."""
-    _arguments.flag("durable", durable)
-    if on_unavailable not in ("raise", "wait", "allow"):
-        raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {on_unavailable!r}")
-    if pool is None:
-        return engine_for(resolve(dsn).conninfo, durable, user)
-    if dsn is not None:
-        raise InvalidArgument("dsn and pool must not be given both")
-    if not isinstance(pool, kind_of_pool):
-        raise InvalidArgument(f"pool must be a psycopg_pool.{kind_of_pool.__name__}, not {pool!r}")
-    conninfo, options = connection_source(pool)
-    engine = Engine(Database(conninfo, options, pool), durable)
-    engine.users.add(user)
-    return engine
-
-
-def leave(entered: dict[K, list[T]], who: K) -> T:
-    """What a thread or task that leaves a context had entered it with.
-
-    A context may be left by another than the one who entered it, a generator's that is finished elsewhere for
-    instance: then it is what was entered last.
-    """
-    if who not in entered:
-        who = next(reversed(entered))
-    last = entered[who].pop()
-    if not entered[who]:
-        del entered[who]
-    return last
-
-
-def decorate(
-    function: F,
-    in_thread: Callable[[], AbstractContextManager[Any]],
-    in_task: Callable[[], AbstractAsyncContextManager[Any]],
-) -> F:
-    """Wrap a function, sync or async, so that each call runs within a context of its own."""
-    if isinstance(function, (staticmethod, classmethod)):
-        return cast(F, type(function)(decorate(function.__func__, in_thread, in_task)))
-    import inspect
-
-    if not callable(function) or _is(function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
-        raise InvalidArgument(f"concurrency decorates functions and coroutine functions, not {function!r}")
-    if _is(function, asyncio.iscoroutinefunction):
-
-        @functools.wraps(function)
-        async def in_task_wrapper(*args: Any, **kwargs: Any) -> Any:
-            async with in_task():
-                return await function(*args, **kwargs)
-
-        return cast(F, in_task_wrapper)
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with in_thread():
-            result = function(*args, **kwargs)
-            if isinstance(result, (Coroutine, Generator, AsyncGenerator)):
-                if isinstance(result, Coroutine):
-                    result.close()
-                raise InvalidArgument(
-                    f"{function!r} returned {result!r}, which would run when its slots have been given back: "
-                    "decorate a coroutine function, or enter the context inside"
-                )
-            return result
-
-    return cast(F, wrapper)
-
-
-def _is(function: Callable[..., Any], *tests: Callable[[Any], bool]) -> bool:
-    """Whether a function, or what an object does when it is called, passes one of the tests."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return any(test(function) or test(type(function).__call__) for test in tests)

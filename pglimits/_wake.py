@@ -2,60 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
+import os
 import threading
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
-
-T = TypeVar("T")
-
-OURS = "pglimits-"
-"""How the names of our threads begin."""
-
-
-class Anchor:
-    """Lives as long as a call; see Orphan."""
-
-    __slots__ = ("__weakref__",)
-
-
-class Orphan(weakref.ref[Any], Generic[T]):
-    """What is left behind when a call ends without having dropped this: its subject, handed to ``take``.
-
-    The last resort against interrupts: one that strikes in the handler of another can end that too. ``take`` has to
-    be a function of C, in which no signal is heard.
-    """
-
-    __slots__ = ("subject",)
-    subject: T
-
-
-def orphan(anchor: object, take: Callable[[Orphan[T]], None], subject: T) -> Orphan[T]:
-    """Have the subject handed to ``take`` when the anchor dies, unless what this returns is dropped before."""
-    made: Orphan[T] = Orphan(anchor, take)
-    made.subject = subject
-    return made
-
-
-class _Begun(threading.Event):
-    def wait(self, timeout: float | None = None) -> bool:
-        return super().wait(1.0 if timeout is None else timeout)
-
-
-def started(make: Callable[[], threading.Thread]) -> threading.Thread:
-    """A thread, started.
-
-    ``Thread.start`` waits for the new thread's first step. But an exception that is thrown at the thread that starts it
-    may strike the new one instead, which has the same number for a moment; it never takes that step.
-    """
-    while True:
-        thread = make()
-        begun = thread._started = _Begun()  # type: ignore[attr-defined]
-        thread.start()
-        if begun.is_set():
-            return thread
+from collections.abc import Iterable
 
 
 class Waker:
@@ -63,21 +15,18 @@ class Waker:
 
     __slots__ = ()
 
-    def wake(self) -> None:
-        raise NotImplementedError
-
 
 class ThreadWaker(Waker):
     """A waiting thread.
 
     A bare lock, which is held while nobody has woken it: an exception that strikes a thread inside the Python code of
-    an Event or a Condition can leave their locks taken for good, and who wakes it would hang.
+    an Event or a Condition can leave their locks taken for good, and whoever wakes it would hang.
     """
 
     __slots__ = ("_asleep",)
 
     def __init__(self) -> None:
-        self._asleep = threading.Lock()
+        self._asleep = _thread.allocate_lock()
         self._asleep.acquire()
 
     def wake(self) -> None:
@@ -98,9 +47,6 @@ class TaskWaker(Waker):
         self.loop = loop
         self._woken = False
         self._future: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        wake_all((self,))
 
     def wake_in_loop(self) -> None:
         """To be called in the loop's own thread."""
@@ -132,12 +78,9 @@ def wake_all(wakers: Iterable[Waker]) -> None:
     for waker in wakers:
         if isinstance(waker, TaskWaker):
             loops.setdefault(waker.loop, []).append(waker)
-        else:
+        elif isinstance(waker, ThreadWaker):
             waker.wake()
     for loop, tasks in loops.items():
-        if loop is asyncio._get_running_loop():
-            _wake_in_loop(tasks)
-            continue
         with contextlib.suppress(RuntimeError):  # the loop was closed, and its tasks with it
             loop.call_soon_threadsafe(_wake_in_loop, tasks)
 
@@ -145,3 +88,24 @@ def wake_all(wakers: Iterable[Waker]) -> None:
 def _wake_in_loop(tasks: list[TaskWaker]) -> None:
     for task in tasks:
         task.wake_in_loop()
+
+
+class Bell:
+    """Wakes a thread that waits for descriptors. Rung from anywhere, also from a signal handler."""
+
+    def __init__(self) -> None:
+        self.fd, self._ringer = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._ringer, False)
+
+    def ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has been rung so often that it will be heard
+            os.write(self._ringer, b"x")
+
+    def heard(self) -> None:
+        """It is silent again."""
+        os.read(self.fd, 4096)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+        os.close(self._ringer)

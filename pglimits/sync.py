@@ -6,53 +6,12 @@ meaning: ``from pglimits.sync import concurrency, rate_limit`` is the whole migr
 
 from __future__ import annotations
 
-from typing import Any
-
-from ._arguments import Names
+from ._concurrency import Concurrency
 from ._default import limiter
-from ._limiter import Concurrency
-from ._renewal import Lease
+from ._leases import Lease
+from ._limiter import Limiter, on_default
 
 __all__ = ["Lease", "concurrency", "rate_limit"]
 
-
-def concurrency(
-    names: Names,
-    occupy: int = 1,
-    timeout_seconds: float | None = None,
-    max_retries: int | None = None,
-    lease_duration: float = 300,
-    strict: bool = False,
-    holder: Any = None,
-    raise_on_lease_renewal_failure: bool | None = None,
-    *,
-    key: str = "",
-    priority: int = 0,
-) -> Concurrency:
-    """Hold slots while a ``with`` block or a decorated function runs. See ``Limiter.concurrency``."""
-    return Concurrency(
-        limiter,
-        (
-            names,
-            occupy,
-            timeout_seconds,
-            max_retries,
-            lease_duration,
-            strict,
-            holder,
-            raise_on_lease_renewal_failure,
-            key,
-            priority,
-        ),
-    )
-
-
-def rate_limit(
-    names: Names,
-    occupy: int = 1,
-    timeout_seconds: float | None = None,
-    strict: bool = False,
-    key: str = "",
-) -> None:
-    """Take slots that come back by decay, and sleep until their turn. See ``Limiter.rate_limit``."""
-    limiter().rate_limit(names, occupy, timeout_seconds, strict, key)
+concurrency = on_default(Limiter.concurrency, lambda *args, **kwargs: Concurrency(limiter, *args, **kwargs))
+rate_limit = on_default(Limiter.rate_limit, lambda *args, **kwargs: limiter().rate_limit(*args, **kwargs))

@@ -32,7 +32,7 @@ from pglimits import (
     QueueFull,
     SlotsExceedLimit,
     _async_limiter,
-    _engine,
+    _batches,
     _limiter,
 )
 
@@ -360,7 +360,7 @@ def start() -> Worker:
     logging.disable(logging.WARNING)
     worker = Worker(Plan(**json.loads(sys.argv[1])))
     if worker.plan.answers_within is not None:
-        _engine.ANSWERS_WITHIN = worker.plan.answers_within
+        _batches.Batch.answers_within = worker.plan.answers_within
 
     def until_told() -> None:
         sys.stdin.read()

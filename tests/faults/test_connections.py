@@ -28,6 +28,7 @@ from wrappertest import (
     held,
     in_thread,
     listeners,
+    lose_reply,
     nothing_left,
     open_api,
     value,
@@ -41,10 +42,9 @@ from pglimits import (
     PermissionDenied,
     ReadOnlyServer,
     VersionMismatch,
-    _database,
     _embedded,
     _install,
-    _keeper,
+    _waiting,
 )
 
 KINDS = ["sync", "async"]
@@ -167,7 +167,7 @@ def test_a_strict_block_whose_release_cannot_be_sent_does_not_hide_the_body_s_re
 def test_a_waiter_that_cannot_be_watched_for_as_long_as_it_lives_is_told_or_waits_on(
     dsn: str, conn: Connection, outage: Outage, kind: str, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_keeper, "LIVENESS", 0.5)
+    monkeypatch.setattr(_waiting, "LIVENESS", 0.5)
     with (
         open_api(kind, dsn=dsn) as raising,
         open_api(kind, dsn=dsn, durable=False, on_unavailable="wait") as patient,
@@ -553,27 +553,8 @@ def test_a_release_whose_reply_was_lost_is_no_lost_lease(
     dsn: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The server has released it; asked again, on another connection, it knows nothing of it any more."""
-    real, real_in_loop = _database.run, _database.Database._run_in_loop
-    lost = []
-
-    def lose(connection: Any, sql: str) -> None:
-        if "release" in sql and not lost:
-            lost.append(sql)
-            connection.pgconn.finish()
-            raise psycopg.OperationalError("the connection was lost")
-
-    def run(connection: Any, sql: str, *more: Any, **options: Any) -> Any:
-        rows = real(connection, sql, *more, **options)
-        lose(connection, sql)
-        return rows
-
-    async def run_in_loop(self: Any, connection: Any, sql: str, *more: Any) -> Any:
-        rows = await real_in_loop(self, connection, sql, *more)
-        lose(connection, sql)
-        return rows
-
-    monkeypatch.setattr(_database, "run", run)
-    monkeypatch.setattr(_database.Database, "_run_in_loop", run_in_loop)
+    lost: list[bool] = []
+    lose_reply(monkeypatch, then=lambda: lost.append(True), of="_release_batch")
     with open_api(kind, dsn=dsn) as api:
         api.create("database", 1)
         assert api.block("database", lambda lease: "done", strict=True) == "done"

@@ -10,7 +10,7 @@ import pytest
 from proxy import BOTH, Link, Proxy
 from wrappertest import Api, Children, Connection, WaitUntil, held, nothing_left, open_api, value, waiting
 
-from pglimits import AcquireTimeout, Limiter, LimiterUnavailable, _engine, _keeper
+from pglimits import AcquireTimeout, Limiter, LimiterUnavailable, _batches, _waiting
 
 KINDS = ["sync", "async"]
 
@@ -32,8 +32,8 @@ def far(request: pytest.FixtureRequest, proxy: Proxy) -> Iterator[Api]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection is taken for dead after a short while."""
-    monkeypatch.setattr(_engine, "ANSWERS_WITHIN", 0.5)
-    monkeypatch.setattr(_keeper, "_ANSWERS_WITHIN", 0.5)
+    for job in (_batches.Batch, _waiting.Beat, _waiting.Watch):
+        monkeypatch.setattr(job, "answers_within", 0.5)
 
 
 def swallow(link: Link) -> None:
@@ -77,8 +77,8 @@ def test_a_network_that_swallows_what_is_sent_is_found_out_by_tcp(
 ) -> None:
     with Limiter(f"{proxy.dsn} {given}") as limiter:
         limiter.version()
-        (connection,) = limiter._engine.database._idle
-        with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as mine:
+        (connection,) = limiter._courier._connections.values()
+        with socket.fromfd(connection.fd, socket.AF_INET, socket.SOCK_STREAM) as mine:
             assert expected == (
                 mine.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                 mine.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
@@ -155,7 +155,7 @@ def test_a_request_that_is_under_way_when_its_process_exits_is_not_granted_to_no
         print("connected")
         input()
         threading.Thread(target=limiter.acquire, args=("database",), daemon=True).start()
-        while not limiter._engine.batches.under_way():
+        while not limiter._courier.outbox._under_way:
             time.sleep(0.001)
         """,
         env={"PGLIMITS_DSN": proxy.dsn},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,17 +13,17 @@ from wrappertest import Api, Connection, Future, Locked, WaitUntil, held, nothin
 
 from pglimits import (
     AcquireTimeout,
-    AsyncLimiter,
     InvalidArgument,
     Limiter,
     LimitNotFound,
     NoSlotDecay,
     SlotsExceedLimit,
 )
-from pglimits._batches import Answer, Batches, Slot, Ticket
-from pglimits._database import Busy, Database
-from pglimits._engine import Request
-from pglimits._requests import checked, new_id
+from pglimits._batches import LARGEST_BATCH, Outbox
+from pglimits._courier import Courier
+from pglimits._database import Connection as Connection_
+from pglimits._database import Source
+from pglimits._requests import Request, User, checked, new_id
 from pglimits._wake import ThreadWaker
 
 
@@ -31,9 +31,8 @@ from pglimits._wake import ThreadWaker
 class Statement:
     """A statement that was really sent."""
 
-    thread: str
+    thread: int
     sql: str
-    params: Any = field(repr=False)
 
     @property
     def acquires(self) -> bool:
@@ -48,20 +47,15 @@ class Statement:
 def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Statement]]:
     """What the limiters have sent, noted on its way to the real database."""
     statements: list[Statement] = []
-    real = Database.execute
+    real = Connection_._send
 
-    def noting(self: Database, sql: str, params: Any, *sender: Any) -> Any:
-        statements.append(Statement(threading.current_thread().name, sql, params))
-        return real(self, sql, params, *sender)
+    def noting(self: Connection_) -> None:
+        real(self)
+        if not self._preparing:
+            assert self.sent is not None
+            statements.append(Statement(threading.get_ident(), self.sent.sql.decode()))
 
-    real_in_loop = Database.execute_in_loop
-
-    async def noting_in_loop(self: Database, sql: str, params: Any, *more: Any) -> Any:
-        statements.append(Statement(threading.current_thread().name, sql, params))
-        return await real_in_loop(self, sql, params, *more)
-
-    monkeypatch.setattr(Database, "execute", noting)
-    monkeypatch.setattr(Database, "execute_in_loop", noting_in_loop)
+    monkeypatch.setattr(Connection_, "_send", noting)
     yield statements
 
 
@@ -70,8 +64,8 @@ def blocked(conn: Connection) -> int:
 
 
 def pending(api: Api) -> int:
-    engine = api.limiter._engine
-    return sum(len(batches._pending) for batches in (engine.batches, *engine._of_loops.values()))
+    outbox = api.limiter._courier.outbox
+    return sum(len(lane.errands) for lanes in (outbox._requests, outbox._releases) for lane in list(lanes.values()))
 
 
 def submit(
@@ -86,7 +80,7 @@ def submit(
     return futures
 
 
-def test_a_lone_thread_sends_one_statement_to_acquire_and_one_to_release_from_its_own_thread(
+def test_a_lone_thread_has_one_statement_sent_to_acquire_and_one_to_release_by_the_courier(
     limiter: Limiter, sent: list[Statement]
 ) -> None:
     limiter.create("database", 1)
@@ -94,7 +88,7 @@ def test_a_lone_thread_sends_one_statement_to_acquire_and_one_to_release_from_it
     with limiter.concurrency("database"):
         assert [statement.acquires for statement in sent] == [True]
     assert [statement.releases for statement in sent] == [False, True]
-    assert {statement.thread for statement in sent} == {threading.current_thread().name}
+    assert {statement.thread for statement in sent} == {limiter._courier.ident}
 
 
 def test_a_lone_task_sends_one_statement_to_acquire_and_one_to_release(dsn: str, sent: list[Statement]) -> None:
@@ -106,73 +100,80 @@ def test_a_lone_task_sends_one_statement_to_acquire_and_one_to_release(dsn: str,
 
 
 def test_a_release_and_a_request_on_one_limit_travel_together_and_the_release_comes_first(
-    limiter: Limiter, sent: list[Statement]
+    api: Api, sent: list[Statement], conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
-    limiter.create("database", 1)
-    lease = limiter.acquire("database")
-    kind, _ = checked("database", 1, 0, None, 300, False, None, None, "", 0)
-    batches = limiter._engine.batches
-    released = Ticket(lease.id, None, kind.release_lanes, None, "", ThreadWaker(), None)
-    asked = Request(kind, ThreadWaker(), "raise", "null", new_id()).ticket(0.0)
-    for ticket in (asked, released):
-        batches.submit(ticket)
+    api.create("database", 2)
+    lease, other = api.acquire("database"), api.acquire("database")
+    locked = Locked(connect, "database")
+    first = api.start("release", other)
+    wait_until(lambda: blocked(conn) == 1)
+    # They may not wait, and find the slots free.
+    asked = submit(api, wait_until, *[("database", {"timeout_seconds": 0})] * 2)
+    released = api.start("release", lease)
+    wait_until(lambda: pending(api) == 3)
     sent.clear()
-    limiter._engine.lead(asked)
-    assert [(statement.acquires, statement.releases) for statement in sent] == [(True, True)]
-    assert released.answer is True
-    # It may not wait, and finds the slot free.
-    assert isinstance(asked.answer, Answer)
-    assert asked.answer.status == "granted"
-    limiter.release(asked.lease_id)
+    locked.unlock()
+    assert first.result(30)
+    assert released.result(30)
+    for future in asked:
+        assert api.release(future.result(30))
+    assert any(statement.acquires and statement.releases for statement in sent)
 
 
-def asks(batches: Batches, name: str) -> Ticket:
-    kind, _ = checked(name, 1, None, None, 300, False, None, None, "", 0)
-    ticket = Request(kind, ThreadWaker(), "raise", "null", new_id()).ticket(None)
-    batches.submit(ticket)
-    return ticket
+def asks(outbox: Outbox, name: str) -> Request:
+    kind = checked(name, 1, None, None, 300, False, None, "", 0)
+    request = Request(kind, "null", new_id(), ThreadWaker(), User(), "raise", None, renew=True, says_who=False)
+    outbox.put(request)
+    return request
 
 
-def taken(batches: Batches, ticket: Ticket) -> Slot:
-    slot = Slot(batches)
-    assert batches.take(slot, ticket)
-    return slot
+def next_of(outbox: Outbox) -> list[Request]:
+    """The requests of the next batch, which is on its way now."""
+    job = outbox.next_job(math.inf)
+    assert job is not None
+    return job.requests
+
+
+def meets_a_lock(outbox: Outbox, *names: str) -> list[Request]:
+    """Requests that have met a lock, and may go again."""
+    met = [asks(outbox, name) for name in names]
+    for _ in met:
+        batch = outbox.next_job(0.0)
+        assert batch is not None
+        outbox.over(batch)
+        outbox.met_a_lock(batch)
+    return met
+
+
+def an_outbox() -> Outbox:
+    return Courier(Source(""), True).outbox
 
 
 def test_what_has_met_a_lock_is_sent_however_busy_the_others_are() -> None:
-    batches = Batches(True, "pglimits_t", lambda *_: None)
-    met = [asks(batches, name) for name in ("one", "two")]
-    batches.fail(taken(batches, met[0]), Busy("locked"))
-    for name in ("three", "four"):
-        taken(batches, asks(batches, name))
-    for ticket in met:
-        ticket.not_before = 0.0
-    slot = taken(batches, met[0])
-    assert slot.batch == met[:1]
-    assert not batches.can_go(met[1]), "one such batch at a time"
-    assert not batches.can_go(asks(batches, "five")), "and the others have the ways that they had"
+    outbox = an_outbox()
+    met = meets_a_lock(outbox, "one", "two")
+    others = [asks(outbox, name) for name in ("three", "four", "five")]
+    assert [next_of(outbox) for _ in range(3)] == [met[:1], others[:1], others[1:2]]
+    # One such batch at a time, and the others have the ways that they had.
+    assert not outbox.can_send(math.inf)
 
 
 def test_what_has_met_a_lock_goes_with_those_who_ask_for_the_same_and_nobody_else() -> None:
-    batches = Batches(True, "pglimits_t", lambda *_: None)
-    met = asks(batches, "one")
-    batches.fail(taken(batches, met), Busy("locked"))
-    met.not_before = 0.0
-    other = asks(batches, "two")
-    assert taken(batches, other).batch == [other]
-    newcomer = asks(batches, "one")
-    assert taken(batches, newcomer).batch == [met, newcomer]
+    outbox = an_outbox()
+    (met,) = meets_a_lock(outbox, "one")
+    other, newcomer = asks(outbox, "two"), asks(outbox, "one")
+    assert [next_of(outbox) for _ in range(2)] == [[met, newcomer], [other]]
 
 
-def test_only_one_batch_at_a_time_is_sent_beside_the_others() -> None:
-    batches = Batches(True, "pglimits_t", lambda *_: None)
-    met = [asks(batches, name) for name in ("one", "two")]
-    for ticket in met:
-        batches.fail(taken(batches, ticket), Busy("locked"))
-        ticket.not_before = 0.0
-    taken(batches, met[0])
-    newcomers = [asks(batches, name) for name in ("two", "three", "two")]
-    assert taken(batches, newcomers[0]).batch == newcomers[::2], "and only what is alike goes together"
+def test_what_a_batch_has_no_room_for_goes_behind_the_others() -> None:
+    outbox = an_outbox()
+    many = [asks(outbox, "one") for _ in range(LARGEST_BATCH + 1)]
+    other = asks(outbox, "two")
+    first = outbox.next_job(math.inf)
+    assert first is not None
+    assert first.requests == many[:-1]
+    outbox.over(first)
+    assert [next_of(outbox) for _ in range(2)] == [[other], many[-1:]]
 
 
 def test_a_rate_limit_call_is_one_statement_also_when_it_sleeps(
@@ -219,7 +220,7 @@ def test_an_event_loop_that_is_blocked_holds_up_no_thread(
 ) -> None:
     with open_api("sync", dsn=dsn) as threads, open_api("async", dsn=dsn) as tasks:
         threads.create("database", 100)
-        assert threads.limiter._engine is tasks.limiter._engine
+        assert threads.limiter._courier is tasks.limiter._courier
         locked = Locked(connect, "database")
         asked = tasks.start("acquire", "database")
         wait_until(lambda: blocked(conn) == 1)
@@ -233,20 +234,6 @@ def test_an_event_loop_that_is_blocked_holds_up_no_thread(
         go_on.set()
         threads.release(asked.result(30))
         assert nothing_left(conn)
-
-
-def test_a_sender_that_is_cancelled_before_its_first_step_leaves_nobody_waiting(dsn: str, conn: Connection) -> None:
-    async def scenario() -> None:
-        async with AsyncLimiter(dsn) as limiter:
-            await limiter.create("database", 10)
-            asked = asyncio.create_task(limiter.acquire("database"))
-            await asyncio.sleep(0)
-            for task in asyncio.all_tasks() - {asked, asyncio.current_task()}:
-                task.cancel()
-            await limiter.release(await asyncio.wait_for(asked, 20))
-
-    asyncio.run(scenario())
-    assert nothing_left(conn)
 
 
 def test_requests_of_a_batch_are_served_in_their_order(

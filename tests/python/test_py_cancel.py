@@ -15,10 +15,9 @@ from typing import Any
 import poolers
 import psycopg
 import pytest
-from psycopg_pool import AsyncConnectionPool
 from wrappertest import Children, Connection, Locked, WaitUntil, held, in_thread, nothing_left, run, value, waiting
 
-from pglimits import AcquireTimeout, AsyncLimiter, Lease, Limiter
+from pglimits import AcquireTimeout, AsyncLimiter, Lease, Limiter, _courier
 
 
 def settles(conn: Connection, wait_until: WaitUntil) -> None:
@@ -344,13 +343,8 @@ def test_an_interrupt_in_the_handler_of_another_leaks_nothing_either(
     begin_all(limiter, conn, wait_until, "database")
     lease = limiter.acquire("database")
 
-    real = limiter._engine.give_back
-
-    def strike(*arguments: Any) -> None:
-        if threading.current_thread().name.startswith("pglimits-"):
-            real(*arguments)  # nobody throws at those
-        else:
-            raise Interrupt
+    def strike(*_: Any) -> None:
+        raise Interrupt
 
     def work() -> None:
         with contextlib.suppress(Interrupt):
@@ -359,38 +353,33 @@ def test_an_interrupt_in_the_handler_of_another_leaks_nothing_either(
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     wait_until(lambda: waiting(conn) == 1)
-    monkeypatch.setattr(limiter._engine, "give_back", strike)
+    monkeypatch.setattr(limiter._courier, "put", strike)
     throw_into(thread)
     wait_until(lambda: not thread.is_alive())
-    with contextlib.suppress(Interrupt), monkeypatch.context() as patch:
-        patch.setattr(limiter._engine, "lead", strike)
-        patch.setattr(limiter._engine.batches, "withdraw", strike)
+    with contextlib.suppress(Interrupt):
         limiter.release(lease)
     monkeypatch.undo()
+    del lease
     settles(conn, wait_until)
 
 
-def test_threads_of_ours_that_are_struck_at_birth_are_started_again(
+def test_a_courier_that_is_struck_at_birth_is_started_again(
     dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    struck: set[str] = set()
-    begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
+    """An exception that is thrown at the thread that starts it may strike the new one instead."""
+    struck: list[int] = []
+    real = _courier.Courier._run
 
-    def strike(thread: threading.Thread) -> None:
-        if thread.name.startswith("pglimits-") and thread.name not in struck:
-            struck.add(thread.name)
+    def strike(self: _courier.Courier) -> None:
+        if len(struck) < 2:
+            struck.append(1)
         else:
-            begin(thread)
+            real(self)
 
-    monkeypatch.setattr(threading.Thread, "_bootstrap_inner", strike)
+    monkeypatch.setattr(_courier.Courier, "_run", strike)
     with Limiter(dsn) as limiter:
-        limiter.create("database", 1)
-        lease = limiter.acquire("database")
-        waits = in_thread(limiter.acquire, "database")
-        wait_until(lambda: waiting(conn) == 1)
-        limiter.release(lease)
-        assert limiter.release(waits.result(30))
-    assert struck == {"pglimits-release", "pglimits-renewal", "pglimits-keeper"}
+        assert in_thread(limiter.version).result(30)
+    assert len(struck) == 2
 
 
 def test_a_lease_that_nobody_refers_to_any_longer_is_given_back(
@@ -411,8 +400,7 @@ def test_what_is_given_back_is_not_held_up_by_another_limit_that_somebody_keeps_
         limiter.create(name, 9)
     leases = [limiter.acquire(name) for name in ("locked", "free", "locked", "free")]
     locked = Locked(connect, "locked")
-    for lease in leases:
-        limiter._engine.give_back(lease.id)
+    del leases
     wait_until(lambda: held(conn, "free") == 0)
     assert held(conn, "locked") == 2
     locked.unlock()
@@ -438,14 +426,14 @@ def test_a_process_that_only_releases_goes_on_when_its_releases_were_interrupted
 ) -> None:
     limiter.create("database", 3)
     ids = [value(conn, "select lease_id from pglimits.acquire('database')") for _ in range(3)]
-    real = limiter._engine.database.execute
+    real = limiter._courier.put
 
-    def interrupted(*arguments: Any) -> Any:
-        real(*arguments)
+    def interrupted(errand: Any) -> None:
+        real(errand)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(limiter._engine.database, "execute", interrupted)
+        patched.setattr(limiter._courier, "put", interrupted)
         for lease_id in ids[:2]:
             with pytest.raises(KeyboardInterrupt):
                 limiter.release(lease_id)
@@ -486,62 +474,6 @@ def test_a_main_thread_interrupted_by_a_signal_while_queued_leaves_the_queue_at_
         wait_until(lambda: waiting(conn) == 0, what="for the interrupted waiter to leave the queue")
         child.tell()
         child.end()
-
-
-def test_an_interrupt_leaves_the_connection_as_it_is_to_hear_when_the_server_is_done(children: Children) -> None:
-    """Closed while the server is at work, it would grant what has been given back already."""
-    child = children(
-        """
-        import signal
-        import psycopg
-        from pglimits import Limiter
-
-        class Sender:
-            connection, again = None, False
-
-        def interrupt(*_, **__):
-            raise KeyboardInterrupt
-
-        psycopg.Connection._try_cancel = interrupt  # where psycopg is when a second one strikes, as a rule
-        signal.signal(signal.SIGALRM, interrupt)
-        database, sender = Limiter()._engine.database, Sender()
-        database.execute("select 1", ())
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        try:
-            database.execute("select pg_sleep(60)", (), sender, within=60)
-        except KeyboardInterrupt:
-            print(sender.connection.closed, sender.connection.info.transaction_status.name)
-            sender.connection.cancel_safe()
-        """
-    )
-    child.expect("False ACTIVE")
-    child.end()
-
-
-def test_a_connection_of_a_pool_goes_back_there_when_the_server_is_done_with_what_was_cancelled(
-    dsn: str, limiter: Limiter, conn: Connection, connect: Any
-) -> None:
-    limiter.create("database", 1)
-    limiter.release(limiter.acquire("database"))
-
-    async def main() -> None:
-        async with (
-            AsyncConnectionPool(dsn, min_size=1, max_size=1, open=False) as pool,
-            AsyncLimiter(pool=pool) as tasks,
-        ):
-            locker = connect(autocommit=False)
-            locker.execute("select from pglimits.states for update")
-            asks = asyncio.create_task(tasks.acquire("database", timeout_seconds=5))
-            await until(lambda: _blocked(conn) == 1)
-            (sends,) = [task for task in asyncio.all_tasks() if "lead_in_loop" in repr(task.get_coro())]
-            sends.cancel()
-            await asyncio.gather(sends, return_exceptions=True)
-            assert pool.get_stats().get("returns_bad", 0) == 0
-            locker.rollback()
-            await tasks.release(await asks)
-
-    run(main())
-    assert nothing_left(conn)
 
 
 HAMMER = """
@@ -758,21 +690,19 @@ def test_a_generator_that_is_closed_leaves_its_block_at_once(limiter: Limiter, c
 
 HANDLES = """
     import faulthandler, signal, threading
-    from pglimits import Limiter, LimiterUnavailable
+    from pglimits import Limiter
     faulthandler.dump_traceback_later(60, exit=True)
     limiter = Limiter()
     mine = []
-    handled = refused = 0
+    handled = 0
     def handle(*_):
-        global handled, refused
+        global handled
         limiter.release(mine.pop())
-        try:
-            limiter.acquire("database")
-        except LimiterUnavailable:
-            refused += 1
+        mine.append(limiter.acquire("database"))
+        limiter.release(mine.pop())
         handled += 1
     signal.signal(signal.SIGALRM, handle)
-    while handled < 200 or not refused:
+    while handled < 200:
         mine.append(limiter.acquire("database"))
         before = handled
         signal.setitimer(signal.ITIMER_REAL, 0.002)
@@ -784,10 +714,9 @@ HANDLES = """
 """
 
 
-def test_a_signal_handler_may_release_in_the_midst_of_another_call(
+def test_a_signal_handler_may_release_and_acquire_in_the_midst_of_another_call(
     children: Children, limiter: Limiter, conn: Connection, wait_until: WaitUntil
 ) -> None:
-    """It cannot take slots there: what it interrupts goes on only after it."""
     limiter.create("database", 1000)
     child = children(HANDLES)
     child.expect("done")

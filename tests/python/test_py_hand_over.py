@@ -28,9 +28,7 @@ from wrappertest import (
 )
 
 from pglimits import Lease, LeaseLost, Limiter
-from pglimits._keeper import LIVENESS, Waiter
-from pglimits._requests import checked
-from pglimits._wake import ThreadWaker
+from pglimits._waiting import LIVENESS
 
 by_notification = poolers.straight_only("no notification comes, and a waiter goes on when it finds its lease")
 
@@ -237,17 +235,21 @@ def test_notifications_that_mean_nothing_do_no_harm(api: Api, conn: Connection, 
     assert nothing_left(conn)
 
 
-def test_a_lease_is_counted_from_the_last_heartbeat_that_was_surely_before_its_grant(limiter: Limiter) -> None:
+def test_a_lease_is_counted_from_the_last_heartbeat_that_was_surely_before_its_grant(
+    limiter: Limiter, wait_until: WaitUntil
+) -> None:
     """It is told before it is claimed, and the heartbeat may have overtaken the grant."""
-    kind, _ = checked("database", 1, None, None, 300, False, None, None, "", 0)
-    keeper, now, lease_id = limiter._engine.keeper, time.monotonic(), uuid4()
-    waiter = Waiter(lease_id, ThreadWaker(), None, user=limiter._user, kind=kind, called_in=now - 60, trusting=True)
-    keeper._waiters[lease_id] = waiter
-    keeper._beat_before, keeper._beat_at = now - 4, now - 1
-    keeper._told_of(str(lease_id), "7", "0", "2000000000000000")
-    assert waiter.news is not None
-    assert (waiter.news.fence, waiter.news.ends) == (7, now - 4 + LIVENESS)
-    keeper.remove(lease_id)
+    limiter.create("database", 1)
+    holder = limiter.acquire("database")
+    waits = in_thread(limiter.acquire, "database")
+    waiting_here, now = limiter._courier.waiting, time.monotonic()
+    (request,) = wait_until(waiting_here.all)
+    request.called_in = now - 60
+    waiting_here._beat_before, waiting_here._beat_at = now - 4, now - 1
+    limiter.release(holder)
+    lease = waits.result(30)
+    assert lease._ends == now - 4 + LIVENESS or not lease._unclaimed
+    limiter.release(lease)
 
 
 @by_notification

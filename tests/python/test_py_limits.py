@@ -512,14 +512,13 @@ def test_a_pool_of_the_callers_is_used_and_left_open(
         assert row in ((1,), {"one": 1})
 
 
-def test_a_pool_that_is_exhausted_by_others_is_unavailable(dsn: str, conn: Connection) -> None:
+def test_an_app_that_has_lent_out_all_of_its_pool_still_gets_slots(dsn: str, conn: Connection) -> None:
     with (
         ConnectionPool(dsn, min_size=1, max_size=1, timeout=0.2, open=True) as pool,
+        pool.connection(),
         open_api("sync", pool=pool) as api,
     ):
         api.create("database", 1)
-        with pool.connection(), pytest.raises(LimiterUnavailable):
-            api.acquire("database")
         assert api.release(api.acquire("database"))
 
 
@@ -860,8 +859,10 @@ def test_a_limiter_checks_its_own_arguments(dsn: str) -> None:
             cls(dsn, pool=pool)  # type: ignore[arg-type]
         with pytest.raises(InvalidArgument, match="pool"):
             cls(pool="not a pool")  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="pool"):
-        AsyncLimiter(pool=pool)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="connect"):
+            cls(connect="not a function")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="strict"):
+            cls(dsn, strict=1)  # type: ignore[arg-type]
 
 
 def test_closing_one_of_several_limiters_on_a_database_releases_what_it_holds_and_no_more(

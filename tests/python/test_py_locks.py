@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from wrappertest import Api, Connection, Locked, WaitUntil, held, in_thread, nothing_left, value, waiting
 
-from pglimits import AcquireTimeout, Lease, Limiter
+from pglimits import AcquireTimeout, Lease, Limiter, _batches
 
 LONGER_THAN_A_WAITER_LIVES = "12 seconds"
 """If it does not call in."""
@@ -223,30 +223,27 @@ def test_a_lease_that_somebody_kept_locked_for_less_than_its_duration_is_not_los
 
 
 def test_what_is_given_back_on_a_free_limit_does_not_wait_for_what_somebody_keeps_locked(
-    limiter: Limiter, conn: Connection, connect: Any, wait_until: WaitUntil
+    limiter: Limiter, conn: Connection, connect: Any, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("free", "locked"):
         limiter.create(name, 100)
     leases = [limiter.acquire(name) for _ in range(40) for name in ("locked", "free")]
     attempts: list[int] = []
-    real = limiter._engine.cleaner._release
+    real = _batches.Batch.statements
 
-    def counting(lease_ids: Any, patience: float) -> None:
+    def counting(self: _batches.Batch, connection: Any) -> Any:
         attempts.append(held(conn, "free"))
-        real(lease_ids, patience)
+        return real(self, connection)
 
-    limiter._engine.cleaner._release = counting  # type: ignore[method-assign]
+    monkeypatch.setattr(_batches.Batch, "statements", counting)
     locked = Locked(connect, "locked")
-    for lease in leases:
-        limiter._engine.renewal.remove(lease)
-        limiter._engine.give_back(lease.id, lease.places)
+    leases.clear()
     wait_until(lambda: held(conn, "free") == 0)
     # With all of them at once, with all of a locked limit, and so on: not with one after the other.
     assert len([before for before in attempts if before]) <= 4
     assert held(conn, "locked") == 40
     # What comes later does not wait for it either.
-    later = limiter.acquire("free")
-    limiter._engine.give_back(later.id, later.places)
+    limiter.acquire("free")
     wait_until(lambda: held(conn, "free") == 0)
     locked.unlock()
     wait_until(lambda: nothing_left(conn))

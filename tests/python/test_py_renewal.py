@@ -21,6 +21,7 @@ from wrappertest import (
     backends,
     held,
     in_thread,
+    lose_reply,
     nothing_left,
     open_api,
     run,
@@ -28,8 +29,7 @@ from wrappertest import (
     value,
 )
 
-from pglimits import AsyncLimiter, Lease, LeaseLost, Limiter, _database, _renewal
-from pglimits._keeper import Claim
+from pglimits import AsyncLimiter, Lease, LeaseLost, Limiter, _leases, _waiting
 
 THIRD = 3.0
 """A lease of so many seconds is renewed every second."""
@@ -48,6 +48,18 @@ def outlives(conn: Connection, lease: Lease, wait_until: WaitUntil, times: int) 
     assert row is not None
     target = row[0] + times * (first - row[0])
     wait_until(lambda: value(conn, "select clock_timestamp() > %s", [target]), timeout=PATIENCE)
+
+
+def renews_not_before(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is renewed until the event is set."""
+    real, begins = _leases.Leases.take_due, threading.Event()
+
+    def held_up(self: _leases.Leases, now: float) -> Any:
+        self.not_before = 0.0 if begins.is_set() else now + 0.05
+        return real(self, now)
+
+    monkeypatch.setattr(_leases.Leases, "take_due", held_up)
+    return begins
 
 
 # The handle.
@@ -93,25 +105,10 @@ def test_a_lease_that_was_granted_when_it_was_asked_for_before_counts_from_then_
     names = ["database", "other"] if together else ["database"]
     for name in names:
         limiter.create(name, 1)
-    send, lost = _database.run, []
-
-    def lossy(connection: Any, sql: str, *more: Any, **options: Any) -> Any:
-        rows = send(connection, sql, *more, **options)
-        if "_acquire_batch" in sql and not lost:
-            lost.append(rows)
-            conn.execute("update pglimits.leases set expires_at = clock_timestamp() + interval '20 seconds'")
-            connection.close()
-            raise psycopg.OperationalError("the reply was lost")
-        return rows
-
-    monkeypatch.setattr(_database, "run", lossy)
-    real, renews = _renewal.run_statement, threading.Event()
-
-    def held_up(*arguments: Any, **options: Any) -> Any:
-        renews.wait(60)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(_renewal, "run_statement", held_up)
+    lost: list[Any] = []
+    ends_sooner = "update pglimits.leases set expires_at = clock_timestamp() + interval '20 seconds'"
+    lose_reply(monkeypatch, then=lambda: lost.append(conn.execute(ends_sooner)))
+    renews = renews_not_before(monkeypatch)
     began = time.monotonic()
     lease = limiter.acquire(names, lease_duration=60)
     counted = lease._ends - time.monotonic()
@@ -125,7 +122,7 @@ def test_a_look_from_before_a_lease_was_granted_does_not_lose_it(limiter: Limite
     """Its waiter was told to ask again, and did, while all were looked at."""
     limiter.create("database", 1)
     lease = limiter.acquire("database", lease_duration=THIRD)
-    limiter._engine.renewal.claimed([Claim(lease.id, None, time.monotonic())])
+    limiter._courier.leases.claimed(lease.id, time.monotonic(), None, time.monotonic())
     assert not lease.lost
     limiter.release(lease)
 
@@ -289,14 +286,14 @@ def test_an_event_loop_blocked_for_three_lease_durations_loses_no_lease(dsn: str
 def test_all_leases_of_a_process_are_renewed_in_one_statement_by_one_thread(
     dsn: str, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[str, set[UUID]]] = []
-    real = _renewal.run_statement
+    calls: list[tuple[int, set[UUID]]] = []
+    real = _waiting.Renew.statements
 
-    def counting(connection: Any, sql: str, params: Any, prepare: bool | None) -> Any:
-        calls.append((threading.current_thread().name, set(params[1])))
-        return real(connection, sql, params, prepare)
+    def counting(self: _waiting.Renew, connection: Any) -> Any:
+        calls.append((threading.get_ident(), {lease.id for lease in self.leases}))
+        return real(self, connection)
 
-    monkeypatch.setattr(_renewal, "run_statement", counting)
+    monkeypatch.setattr(_waiting.Renew, "statements", counting)
     with open_api("sync", dsn=dsn) as threads, open_api("async", dsn=dsn) as tasks:
         threads.create("database", 40)
         # Long enough that, on a slow machine too, all are taken within the tenth of a third that comes along.
@@ -304,7 +301,7 @@ def test_all_leases_of_a_process_are_renewed_in_one_statement_by_one_thread(
         ids = {lease.id for lease in leases}
         # Taken one after the other, they settle into one statement.
         wait_until(lambda: sum(asked == ids for _, asked in calls) >= 2, timeout=PATIENCE)
-        assert len({name for name, _ in calls}) == 1
+        assert len({thread for thread, _ in calls}) == 1
         for lease in leases:
             assert not lease.lost
             threads.release(lease)
@@ -395,13 +392,7 @@ def test_a_lost_lease_warns_also_where_its_block_is_left_before_the_thread_that_
     limiter: Limiter, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limiter.create("database", 1)
-    real, left = _renewal.run_statement, threading.Event()
-
-    def hangs(*arguments: Any, **options: Any) -> Any:
-        left.wait(60)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(_renewal, "run_statement", hangs)
+    left = renews_not_before(monkeypatch)
     with caplog.at_level(logging.WARNING, "pglimits"):
         try:
             with limiter.concurrency("database", lease_duration=1) as lease:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from wrappertest import (
     in_thread,
     is_watched,
     listeners,
+    lose_reply,
     nothing_left,
     open_api,
     run,
@@ -39,7 +41,9 @@ from pglimits import (
     NoSlotDecay,
     QueueFull,
     SlotsExceedLimit,
+    _courier,
     _database,
+    _requests,
 )
 
 
@@ -468,12 +472,10 @@ def test_who_could_not_be_told_for_too_long_asks_again_and_does_not_go_early(
         limiter.rate_limit("api")
         sleeps = in_thread(lambda: limiter.rate_limit("api"))
         wait_until(lambda: waiting(conn) == 1)
-        keeper = limiter._engine.keeper
-        wait_until(lambda: len(keeper._waiters) == 1)
+        since = wait_until(lambda: _asked_at(limiter))
         # As after seconds without a connection, where there is one again by the time that it looks.
-        (waiter,) = keeper._waiters.values()
-        keeper._give_up(LimiterUnavailable("no connection"))
-        wait_until(lambda: waiter not in keeper._waiters.values() and len(keeper._waiters) == 1)
+        _give_up(limiter)
+        wait_until(lambda: _asked_at(limiter) > since)
         assert not sleeps.done()
         limiter.update("api", slot_decay_per_second=10000)
         sleeps.result(30)
@@ -486,20 +488,37 @@ def test_who_waits_for_a_rate_does_not_go_early_while_the_database_is_away(
         limiter.create("api", 1, slot_decay_per_second=0.001)
         limiter.rate_limit("api")
         sleeps = in_thread(lambda: limiter.rate_limit("api"))
-        wait_until(lambda: len(limiter._engine.keeper._waiters) == 1)
+        wait_until(lambda: _asked_at(limiter))
         asked = []
 
-        def away(*_: Any) -> Any:
+        def away(_: Any) -> Any:
             asked.append(1)
-            raise LimiterUnavailable("the database is away")
+            raise psycopg.OperationalError("the database is away")
 
         with monkeypatch.context() as outage:
-            outage.setattr(limiter._engine.database, "execute", away)
-            limiter._engine.keeper._give_up(LimiterUnavailable("no connection"))
+            outage.setattr(_database.Connection, "_send", away)
+            _give_up(limiter)
             wait_until(lambda: len(asked) >= 2)
             assert not sleeps.done()
         limiter.update("api", slot_decay_per_second=10000)
         sleeps.result(30)
+
+
+def _asked_at(limiter: Limiter) -> float:
+    """When the only request that is queued was sent."""
+    return max([request.asked_at for request in limiter._courier.waiting.all()], default=0.0)
+
+
+def _give_up(limiter: Limiter) -> None:
+    """No connection could be had for so long that what is queued is given up."""
+
+    class Unreachable(_requests.Errand):
+        def arrive(self, courier: _courier.Courier) -> None:
+            for request in courier.waiting.all():
+                courier.waiting.remove(request)
+                courier.unavailable(request, LimiterUnavailable("no connection"))
+
+    limiter._courier.put(Unreachable(None))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -510,18 +529,13 @@ def test_a_request_whose_reply_was_lost_gets_what_it_was_granted_or_leaves_the_l
         for name in ("database", "other"):
             limiter.create(name, 5)
         holds = limiter.acquire("database", 5) if full else None
-        real, lost = _database.run, []
+        lost: list[int] = []
 
-        def lossy(connection: Any, sql: str, params: Any, prepare: bool | None) -> Any:
-            rows = real(connection, sql, params, prepare)
-            if "acquire" in sql and not lost:
-                lost.append(waiting(conn))
-                conn.execute("select pglimits.delete_limit('other')")
-                connection.close()
-                raise psycopg.OperationalError("the reply was lost")
-            return rows
+        def delete() -> None:
+            lost.append(waiting(conn))
+            conn.execute("select pglimits.delete_limit('other')")
 
-        monkeypatch.setattr(_database, "run", lossy)
+        lose_reply(monkeypatch, then=delete)
         if holds is None:
             lease = limiter.acquire(["database", "other"], 5, timeout_seconds=60, strict=True)
             assert (lease.fences[0] is not None, lease.fences[1]) == (True, None)
@@ -751,7 +765,7 @@ def test_closing_a_limiter_releases_what_it_holds(dsn: str, conn: Connection) ->
         assert leases
 
 
-def test_limiters_on_one_database_share_an_engine_until_the_last_is_closed(dsn: str, conn: Connection) -> None:
+def test_limiters_on_one_database_share_a_courier_until_the_last_is_closed(dsn: str, conn: Connection) -> None:
     with open_api("sync", dsn=dsn) as first:
         first.create("database", 2)
         with open_api("sync", dsn=dsn) as second:
@@ -805,7 +819,7 @@ def test_closing_a_limiter_ends_the_waits_of_the_functions_of_the_other_kind_tha
         decorate = goes.limiter.concurrency("database")
         job = decorate(in_its_thread) if api.kind == "async" else lambda: run(decorate(in_task)())
         waits = in_thread(job)
-        wait_until(lambda: waiting(conn) == 1 and goes.limiter._engine.keeper._waiters)
+        wait_until(lambda: waiting(conn) == 1 and len(goes.limiter._courier.waiting))
         goes.close()
         with pytest.raises(LimiterUnavailable, match="closed"):
             waits.result(30)
@@ -839,4 +853,5 @@ def test_opening_and_closing_limiters_leaves_no_thread_descriptor_or_connection(
         use()
     wait_until(lambda: connections() == 0)
     wait_until(lambda: set(threading.enumerate()) <= before)
+    gc.collect()
     wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= descriptors, timeout=5)

@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from pglimits import AsyncLimiter, Lease, Limiter, _default, _engine
+from pglimits import AsyncLimiter, Lease, Limiter, _courier, _database, _default
 
 T = TypeVar("T")
 Connection: TypeAlias = psycopg.Connection[Any]
@@ -205,9 +205,9 @@ def environment(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
     yield
-    for engine in list(_engine._engines):
-        engine.shut()
-    _engine._shared.clear()
+    for courier in list(_courier._couriers):
+        courier.shut()
+    _courier._shared.clear()
 
 
 # Looks into the database.
@@ -258,6 +258,22 @@ def listeners(conn: Connection) -> list[int]:
 def is_watched(conn: Connection) -> bool:
     """Somebody listens for those who wait. Behind a pooler, where nobody can, they look again and again."""
     return poolers.MODE is not None or len(listeners(conn)) == 1
+
+
+def lose_reply(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any], of: str = "_acquire_batch") -> None:
+    """The connection of the first statement of that kind breaks once the server has answered, and nobody hears it."""
+    real, lost = _database.Connection.receive, []
+
+    def lossy(connection: _database.Connection) -> Any:
+        result = real(connection)
+        if result is not None and not lost and of in repr(connection.sent):
+            lost.append(result)
+            then()
+            connection.pgconn.finish()
+            raise psycopg.OperationalError("the reply was lost")
+        return result
+
+    monkeypatch.setattr(_database.Connection, "receive", lossy)
 
 
 class Locked:

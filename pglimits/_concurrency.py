@@ -1,0 +1,255 @@
+"""What ``concurrency`` returns: slots held while a block or a function runs."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import inspect
+import os
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from . import _arguments
+from ._leases import Lease
+from ._requests import Kind, checked
+from .errors import InvalidArgument, LeaseLost
+
+if TYPE_CHECKING:
+    from ._arguments import Names
+    from ._limiter import AsyncLimiter, Limiter
+
+F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class _Hold:
+    """The arguments of ``concurrency``, checked. One object may be entered several times, also at once."""
+
+    def __init__(
+        self,
+        limiter: Callable[[], Limiter | AsyncLimiter],
+        names: Names,
+        occupy: int = 1,
+        timeout_seconds: float | None = None,
+        max_retries: int | None = None,
+        lease_duration: float = 300,
+        strict: bool = False,
+        holder: Any = None,
+        raise_on_lease_renewal_failure: bool | None = None,
+        *,
+        key: str = "",
+        priority: int = 0,
+    ) -> None:
+        """Hold slots of one or several limits, all or none, for as long as a block or a function runs.
+
+        Args:
+            names: a limit, several, or a mapping of limits (or (name, key) pairs) to slots.
+            occupy: how many slots of each.
+            timeout_seconds: how long to wait in all; None for ever, 0 tries once.
+            max_retries: 0 tries once; another number changes nothing, as a queue needs no retries.
+            lease_duration: seconds after which the slots come free if this process dies; renewed at a third of it.
+            strict: a missing limit is an error, and a lost lease raises.
+            holder: JSON that says who holds the slots; by default host, pid, thread or task, and program.
+            raise_on_lease_renewal_failure: whether a lost lease raises; None: as ``strict``.
+            key: each key of a limit has the whole budget for itself.
+            priority: higher goes first; within one priority, in order of arrival.
+
+        Entering gives a Lease. Raises AcquireTimeout, LimitNotFound (strict), SlotsExceedLimit, QueueFull,
+        InvalidArgument, LimiterUnavailable; leaving raises LeaseLost if the lease was lost and that is to raise. On a
+        coroutine function the slots are held while its task runs. What returns at once and works later (a generator,
+        a context manager, a task, a future) is an InvalidArgument.
+        """
+        self._limiter = limiter
+        self._names = names
+        self._strict = strict
+        self._raise = raise_on_lease_renewal_failure
+        self._holder = None if holder is None else _arguments.holder(holder)
+        self._rest = (occupy, timeout_seconds, max_retries, lease_duration)
+        self._more = (key, priority)
+        self._last: tuple[bool, Kind] | None = None
+        # By the thread or task that has entered it.
+        self._holds: dict[Any, list[_Held]] = {}
+        self._kind(strict)
+
+    def _kind(self, strict: bool) -> Kind:
+        if self._last is None or self._last[0] is not strict:
+            self._last = strict, checked(self._names, *self._rest, strict, self._raise, *self._more)
+        return self._last[1]
+
+    def _as(self, kind: type[T]) -> T:
+        """The same for threads, or for tasks, not entered."""
+        made = kind.__new__(kind)
+        made.__dict__.update(self.__dict__, _holds={})
+        return made
+
+    def __call__(self, function: F) -> F:
+        """Decorate a function, sync or async: each call runs within a context of its own."""
+        return _decorate(function, lambda: self._as(Concurrency), lambda: self._as(AsyncConcurrency))
+
+
+class Concurrency(_Hold, AbstractContextManager[Lease]):
+    """Slots held while a ``with`` block or a decorated function runs."""
+
+    def __enter__(self) -> Lease:
+        limiter = self._limiter()._in_threads()
+        kind = self._kind(limiter._is_strict(self._strict))
+        lease = limiter._run(limiter._acquiring(kind, self._holder))
+        self._holds.setdefault(threading.get_ident(), []).append(_Held(lease, None))
+        return lease
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        lease = _leave(self._holds, threading.get_ident()).lease
+        ours = lease.enforced and not lease.released and lease.pid == os.getpid()
+        lost = lease.lost
+        limiter = self._limiter()._in_threads()
+        if kind is GeneratorExit and asyncio._get_running_loop() is not None:
+            # Perhaps of the garbage collector, in the midst of what a task does here.
+            live: bool | None = limiter._release_later(lease)
+        else:
+            live = limiter._run(limiter._releasing(lease))
+        if ours and (lost or live is False) and error is None and self._raises(limiter):
+            raise _lost(lease)
+
+    def _raises(self, limiter: Limiter) -> bool:
+        return limiter._is_strict(self._strict) if self._raise is None else self._raise
+
+
+class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
+    """Slots held while an ``async with`` block or a decorated coroutine function runs."""
+
+    async def __aenter__(self) -> Lease:
+        limiter = self._limiter()._in_tasks()
+        strict = limiter._is_strict(self._strict)
+        lease = await limiter._run(limiter._acquiring(self._kind(strict), self._holder))
+        held = _Held(lease, asyncio.current_task())
+        if strict if self._raise is None else self._raise:
+            lease.on_lost(held.lost_elsewhere)
+        self._holds.setdefault(held.task, []).append(held)
+        return lease
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        held = _leave(self._holds, asyncio.current_task())
+        held.over = True
+        lease = held.lease
+        ours = lease.enforced and not lease.released and lease.pid == os.getpid()
+        lost = lease.lost
+        limiter = self._limiter()._in_tasks()
+        live = await limiter._run(limiter._releasing(lease))
+        raises = limiter._is_strict(self._strict) if self._raise is None else self._raise
+        if not raises or not ours or not (lost or live is False):
+            return
+        if held.cancelled and held.task is not None and held.task.uncancel() > held.cancelling:
+            return  # as asyncio.timeout does it: our own cancellation ends here, somebody else's goes on
+        if error is not None and not (held.cancelled and isinstance(error, asyncio.CancelledError)):
+            return
+        raise _lost(lease) from error
+
+
+class _Held:
+    """A lease, and the task that works under it."""
+
+    __slots__ = ("cancelled", "cancelling", "lease", "over", "task")
+
+    def __init__(self, lease: Lease, task: asyncio.Task[Any] | None) -> None:
+        self.lease = lease
+        self.task = task
+        self.cancelling = task.cancelling() if task is not None else 0
+        self.cancelled = False
+        self.over = False
+
+    def lost_elsewhere(self) -> None:
+        """Called by the courier."""
+        if self.task is not None:
+            with contextlib.suppress(RuntimeError):  # the loop may have been closed
+                self.task.get_loop().call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if not self.over and self.task is not None:
+            self.cancelled = True
+            self.task.cancel()
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"the lease {lease.id} on {', '.join(lease.names)} ended before the work did")
+
+
+def _leave(entered: dict[K, list[T]], who: K) -> T:
+    """What a thread or task that leaves a context had entered it with.
+
+    A context may be left by another than the one that entered it, a generator's that is finished elsewhere for
+    instance: then it is what was entered last.
+    """
+    if who not in entered:
+        who = next(reversed(entered))
+    last = entered[who].pop()
+    if not entered[who]:
+        del entered[who]
+    return last
+
+
+def _decorate(
+    function: F,
+    in_thread: Callable[[], AbstractContextManager[Any]],
+    in_task: Callable[[], AbstractAsyncContextManager[Any]],
+) -> F:
+    """Wrap a function, sync or async, so that each call runs within a context of its own."""
+    if isinstance(function, (staticmethod, classmethod)):
+        return cast(F, type(function)(_decorate(function.__func__, in_thread, in_task)))
+    if not callable(function) or _is(function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+        raise InvalidArgument(f"concurrency decorates functions and coroutine functions, not {function!r}")
+    if _is(function, asyncio.iscoroutinefunction):
+
+        @functools.wraps(function)
+        async def in_task_wrapper(*args: Any, **kwargs: Any) -> Any:
+            async with in_task():
+                return _worked(function, await function(*args, **kwargs))
+
+        return cast(F, in_task_wrapper)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with in_thread():
+            return _worked(function, function(*args, **kwargs))
+
+    return cast(F, wrapper)
+
+
+_WORKS_LATER = (
+    Awaitable,  # coroutines, tasks, and asyncio's futures
+    Generator,
+    AsyncGenerator,
+    concurrent.futures.Future,
+    contextlib._GeneratorContextManager,
+    contextlib._AsyncGeneratorContextManager,
+)
+
+
+def _worked(function: Callable[..., Any], result: T) -> T:
+    """What a function has returned, unless it is what works only now, when the slots are given back."""
+    if not isinstance(result, _WORKS_LATER):
+        return result
+    if isinstance(result, Coroutine):
+        result.close()
+    elif isinstance(result, (asyncio.Future, concurrent.futures.Future)):
+        result.cancel()
+    raise InvalidArgument(
+        f"{function!r} returned {result!r}, which would work when its slots have been given back: "
+        "decorate a coroutine function, or enter the context inside"
+    )
+
+
+def _is(function: Callable[..., Any], *tests: Callable[[Any], bool]) -> bool:
+    """Whether a function, or what an object does when it is called, passes one of the tests."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return any(test(function) or test(type(function).__call__) for test in tests)

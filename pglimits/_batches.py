@@ -178,7 +178,7 @@ class Outbox:
         while lane.errands and len(batch.requests) < LARGEST_BATCH:
             request = lane.errands.popleft()
             assert isinstance(request, Request)
-            if not request.given_up and not request.answered:
+            if not request.given_up and not request.leaving and not request.answered:
                 request.under_way = True
                 batch.requests.append(request)
         if lane.errands:

@@ -125,6 +125,7 @@ class Base:
             says_who=holder is not None,
         )
         request.task = self._task()
+        leaves = False
         until = None if timeout is None else now + (timeout or PATIENCE)
         # The last resort: an interrupt can strike in the handler of another.
         anchor = _Anchor()
@@ -136,10 +137,10 @@ class Base:
                 left = None if until is None else until - time.monotonic()
                 if left is None or left > 0:
                     yield request.waker, left
-                elif request.leaving:
+                elif leaves:
                     raise request.late()
                 else:
-                    request.leaving = True
+                    leaves = True
                     until = time.monotonic() + _LEAVES_WITHIN
                     courier.put(Leave(request))
             if request.error is not None:

@@ -94,8 +94,7 @@ class Courier:
         self._asleep = False
         self._ended = False
         self._bell = Bell()
-        self._poll = select.poll()
-        self._poll.register(self._bell.fd, select.POLLIN)
+        self._poll: select.poll
         self.leases = Leases(self.inbox.append)
         self.waiting = Waiting(self)
         self.outbox = Outbox(self)
@@ -170,6 +169,11 @@ class Courier:
             return
         try:
             self.ident = threading.get_ident()
+            # Not before: gevent may have put its own in place since the fork.
+            self._poll = select.poll()
+            self._poll.register(self._bell.fd, select.POLLIN)
+            for connection in self._connections.values():
+                self._poll.register(connection.fd, connection.events)
             self._runs = True
             while not self._ended:
                 try:
@@ -219,7 +223,7 @@ class Courier:
             self._looks_round_at = now + _TICK
             self._look_round(now)
         for closing in list(self._closing):
-            over = all([release.answered for release in closing.releases])
+            over = all(release.answered for release in closing.releases)
             if (over and (closing.close.user is not None or self.outbox.is_empty())) or now >= closing.until:
                 self._closing.remove(closing)
                 self._end(closing)
@@ -567,6 +571,7 @@ class Courier:
         """The time of a request is over. Once it has left its line, its caller is told."""
         if request.answered or request.given_up:
             return
+        # From now on it is sent no more. What is under way decides.
         request.leaving = True
         if request.under_way:
             return

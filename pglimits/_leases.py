@@ -267,7 +267,7 @@ class Leases:
             self._schedule(lease, reference, asked + lease._pause)
 
     def claimed(self, lease_id: UUID, asked_at: float, expires_at: datetime | None, ends: float) -> None:
-        """What a look has found of a lease that was told of before it was claimed. ``expires_at`` None: it is not there.
+        """What a look has found of a lease that was told of before it was claimed. ``expires_at`` None: it is gone.
 
         A look that was sent before the lease was told of says nothing.
         """

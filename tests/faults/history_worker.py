@@ -31,9 +31,8 @@ from pglimits import (
     LimiterUnavailable,
     QueueFull,
     SlotsExceedLimit,
-    _async_limiter,
     _batches,
-    _limiter,
+    _calls,
 )
 
 EXPECTED = (AcquireTimeout, LeaseLost, LimiterUnavailable, QueueFull, SlotsExceedLimit)
@@ -41,7 +40,7 @@ EXPECTED = (AcquireTimeout, LeaseLost, LimiterUnavailable, QueueFull, SlotsExcee
 
 # What is asked has the id of its attempt: so the log of the database tells of it too.
 attempt: ContextVar[str] = ContextVar("attempt")
-_limiter.new_id = _async_limiter.new_id = lambda: uuid.UUID(attempt.get())  # type: ignore[attr-defined]
+_calls.new_id = lambda: uuid.UUID(attempt.get())
 
 
 class Cancelled(Exception):

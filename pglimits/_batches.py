@@ -101,10 +101,12 @@ class Outbox:
 
     def put_release(self, release: Release) -> None:
         """Queue a release."""
-        key: Hashable = release.lease_id if release.alone else release.places
+        # Where it is on is not known of one that was named by its id.
+        places = release.places or (("", release.lease_id.hex),)
+        key: Hashable = release.lease_id if release.alone else places
         lane = self._releases.get(key)
         if lane is None:
-            lane = self._releases[key] = Lane(key, next(self._count), None, release.places)
+            lane = self._releases[key] = Lane(key, next(self._count), None, places)
             lane.apart = release.alone
         lane.errands.append(release)
 

@@ -10,7 +10,6 @@ import builtins
 import json
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -23,21 +22,7 @@ from ._courier import Courier, courier_for, forget
 from ._database import Callback, OfPool, Source
 from ._dsn import resolve
 from ._leases import Lease, orphan
-from ._requests import (
-    PATIENCE,
-    Close,
-    Errand,
-    GiveUp,
-    Kind,
-    Leave,
-    OnUnavailable,
-    Query,
-    Release,
-    Request,
-    User,
-    checked,
-    new_id,
-)
+from ._requests import PATIENCE, Errand, Kind, OnUnavailable, Query, Release, Request, User, checked, new_id
 from ._sql import Statement
 from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
@@ -114,24 +99,24 @@ class Base:
         now = time.monotonic()
         timeout = kind.timeout
         request = Request(
-            kind,
-            self._who() if holder is None else holder,
-            new_id(),
             self._waker(),
             self._user,
+            kind,
+            self._who() if holder is None else holder,
+            holder is not None,
+            new_id(),
             self._on_unavailable,
             None if timeout is None else now + timeout,
-            renew=renew,
-            says_who=holder is not None,
+            renew,
+            self._task(),
         )
-        request.task = self._task()
         leaves = False
         until = None if timeout is None else now + (timeout or PATIENCE)
         # The last resort: an interrupt can strike in the handler of another.
         anchor = _Anchor()
         request.orphan = orphan(anchor, courier.inbox.append, request)
         try:
-            courier.put(request)
+            courier.put(courier.ask, request)
             assert request.waker is not None
             while not request.answered:
                 left = None if until is None else until - time.monotonic()
@@ -142,7 +127,7 @@ class Base:
                 else:
                     leaves = True
                     until = time.monotonic() + _LEAVES_WITHIN
-                    courier.put(Leave(request))
+                    courier.put(courier.leave, request)
             if request.error is not None:
                 raise request.error
             while (left := request.goes_at - time.monotonic()) > 0:
@@ -153,7 +138,7 @@ class Base:
             return lease
         except BaseException:
             if request.error is None:
-                courier.put(GiveUp(request))
+                courier.put(courier.give_up, request)
             raise
         finally:
             request.orphan = None
@@ -165,8 +150,8 @@ class Base:
         if self._courier.is_inside():
             return self._release_later(lease)
         waker = self._waker()
-        release = Release(lease.id, lease.places, waker, lease)
-        self._courier.put(release)
+        release = Release(waker, self._user, lease.id, lease.places, lease)
+        self._courier.put(self._courier.release, release)
         lease.released = True
         while not release.answered:
             yield waker, None
@@ -179,7 +164,7 @@ class Base:
         if not lease.is_ours():
             return False
         live = not lease.lost
-        self._courier.put(Release(lease.id, lease.places))
+        self._courier.put(self._courier.release, Release(None, None, lease.id, lease.places))
         lease.released = True
         return live
 
@@ -187,22 +172,18 @@ class Base:
         self,
         statement: Statement,
         *params: Value | Iterable[Value],
-        then: Callable[[Courier, PGresult], None] | None = None,
+        then: Callable[[PGresult], None] | None = None,
     ) -> Course[builtins.list[Row]]:
         """Ask the database something. Returns the rows."""
         self._check_open()
-        encoded = [_codec.encode(param) for param in params]
-        query = Query(statement, encoded, self._waker(), self._user, then)
-        yield from self._until_answered(query)
+        waker = self._waker()
+        query = Query(waker, self._user, statement, [_codec.encode(param) for param in params], then)
+        self._courier.put(self._courier.ask_query, query)
+        while not query.answered:
+            yield waker, None
         if query.error is not None:
             raise query.error
         return [] if query.result is None else _codec.rows(query.result)
-
-    def _until_answered(self, errand: Errand) -> Course[None]:
-        self._courier.put(errand)
-        assert errand.waker is not None
-        while not errand.answered:
-            yield errand.waker, None
 
     def _check_open(self) -> None:
         if self._user.closed:
@@ -426,7 +407,13 @@ class Calls(Base):
     def renew(self, lease: Lease | UUID | str, lease_duration: float | None = None) -> Course[bool]:
         """Renew a lease that is not renewed by itself. Whether it was still live."""
         seconds = None if lease_duration is None else _arguments.lease_duration(lease_duration)
-        then = _Renewed(lease, seconds, time.monotonic()) if isinstance(lease, Lease) else None
+        asked = time.monotonic()
+
+        def then(result: PGresult) -> None:
+            ((_, live, expires_at),) = _codec.rows(result)
+            if live and isinstance(lease, Lease):
+                self._courier.leases.extend(lease, asked, expires_at, seconds)
+
         found = yield from self._ask(_sql.RENEW, None, [_lease_id(lease)], seconds, then=then)
         return bool(found[0][1])
 
@@ -449,21 +436,11 @@ class Calls(Base):
         if not self._courier.is_needed():
             self._courier.shut()
             return
-        yield from self._until_answered(Close(self._waker(), None if last else self._user))
-
-
-@dataclass(frozen=True, slots=True)
-class _Renewed:
-    """A lease was renewed by its holder, for so many seconds from when it asked."""
-
-    lease: Lease
-    duration: float | None
-    asked: float
-
-    def __call__(self, courier: Courier, result: PGresult) -> None:
-        ((_, live, expires_at),) = _codec.rows(result)
-        if live:
-            courier.leases.extend(self.lease, self.asked, expires_at, self.duration)
+        waker = self._waker()
+        close = Errand(waker, None if last else self._user)
+        self._courier.put(self._courier.end, close)
+        while not close.answered:
+            yield waker, None
 
 
 def _lease_id(lease: Lease | UUID | str) -> UUID:

@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -38,7 +39,7 @@ from . import _codec, _sql
 from ._batches import ANSWERS_WITHIN, Outbox
 from ._database import Connection, NoAnswer, Source, may_go_again, translate
 from ._leases import Lease, Leases, Orphan
-from ._requests import Close, Errand, Params, Query, Release, Request, User
+from ._requests import Errand, Params, Query, Release, Request, User
 from ._sql import Statement
 from ._waiting import Beat, Renew, Waiting, Watch
 from ._wake import Bell, ThreadWaker, Waker, wake_all
@@ -87,7 +88,8 @@ class Courier:
 
     def _begin(self) -> None:
         self.pid = os.getpid()
-        self.inbox: deque[Errand | Orphan | _Opened] = deque()
+        # What is to be done, and with what; or what nobody refers to any longer.
+        self.inbox: deque[tuple[Callable[[Any], None], Any] | Orphan] = deque()
         self.ident = 0
         self._only = _thread.allocate_lock()
         self._runs = False
@@ -119,12 +121,12 @@ class Courier:
 
     # For callers, in any thread, at any moment.
 
-    def put(self, errand: Errand) -> None:
-        """Hand over an errand. One that comes after the end is answered at once."""
-        self.inbox.append(errand)
+    def put(self, what: Callable[[Any], None], errand: Errand) -> None:
+        """Hand over an errand: one of the methods below. One that comes after the end is answered at once."""
+        self.inbox.append((what, errand))
         self.poke()
         if self._ended:
-            self._refuse(errand)
+            self._refuse_all()
 
     def poke(self) -> None:
         """Have the courier look into its inbox."""
@@ -134,12 +136,15 @@ class Courier:
             self._asleep = False
             self._bell.ring()
 
-    def _refuse(self, errand: object) -> None:
-        if isinstance(errand, Errand) and not errand.answered:
-            errand.error = _closed()
-            errand.answered = True
-            if errand.waker is not None:
-                wake_all([errand.waker])
+    def _refuse_all(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                item = self.inbox.popleft()
+                if isinstance(item, tuple) and isinstance(item[1], Errand) and not item[1].answered:
+                    item[1].error = _closed()
+                    item[1].answered = True
+                    if item[1].waker is not None:
+                        wake_all([item[1].waker])
 
     def is_inside(self) -> bool:
         """Whether this is the courier's own thread, in which a finalizer may run: it cannot wait for itself."""
@@ -153,13 +158,12 @@ class Courier:
         """Release what is held, and stop."""
         if self._runs and not self._ended:
             waker = ThreadWaker()
-            self.put(Close(waker))
+            self.put(self.end, Errand(waker, None))
             until = time.monotonic() + _ENDS_WITHIN + 1.0
             while self._runs and not self._ended and (left := until - time.monotonic()) > 0:
                 waker.wait(min(left, 0.5))
         self._ended = True
-        while self.inbox:
-            self._refuse(self.inbox.popleft())
+        self._refuse_all()
         _couriers.discard(self)
 
     # The thread.
@@ -188,7 +192,11 @@ class Courier:
     def _turn(self) -> None:
         inbox = self.inbox
         while inbox and not self._ended:
-            inbox.popleft().arrive(self)
+            item = inbox.popleft()
+            if isinstance(item, Orphan):
+                self._orphaned(item.subject)
+            else:
+                item[0](item[1])
         now = time.monotonic()
         self._do_what_is_due(now)
         self._send_all(now)
@@ -258,7 +266,7 @@ class Courier:
                 task = None if lease._task is None else lease._task()
                 if task is not None and not task.done() and task.get_loop() in closed:
                     lease._given_back = lease._lost = True
-                    self.release(Release(lease.id, lease.places))
+                    self.release(Release(None, None, lease.id, lease.places))
         for connection in list(self._connections.values()):
             unneeded = connection.job is None and now - connection.used_at > _LINGER
             if unneeded and len(self._connections) > 1 and not (connection.listens and len(self.waiting)):
@@ -329,7 +337,9 @@ class Courier:
         may = there - self._questions_under_way() < CONNECTIONS and now >= self._grows_after
         if not self._opening and (may if there else now >= self._opens_after):
             self._opening = True
-            _thread.start_new_thread(_open, (self.inbox, self._bell, self.source, listens, self.waiting.channel))
+            _thread.start_new_thread(
+                _open, (self.opened, self.inbox, self._bell, self.source, listens, self.waiting.channel)
+            )
 
     def _listen(self, now: float) -> None:
         """Hear of grants: on a connection of its own, or, where there is none to be had, on any."""
@@ -396,8 +406,10 @@ class Courier:
             self.waiting.look_again()
         connection.close()
 
-    def opened(self, connection: Connection | None, error: BaseException | None, polls: bool, now: float) -> None:
-        """A connection was opened, or could not be."""
+    def opened(self, what: tuple[Connection | None, BaseException | None, bool]) -> None:
+        """A connection was opened, or could not be; and whether LISTEN was found not to work on it."""
+        connection, error, polls = what
+        now = time.monotonic()
         self._opening = False
         if connection is not None:
             connection.used_at = now
@@ -491,21 +503,23 @@ class Courier:
             return
         kind = request.kind
         enforced = expires_at is not None and not kind.for_rate
+        duration = kind.lease_duration
         lease = Lease(
             request.lease_id,
             kind.places,
-            fences if fences is not None else [None] * len(kind.places),
-            expires_at if enforced else None,
-            kind.lease_duration,
-            ends,
+            tuple(fences) if fences is not None else (None,) * len(kind.places),
+            enforced,
             self.pid,
+            expires_at if enforced else None,
+            ends,
+            duration,
+            duration / 3,
+            not claimed,
+            request.user,
+            request.task,
         )
-        if enforced:
-            lease._user = request.user
-            lease._task = request.task
-            lease._unclaimed = not claimed
-            if request.renew:
-                self.leases.add(lease, ends - kind.lease_duration if claimed else time.monotonic())
+        if enforced and request.renew:
+            self.leases.add(lease, ends - duration if claimed else time.monotonic())
         request.lease = lease
         request.goes_at = goes_at
         self._settle(request)
@@ -529,8 +543,7 @@ class Courier:
 
     def _let_in(self, request: Request) -> None:
         kind = request.kind
-        nothing = [None] * len(kind.places)
-        request.lease = Lease(request.lease_id, kind.places, nothing, None, kind.lease_duration, 0.0, self.pid)
+        request.lease = Lease(request.lease_id, kind.places, (None,) * len(kind.places), False, self.pid)
         self._settle(request)
 
     def unavailable(self, request: Request, problem: PglimitsError, cause: BaseException | None = None) -> None:
@@ -554,7 +567,7 @@ class Courier:
         if request.maybe_there:
             request.maybe_there = False
             again_after = 1.0 if request.unheard else again_after
-            self.release(Release(request.lease_id, request.kind.places, again_after=again_after))
+            self.release(Release(None, None, request.lease_id, request.kind.places, again_after=again_after))
 
     def give_up(self, request: Request) -> None:
         """Nobody waits for a request any longer. If it is under way, what it gets is given back then."""
@@ -577,29 +590,35 @@ class Courier:
             return
         self.waiting.remove(request)
         if request.locked:
-            kind = request.kind
             self._give_back(request)
-            self.query(Query(_sql.LOCKED_BY, (kind.head[0], kind.head[2]), None, None, _Locked(request)))
+            kind = request.kind
+            self.ask_query(
+                Query(None, None, _sql.LOCKED_BY, (kind.head[0], kind.head[2]), partial(self._is_locked, request))
+            )
         elif request.maybe_there:
             request.maybe_there = False
-            late = request.late()
-            release = Release(
-                request.lease_id, request.kind.places, again_after=1.0 if request.unheard else 0.0,
-                then=lambda: self._settle(request, late),
-            )  # fmt: skip
-            self.release(release)
+            again_after = 1.0 if request.unheard else 0.0
+            then = partial(self._settle, request, request.late())
+            self.release(Release(None, None, request.lease_id, request.kind.places, None, again_after, then))
         else:
             self._settle(request, request.late())
 
-    def orphaned(self, subject: Any) -> None:
+    def _is_locked(self, request: Request, result: PGresult) -> None:
+        """The time of a request is over, and somebody keeps its limits locked."""
+        found = _codec.rows(result)
+        by = found[0][0] if found and found[0][0] else "somebody"
+        said = f"{request.kind.named} could not be had in time: an open transaction keeps it locked: {by}"
+        self._settle(request, LimitLocked(said))
+
+    def _orphaned(self, subject: Any) -> None:
         """Nobody refers any longer to a lease, or to a request."""
         if isinstance(subject, Request):
-            if not subject.answered:
+            if not subject.answered or subject.lease is not None:
                 self.give_up(subject)
             return
         lease_id, places = subject
         if self.leases.remove(lease_id):
-            self.release(Release(lease_id, places))
+            self.release(Release(None, None, lease_id, places))
 
     def release(self, release: Release) -> None:
         """Give back a lease or a place in line."""
@@ -609,7 +628,7 @@ class Courier:
             self.leases.lose(lease, "it was not renewed in time")
         self.leases.remove(release.lease_id, lease._pause if lease is not None else None)
         if release.again_after:
-            again = Release(release.lease_id, release.places)
+            again = Release(None, None, release.lease_id, release.places)
             self.later(release.again_after, lambda: self.release(again))
         self.outbox.put_release(release)
 
@@ -637,10 +656,10 @@ class Courier:
             self._answered(release)
         if release.then is not None:
             release.then()
-        again = Release(release.lease_id, release.places)
+        again = Release(None, None, release.lease_id, release.places)
         self.later(_RELEASES_AGAIN_AFTER, lambda: self.release(again))
 
-    def query(self, query: Query) -> None:
+    def ask_query(self, query: Query) -> None:
         """Ask a question."""
         if query.user is not None and query.user.closed:
             self._answered(query, _closed())
@@ -651,7 +670,7 @@ class Courier:
         """The database has answered a question."""
         query.result = result
         if query.then is not None:
-            query.then(self, result)
+            query.then(result)
         self._answered(query)
 
     def query_failed(self, query: Query, error: BaseException, problem: PglimitsError) -> None:
@@ -660,8 +679,6 @@ class Courier:
         if query.tries < _TRIES and isinstance(error, psycopg.Error) and may_go_again(error, problem):
             self._questions.append(_Question(query))
             return
-        if isinstance(query.then, _Locked):
-            query.then(self, None)
         self._answered(query, problem, error)
 
     def warn_missing(self, missing: list[str]) -> None:
@@ -673,7 +690,7 @@ class Courier:
 
     # The end.
 
-    def end(self, close: Close) -> None:
+    def end(self, close: Errand) -> None:
         """Release what a limiter holds, or all; fail its requests."""
         user = close.user
         releases, leases = [], []
@@ -681,7 +698,7 @@ class Courier:
             self.waiting.remove(request)
             if request.maybe_there and not request.under_way:
                 request.maybe_there = False
-                releases.append(Release(request.lease_id, request.kind.places))
+                releases.append(Release(None, None, request.lease_id, request.kind.places))
             request.given_up = True
             self._settle(request, _closed())
         for lease in self.leases.all():
@@ -689,7 +706,7 @@ class Courier:
                 self.leases.remove(lease.id)
                 lease._given_back = lease._lost = True
                 leases.append(lease)
-                releases.append(Release(lease.id, lease.places))
+                releases.append(Release(None, None, lease.id, lease.places))
         if user is None:
             for errand in self.outbox.take_out():
                 if isinstance(errand, Release):
@@ -710,8 +727,7 @@ class Courier:
             for connection in list(self._connections.values()):
                 self._drop(connection)
             wake_all(self._to_wake)
-            while self.inbox:
-                self._refuse(self.inbox.popleft())
+            self._refuse_all()
 
 
 def _is_stale(problem: PglimitsError) -> bool:
@@ -738,7 +754,7 @@ def _refusal(request: Request, seconds: float | None) -> AcquireTimeout:
 class _Closing:
     """What is released, and lost, as a limiter is closed."""
 
-    close: Close
+    close: Errand
     releases: list[Release]
     leases: list[Lease]
     until: float
@@ -765,26 +781,6 @@ class _Question:
         courier.query_failed(self._query, error, problem)
 
 
-class _Locked:
-    """Tells a request whose time is over who keeps its limits locked."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    def __call__(self, courier: Courier, result: PGresult | None) -> None:
-        found = _codec.rows(result) if result is not None else []
-        by = found[0][0] if found else None
-        request = self._request
-        if not request.answered:
-            courier._settle(
-                request,
-                LimitLocked(
-                    f"{request.kind.named} could not be had in time: an open transaction keeps it locked: "
-                    f"{by or 'somebody'}"
-                ),
-            )
-
-
 class _Listen:
     """Has a connection that also does other things hear of grants."""
 
@@ -803,19 +799,9 @@ class _Listen:
         log.debug("LISTEN failed: %s", error)
 
 
-class _Opened:
-    """A connection that was opened for the courier, or why it could not be."""
-
-    def __init__(self, connection: Connection | None, error: BaseException | None, polls: bool) -> None:
-        self._connection = connection
-        self._error = error
-        self._polls = polls
-
-    def arrive(self, courier: Courier) -> None:
-        courier.opened(self._connection, self._error, self._polls, time.monotonic())
-
-
-def _open(inbox: deque[Any], bell: Bell, source: Source, listens: bool, channel: str) -> None:
+def _open(
+    then: Callable[[Any], None], inbox: deque[Any], bell: Bell, source: Source, listens: bool, channel: str
+) -> None:
     """Open a connection, in a thread of its own: it may take long, and run the app's code."""
     try:
         connection = source.open()
@@ -829,9 +815,9 @@ def _open(inbox: deque[Any], bell: Bell, source: Source, listens: bool, channel:
             except BaseException:
                 connection.close()
                 raise
-        inbox.append(_Opened(connection, None, polls))
+        inbox.append((then, (connection, None, polls)))
     except BaseException as error:
-        inbox.append(_Opened(None, error, False))
+        inbox.append((then, (None, error, False)))
     bell.ring()
 
 

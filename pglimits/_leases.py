@@ -10,13 +10,13 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 if TYPE_CHECKING:
-    from ._courier import Courier
     from ._requests import User
 
 log = logging.getLogger("pglimits.lease")
@@ -38,10 +38,6 @@ class Orphan(weakref.ref[Any]):
     __slots__ = ("subject",)
     subject: Any
 
-    def arrive(self, courier: Courier) -> None:
-        """It is handed to the courier, as an errand is."""
-        courier.orphaned(self.subject)
-
 
 def orphan(anchor: object, take: Callable[[Any], None], subject: object) -> Orphan:
     """Have the subject handed to ``take`` when the anchor dies, unless what this returns is dropped before."""
@@ -50,75 +46,46 @@ def orphan(anchor: object, take: Callable[[Any], None], subject: object) -> Orph
     return made
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
 class Lease:
     """Slots that are held. Ends when it is released, or at ``expires_at`` if it can no longer be renewed.
 
     Attributes:
         id: the lease's id.
-        fences: for each name a number that grows with every grant; None where the limit is not enforced.
+        places: each limit and key that it was asked of.
+        fences: for each of them a number that grows with every grant; None where the limit is not enforced.
         enforced: False if every limit is missing or inactive: nothing is held then.
         released: whether it was given back with ``release``, or by leaving its block.
+        pid: of the process that holds it.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_duration",
-        "_ends",
-        "_expires_at",
-        "_given_back",
-        "_lost",
-        "_on_lost",
-        "_orphan",
-        "_pause",
-        "_task",
-        "_unclaimed",
-        "_user",
-        "enforced",
-        "fences",
-        "id",
-        "pid",
-        "places",
-        "released",
-    )
-
-    def __init__(
-        self,
-        lease_id: UUID,
-        places: tuple[Place, ...],
-        fences: Sequence[int | None],
-        expires_at: datetime | None,
-        duration: float,
-        ends: float,
-        pid: int,
-    ) -> None:
-        self.id = lease_id
-        self.places = places
-        self.fences = tuple(fences)
-        self.enforced = expires_at is not None
-        self.pid = pid
-        self.released = False
-        self._expires_at = expires_at
-        self._duration = duration
-        self._ends = ends
-        # Seconds from one renewal to the next.
-        self._pause = duration / 3
-        # Handed over, and its full duration has not begun, as far as is known here.
-        self._unclaimed = False
-        self._lost = False
-        # Taken out by whoever calls it, so that it is called once.
-        self._on_lost: list[Callable[[], None]] = []
-        # By the courier, as its limiter or its loop was closed.
-        self._given_back = False
-        self._user: User | None = None
-        # The task that took it, if there is one.
-        self._task: weakref.ref[Any] | None = None
+    id: UUID
+    places: tuple[Place, ...]
+    fences: tuple[int | None, ...]
+    enforced: bool
+    pid: int
+    _expires_at: datetime | None = None
+    # By the monotonic clock.
+    _ends: float = math.inf
+    _duration: float = 0.0
+    # Seconds from one renewal to the next.
+    _pause: float = 0.0
+    # Handed over, and its full duration has not begun, as far as is known here.
+    _unclaimed: bool = False
+    _user: User | None = None
+    # The task that took it, if there is one.
+    _task: Callable[[], Any] | None = None
+    released: bool = field(default=False, init=False)
+    _lost: bool = field(default=False, init=False)
+    # By the courier, as its limiter or its loop was closed.
+    _given_back: bool = field(default=False, init=False)
+    # Taken out by whoever calls it, so that it is called once.
+    _on_lost: list[Callable[[], None]] = field(default_factory=list, init=False)
 
     @classmethod
     def foreign(cls, lease_id: UUID) -> Lease:
         """A lease that somebody else holds, or held, to be released."""
-        lease = cls(lease_id, (), (), None, 0.0, math.inf, os.getpid())
-        lease.enforced = True
-        return lease
+        return cls(lease_id, (), (), True, os.getpid())
 
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Have something called when the lease is lost, by the thread that notices; at once if it is lost already."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from psycopg.pq.abc import PGresult
@@ -22,9 +24,6 @@ from ._leases import Lease, Orphan, Place
 from ._sql import Statement
 from ._wake import Waker
 from .errors import AcquireTimeout, PglimitsError
-
-if TYPE_CHECKING:
-    from ._courier import Courier
 
 OnUnavailable = Literal["raise", "wait", "allow"]
 
@@ -68,215 +67,108 @@ class Kind:
         return ", ".join([repr(name) for name, _ in self.places])
 
 
+@dataclass(slots=True, eq=False)
 class Errand:
     """What a caller hands to the courier, and waits for."""
 
-    __slots__ = ("answered", "error", "user", "waker")
-
-    def __init__(self, waker: Waker | None, user: User | None = None) -> None:
-        self.waker = waker
-        self.user = user
-        self.answered = False
-        self.error: PglimitsError | None = None
-
-    def arrive(self, courier: Courier) -> None:
-        """The courier has it now. Called in its thread, as is everything that follows."""
-        raise NotImplementedError
+    waker: Waker | None
+    user: User | None
+    answered: bool = field(default=False, init=False)
+    error: PglimitsError | None = field(default=None, init=False)
 
 
+@dataclass(slots=True, eq=False)
 class Request(Errand):
-    """A caller wants slots."""
+    """A caller wants slots.
 
-    __slots__ = (
-        "alone",
-        "asked_at",
-        "called_in",
-        "given_up",
-        "goes_at",
-        "holder",
-        "kind",
-        "lease",
-        "lease_id",
-        "leaving",
-        "locked",
-        "looks_at",
-        "maybe_there",
-        "on_unavailable",
-        "orphan",
-        "pause",
-        "renew",
-        "says_who",
-        "sent",
-        "task",
-        "tries",
-        "under_way",
-        "unheard",
-        "until",
-        "waits",
-    )
+    Attributes:
+        holder: as JSON. says_who: its caller has said so; else what the database cannot take in it is left out.
+        until: when (monotonic) its caller has no more time.
+        task: a reference to the task that asks, if one does.
+        lease, goes_at: what came of it, and when (monotonic) it goes.
+        given_up: its caller waits no longer. leaving: it waits only to hear that it has left.
+        waits: it stands in line. looks_at: when it is to look, unless there is news before. frees_at: when time alone
+            may let it in. called_in: when it was last known to be alive.
+        asked_at: when it was sent: an answer is of no earlier moment.
+        sent: before. unheard: nobody knows what became of that. maybe_there: the database may have something of it.
+        alone: it goes by itself, as it has met an error that may be another's. locked: it has met a lock.
+    """
 
-    def __init__(
-        self,
-        kind: Kind,
-        holder: str,
-        lease_id: UUID,
-        waker: Waker,
-        user: User,
-        on_unavailable: OnUnavailable,
-        until: float | None,
-        *,
-        renew: bool,
-        says_who: bool,
-    ) -> None:
-        self.waker = waker
-        self.user = user
-        self.answered = False
-        self.error = None
-        self.kind = kind
-        # As JSON. Whether its caller has said so: else what the database cannot take in it is left out.
-        self.holder = holder
-        self.says_who = says_who
-        self.lease_id = lease_id
-        self.on_unavailable: OnUnavailable = on_unavailable
-        # When (monotonic) its caller has no more time.
-        self.until = until
-        self.renew = renew
-        # What came of it: a lease, or an error; and when (monotonic) it goes.
-        self.lease: Lease | None = None
-        self.goes_at = 0.0
-        # Its caller waits no longer; or only to hear that it has left.
-        self.given_up = False
-        self.leaving = False
-        self.under_way = False
-        # It stands in line. When it is to look, unless there is news before, and when it was last known to be alive.
-        self.waits = False
-        self.looks_at = 0.0
-        self.called_in = 0.0
-        # Sent before. Nobody knows what became of that. The database may have something of it.
-        self.sent = False
-        self.unheard = False
-        self.maybe_there = False
-        # It goes by itself: it has met an error that may be another's. It has met a lock.
-        self.alone = False
-        self.locked = False
-        self.tries = 0
-        self.pause = 0.05
-        # When it was sent: an answer is of no earlier moment.
-        self.asked_at = 0.0
-        self.orphan: Orphan | None = None
-        self.task: Any = None
-
-    def arrive(self, courier: Courier) -> None:
-        courier.ask(self)
+    kind: Kind
+    holder: str
+    says_who: bool
+    lease_id: UUID
+    on_unavailable: OnUnavailable
+    until: float | None
+    renew: bool
+    task: Any
+    lease: Lease | None = field(default=None, init=False)
+    goes_at: float = field(default=0.0, init=False)
+    given_up: bool = field(default=False, init=False)
+    leaving: bool = field(default=False, init=False)
+    under_way: bool = field(default=False, init=False)
+    waits: bool = field(default=False, init=False)
+    looks_at: float = field(default=math.inf, init=False)
+    frees_at: float = field(default=math.inf, init=False)
+    called_in: float = field(default=0.0, init=False)
+    asked_at: float = field(default=0.0, init=False)
+    sent: bool = field(default=False, init=False)
+    unheard: bool = field(default=False, init=False)
+    maybe_there: bool = field(default=False, init=False)
+    alone: bool = field(default=False, init=False)
+    locked: bool = field(default=False, init=False)
+    tries: int = field(default=0, init=False)
+    pause: float = field(default=0.05, init=False)
+    orphan: Orphan | None = field(default=None, init=False)
 
     def late(self) -> AcquireTimeout:
         """Its time is over."""
         kind = self.kind
-        within = f"within {kind.timeout:g} s" if kind.timeout else "in time"
-        return AcquireTimeout(f"no slot of {kind.named} {within}")
+        error = AcquireTimeout(
+            f"no slot of {kind.named} " + (f"within {kind.timeout:g} s" if kind.timeout else "in time")
+        )
+        if self.frees_at < math.inf:
+            error.retry_after = max(self.frees_at - time.monotonic(), 0.0)
+        return error
 
 
-class GiveUp(Errand):
-    """The caller of a request waits no longer: whatever it got, or gets, is given back."""
-
-    __slots__ = ("request",)
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(None)
-        self.request = request
-
-    def arrive(self, courier: Courier) -> None:
-        courier.give_up(self.request)
-
-
-class Leave(Errand):
-    """The time of a request is over: it is to leave its line."""
-
-    __slots__ = ("request",)
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(None)
-        self.request = request
-
-    def arrive(self, courier: Courier) -> None:
-        courier.leave(self.request)
-
-
+@dataclass(slots=True, eq=False)
 class Release(Errand):
     """A lease, or a place in line, that is given back.
 
-    ``live``: whether it was still live; None if the database could not be asked yet. ``again_after``: it is released
-    once more so many seconds later, where the first time may come before what it is to undo. ``then``: what to do when
-    it is over, however that went.
+    Attributes:
+        places: each limit and key that it is on, as far as that is known: those on the same are locked together.
+        again_after: it is released once more so many seconds later, where the first time may be too early.
+        then: what to do when it is over, however that went.
+        live: whether it was still live; None if the database could not be asked yet.
+        alone, unheard: as of a request.
     """
 
-    __slots__ = ("again_after", "alone", "lease", "lease_id", "live", "places", "then", "tries", "unheard")
-
-    def __init__(
-        self,
-        lease_id: UUID,
-        places: tuple[Place, ...] = (),
-        waker: Waker | None = None,
-        lease: Lease | None = None,
-        again_after: float = 0.0,
-        then: Callable[[], None] | None = None,
-    ) -> None:
-        self.waker = waker
-        self.user = None
-        self.answered = False
-        self.error = None
-        self.lease_id = lease_id
-        # Each limit and key that it is on, as far as that is known: only those on the same are locked together.
-        self.places = places or (("", lease_id.hex),)
-        self.lease = lease
-        self.live: bool | None = None
-        self.again_after = again_after
-        self.then = then
-        self.alone = False
-        self.tries = 0
-        # Sent before, and nobody knows what became of that.
-        self.unheard = False
+    lease_id: UUID
+    places: tuple[Place, ...]
+    lease: Lease | None = None
+    again_after: float = 0.0
+    then: Callable[[], None] | None = None
+    live: bool | None = field(default=None, init=False)
+    alone: bool = field(default=False, init=False)
+    unheard: bool = field(default=False, init=False)
+    tries: int = field(default=0, init=False)
 
     @property
     def is_foreign(self) -> bool:
         """It was named by its id: who holds it is elsewhere."""
-        return self.waker is not None and (self.lease is None or not self.lease.places)
-
-    def arrive(self, courier: Courier) -> None:
-        courier.release(self)
+        return self.waker is not None and not self.places
 
 
+@dataclass(slots=True, eq=False)
 class Query(Errand):
     """A question to the database, in a transaction of its own; asked again where the connection is lost."""
 
-    __slots__ = ("params", "result", "statement", "then", "tries")
-
-    def __init__(
-        self,
-        statement: Statement,
-        params: Params,
-        waker: Waker | None,
-        user: User | None,
-        then: Callable[[Courier, PGresult], None] | None = None,
-    ) -> None:
-        super().__init__(waker, user)
-        self.statement = statement
-        self.params = params
-        self.result: PGresult | None = None
-        self.then = then
-        self.tries = 0
-
-    def arrive(self, courier: Courier) -> None:
-        courier.query(self)
-
-
-class Close(Errand):
-    """A limiter is closed, or (no user) all of them are."""
-
-    __slots__ = ()
-
-    def arrive(self, courier: Courier) -> None:
-        courier.end(self)
+    statement: Statement
+    params: Params
+    then: Callable[[PGresult], None] | None = None
+    result: PGresult | None = field(default=None, init=False)
+    tries: int = field(default=0, init=False)
 
 
 def checked(

@@ -94,7 +94,7 @@ class Waiting:
         request.called_in = request.asked_at
         self._waiters[request.lease_id] = request
         self._beats_at = min(self._beats_at, now + HEARTBEAT)
-        looks_at = math.inf if seconds is None else now + seconds
+        looks_at = request.frees_at = math.inf if seconds is None else now + seconds
         if self.polls:
             looks_at = min(looks_at, now + self._pause_of_polls())
         # It may have been told since it asked.
@@ -261,7 +261,7 @@ class Waiting:
                 claimed = expires_at if status == "granted" else None
                 self._courier.leases.claimed(lease_id, watch.sent_at, claimed, ends)
             elif status == "queued":
-                looks_at = math.inf if seconds is None else now + seconds
+                looks_at = request.frees_at = math.inf if seconds is None else now + seconds
                 if watch.only_news or self.polls:
                     looks_at = min(looks_at, request.looks_at)
                 self._schedule(request, looks_at)

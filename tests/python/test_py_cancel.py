@@ -428,8 +428,8 @@ def test_a_process_that_only_releases_goes_on_when_its_releases_were_interrupted
     ids = [value(conn, "select lease_id from pglimits.acquire('database')") for _ in range(3)]
     real = limiter._courier.put
 
-    def interrupted(errand: Any) -> None:
-        real(errand)
+    def interrupted(*what: Any) -> None:
+        real(*what)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

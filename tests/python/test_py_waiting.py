@@ -41,7 +41,6 @@ from pglimits import (
     NoSlotDecay,
     QueueFull,
     SlotsExceedLimit,
-    _courier,
     _database,
     _requests,
 )
@@ -512,13 +511,13 @@ def _asked_at(limiter: Limiter) -> float:
 def _give_up(limiter: Limiter) -> None:
     """No connection could be had for so long that what is queued is given up."""
 
-    class Unreachable(_requests.Errand):
-        def arrive(self, courier: _courier.Courier) -> None:
-            for request in courier.waiting.all():
-                courier.waiting.remove(request)
-                courier.unavailable(request, LimiterUnavailable("no connection"))
+    def unreachable(_: object) -> None:
+        courier = limiter._courier
+        for request in courier.waiting.all():
+            courier.waiting.remove(request)
+            courier.unavailable(request, LimiterUnavailable("no connection"))
 
-    limiter._courier.put(Unreachable(None))
+    limiter._courier.put(unreachable, _requests.Errand(None, None))
 
 
 @pytest.mark.parametrize("full", [False, True])

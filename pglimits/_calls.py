@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
@@ -22,7 +23,7 @@ from ._courier import Courier, courier_for, forget
 from ._database import Callback, OfPool, Source
 from ._dsn import resolve
 from ._leases import Lease, orphan
-from ._requests import PATIENCE, Errand, Kind, OnUnavailable, Query, Release, Request, User, checked, new_id
+from ._requests import PATIENCE, Errand, Kind, OnUnavailable, Query, Release, Request, User, checked, new_id, who
 from ._sql import Statement
 from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
@@ -79,15 +80,9 @@ class Base:
         self._courier, self._user = other._courier, other._user
         self._on_unavailable, self._strict = other._on_unavailable, other._strict
 
-    def _waker(self) -> Waker:
+    def _caller(self) -> tuple[Waker, Any]:
+        """How to wake the caller; and the task that it is, if it is one."""
         raise NotImplementedError
-
-    def _who(self) -> str:
-        raise NotImplementedError
-
-    def _task(self) -> Any:
-        """A reference to the task that calls, if it is one."""
-        return None
 
     def _is_strict(self, strict: bool) -> bool:
         """Whether a call is strict: it says so, or all are."""
@@ -98,17 +93,18 @@ class Base:
         self._check_open()
         now = time.monotonic()
         timeout = kind.timeout
+        waker, task = self._caller()
         request = Request(
-            self._waker(),
+            waker,
             self._user,
             kind,
-            self._who() if holder is None else holder,
+            who(courier.pid, None if task is None else task.get_name()) if holder is None else holder,
             holder is not None,
             new_id(),
             self._on_unavailable,
             None if timeout is None else now + timeout,
             renew,
-            self._task(),
+            None if task is None else weakref.ref(task),
         )
         leaves = False
         until = None if timeout is None else now + (timeout or PATIENCE)
@@ -117,11 +113,10 @@ class Base:
         request.orphan = orphan(anchor, courier.inbox.append, request)
         try:
             courier.put(courier.ask, request)
-            assert request.waker is not None
             while not request.answered:
                 left = None if until is None else until - time.monotonic()
                 if left is None or left > 0:
-                    yield request.waker, left
+                    yield waker, left
                 elif leaves:
                     raise request.late()
                 else:
@@ -132,7 +127,7 @@ class Base:
                 raise request.error
             while (left := request.goes_at - time.monotonic()) > 0:
                 self._check_open()
-                yield request.waker, left
+                yield waker, left
             lease, request.lease = request.lease, None
             assert lease is not None
             return lease
@@ -149,7 +144,7 @@ class Base:
             return False
         if self._courier.is_inside():
             return self._release_later(lease)
-        waker = self._waker()
+        waker, _ = self._caller()
         release = Release(waker, self._user, lease.id, lease.places, lease)
         self._courier.put(self._courier.release, release)
         lease.released = True
@@ -176,7 +171,7 @@ class Base:
     ) -> Course[builtins.list[Row]]:
         """Ask the database something. Returns the rows."""
         self._check_open()
-        waker = self._waker()
+        waker, _ = self._caller()
         query = Query(waker, self._user, statement, [_codec.encode(param) for param in params], then)
         self._courier.put(self._courier.ask_query, query)
         while not query.answered:
@@ -436,7 +431,7 @@ class Calls(Base):
         if not self._courier.is_needed():
             self._courier.shut()
             return
-        waker = self._waker()
+        waker, _ = self._caller()
         close = Errand(waker, None if last else self._user)
         self._courier.put(self._courier.end, close)
         while not close.answered:

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import functools
 import inspect
-import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -107,7 +106,7 @@ class Concurrency(_Hold, AbstractContextManager[Lease]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         lease = _leave(self._holds, threading.get_ident()).lease
-        ours = lease.enforced and not lease.released and lease.pid == os.getpid()
+        ours = lease.is_here()
         lost = lease.lost
         limiter = self._limiter()._in_threads()
         if kind is GeneratorExit and asyncio._get_running_loop() is not None:
@@ -129,7 +128,7 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         limiter = self._limiter()._in_tasks()
         strict = limiter._is_strict(self._strict)
         lease = await limiter._run(limiter._acquiring(self._kind(strict), self._holder))
-        held = _Held(lease, asyncio.current_task())
+        held = _Held(lease, None if lease._task is None else lease._task())
         if strict if self._raise is None else self._raise:
             lease.on_lost(held.lost_elsewhere)
         self._holds.setdefault(held.task, []).append(held)
@@ -141,7 +140,7 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         held = _leave(self._holds, asyncio.current_task())
         held.over = True
         lease = held.lease
-        ours = lease.enforced and not lease.released and lease.pid == os.getpid()
+        ours = lease.is_here()
         lost = lease.lost
         limiter = self._limiter()._in_tasks()
         live = await limiter._run(limiter._releasing(lease))

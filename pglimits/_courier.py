@@ -543,7 +543,9 @@ class Courier:
 
     def _let_in(self, request: Request) -> None:
         kind = request.kind
-        request.lease = Lease(request.lease_id, kind.places, (None,) * len(kind.places), False, self.pid)
+        request.lease = Lease(
+            request.lease_id, kind.places, (None,) * len(kind.places), False, self.pid, _task=request.task
+        )
         self._settle(request)
 
     def unavailable(self, request: Request, problem: PglimitsError, cause: BaseException | None = None) -> None:

@@ -24,6 +24,16 @@ log = logging.getLogger("pglimits.lease")
 Place = tuple[str, str]
 """A limit and a key."""
 
+_pid = os.getpid()
+
+
+def _after_fork() -> None:
+    global _pid
+    _pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 CLAIMED_WITHIN = 1.0
 """Seconds after which a lease whose claim has not been answered is renewed: that claims it as well."""
 
@@ -85,7 +95,7 @@ class Lease:
     @classmethod
     def foreign(cls, lease_id: UUID) -> Lease:
         """A lease that somebody else holds, or held, to be released."""
-        return cls(lease_id, (), (), True, os.getpid())
+        return cls(lease_id, (), (), True, _pid)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Have something called when the lease is lost, by the thread that notices; at once if it is lost already."""
@@ -100,9 +110,13 @@ class Lease:
             return
         callback()
 
+    def is_here(self) -> bool:
+        """Whether it was taken by this process, not by the one that has forked it, and not released."""
+        return self.enforced and not self.released and self.pid == _pid
+
     def is_ours(self) -> bool:
         """Whether it is this process that has to give it back, and has not done so."""
-        return self.enforced and not self.released and not self._given_back and self.pid == os.getpid()
+        return not self._given_back and self.is_here()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,17 +6,17 @@ import asyncio
 import functools
 import inspect
 import re
-import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
-
-import psycopg
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ._calls import Base, Calls, Course
 from ._concurrency import AsyncConcurrency, Concurrency, _Hold
-from ._requests import OnUnavailable, who
+from ._requests import OnUnavailable
 from ._wake import TaskWaker, ThreadWaker
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -159,11 +159,8 @@ class Limiter(_Makes):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _waker(self) -> ThreadWaker:
-        return ThreadWaker()
-
-    def _who(self) -> str:
-        return who()
+    def _caller(self) -> tuple[ThreadWaker, None]:
+        return ThreadWaker(), None
 
     def _run(self, course: Course[T]) -> T:
         try:
@@ -215,16 +212,9 @@ class AsyncLimiter(_Makes):
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    def _waker(self) -> TaskWaker:
-        return TaskWaker(asyncio.get_running_loop())
-
-    def _who(self) -> str:
+    def _caller(self) -> tuple[TaskWaker, asyncio.Task[Any] | None]:
         task = asyncio.current_task()
-        return who(task=task.get_name() if task is not None else None)
-
-    def _task(self) -> Any:
-        task = asyncio.current_task()
-        return None if task is None else weakref.ref(task)
+        return TaskWaker(asyncio.get_running_loop() if task is None else task.get_loop()), task
 
     async def _run(self, course: Course[T]) -> T:
         try:

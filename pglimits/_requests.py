@@ -234,11 +234,10 @@ _same = functools.lru_cache(maxsize=1000)(Kind)
 _kind_again = functools.lru_cache(maxsize=1000, typed=True)(_kind)
 
 
-def who(task: str | None = None) -> str:
+def who(pid: int, task: str | None = None) -> str:
     """The default holder, as JSON: host, pid, program, and the thread or task."""
-    if task is not None:
-        return f'{_this_process(os.getpid())},"task":{encode_basestring(_storable(task))}}}'
-    return f'{_this_process(os.getpid())},"thread":{encode_basestring(_storable(threading.current_thread().name))}}}'
+    kind, name = ("thread", threading.current_thread().name) if task is None else ("task", task)
+    return f'{_this_process(pid)},"{kind}":{encode_basestring(_storable(name))}}}'
 
 
 def _storable(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Iterator
 from typing import Protocol
@@ -48,6 +49,39 @@ def test_threads_take_and_show_what_is_not_ascii(encoded_dsn: str) -> None:
             assert {held.name for held in limiter.holders()} == {"database", "\u00e9t\u00e9"}
         with pytest.raises(InvalidArgument, match="name must not contain control characters"):
             limiter.create("a\nb", limit=1)
+
+
+def test_nobody_fails_for_a_name_that_it_did_not_choose(encoded_dsn: str) -> None:
+    """What the database lacks in the name of a thread or task is left out; what a caller says itself is an error."""
+    with psycopg.connect(encoded_dsn) as connection:
+        lacks = connection.info.parameter_status("server_encoding") in ("LATIN1", "WIN1252")
+    name = "\u0416\U0001f600"
+    with Limiter(encoded_dsn) as limiter:
+        limiter.create("database", limit=9)
+        leases = []
+        thread = threading.Thread(target=lambda: leases.append(limiter.acquire("database")), name=name)
+        thread.start()
+        thread.join(30)
+        (holder,) = limiter.holders()
+        assert holder.holder["thread"] == ("??" if lacks else name) or not lacks
+
+        async def in_task() -> None:
+            async with AsyncLimiter(encoded_dsn) as tasks:
+                kept = await asyncio.create_task(tasks.acquire("database"), name=name)
+                assert len(await tasks.holders()) == 2
+                await tasks.release(kept)
+
+        asyncio.run(in_task())
+        if lacks:
+            for call in (
+                lambda: limiter.acquire("database", holder=name),
+                lambda: limiter.acquire("database", key=name),
+                lambda: limiter.create("x", limit=1, description=name),
+            ):
+                with pytest.raises(InvalidArgument, match="encoding of the database lacks"):
+                    call()
+        assert limiter.get("database").held == 1
+        limiter.release(leases[0])
 
 
 async def _in_a_loop(dsn: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
 import importlib
 import inspect
@@ -476,6 +478,86 @@ def test_a_decorated_function_that_returns_what_would_run_without_its_slots_rais
                 module.concurrency("database")(job)()
             assert nothing_left(conn)
     assert not ran
+
+
+@BOTH
+def test_a_decorated_function_that_returns_at_once_what_works_later_raises_and_lets_nothing_run(
+    environment: str, conn: Connection, module: ModuleType
+) -> None:
+    with Limiter(environment) as limiter:
+        limiter.create("database", 1)
+    ran: list[str] = []
+
+    @contextlib.contextmanager
+    def context() -> Any:
+        yield ran.append("context")
+
+    @contextlib.asynccontextmanager
+    async def async_context() -> Any:
+        yield ran.append("async context")
+
+    async def work() -> None:
+        ran.append("task")
+
+    def task() -> Any:
+        return asyncio.get_running_loop().create_task(work())
+
+    def future() -> Any:
+        return asyncio.get_running_loop().create_future()
+
+    async def later() -> Any:
+        return task()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        go_on = threading.Event()
+        threads.submit(go_on.wait)
+
+        def submitted() -> Any:
+            return threads.submit(ran.append, "submitted")
+
+        async def calls() -> None:
+            for function in (context, async_context, task, future, submitted, later):
+                with pytest.raises(InvalidArgument, match="when its slots have been given back"):
+                    made = module.concurrency("database")(function)()
+                    if function is later:
+                        await made
+                await asyncio.sleep(0)
+
+        asyncio.run(calls())
+        go_on.set()
+    assert not ran
+    assert nothing_left(conn)
+    # Entered inside, or as a coroutine, it is as it should be.
+    with module.concurrency("database")(lambda: contextlib.nullcontext(5))() as five:
+        assert five == 5
+
+
+def test_a_strict_limiter_is_strict_in_all_calls(dsn: str, conn: Connection, wait_until: WaitUntil) -> None:
+    with Limiter(dsn, strict=True) as limiter:
+        limiter.create("database", 1)
+        for call in (
+            limiter.acquire,
+            limiter.rate_limit,
+            limiter.peek,
+            lambda name: limiter.concurrency(name)(print)(),
+        ):
+            with pytest.raises(LimitNotFound, match="no-such-limit"):
+                call("no-such-limit")
+        with pytest.raises(LimitNotFound), limiter.concurrency(["database", "no-such-limit"]):
+            pass
+        with pytest.raises(LeaseLost), limiter.concurrency("database") as lease:
+            conn.execute("select pglimits.release(%s)", [lease.id])
+
+    async def in_tasks() -> None:
+        async with AsyncLimiter(dsn, strict=True) as tasks:
+            with pytest.raises(LimitNotFound):
+                await tasks.acquire("no-such-limit")
+            with pytest.raises(LimitNotFound):
+                async with tasks.concurrency("no-such-limit"):
+                    pass
+
+    run(in_tasks())
+    assert nothing_left(conn)
 
 
 @BOTH

@@ -393,6 +393,21 @@ def test_who_waits_for_a_rate_goes_when_its_moment_comes(api: Api, conn: Connect
     assert waiting(conn) == 0
 
 
+def test_who_waited_in_vain_is_told_when_time_alone_would_let_it_in(api: Api, conn: Connection) -> None:
+    api.create("database", 1)
+    for seconds, expected in ((100, True), (None, False)):
+        conn.execute(
+            "select pglimits.acquire('database', lease_duration => %s, lease_id => gen_random_uuid())",
+            [seconds or 3600],
+        )
+        with pytest.raises(AcquireTimeout) as caught:
+            api.acquire("database", timeout_seconds=0.3)
+        left = caught.value.retry_after
+        assert left is not None
+        assert (left <= 100) is expected
+        conn.execute("select pglimits.reset('database')")
+
+
 def test_a_moment_beyond_the_timeout_is_refused_at_once_and_takes_nothing(api: Api, conn: Connection) -> None:
     api.create("api", 1, slot_decay_per_second=0.001)
     api.rate_limit("api")

@@ -117,6 +117,9 @@ class Base:
                 left = None if until is None else until - time.monotonic()
                 if left is None or left > 0:
                     yield waker, left
+                elif not timeout and not leaves and time.monotonic() < max(request.asked_at, now) + _ASKS_WITHIN:
+                    # It is to be asked once, however long it takes until there is a connection.
+                    until = (request.asked_at or time.monotonic()) + PATIENCE
                 elif leaves:
                     raise request.late()
                 else:

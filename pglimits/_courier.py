@@ -246,8 +246,9 @@ class Courier:
         for connection in self._connections.values():
             if connection.job is not None:
                 moments.append(connection.answers_by)
-        if not self._opening and self._wants_connection():
-            moments.append(max(self._grows_after if self._connections else self._opens_after, now + 0.001))
+        may_grow_at = self._grows_after if self._connections else self._opens_after
+        if may_grow_at > now and not self._opening and self._wants_connection():
+            moments.append(may_grow_at)
         if self._asking or self.leases or len(self._connections) > 1:
             moments.append(self._looks_round_at)
         moments += [closing.until for closing in self._closing]
@@ -352,7 +353,7 @@ class Courier:
     def _send(self, connection: Connection, job: Any, now: float) -> None:
         try:
             connection.start(job, now)
-        except psycopg.Error as error:
+        except Exception as error:
             self._failed(connection, error)
             return
         if connection.events != select.POLLIN:
@@ -365,25 +366,27 @@ class Courier:
                 connection.flush()
                 self._poll.modify(connection.fd, connection.events)
             result = connection.receive()
-        except psycopg.Error as error:
+            if connection.listens:
+                self._take_notifications(connection)
+            if result is not None:
+                job: Any = connection.job
+                job.done(self, result)
+                connection.job = None
+        except Exception as error:
             self._failed(connection, error)
-            return
-        if connection.listens:
-            self._take_notifications(connection)
-        if result is not None:
-            job: Any = connection.job
-            connection.job = None
-            job.done(self, result)
 
     def _take_notifications(self, connection: Connection) -> None:
         while (message := connection.pgconn.notifies()) is not None:
             with contextlib.suppress(UnicodeDecodeError):  # not one of ours
                 self.waiting.notified(message.relname.decode(), message.extra.decode())
 
-    def _failed(self, connection: Connection, error: psycopg.Error) -> None:
+    def _failed(self, connection: Connection, error: Exception) -> None:
         """The statement that was under way on a connection failed, or the connection itself."""
         job: Any = connection.job
         connection.job = None
+        if not isinstance(error, psycopg.Error):
+            log.error("an error of pglimits itself", exc_info=error)
+            error = psycopg.InternalError(f"{type(error).__name__}: {error}")
         problem = translate(error)
         if isinstance(problem, VersionMismatch) and connection.version:
             problem = VersionMismatch(f"{problem}; the database had pglimits {connection.version} before")
@@ -455,7 +458,7 @@ class Courier:
         if error is not None:
             # Each its own: an exception that many raise gathers the tracebacks of all.
             errand.error = copy.copy(error)
-            errand.error.__cause__ = cause
+            errand.error.__cause__ = error.__cause__ if cause is error else cause
         errand.answered = True
         if errand.waker is not None:
             self._to_wake.append(errand.waker)

@@ -108,7 +108,10 @@ class Lease:
             callback = self._on_lost.pop()
         except IndexError:
             return
-        callback()
+        try:
+            callback()
+        except Exception:
+            log.exception("what is to be done when the lease %s is lost has failed", self.id)
 
     def is_here(self) -> bool:
         """Whether it was taken by this process, not by the one that has forked it, and not released."""

@@ -63,6 +63,7 @@ class Waiting:
         # By the moment to look, with entries that are no longer true among them.
         self._agenda: list[tuple[float, int, Request]] = []
         self._count = itertools.count()
+        # Told, and not known to wait.
         self._told: set[UUID] = set()
         # Told of their lease, which is to be claimed.
         self._unclaimed: list[UUID] = []
@@ -97,8 +98,8 @@ class Waiting:
         looks_at = request.frees_at = math.inf if seconds is None else now + seconds
         if self.polls:
             looks_at = min(looks_at, now + self._pause_of_polls())
-        # It may have been told since it asked.
         self._schedule(request, 0.0 if request.lease_id in self._told else looks_at)
+        self._told.discard(request.lease_id)
 
     def remove(self, request: Request) -> None:
         """It waits no longer."""
@@ -106,7 +107,6 @@ class Waiting:
             request.waits = False
             request.looks_at = math.inf
             self._waiters.pop(request.lease_id, None)
-            self._told.discard(request.lease_id)
 
     def look_again(self) -> None:
         """Whatever was told may have been missed."""
@@ -121,7 +121,7 @@ class Waiting:
         moments = [math.inf if self._beats else self._beats_at]
         if not self._looks:
             moments += [*self._locked.values(), self._next_look()]
-            if self._told or self._unclaimed:
+            if self._unclaimed:
                 moments.append(0.0)
         return max(min(moments), self._not_before)
 
@@ -160,10 +160,6 @@ class Waiting:
         """Which to look at, and whose leases to claim."""
         due = dict.fromkeys(self._unclaimed)
         self._unclaimed = []
-        due.update((lease_id, None) for lease_id in self._told if lease_id in self._waiters)
-        self._told.difference_update(due)
-        if len(self._told) > 1000:  # about requests that were given up
-            self._told.clear()
         while self._next_look() <= now:
             due[heapq.heappop(self._agenda)[2].lease_id] = None
         if not self._locked:
@@ -224,7 +220,13 @@ class Waiting:
                 self._unclaimed.append(lease_id)
                 self._courier.grant(request, [fence], expires_at, ends, now + goes_in / 1e6, claimed=False)
                 return
+        if request is not None:
+            self._schedule(request, 0.0)
+            return
+        # It may have been told before the answer came that it is queued; or it was given up.
         self._told.add(lease_id)
+        if len(self._told) > 1000:
+            self._told.clear()
 
     def has_beaten(self, sent_at: float, seconds: float) -> Watch | None:
         """The process has called in, and does so again in so many seconds. Now it looks: one of each line for all;

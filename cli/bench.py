@@ -14,16 +14,10 @@ import typer
 
 from . import _client, _errors, _output
 from ._commands import command
-from ._options import Format, Output
+from ._options import Format, Output, given_dsn
 
 app = typer.Typer()
 _PACKAGE = "pglimits_bench"
-
-
-def _dsn(context: typer.Context, value: str | None) -> str | None:
-    """The DSN of this command, else the one that stood before the command; the environment's are not measured on."""
-    given = value or context.obj
-    return given if isinstance(given, str) else None
 
 
 @command(app, "Start here")
@@ -57,7 +51,7 @@ def bench(
         typer.Option(
             "--dsn",
             metavar="DSN",
-            callback=_dsn,
+            callback=given_dsn,
             show_default=False,
             help="Measure in this database, which has pglimits. Default: on a server that is started for it.",
         ),

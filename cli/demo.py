@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import _client, _errors, _output
+from ._commands import command
 from ._options import Format, Output
 
 if TYPE_CHECKING:
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     from ._demo_crew import Crew
     from ._demo_show import Screen
 
+app = typer.Typer()
+
 _WORKERS = 6
 _SLOTS, _MORE_SLOTS = 2, 3
 _PER_SECOND, _BURST = 5.0, 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@command(app, "Start here")
 def demo(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=8, max=600, help="How long the workers contend.")

@@ -6,10 +6,9 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 
 from . import _client, _errors
-from ._commands import command
+from ._commands import Command, command
 from ._options import Dsn, Key, Names, Priority, Slots, Timeout
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class _WithCommand(typer.core.TyperCommand):
+class _WithCommand(Command):
     """Everything after ``--`` is a command, options and all."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -358,9 +358,10 @@ def test_sweep_goes_on_after_the_database_was_away(
 def test_embedded_starts_once_and_stops(process: Cli, environment: dict[str, str]) -> None:
     import tempfile
 
+    del environment["PGLIMITS_DSN"]
     with tempfile.TemporaryDirectory(prefix="pgl-", dir="/tmp") as folder:
         Path(folder).chmod(0o711)
-        home = {"PGLIMITS_HOME": f"{folder}/home", "PGLIMITS_DSN": ""}
+        home = {"PGLIMITS_HOME": f"{folder}/home"}
         try:
             status = process("embedded", "status", **home)
             assert (status.code, status.out) == (1, "It is not running. Start it: pglimits embedded start\n")

@@ -32,7 +32,7 @@ Output = Annotated[
         "--output", "-o", metavar="table|json", help="How to print.", case_sensitive=False, show_default=False
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where there is no terminal.")]
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The limit.", show_default=False)]
 SomeName = Annotated[str | None, typer.Argument(metavar="NAME", help="Only this limit.", show_default=False)]

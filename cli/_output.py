@@ -15,6 +15,7 @@ from uuid import UUID
 
 import typer
 
+from . import _errors
 from ._options import Format
 
 if TYPE_CHECKING:
@@ -28,15 +29,22 @@ _INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u
 _WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
 
 
-def on_terminal() -> bool:
-    """Whether somebody sits there who can be asked."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
-
-
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is destroyed, on a terminal only. Ends the command unless the answer is yes."""
-    if not yes and on_terminal():
-        typer.confirm(question, abort=True, err=True)
+    """Ask before something is destroyed. Ends the command unless the answer is yes.
+
+    Where nobody sits at a terminal who could be asked, only ``--yes`` is an answer.
+    """
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise _errors.usage(f"{question} There is no terminal to ask on: give --yes to do it")
+    typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+    try:
+        answer = input()  # with a prompt of its own it could write to stdout, which has the result
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 @contextlib.contextmanager

@@ -294,7 +294,7 @@ def reset(
     The holders are not stopped: they find out when they next renew. So more than the limit may be at work for a
     while.
 
-    Example: pglimits reset database
+    Example: pglimits reset database --yes
     """
     with _client.limiter(dsn) as limiter:
         limit = limiter.get(name)

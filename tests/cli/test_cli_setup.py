@@ -293,8 +293,11 @@ def test_uninstall_removes_all_of_it(pglimits: Cli, dsn: str) -> None:
     assert (again.code, again.out) == (1, "") and "not installed" in again.err
 
 
-def test_uninstall_does_not_ask_without_a_terminal(pglimits: Cli, dsn: str) -> None:
-    assert pglimits("uninstall", "-o", "json", stdin="n\n").json == {"uninstalled": True}
+def test_uninstall_without_a_terminal_needs_yes(pglimits: Cli, dsn: str) -> None:
+    refused = pglimits("uninstall", "-o", "json", stdin="y\n")
+    assert (refused.code, refused.out) == (2, "") and "--yes" in refused.err
+    assert installed(dsn)
+    assert pglimits("uninstall", "-o", "json", "--yes").json == {"uninstalled": True}
     assert not installed(dsn)
 
 

@@ -17,6 +17,8 @@ class Format(StrEnum):
 
 def given_dsn(context: typer.Context, value: str | None) -> str | None:
     """The DSN of this command, else the one that stood before the command. One that is empty is an error."""
+    if context.resilient_parsing:  # a shell completes the line
+        return value
     if value is not None and not value.strip():
         raise typer.BadParameter("it is empty: name a database, or leave the option out")
     given = context.obj if value is None else value
@@ -34,9 +36,23 @@ Output = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask. Needed where there is no terminal.")]
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The limit.", show_default=False)]
-SomeName = Annotated[str | None, typer.Argument(metavar="NAME", help="Only this limit.", show_default=False)]
-Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The limits: all or none.", show_default=False)]
+
+def _complete(context: typer.Context, incomplete: str) -> list[str]:
+    """What a shell offers for the name of a limit."""
+    from . import _names
+
+    return _names.complete(context, incomplete)
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The limit.", show_default=False, autocompletion=_complete)]
+NewName = Annotated[str, typer.Argument(metavar="NAME", help="The new limit.", show_default=False)]
+SomeName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="Only this limit.", show_default=False, autocompletion=_complete)
+]
+Names = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME", help="The limits: all or none.", show_default=False, autocompletion=_complete),
+]
 
 
 def _slots(value: int) -> int:

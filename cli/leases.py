@@ -37,7 +37,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
     Example: pglimits holders database
     """
     conninfo = _client.target(dsn).conninfo
-    with _client.limiter(conninfo, _rights.READER) as limiter:
+    with _client.limiter(conninfo, _rights.READER, name) as limiter:
         found = limiter.holders(name)
         _must_exist(limiter, name, bool(found))
     if output is Format.json:
@@ -77,7 +77,7 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
     Example: pglimits waiters database
     """
     conninfo = _client.target(dsn).conninfo
-    with _client.limiter(conninfo, _rights.READER) as limiter:
+    with _client.limiter(conninfo, _rights.READER, name) as limiter:
         found = limiter.waiters(name)
         _must_exist(limiter, name, bool(found))
     if output is Format.json:
@@ -203,7 +203,7 @@ def acquire(
             await limiter.release(lease)
             raise
 
-    with_limiter(_client.target(dsn).conninfo, take)
+    with_limiter(_client.target(dsn).conninfo, names, take)
 
 
 @command(app, _SCRIPTS)
@@ -259,6 +259,6 @@ def rate(
     async def wait(limiter: AsyncLimiter, signals: Signals) -> None:
         await signals.interrupt(limiter.rate_limit(_client.names(names), slots, timeout, strict, key))
 
-    with_limiter(_client.target(dsn).conninfo, wait)
+    with_limiter(_client.target(dsn).conninfo, names, wait)
     if output is Format.json:
         _output.show(output, {"names": names, "slots": slots, "key": key, "granted": True})

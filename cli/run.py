@@ -94,7 +94,9 @@ def run(
         "priority": priority,
     }
     conninfo = _client.target(dsn).conninfo
-    raise typer.Exit(with_limiter(conninfo, lambda limiter, signals: _run(limiter, signals, acquire, path, command)))
+    raise typer.Exit(
+        with_limiter(conninfo, names, lambda limiter, signals: _run(limiter, signals, acquire, path, command))
+    )
 
 
 async def _run(limiter: AsyncLimiter, signals: Signals, acquire: dict[str, Any], path: str, command: list[str]) -> int:

@@ -11,7 +11,9 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command that the process was started with, and exit."""
     from ._app import app
+    from ._errors import print_any_text
 
+    print_any_text()
     try:
         app(prog_name="pglimits" if sys.argv[0].endswith("__main__.py") else None)
     finally:

@@ -45,7 +45,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"pglimits {version('pglimits')}")
+        _errors.write(f"pglimits {version('pglimits')}")
         raise typer.Exit
 
 
@@ -70,5 +70,5 @@ def main(
     if context.invoked_subcommand is None:
         text = context.get_help()
         if text:
-            typer.echo(text)
+            _errors.write(text)
         raise typer.Exit(_errors.USAGE)

@@ -8,9 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-import typer
-
-from . import _output
+from . import _errors, _output
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -68,8 +66,7 @@ class Log:
 
 
 def _line(at: float, text: str) -> None:
-    typer.echo(textwrap.fill(f"{at:6.2f} s  {text}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
-    sys.stdout.flush()
+    _errors.write(textwrap.fill(f"{at:6.2f} s  {text}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
 
 
 def _state(view: View) -> str:
@@ -196,7 +193,7 @@ def _stamped(lines: list[tuple[float, str]]) -> Table:
 def intro(console: Console | None, text: str) -> None:
     """Say what is about to be seen; on a terminal, through its console."""
     if console is None:
-        typer.echo(textwrap.fill(text, 80) + "\n")
+        _errors.write(textwrap.fill(text, 80) + "\n")
     else:
         console.print(text + "\n")
 
@@ -226,4 +223,4 @@ def show_summary(summary: Summary) -> None:
     console = Console(width=80, highlight=False, markup=False, emoji=False, color_system=None)
     with console.capture() as capture:
         console.print(*parts, sep="\n")
-    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    _errors.write("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -10,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
 import typer
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-_INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What could steer a terminal or turn a line around: control characters but the line feed, and marks of direction."""
+_INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What could steer a terminal or turn a line around: control characters but the line feed, and marks of direction. And
+bytes of a path that are no text."""
 
 _WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
 
@@ -38,7 +40,7 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise _errors.usage(f"{question} There is no terminal to ask on: give --yes to do it")
-    typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+    _errors.write(f"{question} [y/N]: ", end="", err=True)
     try:
         answer = input()  # with a prompt of its own it could write to stdout, which has the result
     except EOFError:
@@ -56,7 +58,7 @@ def working(what: str) -> Iterator[None]:
     from rich.console import Console
     from rich.text import Text
 
-    with Console(stderr=True).status(Text(what)):
+    with Console(stderr=True).status(Text(what), spinner="dots" if is_unicode(sys.stderr) else "line"):
         yield
 
 
@@ -77,7 +79,13 @@ def plain(value: Any) -> Any:
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:
     """A result as JSON."""
-    return _visible(json.dumps(plain(value), indent=indent, ensure_ascii=False))
+    return _visible(json.dumps(plain(value), indent=indent, ensure_ascii=not is_unicode(sys.stdout)))
+
+
+def is_unicode(stream: TextIO | None) -> bool:
+    """Whether a stream can print every character."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return codecs.lookup(encoding).name.startswith("utf")
 
 
 def _visible(written: str) -> str:
@@ -87,7 +95,7 @@ def _visible(written: str) -> str:
 
 def show(output: Format, result: Any, *lines: str) -> None:
     """Print a result: as JSON, or as lines for people."""
-    typer.echo(as_json(result) if output is Format.json else "\n".join(lines))
+    _errors.write(as_json(result) if output is Format.json else "\n".join(lines))
 
 
 def _console() -> Console:
@@ -110,7 +118,7 @@ def render(*parts: RenderableType) -> None:
         return
     with console.capture() as capture:
         console.print(*parts, sep="\n")
-    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    _errors.write("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def table(*columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:

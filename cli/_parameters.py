@@ -6,6 +6,7 @@ the few types that the commands use are read here. An older Typer reads them by 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -56,7 +57,7 @@ class _Light:
 def _reader(of: Any, facts: Any) -> Reader | None:
     """What reads a word as a value of a type; None for a type that is not known here."""
     if of is str:
-        return lambda word: word
+        return _text
     if of is bool:
         return lambda given: given if isinstance(given, bool) else None
     if of is int or of is float:
@@ -68,6 +69,13 @@ def _reader(of: Any, facts: Any) -> Reader | None:
     if isinstance(of, type) and issubclass(of, Enum):
         return lambda word: _choice(of, word)
     return None
+
+
+def _text(word: Any) -> Any:
+    if isinstance(word, str) and any("\ud800" <= character <= "\udfff" for character in word):
+        encoding = sys.getfilesystemencoding()
+        raise ValueError(f"{word!r} is no text in the encoding of this terminal, which is {encoding} (LC_ALL, LANG)")
+    return word
 
 
 def _number(of: type[int] | type[float], word: Any, least: float | None, most: float | None) -> Any:

@@ -133,7 +133,7 @@ def _list(output: Format) -> None:
 def _progress() -> Iterator[Callable[[str], None]]:
     """Show on stderr what is under way: in place on a terminal, else a line for each row."""
     if not sys.stderr.isatty():
-        yield lambda what: typer.echo(what, err=True)
+        yield lambda what: _errors.write(what, err=True)
         return
     from rich.console import Console
     from rich.text import Text

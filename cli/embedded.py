@@ -71,7 +71,7 @@ def status(output: Output = Format.table) -> None:
         )
     if server is None:
         if output is Format.table:
-            typer.echo("It is not running. Start it: pglimits embedded start")
+            _errors.write("It is not running. Start it: pglimits embedded start")
         raise typer.Exit(_errors.ERROR)
 
 

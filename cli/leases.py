@@ -44,7 +44,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
         _output.show(output, found)
         return
     if not found:
-        typer.echo("Nobody holds a slot." if name is None else f"Nobody holds a slot of limit {name!r}.")
+        _errors.write("Nobody holds a slot." if name is None else f"Nobody holds a slot of limit {name!r}.")
         return
     now = _client.clock(conninfo)
     keyed = any(holder.key for holder in found)
@@ -84,7 +84,7 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
         _output.show(output, found)
         return
     if not found:
-        typer.echo("Nobody waits." if name is None else f"Nobody waits for limit {name!r}.")
+        _errors.write("Nobody waits." if name is None else f"Nobody waits for limit {name!r}.")
         return
     now = _client.clock(conninfo)
     keyed = any(waiter.key for waiter in found)
@@ -235,7 +235,7 @@ def renew(
     if not renewed:
         raise _errors.fail(f"lease {lease_id} has ended: somebody else may have its slots")
     if output is Format.table:
-        typer.echo(f"Renewed {lease_id}.")
+        _errors.write(f"Renewed {lease_id}.")
 
 
 @command(app, _SCRIPTS)

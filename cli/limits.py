@@ -53,7 +53,7 @@ def ls(dsn: Dsn = None, output: Output = Format.table) -> None:
         _output.show(output, limits)
         return
     if not limits:
-        typer.echo("There are no limits. Make one: pglimits create NAME --limit 10")
+        _errors.write("There are no limits. Make one: pglimits create NAME --limit 10")
         return
     described = _output.is_wide() and any(limit.description for limit in limits)
     table = _output.table(
@@ -107,7 +107,7 @@ def inspect(
     facts = {**_output.plain(limit), "keys": [_output.plain(key) for key in keys]}
     if file:
         file.write_text(_output.as_json(facts) + "\n", encoding="utf-8")
-        typer.echo(f"Wrote limit {name!r} to {file}.", err=True)
+        _errors.write(f"Wrote limit {name!r} to {file}.", err=True)
     else:
         _output.show(output, facts)
 

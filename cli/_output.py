@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
@@ -60,6 +60,19 @@ def working(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(Text(what), spinner="dots" if is_unicode(sys.stderr) else "line"):
         yield
+
+
+@contextlib.contextmanager
+def progress(stream: TextIO) -> Iterator[Callable[[str], None]]:
+    """Show on stdout or stderr what is under way: in place on a terminal, else a line each, at once."""
+    if not stream.isatty():
+        yield lambda what: _errors.write(what, err=stream is sys.stderr)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(file=stream).status(Text("starting"), spinner="dots" if is_unicode(stream) else "line") as status:
+        yield lambda what: status.update(Text(what))
 
 
 def plain(value: Any) -> Any:

@@ -274,3 +274,25 @@ def test_no_help_shows_the_type_of_a_value_in_the_place_of_its_name(pglimits: Cl
 def test_output_is_plain_where_there_is_no_terminal(process: Cli, pglimits: Cli, command: tuple[str, ...]) -> None:
     pglimits("create", "x", "-l", "1")
     assert "\x1b" not in process(*command).out
+
+
+def test_bench_says_how_long_it_takes_and_how_far_it_is(process: Cli) -> None:
+    help = " ".join(process("bench", "--help").out.split())
+    assert "Takes two to three minutes on two idle processors" in help
+    result = process("bench", "--only", "uncontended", "-o", "json")
+    assert result.code == 0
+    first, *rest = result.err.splitlines()
+    assert first == "Measuring 1 row."
+    assert re.fullmatch(r"1/1 uncontended: .* \(\d+s so far\)", rest[1])
+
+
+def test_bench_says_how_long_all_of_it_takes(pglimits: Cli, monkeypatch: Any) -> None:
+    import pglimits_bench._run as runner
+
+    def interrupted(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    for options, takes in (((), "two to three minutes"), (("--full",), "ten minutes, and five more with what others")):
+        result = pglimits("bench", *options)
+        assert result.code == 130 and f"On two idle processors that takes {takes}" in result.err

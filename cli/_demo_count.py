@@ -32,6 +32,7 @@ class Event:
     worker: int = 0
     lease: str = ""
     fence: int = 0
+    granted: float = 0.0
     slots: int = 0
     text: str = ""
 

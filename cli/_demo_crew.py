@@ -274,6 +274,8 @@ class Crew:
             events = worker.take()
             for event in events or ():
                 self.happened(event)
+                if event.what == "run" and self._seen(event.lease).granted is None:  # where we look too seldom
+                    self._seen(event.lease).granted = self.local(event.granted)
             if events is None:
                 self._pipes.unregister(key.fileobj)
                 worker.process.wait()

@@ -51,7 +51,9 @@ def _jobs(chance: random.Random) -> None:
     while not _stop.is_set():
         _tell("ask")
         with concurrency("database", lease_duration=LEASE_SECONDS, strict=True) as lease:
-            _tell("run", lease=str(lease.id), fence=lease.fence)
+            assert lease.expires_at is not None  # strict: it is enforced
+            granted = lease.expires_at.timestamp() - LEASE_SECONDS
+            _tell("run", lease=str(lease.id), fence=lease.fence, granted=granted)
             long = _long.is_set()
             if long:
                 _long.clear()

@@ -1,4 +1,4 @@
-"""How much is measured: about a minute of it, or all of it."""
+"""How much is measured: two to three minutes of it, or all of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class Scale:
 
     Attributes:
         name: of the mode.
+        takes: how long all rows but the peers' take on two idle processors.
         repetitions: how often each figure is measured.
         seconds: of one measurement of a rate.
         rounds: measurements of each size of what grows, and of processor time, for each repetition.
@@ -29,6 +30,7 @@ class Scale:
     """
 
     name: str
+    takes: str
     repetitions: int
     seconds: float
     rounds: int
@@ -55,6 +57,7 @@ class Scale:
 
 SHORT = Scale(
     name="short",
+    takes="two to three minutes",
     repetitions=3,
     seconds=0.3,
     rounds=10,
@@ -81,6 +84,7 @@ SHORT = Scale(
 
 FULL = Scale(
     name="full",
+    takes="ten minutes, and five more with what others use",
     repetitions=5,
     seconds=2.0,
     rounds=30,

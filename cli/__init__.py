@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 __all__ = ["main"]
@@ -10,5 +11,10 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command that the process was started with, and exit."""
     from ._app import app
+    from ._errors import print_any_text
 
-    app(prog_name="pglimits" if sys.argv[0].endswith("__main__.py") else None)
+    print_any_text()
+    try:
+        app(prog_name="pglimits" if sys.argv[0].endswith("__main__.py") else None)
+    finally:
+        gc.freeze()  # the process ends: nothing that modules made needs to be looked through once more

@@ -20,10 +20,11 @@ KILL_AFTER = 10.0
 """Seconds between SIGTERM and SIGKILL for a command that has lost its lease."""
 
 # Becomes the command. A child of its own and no preexec_fn, which is unsafe where there are threads: the kernel ends
-# it (SIGTERM) when the thread that started it dies; and signals are as they were before we blocked them.
+# it (SIGTERM) when the thread that started it dies; and signals are as they were before we blocked them. A file of no
+# format that the kernel knows is a script without #!. It goes to sh, as execvp of the C library has it.
 _LEASH = """
-import os, signal, sys
-parent, blocked, *command = sys.argv[1:]
+import errno, os, signal, sys
+parent, blocked, path, *command = sys.argv[1:]
 try:
     import ctypes
     ctypes.CDLL(None).prctl(1, ctypes.c_ulong(15), 0, 0, 0)  # PR_SET_PDEATHSIG, SIGTERM
@@ -36,7 +37,12 @@ for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python has changed these
 signal.pthread_sigmask(signal.SIG_SETMASK, [int(number) for number in blocked.split()])
 try:
-    os.execvp(command[0], command)
+    try:
+        os.execv(path, command)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+        os.execv("/bin/sh", ["/bin/sh", path, *command[1:]])
 except OSError as error:
     sys.stderr.write(f"Error: {command[0]}: {error.strerror}\\n")
     os._exit(127 if isinstance(error, FileNotFoundError) else 126)
@@ -50,8 +56,11 @@ class Child:
         self._process = process
 
     @classmethod
-    async def start(cls, command: list[str], lease: Lease, signals: Signals) -> Child:
-        """Start a command with our stdin, stdout, stderr and other files; signals go to it from now on."""
+    async def start(cls, path: str, command: list[str], lease: Lease, signals: Signals) -> Child:
+        """Start a command with our stdin, stdout, stderr and other files; signals go to it from now on.
+
+        path: of the program that ``command`` names.
+        """
         blocked = " ".join(str(int(number)) for number in signals.inherited)
         fences = [str(fence) for fence in lease.fences if fence is not None]
         process = await asyncio.create_subprocess_exec(
@@ -62,6 +71,7 @@ class Child:
             _LEASH,
             str(os.getpid()),
             blocked,
+            path,
             *command,
             env={**os.environ, "PGLIMITS_LEASE_ID": str(lease.id), "PGLIMITS_FENCE": ",".join(fences)},
             close_fds=False,

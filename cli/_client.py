@@ -47,12 +47,19 @@ def target(dsn: str | None) -> Target:
 
 
 @contextlib.contextmanager
-def limiter(dsn: str | None, role: str = _rights.ADMIN) -> Iterator[Limiter]:
-    """A limiter on that database. ``role``: the one whose rights are needed."""
+def limiter(dsn: str | None, role: str = _rights.ADMIN, name: str | None = None) -> Iterator[Limiter]:
+    """A limiter on that database.
+
+    role: the one whose rights are needed.
+    name: of the limit that the command line names. If it is not found, the error says which may have been meant.
+    """
     from pglimits import Limiter
 
+    from . import _names
+
     conninfo = target(dsn).conninfo
-    with _rights.explained(conninfo, role), Limiter(conninfo) as opened:
+    named = [] if name is None else [name]
+    with _rights.explained(conninfo, role), _names.guessed(conninfo, named), Limiter(conninfo) as opened:
         yield opened
 
 

@@ -32,6 +32,7 @@ class Event:
     worker: int = 0
     lease: str = ""
     fence: int = 0
+    granted: float = 0.0
     slots: int = 0
     text: str = ""
 
@@ -169,6 +170,8 @@ class Setting:
     slots: int
     per_second: float
     burst: int
+    load: float = 0.0
+    processors: int = 1
 
 
 def count(
@@ -202,7 +205,7 @@ def count(
     checks: list[Callable[[], Check]] = [
         lambda: _never_too_many(summary, ran, events, seen, setting.slots),
         lambda: _in_order(summary, ran, seen),
-        lambda: _wake_ups(summary, ran),
+        lambda: _wake_ups(summary, ran, setting),
         lambda: _killed(summary, ran, events, seen),
         lambda: _rate(summary, events),
         lambda: _never_too_fast(summary, events),
@@ -255,7 +258,7 @@ def _in_order(summary: Summary, ran: Sequence[Job], seen: Mapping[str, Seen]) ->
     return Check("in order", fences and not summary.passed and bool(ran), counted)
 
 
-def _wake_ups(summary: Summary, ran: Sequence[Job]) -> Check:
+def _wake_ups(summary: Summary, ran: Sequence[Job], setting: Setting) -> Check:
     took = [
         job.woken_after
         for job in ran
@@ -270,6 +273,11 @@ def _wake_ups(summary: Summary, ran: Sequence[Job]) -> Check:
         f"{summary.wake_up_median_ms:.1f} ms (median), {summary.wake_up_worst_ms:.1f} ms (worst) from a release "
         f"until the next in line runs, {len(took)} times"
     )
+    if setting.load > setting.processors:
+        counted += (
+            f". This machine is busy (load {setting.load:.1f} on {setting.processors} processors), "
+            "so that includes the wait for a processor"
+        )
     return Check("woken at once", max(took) < LATE, counted)
 
 

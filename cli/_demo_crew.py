@@ -93,6 +93,39 @@ class View:
     workers: list[Worker]
 
 
+@contextlib.contextmanager
+def hired(how_many: int) -> Iterator[list[Worker]]:
+    """So many workers, started before there is a server: Python needs its time too. None is left behind."""
+    workers: list[Worker] = []
+    try:
+        for number in range(1, how_many + 1):
+            # In a process group of its own: ctrl-C is for the demo alone. That it is gone is told by the end of stdin.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", f"{__package__}._demo_worker", str(number)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+            workers.append(Worker(number, process))
+        yield workers
+    finally:
+        _end(workers)
+
+
+def _end(workers: list[Worker]) -> None:
+    """End those that are still there. Safe to repeat."""
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.kill()
+    for worker in workers:
+        worker.process.wait()
+        for pipe in (worker.process.stdin, worker.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
 class Crew:
     """The workers, and the log of what happened.
 
@@ -102,6 +135,7 @@ class Crew:
 
     def __init__(
         self,
+        workers: list[Worker],
         dsn: str,
         limiter: Limiter,
         jobs: Jobs,
@@ -111,26 +145,28 @@ class Crew:
         self.log: list[Event] = []
         self.heads: deque[tuple[float, int]] = deque(maxlen=400)  # who stood first in line when, of late
         self.seen: dict[str, Seen] = {}
-        self.workers: list[Worker] = []
+        self.workers = workers
         self.view: View | None = None
         self.started = math.inf
-        self._dsn = dsn
         self._limiter = limiter
         self._jobs = jobs
         self._on_event = on_event
         self._on_view = on_view
         self._untold: list[Event] = []
         self._pipes = selectors.DefaultSelector()
+        for worker in workers:
+            assert worker.process.stdout is not None
+            self._pipes.register(worker.process.stdout, selectors.EVENT_READ, worker)
         self._ahead = _ahead(dsn)
         self._limits_then: dict[str, Limit] = {}
         self._limits_seen = -math.inf
 
     @contextlib.contextmanager
-    def at_work(self, how_many: int) -> Iterator[None]:
-        """Start so many workers, and leave none behind. They wait for ``go``."""
+    def at_work(self, dsn: str) -> Iterator[None]:
+        """Have the workers connect; they then wait for ``go``. At the end there are none any more."""
         try:
-            for number in range(1, how_many + 1):
-                self._start(number)
+            for worker in self.workers:
+                worker.tell(f"connect {dsn}")
             everybody = len(self.workers)
             self.play(
                 until=lambda: all(worker.ready for worker in self.workers) or len(self._pipes.get_map()) < everybody,
@@ -140,31 +176,8 @@ class Crew:
                 raise DemoFailed("; ".join(failures))
             yield
         finally:
-            for worker in self.workers:
-                if worker.process.poll() is None:
-                    worker.process.kill()
-            for worker in self.workers:
-                worker.process.wait()
-                for pipe in (worker.process.stdin, worker.process.stdout):
-                    assert pipe is not None
-                    with contextlib.suppress(OSError):
-                        pipe.close()
+            _end(self.workers)
             self._pipes.close()
-
-    def _start(self, number: int) -> None:
-        # In a process group of its own: ctrl-C is for the demo alone. That it is gone they tell by their stdin's end.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}._demo_worker", str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PGLIMITS_DSN": self._dsn},
-            process_group=0,
-        )
-        worker = Worker(number, process)
-        self.workers.append(worker)
-        assert process.stdout is not None
-        self._pipes.register(process.stdout, selectors.EVENT_READ, worker)
 
     def go(self) -> None:
         """Let them begin."""
@@ -261,6 +274,8 @@ class Crew:
             events = worker.take()
             for event in events or ():
                 self.happened(event)
+                if event.what == "run" and self._seen(event.lease).granted is None:  # where we look too seldom
+                    self._seen(event.lease).granted = self.local(event.granted)
             if events is None:
                 self._pipes.unregister(key.fileobj)
                 worker.process.wait()

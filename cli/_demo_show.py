@@ -8,9 +8,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-import typer
-
-from . import _output
+from . import _errors, _output
+from ._options import Format
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -68,8 +67,7 @@ class Log:
 
 
 def _line(at: float, text: str) -> None:
-    typer.echo(textwrap.fill(f"{at:6.2f} s  {text}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
-    sys.stdout.flush()
+    _errors.write(textwrap.fill(f"{at:6.2f} s  {text}", 80, subsequent_indent=" " * 10, break_on_hyphens=False))
 
 
 def _state(view: View) -> str:
@@ -175,7 +173,9 @@ class Live:
         if waiter is not None:
             since = view.now - waiter.waiting_since.timestamp()
             return f"  {_ordinal(waiter.position)} in line, for {since:.1f} s", "yellow"
-        return "  between two jobs" if worker.process.poll() is None else "  has ended", "dim"
+        if worker.process.poll() is not None:
+            return "  has ended", "dim"
+        return "  between two jobs" if worker.ready else "  is starting", "dim"
 
 
 def _ordinal(number: int) -> str:
@@ -193,12 +193,23 @@ def _stamped(lines: list[tuple[float, str]]) -> Table:
     return table
 
 
-def intro(console: Console | None, text: str) -> None:
-    """Say what is about to be seen; on a terminal, through its console."""
-    if console is None:
-        typer.echo(textwrap.fill(text, 80) + "\n")
-    else:
-        console.print(text + "\n")
+def console(output: Format) -> Console | None:
+    """The terminal to show it on; None where there is none."""
+    if not (sys.stderr if output is Format.json else sys.stdout).isatty():
+        return None
+    from rich.console import Console
+
+    found = Console(stderr=output is Format.json, highlight=False, markup=False, emoji=False)
+    return None if found.is_dumb_terminal else found
+
+
+def intro(output: Format, text: str) -> None:
+    """Say what is about to be seen."""
+    terminal = console(output)
+    if terminal is not None:
+        terminal.print(text + "\n")
+    elif output is not Format.json:
+        _errors.write(textwrap.fill(text, 80) + "\n")
 
 
 def show_summary(summary: Summary) -> None:
@@ -226,4 +237,4 @@ def show_summary(summary: Summary) -> None:
     console = Console(width=80, highlight=False, markup=False, emoji=False, color_system=None)
     with console.capture() as capture:
         console.print(*parts, sep="\n")
-    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    _errors.write("\n".join(line.rstrip() for line in capture.get().splitlines()))

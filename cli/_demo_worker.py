@@ -1,7 +1,7 @@
 """A worker of the demo: a process of its own, which uses the limiter as any program would and tells what it does.
 
-It takes commands from stdin (go, long, stop) and writes its log to stdout, a JSON object a line, each with the
-machine's monotonic clock, which all its processes share. It ends at once when stdin does: then the demo is gone.
+It takes commands from stdin (connect DSN, go, long, stop) and writes its log to stdout, a JSON object a line. Each has
+the machine's monotonic clock, which all its processes share. It ends at once when stdin does: then the demo is gone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pglimits.sync import concurrency, rate_limit
 LEASE_SECONDS = 3.0
 LONG_JOB_SECONDS = 8.0
 
+_connect = threading.Event()
 _go = threading.Event()
 _stop = threading.Event()
 _long = threading.Event()
@@ -28,10 +29,16 @@ _long = threading.Event()
 
 def _obey() -> None:
     """Take commands, until the demo has no more. Unbuffered: nothing here may be in the way of the exit."""
-    commands = {b"go": _go, b"stop": _stop, b"long": _long}
+    commands = {"go": _go, "stop": _stop, "long": _long}
+    rest = b""
     while said := os.read(0, 4096):
-        for command in said.split():
-            commands[command].set()
+        *lines, rest = (rest + said).split(b"\n")
+        for command, _, what in (line.decode().partition(" ") for line in lines):
+            if command == "connect":
+                os.environ["PGLIMITS_DSN"] = what
+                _connect.set()
+            else:
+                commands[command].set()
     os._exit(1)
 
 
@@ -44,7 +51,9 @@ def _jobs(chance: random.Random) -> None:
     while not _stop.is_set():
         _tell("ask")
         with concurrency("database", lease_duration=LEASE_SECONDS, strict=True) as lease:
-            _tell("run", lease=str(lease.id), fence=lease.fence)
+            assert lease.expires_at is not None  # strict: it is enforced
+            granted = lease.expires_at.timestamp() - LEASE_SECONDS
+            _tell("run", lease=str(lease.id), fence=lease.fence, granted=granted)
             long = _long.is_set()
             if long:
                 _long.clear()
@@ -65,6 +74,7 @@ def _calls() -> None:
 
 def main() -> None:
     threading.Thread(target=_obey, daemon=True).start()
+    _connect.wait()  # it is started before there is a server, to be ready when there is one
     Limiter().get("database")  # to be connected before the start, so that all start at once
     _tell("ready")
     _go.wait()

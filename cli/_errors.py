@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
@@ -18,15 +21,50 @@ NOT_FOUND = 127
 SIGNAL = 128
 """Plus the number of the signal that ended it."""
 
+_REPLACEMENTS = {"…": "...", "→": "->"}
+"""What our own texts have beyond ASCII."""
+
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings click along, or its own copy of it
 _CliError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def write(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Print a line to stdout or stderr, at once.
+
+    Not by typer's echo, which prints UTF-8 where the encoding is ASCII.
+    """
+    stream = sys.stderr if err else sys.stdout
+    stream.write(text + end)
+    stream.flush()
+
+
+def print_any_text() -> None:
+    """Have stdout and stderr take any text. What their encoding lacks is replaced: a holder's name must not fail.
+
+    Those that were closed when this process began are opened on the null device.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    codecs.register_error(__name__, _replacement)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=__name__)
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(_REPLACEMENTS.get(character, "?") for character in lacking), error.end
 
 
 def say(kind: str, message: object, *lines: str) -> None:
     """``Error: …`` or ``Warning: …`` on stderr, as one line. ``lines``: what is to be copied, below it as it is."""
     text = " ".join(str(message).split())
-    typer.secho(f"{kind}:", err=True, nl=False, bold=True, fg="red" if kind == "Error" else "yellow")
-    typer.echo("\n".join([f" {text}", *lines]), err=True)
+    label = f"{kind}:"
+    if sys.stderr.isatty():
+        label = typer.style(label, bold=True, fg="red" if kind == "Error" else "yellow")
+    write("\n".join([f"{label} {text}", *lines]), err=True)
 
 
 def fail(message: object, code: int = ERROR, *lines: str) -> typer.Exit:
@@ -67,7 +105,7 @@ def _refused(error: Exception) -> int:
     code = int(getattr(error, "exit_code", USAGE))
     if type(error).__name__ == "NoArgsIsHelpError":
         if message.strip():
-            typer.echo(message, err=True)
+            write(message, err=True)
         return code
     context = getattr(error, "ctx", None)
     if context is not None and isinstance(error, _UsageError):

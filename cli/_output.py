@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
 import typer
 
+from . import _errors
 from ._options import Format
 
 if TYPE_CHECKING:
@@ -22,21 +24,29 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-_INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What could steer a terminal or turn a line around: control characters but the line feed, and marks of direction."""
+_INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What could steer a terminal or turn a line around: control characters but the line feed, and marks of direction. And
+bytes of a path that are no text."""
 
 _WIDE = 10_000  # into a file or a pipe every row is one line, however long, unless COLUMNS says otherwise
 
 
-def on_terminal() -> bool:
-    """Whether somebody sits there who can be asked."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
-
-
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is destroyed, on a terminal only. Ends the command unless the answer is yes."""
-    if not yes and on_terminal():
-        typer.confirm(question, abort=True, err=True)
+    """Ask before something is destroyed. Ends the command unless the answer is yes.
+
+    Where nobody sits at a terminal who could be asked, only ``--yes`` is an answer.
+    """
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise _errors.usage(f"{question} There is no terminal to ask on: give --yes to do it")
+    _errors.write(f"{question} [y/N]: ", end="", err=True)
+    try:
+        answer = input()  # with a prompt of its own it could write to stdout, which has the result
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 @contextlib.contextmanager
@@ -48,8 +58,21 @@ def working(what: str) -> Iterator[None]:
     from rich.console import Console
     from rich.text import Text
 
-    with Console(stderr=True).status(Text(what)):
+    with Console(stderr=True).status(Text(what), spinner="dots" if is_unicode(sys.stderr) else "line"):
         yield
+
+
+@contextlib.contextmanager
+def progress(stream: TextIO) -> Iterator[Callable[[str], None]]:
+    """Show on stdout or stderr what is under way: in place on a terminal, else a line each, at once."""
+    if not stream.isatty():
+        yield lambda what: _errors.write(what, err=stream is sys.stderr)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(file=stream).status(Text("starting"), spinner="dots" if is_unicode(stream) else "line") as status:
+        yield lambda what: status.update(Text(what))
 
 
 def plain(value: Any) -> Any:
@@ -69,7 +92,13 @@ def plain(value: Any) -> Any:
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:
     """A result as JSON."""
-    return _visible(json.dumps(plain(value), indent=indent, ensure_ascii=False))
+    return _visible(json.dumps(plain(value), indent=indent, ensure_ascii=not is_unicode(sys.stdout)))
+
+
+def is_unicode(stream: TextIO | None) -> bool:
+    """Whether a stream can print every character."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return codecs.lookup(encoding).name.startswith("utf")
 
 
 def _visible(written: str) -> str:
@@ -79,7 +108,7 @@ def _visible(written: str) -> str:
 
 def show(output: Format, result: Any, *lines: str) -> None:
     """Print a result: as JSON, or as lines for people."""
-    typer.echo(as_json(result) if output is Format.json else "\n".join(lines))
+    _errors.write(as_json(result) if output is Format.json else "\n".join(lines))
 
 
 def _console() -> Console:
@@ -102,7 +131,7 @@ def render(*parts: RenderableType) -> None:
         return
     with console.capture() as capture:
         console.print(*parts, sep="\n")
-    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    _errors.write("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def table(*columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:

@@ -8,12 +8,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from . import _errors, _rights
+from . import _errors, _names, _rights
 
 if TYPE_CHECKING:
     from pglimits import AsyncLimiter
@@ -37,11 +37,13 @@ PATIENCE = 1.0
 """Seconds after a first signal in which further ones are not yet meant to be harsher."""
 
 
-def with_limiter(conninfo: str, work: Callable[[AsyncLimiter, Signals], Coroutine[Any, Any, T]]) -> T:
-    """Do something with a limiter. A signal ends a wait at once and leaves nothing behind, whenever it comes.
+def with_limiter(
+    conninfo: str, names: Sequence[str], work: Callable[[AsyncLimiter, Signals], Coroutine[Any, Any, T]]
+) -> T:
+    """Do something with a limiter and the limits of those names.
 
-    Not with the blocking Limiter: a handler of Python's does not run while its thread sleeps in a lock, if the signal
-    came in the moment before.
+    A signal ends a wait at once and leaves nothing behind, whenever it comes. The blocking Limiter would not do: a
+    handler of Python's does not run while its thread sleeps in a lock, if the signal came in the moment before.
     """
     from pglimits import AsyncLimiter
 
@@ -52,7 +54,7 @@ def with_limiter(conninfo: str, work: Callable[[AsyncLimiter, Signals], Coroutin
 
     signals = Signals()
     try:
-        with _rights.explained(conninfo, _rights.USER):
+        with _rights.explained(conninfo, _rights.USER), _names.guessed(conninfo, names):
             return asyncio.run(main())
     finally:
         signals.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +14,10 @@ import typer
 
 from . import _client, _errors, _output
 from ._commands import command
-from ._options import Format, Output
+from ._options import Format, Output, given_dsn
 
 app = typer.Typer()
 _PACKAGE = "pglimits_bench"
-
-
-def _dsn(context: typer.Context, value: str | None) -> str | None:
-    """The DSN of this command, else the one that stood before the command; the environment's are not measured on."""
-    given = value or context.obj
-    return given if isinstance(given, str) else None
 
 
 @command(app, "Start here")
@@ -57,7 +51,7 @@ def bench(
         typer.Option(
             "--dsn",
             metavar="DSN",
-            callback=_dsn,
+            callback=given_dsn,
             show_default=False,
             help="Measure in this database, which has pglimits. Default: on a server that is started for it.",
         ),
@@ -66,7 +60,7 @@ def bench(
 ) -> None:
     """Measure how fast it is, each figure beside its floor or what others use.
 
-    Takes one to two minutes on two idle processors, with --full a quarter of
+    Takes two to three minutes on two idle processors, with --full a quarter of
     an hour; longer where something else runs, and then the figures say little.
 
     Starts a PostgreSQL of its own, durable and on disk, and leaves nothing
@@ -100,8 +94,10 @@ def bench(
         from .demo import _heed_one_signal, _ignore_signals
 
         _heed_one_signal()
-        with _progress() as say:
-            done = runner.run(wanted, scales.FULL if full else scales.SHORT, dsn, say, _ignore_signals)
+        scale = scales.FULL if full else scales.SHORT
+        _errors.write(_estimate(len(wanted), None if only else scale.takes), err=True)
+        with _output.progress(sys.stderr) as say:
+            done = runner.run(wanted, scale, dsn, _stamped(say), _ignore_signals)
     if out is not None:
         report.write(done, out)
     if output is Format.json:
@@ -110,6 +106,18 @@ def bench(
         _output.render(*report.tables(done))
     if done.failed:
         raise typer.Exit(_errors.ERROR)
+
+
+def _estimate(rows: int, takes: str | None) -> str:
+    """What is to come. ``takes``: how long, if that is known."""
+    measured = f"Measuring {_output.count(rows, 'row')}."
+    return f"{measured} On two idle processors that takes {takes}; else longer." if takes else measured
+
+
+def _stamped(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The same with how long it has taken so far."""
+    began = time.monotonic()
+    return lambda what: say(f"{what} ({_output.duration(time.monotonic() - began)} so far)")
 
 
 def _parts() -> tuple[Any, Any, Any]:
@@ -133,16 +141,3 @@ def _list(output: Format) -> None:
     for row, *rest in cells:
         shown.add_row(row, *map(_output.text, rest))
     _output.render(shown)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is under way: in place on a terminal, else a line for each row."""
-    if not sys.stderr.isatty():
-        yield lambda what: typer.echo(what, err=True)
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    with Console(stderr=True).status(Text("starting")) as status:
-        yield lambda what: status.update(Text(what))

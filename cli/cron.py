@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _client, _output, _rights
-from ._commands import command
+from ._commands import Group, command
 from ._options import Dsn, Format, Output
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ app = typer.Typer(
     name="cron",
     help="Have pg_cron call the sweep.",
     no_args_is_help=True,
+    add_completion=False,
+    cls=Group,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import _client, _errors, _output
+from ._commands import command
 from ._options import Format, Output
 
 if TYPE_CHECKING:
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
     from ._demo_crew import Crew
     from ._demo_show import Screen
 
+app = typer.Typer()
+
 _WORKERS = 6
 _SLOTS, _MORE_SLOTS = 2, 3
 _PER_SECOND, _BURST = 5.0, 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@command(app, "Start here")
 def demo(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=8, max=600, help="How long the workers contend.")
@@ -55,25 +60,36 @@ def demo(
 
 
 def _play(seconds: float, output: Format) -> Summary:
+    from ._demo_show import intro
+
+    intro(
+        output,
+        f"{_WORKERS} processes contend for {_SLOTS} slots of 'database' and for {_PER_SECOND:g} calls per second of "
+        "'api', two limits in a PostgreSQL of their own. One of them is killed in the middle of its work, a limit is "
+        "changed meanwhile, and then all is counted.",
+    )
     from pglimits import Limiter, _embedded, _install
 
     from ._demo_count import Jobs, Setting, count
-    from ._demo_crew import Crew, DemoFailed
+    from ._demo_crew import Crew, DemoFailed, hired
 
     with contextlib.ExitStack() as stack:
         _heed_one_signal()
-        with _output.working("Starting PostgreSQL…"):
+        with _progress(output) as say:
+            say(f"Starting {_WORKERS} processes and a PostgreSQL…")
+            workers = stack.enter_context(hired(_WORKERS))
             server = stack.enter_context(_embedded.throwaway(fsync=True))  # durable, so that the figures are real ones
             stack.callback(_ignore_signals)
+            say(f"PostgreSQL {server.version} is up. Installing pglimits in it…")
             _install.install(server.dsn)
         limiter = stack.enter_context(Limiter(server.dsn))
         limiter.create("database", limit=_SLOTS)
         limiter.create("api", limit=_BURST, slot_decay_per_second=_PER_SECOND)
-        screen = stack.enter_context(_screen(seconds, output, server.version))
+        screen = stack.enter_context(_screen(seconds, output))
         teller = _Teller(screen)
-        crew = teller.crew = Crew(server.dsn, limiter, Jobs(_SLOTS), teller.tell, screen.show)
+        crew = teller.crew = Crew(workers, server.dsn, limiter, Jobs(_SLOTS), teller.tell, screen.show)
         problems = []
-        with crew.at_work(_WORKERS):
+        with crew.at_work(server.dsn):
             try:
                 _story(crew, teller, seconds)
             except DemoFailed as error:
@@ -82,7 +98,7 @@ def _play(seconds: float, output: Format) -> Summary:
         return count(
             crew.log,
             crew.seen,
-            Setting(_WORKERS, _SLOTS, _PER_SECOND, _BURST),
+            Setting(_WORKERS, _SLOTS, _PER_SECOND, _BURST, os.getloadavg()[0], os.cpu_count() or 1),
             held_at_end=len(limiter.holders()),
             waiting_at_end=len(limiter.waiters()),
             failures=[*problems, *crew.failures()],
@@ -174,29 +190,27 @@ class _Teller:
 
 
 @contextlib.contextmanager
-def _screen(seconds: float, output: Format, version: int) -> Iterator[Screen]:
+def _progress(output: Format) -> Iterator[Callable[[str], object]]:
+    """Show what is under way before there is anything to see. For JSON, only to somebody at a terminal."""
+    stream = sys.stderr if output is Format.json else sys.stdout
+    if output is Format.json and not stream.isatty():
+        yield lambda what: None
+        return
+    with _output.progress(stream) as say:
+        yield say
+
+
+@contextlib.contextmanager
+def _screen(seconds: float, output: Format) -> Iterator[Screen]:
     """Where to show it: on a terminal live, else as a log. For JSON stdout is left alone."""
-    from rich.console import Console
+    from ._demo_show import Live, Log, Silent, console
 
-    from ._demo_show import Live, Log, Silent, intro
-
-    for_json = output is Format.json
-    console = Console(stderr=for_json, highlight=False, markup=False, emoji=False)
-    on_terminal = (sys.stderr if for_json else sys.stdout).isatty() and not console.is_dumb_terminal
-    about = (
-        f"{_WORKERS} processes contend for {_SLOTS} slots of 'database' and for {_PER_SECOND:g} calls per second of "
-        f"'api', two limits in a PostgreSQL {version} of their own. One of them is killed in the middle of its work, "
-        "a limit is changed meanwhile, and then all is counted."
-    )
-    if on_terminal:
-        intro(console, about)
-        with Live(console, seconds) as live:
+    terminal = console(output)
+    if terminal is not None:
+        with Live(terminal, seconds) as live:
             yield live
-    elif for_json:
-        yield Silent()
     else:
-        intro(None, about)
-        yield Log()
+        yield Silent() if output is Format.json else Log()
 
 
 def _ignore_signals() -> None:

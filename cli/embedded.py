@@ -7,13 +7,15 @@ from typing import Any
 import typer
 
 from . import _errors, _output
-from ._commands import command
+from ._commands import Group, command
 from ._options import Format, Output
 
 app = typer.Typer(
     name="embedded",
     help="The embedded PostgreSQL, for where no database is named.",
     no_args_is_help=True,
+    add_completion=False,
+    cls=Group,
 )
 
 
@@ -69,7 +71,7 @@ def status(output: Output = Format.table) -> None:
         )
     if server is None:
         if output is Format.table:
-            typer.echo("It is not running. Start it: pglimits embedded start")
+            _errors.write("It is not running. Start it: pglimits embedded start")
         raise typer.Exit(_errors.ERROR)
 
 

@@ -37,14 +37,14 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
     Example: pglimits holders database
     """
     conninfo = _client.target(dsn).conninfo
-    with _client.limiter(conninfo, _rights.READER) as limiter:
+    with _client.limiter(conninfo, _rights.READER, name) as limiter:
         found = limiter.holders(name)
         _must_exist(limiter, name, bool(found))
     if output is Format.json:
         _output.show(output, found)
         return
     if not found:
-        typer.echo("Nobody holds a slot." if name is None else f"Nobody holds a slot of limit {name!r}.")
+        _errors.write("Nobody holds a slot." if name is None else f"Nobody holds a slot of limit {name!r}.")
         return
     now = _client.clock(conninfo)
     keyed = any(holder.key for holder in found)
@@ -77,14 +77,14 @@ def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
     Example: pglimits waiters database
     """
     conninfo = _client.target(dsn).conninfo
-    with _client.limiter(conninfo, _rights.READER) as limiter:
+    with _client.limiter(conninfo, _rights.READER, name) as limiter:
         found = limiter.waiters(name)
         _must_exist(limiter, name, bool(found))
     if output is Format.json:
         _output.show(output, found)
         return
     if not found:
-        typer.echo("Nobody waits." if name is None else f"Nobody waits for limit {name!r}.")
+        _errors.write("Nobody waits." if name is None else f"Nobody waits for limit {name!r}.")
         return
     now = _client.clock(conninfo)
     keyed = any(waiter.key for waiter in found)
@@ -203,7 +203,7 @@ def acquire(
             await limiter.release(lease)
             raise
 
-    with_limiter(_client.target(dsn).conninfo, take)
+    with_limiter(_client.target(dsn).conninfo, names, take)
 
 
 @command(app, _SCRIPTS)
@@ -235,7 +235,7 @@ def renew(
     if not renewed:
         raise _errors.fail(f"lease {lease_id} has ended: somebody else may have its slots")
     if output is Format.table:
-        typer.echo(f"Renewed {lease_id}.")
+        _errors.write(f"Renewed {lease_id}.")
 
 
 @command(app, _SCRIPTS)
@@ -259,6 +259,6 @@ def rate(
     async def wait(limiter: AsyncLimiter, signals: Signals) -> None:
         await signals.interrupt(limiter.rate_limit(_client.names(names), slots, timeout, strict, key))
 
-    with_limiter(_client.target(dsn).conninfo, wait)
+    with_limiter(_client.target(dsn).conninfo, names, wait)
     if output is Format.json:
         _output.show(output, {"names": names, "slots": slots, "key": key, "granted": True})

@@ -9,7 +9,7 @@ import typer
 
 from . import _client, _errors, _output, _rights
 from ._commands import command
-from ._options import Dsn, Format, Name, Output, Yes
+from ._options import Dsn, Format, Name, NewName, Output, Yes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +53,7 @@ def ls(dsn: Dsn = None, output: Output = Format.table) -> None:
         _output.show(output, limits)
         return
     if not limits:
-        typer.echo("There are no limits. Make one: pglimits create NAME --limit 10")
+        _errors.write("There are no limits. Make one: pglimits create NAME --limit 10")
         return
     described = _output.is_wide() and any(limit.description for limit in limits)
     table = _output.table(
@@ -98,7 +98,7 @@ def inspect(
     """
     if file and output is not Format.json:
         raise _errors.usage("--file needs --output json")
-    with _client.limiter(dsn, _rights.READER) as limiter:
+    with _client.limiter(dsn, _rights.READER, name) as limiter:
         limit = limiter.get(name)
         keys = limiter.keys(name)
     if output is Format.table:
@@ -107,7 +107,7 @@ def inspect(
     facts = {**_output.plain(limit), "keys": [_output.plain(key) for key in keys]}
     if file:
         file.write_text(_output.as_json(facts) + "\n", encoding="utf-8")
-        typer.echo(f"Wrote limit {name!r} to {file}.", err=True)
+        _errors.write(f"Wrote limit {name!r} to {file}.", err=True)
     else:
         _output.show(output, facts)
 
@@ -156,7 +156,7 @@ def _facts(limit: Limit) -> list[tuple[str, str]]:
 
 @command(app, _PANEL)
 def create(
-    name: Name,
+    name: NewName,
     limit: Annotated[
         int, typer.Option("--limit", "-l", metavar="N", show_default=False, help="How many slots. 0 admits nobody.")
     ],
@@ -222,7 +222,7 @@ def update(
     changes = (limit, slot_decay_per_second, active, new_name, max_waiters, description)
     if all(change is None for change in changes):
         raise _errors.usage("nothing to update: give an option that changes something (see: pglimits update --help)")
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, name=name) as limiter:
         changed = limiter.update(
             name,
             limit=limit,
@@ -244,7 +244,7 @@ def delete(name: Name, yes: Yes = False, dsn: Dsn = None, output: Output = Forma
 
     Example: pglimits delete database --yes
     """
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, name=name) as limiter:
         limit = limiter.get(name)
         _output.confirm(f"Delete limit {name!r} ({_in_use(limit)})?", yes=yes)
         limiter.delete(name)
@@ -271,7 +271,7 @@ def disable(name: Name, dsn: Dsn = None, output: Output = Format.table) -> None:
 
 def _switch(name: str, active: bool, dsn: str | None, output: Format) -> None:
     word = "enabled" if active else "disabled"
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, name=name) as limiter:
         if limiter.get(name).active is active:
             raise _errors.fail(f"limit {name!r} is already {word}")
         changed = limiter.update(name, active=active)
@@ -294,9 +294,9 @@ def reset(
     The holders are not stopped: they find out when they next renew. So more than the limit may be at work for a
     while.
 
-    Example: pglimits reset database
+    Example: pglimits reset database --yes
     """
-    with _client.limiter(dsn) as limiter:
+    with _client.limiter(dsn, name=name) as limiter:
         limit = limiter.get(name)
         of_key = "" if key is None else f", key {key!r}"
         _output.confirm(f"End every lease of limit {name!r}{of_key} ({_in_use(limit)})?", yes=yes)

@@ -6,10 +6,9 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 
-from . import _client, _errors
-from ._commands import command
+from . import _client, _errors, _program
+from ._commands import Command, command
 from ._options import Dsn, Key, Names, Priority, Slots, Timeout
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class _WithCommand(typer.core.TyperCommand):
+class _WithCommand(Command):
     """Everything after ``--`` is a command, options and all."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -80,7 +79,7 @@ def run(
     command: list[str] | None = context.meta.get(__name__)
     if not command:
         raise _errors.usage("no command: put it after --, as in: pglimits run database -- ./job.sh")
-    _must_exist(command[0])
+    path = _program.find(command[0])
 
     from ._signals import with_limiter
 
@@ -95,28 +94,19 @@ def run(
         "priority": priority,
     }
     conninfo = _client.target(dsn).conninfo
-    raise typer.Exit(with_limiter(conninfo, lambda limiter, signals: _run(limiter, signals, acquire, command)))
+    raise typer.Exit(
+        with_limiter(conninfo, names, lambda limiter, signals: _run(limiter, signals, acquire, path, command))
+    )
 
 
-def _must_exist(program: str) -> None:
-    """Fail before the wait for a slot, not after it."""
-    import shutil
-    from pathlib import Path
-
-    if shutil.which(program) is None:
-        if "/" in program and Path(program).exists():
-            raise _errors.fail(f"{program}: cannot be executed", _errors.NOT_EXECUTABLE)
-        raise _errors.fail(f"{program}: command not found", _errors.NOT_FOUND)
-
-
-async def _run(limiter: AsyncLimiter, signals: Signals, acquire: dict[str, Any], command: list[str]) -> int:
+async def _run(limiter: AsyncLimiter, signals: Signals, acquire: dict[str, Any], path: str, command: list[str]) -> int:
     from ._child import Child
 
     lease = await signals.interrupt(limiter.acquire(**acquire))
     try:
         if signals.first is not None:  # in the moment of the grant
             return _errors.SIGNAL + signals.first
-        child = await Child.start(command, lease, signals)
+        child = await Child.start(path, command, lease, signals)
         return await _watch(child, lease, strict=acquire["strict"])
     finally:
         await _give_back(limiter, lease, signals)

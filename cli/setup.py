@@ -127,11 +127,11 @@ def sql(
     if remove and (plain or without_roles):
         raise _errors.usage("--uninstall goes with neither --plain nor --without-roles")
     if remove:
-        typer.echo(resources.files("pglimits_sql").joinpath("uninstall.sql").read_text(encoding="utf-8"), nl=False)
+        _errors.write(resources.files("pglimits_sql").joinpath("uninstall.sql").read_text(encoding="utf-8"), end="")
     elif plain:
-        typer.echo(installer.plain(without_roles=without_roles), nl=False)
+        _errors.write(installer.plain(without_roles=without_roles), end="")
     else:
-        typer.echo(installer.script(without_roles=without_roles))
+        _errors.write(installer.script(without_roles=without_roles))
 
 
 @command(app, _PANEL)

@@ -82,4 +82,4 @@ def _sweep(limiter: Limiter, output: Format, *, stamped: bool = False) -> None:
         at = datetime.now(UTC).astimezone()
         result = {"at": at, **result}
         line = f"{at:%Y-%m-%d %H:%M:%S}  {line}"
-    typer.echo(_output.as_json(result, indent=None if stamped else 2) if output is Format.json else line)
+    _errors.write(_output.as_json(result, indent=None if stamped else 2) if output is Format.json else line)

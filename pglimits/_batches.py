@@ -246,6 +246,7 @@ class Batch:
         again = False
         for request in requests:
             request.asked_at = now
+            request.began_at = request.began_at or now
             request.maybe_there = True
             again = again or request.sent
         holders = ",".join([request.holder for request in requests])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -35,6 +36,8 @@ Course: TypeAlias = Generator[tuple[Waker, float | None], None, T]
 
 _LEAVES_WITHIN = 0.25
 """Seconds that a request whose time is over waits to be out of the line. If that takes longer, nobody waits for it."""
+_CONNECTS_WITHIN = 10.0
+"""Seconds that a request which may not wait in line waits for a connection."""
 _DEEPEST = 100
 """A holder nested deeper stays text, as whoever walks it would run out of stack."""
 
@@ -106,25 +109,20 @@ class Base:
             renew,
             None if task is None else weakref.ref(task),
         )
-        leaves = False
-        until = None if timeout is None else now + (timeout or PATIENCE)
+        leaves_by = 0.0
         # The last resort: an interrupt can strike in the handler of another.
         anchor = _Anchor()
         request.orphan = orphan(anchor, courier.inbox.append, request)
         try:
             courier.put(courier.ask, request)
             while not request.answered:
-                left = None if until is None else until - time.monotonic()
-                if left is None or left > 0:
-                    yield waker, left
-                elif not timeout and not leaves and time.monotonic() < max(request.asked_at, now) + _ASKS_WITHIN:
-                    # It is to be asked once, however long it takes until there is a connection.
-                    until = (request.asked_at or time.monotonic()) + PATIENCE
-                elif leaves:
+                left = (leaves_by or _until(timeout, now, request.began_at)) - time.monotonic()
+                if left > 0:
+                    yield waker, None if left == math.inf else min(left, timeout or PATIENCE)
+                elif leaves_by:
                     raise request.late()
                 else:
-                    leaves = True
-                    until = time.monotonic() + _LEAVES_WITHIN
+                    leaves_by = time.monotonic() + _LEAVES_WITHIN
                     courier.put(courier.leave, request)
             if request.error is not None:
                 raise request.error
@@ -439,6 +437,14 @@ class Calls(Base):
         self._courier.put(self._courier.end, close)
         while not close.answered:
             yield waker, None
+
+
+def _until(timeout: float | None, called_at: float, began_at: float) -> float:
+    """When (monotonic) the time of a request is over. One that may not wait has a moment for the lock once it was sent,
+    and longer until there is a connection."""
+    if timeout is None:
+        return math.inf
+    return called_at + timeout if timeout else (began_at + PATIENCE if began_at else called_at + _CONNECTS_WITHIN)
 
 
 def _lease_id(lease: Lease | UUID | str) -> UUID:

@@ -32,9 +32,11 @@ class Target:
 def resolve(dsn: str | None = None) -> Target:
     """The database to use: ``dsn``, else PGLIMITS_DSN, else DATABASE_URL, else the embedded server, started if need be.
 
+    One that is given but empty is an error: a variable that a script forgot to set must not lead to another database.
+
     Raises:
-        InvalidArgument: the DSN cannot be read.
-        EmbeddedUnavailable: there is no DSN and no PostgreSQL to embed.
+        InvalidArgument: the DSN is empty or cannot be read.
+        EmbeddedUnavailable: there is no DSN, and no PostgreSQL to embed or ``PGLIMITS_EMBEDDED=never``.
     """
     if dsn is not None and not isinstance(dsn, str):
         raise InvalidArgument(f"dsn must be a string, not {type(dsn).__name__}")
@@ -43,8 +45,12 @@ def resolve(dsn: str | None = None) -> Target:
         ("PGLIMITS_DSN", os.environ.get("PGLIMITS_DSN")),
         ("DATABASE_URL", os.environ.get("DATABASE_URL")),
     ):
-        if value:
-            return Target(_normal(value, source), source)
+        if value is None:
+            continue
+        if not value.strip():
+            what = "dsn is" if source == "argument" else f"the environment variable {source} is set but"
+            raise InvalidArgument(f"{what} empty: name a database there, or leave it out")
+        return Target(_normal(value, source), source)
     from . import _embedded, _install
 
     server = _embedded.start()

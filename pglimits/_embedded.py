@@ -69,8 +69,10 @@ def start(
         timeout: seconds each for another process that is starting or stopping it, and for it to be ready.
 
     Raises:
-        EmbeddedUnavailable: there is no PostgreSQL, or it does not start; the message says why.
+        EmbeddedUnavailable: there is no PostgreSQL, or it does not start, or ``PGLIMITS_EMBEDDED`` is ``never``; the
+            message says why.
     """
+    _may_start()
     place = Place(_home())
     with _as_unavailable(place):
         if server := running(place):
@@ -191,6 +193,21 @@ def _of_version(version: int, wanted: Binaries | None, place: Place) -> Binaries
         f"{place.data} was made by PostgreSQL {version}, but there is only {names}: "
         f"install PostgreSQL {version}, or move that folder away to begin anew"
     )
+
+
+def _may_start() -> None:
+    """Whether the environment lets a process use the shared server.
+
+    Raises:
+        EmbeddedUnavailable: ``PGLIMITS_EMBEDDED`` is ``never``, or something that might have been meant to be that.
+    """
+    wish = os.environ.get("PGLIMITS_EMBEDDED", "").strip()
+    if wish.lower() == "never":
+        raise EmbeddedUnavailable(
+            "PGLIMITS_EMBEDDED=never forbids the embedded server: set PGLIMITS_DSN or DATABASE_URL, or pass a DSN"
+        )
+    if wish:
+        raise EmbeddedUnavailable(f"PGLIMITS_EMBEDDED is {wish!r}: set it to 'never', or unset it")
 
 
 def _home() -> Path:

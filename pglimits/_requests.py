@@ -89,7 +89,7 @@ class Request(Errand):
         given_up: its caller waits no longer. leaving: it waits only to hear that it has left.
         waits: it stands in line. looks_at: when it is to look, unless there is news before. frees_at: when time alone
             may let it in. called_in: when it was last known to be alive.
-        asked_at: when it was sent: an answer is of no earlier moment.
+        began_at, asked_at: when it was sent first, and last: an answer is of no earlier moment.
         sent: before. unheard: nobody knows what became of that. maybe_there: the database may have something of it.
         alone: it goes by itself, as it has met an error that may be another's. locked: it has met a lock.
     """
@@ -111,6 +111,7 @@ class Request(Errand):
     looks_at: float = field(default=math.inf, init=False)
     frees_at: float = field(default=math.inf, init=False)
     called_in: float = field(default=0.0, init=False)
+    began_at: float = field(default=0.0, init=False)
     asked_at: float = field(default=0.0, init=False)
     sent: bool = field(default=False, init=False)
     unheard: bool = field(default=False, init=False)

@@ -211,7 +211,7 @@ def test_rate_takes_a_turn_or_says_that_it_comes_too_late(pglimits: Cli) -> None
     assert (result.code, result.out, result.err) == (0, "", "")
     late = pglimits("rate", "api", "--timeout", "1")
     assert late.code == 75 and late.err.startswith("Error: ")
-    pglimits("reset", "api")
+    assert pglimits("reset", "api", "--yes").code == 0
     assert pglimits("rate", "api", "-o", "json").json == {"names": ["api"], "slots": 1, "key": "", "granted": True}
 
 

@@ -176,13 +176,19 @@ def test_update_says_when_there_is_nothing_to_do_or_too_much(pglimits: Cli) -> N
         assert result.code == 2 and said in result.err
 
 
-def test_delete_does_not_ask_without_a_terminal(pglimits: Cli) -> None:
-    for arguments in ((), ("--yes",), ("-y",)):
-        pglimits("create", "database", "-l", "5")
-        result = pglimits("delete", "database", *arguments, stdin="n\n")
-        assert (result.code, result.out) == (0, "Deleted limit 'database'.\n")
+def test_delete_without_a_terminal_needs_yes(pglimits: Cli) -> None:
     pglimits("create", "database", "-l", "5")
-    assert pglimits("delete", "database", "-o", "json").json == {"name": "database", "deleted": True}
+    for stdin in (None, "y\n"):
+        result = pglimits("delete", "database", stdin=stdin)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == (
+            "Error: Delete limit 'database' (0 slots held, 0 waiting)?"
+            " There is no terminal to ask on: give --yes to do it\n"
+        )
+    for yes in ("--yes", "-y"):
+        assert pglimits("delete", "database", yes).out == "Deleted limit 'database'.\n"
+        pglimits("create", "database", "-l", "5")
+    assert pglimits("delete", "database", "-y", "-o", "json").json == {"name": "database", "deleted": True}
 
 
 def test_enable_and_disable_switch(pglimits: Cli) -> None:
@@ -199,7 +205,9 @@ def test_reset_ends_the_leases_of_a_limit_or_of_one_key(pglimits: Cli, conn: Con
     pglimits("create", "database", "-l", "5")
     for key in ("a", "a", "b"):
         conn.execute("select pglimits.acquire('database', key => %s::text)", [key])
-    assert pglimits("reset", "database", "--key", "a", "-o", "json").json == {
+    assert pglimits("reset", "database", "--key", "a", "-y", "-o", "json").json == {
         "name": "database", "key": "a", "ended": 2,
     }  # fmt: skip
-    assert pglimits("reset", "database").out == "Reset limit 'database': 1 lease ended.\n"
+    refused = pglimits("reset", "database")
+    assert (refused.code, refused.out) == (2, "") and "--yes" in refused.err
+    assert pglimits("reset", "database", "--yes").out == "Reset limit 'database': 1 lease ended.\n"

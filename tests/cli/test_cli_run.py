@@ -81,7 +81,7 @@ def test_a_command_whose_path_is_no_unicode_runs_and_is_shown_as_well_as_can_be(
     assert result.json[0]["holder"]["program"] == str(tmp_path / "job-\ufffd")
     file.chmod(0o644)
     result = process("run", "database", "--", str(file))
-    assert result.code == 126 and result.err.endswith(": cannot be executed\n")
+    assert result.code == 126 and result.err.endswith(": cannot be executed: permission denied\n")
 
 
 def test_the_command_inherits_other_files(start: Start, tmp_path: Path) -> None:
@@ -115,18 +115,41 @@ def test_what_is_not_there_or_no_program_is_found_out_before_the_wait(
     nothing = process("run", "database", "--", "no-such-command")
     assert (nothing.code, nothing.err) == (127, "Error: no-such-command: command not found\n")
     assert process("run", "database", "--", str(tmp_path / "nix")).code == 127
-    file = tmp_path / "file"
+    file = tmp_path / "no-program"
     file.write_text("text")
     assert process("run", "database", "--", str(file)).code == 126
     assert process("run", "database", "--", str(tmp_path)).code == 126
-
-
-def test_what_the_kernel_does_not_take_is_126(process: Callable[..., Any], conn: Connection, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"\x00no program")
+    assert process("run", "database", "--", "no-program", PATH=f"{tmp_path}:{os.environ['PATH']}").code == 126
+    file.write_text("#!/no/such/interpreter -x\n")
     file.chmod(0o755)
     result = process("run", "database", "--", str(file))
-    assert result.code == 126 and result.err == f"Error: {file}: Exec format error\n"
+    assert (result.code, result.err) == (127, f"Error: {file}: its interpreter /no/such/interpreter is not there\n")
+
+
+def test_a_script_without_an_interpreter_line_is_run_by_sh(
+    process: Callable[..., Any], conn: Connection, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "job"
+    script.write_text('echo "$0" worked "$1" "$#"\nexit 7\n')
+    script.chmod(0o755)
+    for name in (str(script), "job"):
+        result = process("run", "database", "--", name, "a b", "-c", PATH=f"{script.parent}:{os.environ['PATH']}")
+        assert (result.code, result.out, result.err) == (7, f"{script} worked a b 2\n", "")
+    script.write_text("")
+    assert process("run", "database", "--", str(script)).code == 0
+    assert count(conn, "holders") == 0
+
+
+def test_a_file_that_is_no_program_at_all_ends_as_under_sh(
+    process: Callable[..., Any], conn: Connection, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"\x7fELF no program (")
+    file.chmod(0o755)
+    as_sh = subprocess.run(["/bin/sh", file], capture_output=True, check=False)
+    assert as_sh.returncode != 0
+    assert process("run", "database", "--", str(file)).code == as_sh.returncode
     assert count(conn, "holders") == 0
 
 

@@ -293,8 +293,11 @@ def test_uninstall_removes_all_of_it(pglimits: Cli, dsn: str) -> None:
     assert (again.code, again.out) == (1, "") and "not installed" in again.err
 
 
-def test_uninstall_does_not_ask_without_a_terminal(pglimits: Cli, dsn: str) -> None:
-    assert pglimits("uninstall", "-o", "json", stdin="n\n").json == {"uninstalled": True}
+def test_uninstall_without_a_terminal_needs_yes(pglimits: Cli, dsn: str) -> None:
+    refused = pglimits("uninstall", "-o", "json", stdin="y\n")
+    assert (refused.code, refused.out) == (2, "") and "--yes" in refused.err
+    assert installed(dsn)
+    assert pglimits("uninstall", "-o", "json", "--yes").json == {"uninstalled": True}
     assert not installed(dsn)
 
 
@@ -358,9 +361,10 @@ def test_sweep_goes_on_after_the_database_was_away(
 def test_embedded_starts_once_and_stops(process: Cli, environment: dict[str, str]) -> None:
     import tempfile
 
+    del environment["PGLIMITS_DSN"]
     with tempfile.TemporaryDirectory(prefix="pgl-", dir="/tmp") as folder:
         Path(folder).chmod(0o711)
-        home = {"PGLIMITS_HOME": f"{folder}/home", "PGLIMITS_DSN": ""}
+        home = {"PGLIMITS_HOME": f"{folder}/home"}
         try:
             status = process("embedded", "status", **home)
             assert (status.code, status.out) == (1, "It is not running. Start it: pglimits embedded start\n")

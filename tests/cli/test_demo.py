@@ -93,6 +93,24 @@ def test_the_summary_is_counted_and_can_be_had_as_json(folder: Path) -> None:
     assert_nothing_left(folder)
 
 
+def test_it_says_what_it_does_before_there_is_a_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pglimits: Callable[..., Any]
+) -> None:
+    from pglimits import EmbeddedUnavailable, _embedded
+
+    said: list[str] = []
+
+    def throwaway(**_: object) -> Any:
+        said.append(sys.stdout.buffer.getvalue().decode())  # type: ignore[attr-defined]
+        raise EmbeddedUnavailable("there is none")
+
+    monkeypatch.setattr(_embedded, "throwaway", throwaway)
+    result = pglimits("demo")
+    assert (result.code, result.err) == (1, "Error: there is none\n")
+    assert said[0].startswith("6 processes contend") and "Starting 6 processes and a PostgreSQL" in said[0]
+    assert (pglimits("demo", "-o", "json").out, said[1]) == ("", "")
+
+
 def test_without_a_terminal_it_is_a_plain_log(folder: Path) -> None:
     code, out, err = run(folder, *SHORT)
     assert (code, err) == (0, ""), out
@@ -101,6 +119,7 @@ def test_without_a_terminal_it_is_a_plain_log(folder: Path) -> None:
     said = " ".join(out.split())
     assert said.startswith("6 processes contend for 2 slots of 'database'")
     for what in (
+        r"Starting 6 processes and a PostgreSQL… PostgreSQL \d+ is up\. Installing pglimits in it… 0\.00 s All 6 start",
         r"was killed \(SIGKILL\) while it held a slot; nobody tells the database",
         r"The lease of the killed worker \d has ended: its slot went to worker \d",
         r"'database' grows from 2 to 3 slots",
@@ -234,6 +253,15 @@ def test_a_good_day_is_as_promised() -> None:
     assert (summary.killed.worker, summary.killed.to_worker) == (2, 3)
     assert summary.killed.slot_back_seconds == pytest.approx(0.51)
     assert summary.calls_per_second == pytest.approx(10.0)
+
+
+def test_wake_ups_are_told_with_the_load_of_a_busy_machine() -> None:
+    log, seen = log_of_a_good_day()
+    for load, busy in ((9.0, True), (1.5, False)):
+        setting = replace(SETTING, load=load, processors=2)
+        summary = count([*log, *CALLS], seen, setting, held_at_end=0, waiting_at_end=0)
+        (told,) = [check.counted for check in summary.checks if check.promise == "woken at once"]
+        assert ("load 9.0 on 2 processors" in told) is busy
 
 
 def test_a_slot_too_many_is_seen() -> None:

@@ -126,6 +126,12 @@ class Outbox:
         ]  # fmt: skip
         return min(moments, default=math.inf)
 
+    def is_locked(self, places: tuple[Place, ...]) -> bool:
+        """Whether what is on these places has met a lock, and has not gone through since."""
+        under_way = [lane for batch in self._under_way for lane in batch.lanes]
+        lanes = [*self._requests.values(), *self._releases.values(), *under_way]
+        return any(lane.tries and lane.places == places for lane in lanes)
+
     def can_send(self, now: float) -> bool:
         """Whether there is anything that may go."""
         if not self._requests and not self._releases:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import math
 import time
 import weakref
@@ -29,6 +30,8 @@ from ._sql import Statement
 from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
+
+log = logging.getLogger("pglimits")
 
 T = TypeVar("T")
 
@@ -119,6 +122,8 @@ class Base:
                 left = (leaves_by or _until(timeout, now, request.began_at)) - time.monotonic()
                 if left > 0:
                     yield waker, None if left == math.inf else min(left, timeout or PATIENCE)
+                elif leaves_by and (request.under_way or not request.began_at):
+                    return self._unheard(request)
                 elif leaves_by:
                     raise request.late()
                 else:
@@ -138,6 +143,18 @@ class Base:
             raise
         finally:
             request.orphan = None
+
+    def _unheard(self, request: Request) -> Lease:
+        """The time of a request is over, and the database has not said a word."""
+        if request.on_unavailable == "wait":
+            raise request.late()
+        problem = f"the database has not answered in time: {request.kind.named}"
+        if request.on_unavailable == "raise":
+            raise LimiterUnavailable(problem)
+        log.warning("%s not enforced: %s", request.kind.named, problem)
+        self._courier.put(self._courier.give_up, request)
+        places = request.kind.places
+        return Lease(request.lease_id, places, (None,) * len(places), False, self._courier.pid)
 
     def _releasing(self, lease: Lease) -> Course[bool | None]:
         """Whether it was still live; None if the database could not be asked."""

@@ -200,6 +200,7 @@ class Courier:
         now = time.monotonic()
         self._do_what_is_due(now)
         self._send_all(now)
+        # Only now: what goes out next is on its way before whoever is woken keeps the interpreter busy.
         if self._to_wake:
             to_wake, self._to_wake = self._to_wake, []
             wake_all(to_wake)
@@ -594,12 +595,14 @@ class Courier:
         if request.under_way:
             return
         self.waiting.remove(request)
-        if request.locked:
+        if request.locked or self.outbox.is_locked(request.kind.places):
             self._give_back(request)
             kind = request.kind
             self.ask_query(
                 Query(None, None, _sql.LOCKED_BY, (kind.head[0], kind.head[2]), partial(self._is_locked, request))
             )
+        elif not request.began_at and not self._connections:
+            return  # nobody has been reached
         elif request.maybe_there:
             request.maybe_there = False
             again_after = 1.0 if request.unheard else 0.0

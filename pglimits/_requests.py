@@ -172,30 +172,8 @@ class Query(Errand):
     tries: int = field(default=0, init=False)
 
 
-def checked(
-    names: _arguments.Names,
-    occupy: int,
-    timeout_seconds: float | None,
-    max_retries: int | None,
-    lease_duration: float,
-    strict: bool,
-    raise_on_lease_renewal_failure: bool | None,
-    key: str,
-    priority: int,
-    for_rate: bool = False,
-) -> Kind:
-    """Check the arguments of a request."""
-    rest = (
-        occupy,
-        timeout_seconds,
-        max_retries,
-        lease_duration,
-        strict,
-        raise_on_lease_renewal_failure,
-        key,
-        priority,
-        for_rate,
-    )
+def checked(names: _arguments.Names, *rest: Any) -> Kind:
+    """Check the arguments of a request, which are those of ``_kind``."""
     try:
         return _kind_again(names, *rest) if isinstance(names, str) else _kind(names, *rest)
     except TypeError:  # something that cannot be hashed, and so is of a wrong type
@@ -212,7 +190,7 @@ def _kind(
     raise_on_lease_renewal_failure: bool | None,
     key: str,
     priority: int,
-    for_rate: bool,
+    for_rate: bool = False,
 ) -> Kind:
     _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
     parts = _arguments.parts(names, occupy, key)

@@ -39,7 +39,7 @@ Course: TypeAlias = Generator[tuple[Waker, float | None], None, T]
 
 _LEAVES_WITHIN = 0.25
 """Seconds that a request whose time is over waits to be out of the line. If that takes longer, nobody waits for it."""
-_CONNECTS_WITHIN = 10.0
+_CONNECTS_WITHIN = 2.0
 """Seconds that a request which may not wait in line waits for a connection."""
 _DEEPEST = 100
 """A holder nested deeper stays text, as whoever walks it would run out of stack."""
@@ -146,12 +146,9 @@ class Base:
 
     def _unheard(self, request: Request) -> Lease:
         """The time of a request is over, and the database has not said a word."""
-        if request.on_unavailable == "wait":
+        if request.on_unavailable != "allow":
             raise request.late()
-        problem = f"the database has not answered in time: {request.kind.named}"
-        if request.on_unavailable == "raise":
-            raise LimiterUnavailable(problem)
-        log.warning("%s not enforced: %s", request.kind.named, problem)
+        log.warning("%s not enforced: the database has not answered in time", request.kind.named)
         self._courier.put(self._courier.give_up, request)
         places = request.kind.places
         return Lease(request.lease_id, places, (None,) * len(places), False, self._courier.pid)

@@ -53,6 +53,20 @@ def test_a_timeout_holds_though_no_connection_answers(limiter: Limiter, proxy: P
             future.result(20)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_may_be_let_in_without_a_slot_is_when_no_connection_answers_in_time(
+    limiter: Limiter, conn: Connection, proxy: Proxy, kind: str, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    with open_api(kind, dsn=proxy.dsn, on_unavailable="allow") as api:
+        api.release(api.acquire("database"))
+        proxy.black_hole()
+        for timeout in (0, 1):
+            assert not api.acquire("database", timeout_seconds=timeout).enforced
+        proxy.heal()
+    wait_until(lambda: nothing_left(conn))
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("directions", [BOTH, ("up",), ("down",)], ids=["both", "up", "down"])
 def test_a_connection_that_has_died_unseen_is_replaced_without_an_error(

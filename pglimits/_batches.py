@@ -132,6 +132,15 @@ class Outbox:
         lanes = [*self._requests.values(), *self._releases.values(), *under_way]
         return any(lane.tries and lane.places == places for lane in lanes)
 
+    def is_silent(self, places: tuple[Place, ...]) -> bool:
+        """Whether a statement on one of these places has had no answer for longer than contention takes."""
+        now = time.monotonic()
+        return any(
+            now - batch.sent_at > PATIENCE
+            and not {place for lane in batch.lanes for place in lane.places}.isdisjoint(places)
+            for batch in self._under_way
+        )
+
     def can_send(self, now: float) -> bool:
         """Whether there is anything that may go."""
         if not self._requests and not self._releases:
@@ -166,7 +175,7 @@ class Outbox:
             return None
         batch.apart = batch.lanes[0].apart
         self._under_way.add(batch)
-        self.sent_at = now
+        self.sent_at = batch.sent_at = now
         for lane in batch.lanes:
             self._places.update(lane.places)
         return batch
@@ -237,6 +246,7 @@ class Batch:
         self.requests: list[Request] = []
         self.releases: list[Release] = []
         self.apart = False
+        self.sent_at = 0.0
 
     def statements(self, connection: Connection) -> list[tuple[Statement, Params]]:
         now = time.monotonic()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import logging
 import math
 import time
 import weakref
@@ -30,8 +29,6 @@ from ._sql import Statement
 from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
-
-log = logging.getLogger("pglimits")
 
 T = TypeVar("T")
 
@@ -122,8 +119,6 @@ class Base:
                 left = (leaves_by or _until(timeout, now, request.began_at)) - time.monotonic()
                 if left > 0:
                     yield waker, None if left == math.inf else min(left, timeout or PATIENCE)
-                elif leaves_by and (request.under_way or not request.began_at):
-                    return self._unheard(request)
                 elif leaves_by:
                     raise request.late()
                 else:
@@ -143,15 +138,6 @@ class Base:
             raise
         finally:
             request.orphan = None
-
-    def _unheard(self, request: Request) -> Lease:
-        """The time of a request is over, and the database has not said a word."""
-        if request.on_unavailable != "allow":
-            raise request.late()
-        log.warning("%s not enforced: the database has not answered in time", request.kind.named)
-        self._courier.put(self._courier.give_up, request)
-        places = request.kind.places
-        return Lease(request.lease_id, places, (None,) * len(places), False, self._courier.pid)
 
     def _releasing(self, lease: Lease) -> Course[bool | None]:
         """Whether it was still live; None if the database could not be asked."""

@@ -590,6 +590,9 @@ class Courier:
         """The time of a request is over. Once it has left its line, its caller is told."""
         if request.answered or request.given_up:
             return
+        if request.on_unavailable == "allow" and (not self._connections or self.outbox.is_silent(request.kind.places)):
+            self.unavailable(request, LimiterUnavailable("the database has not answered in time"))
+            return
         # From now on it is sent no more. What is under way decides.
         request.leaving = True
         if request.under_way:
@@ -601,8 +604,6 @@ class Courier:
             self.ask_query(
                 Query(None, None, _sql.LOCKED_BY, (kind.head[0], kind.head[2]), partial(self._is_locked, request))
             )
-        elif not request.began_at and not self._connections:
-            return  # nobody has been reached
         elif request.maybe_there:
             request.maybe_there = False
             again_after = 1.0 if request.unheard else 0.0

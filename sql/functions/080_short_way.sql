@@ -1,4 +1,4 @@
--- The short way: what most calls ask for, one at a time, in a few statements. A look without a lock, and if it shows room and nobody in
+-- The short way: what most calls and batches ask for, in a few statements. A look without a lock, and if it shows room and nobody in
 -- line, one UPDATE that changes the state if all of that still holds. Where somebody else is at work, acquire and release wait for them
 -- in this UPDATE, so that nothing but what has to be written comes between the lock and the commit. PostgreSQL looks at the conditions of
 -- an UPDATE again, in the newest version of the row, when it had to wait. Everything that is not so simple is left to those who decide.
@@ -77,9 +77,55 @@ comment on function pglimits._take_at_once(
   text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, boolean) is
   'Grants a request if nothing is in the way, or refuses it if there is no room; status null: it is not so simple.';
 
--- A call of rate_limit over one limit, which leaves nothing but the level. lease_id: if it may be known. Answers seconds: 0, it is granted;
--- more, it is refused, and could go then; null, it is not so simple.
-create or replace function pglimits._use_at_once(name text, slots integer, key text, may_wait boolean, lease_id uuid)
+-- Requests over one concurrency limit that are all alike, each for so many slots, if there is room for all. chosen: their ids may be
+-- known. Answers the fence of the first, of which each of the others has the next, and the moment of the grant; null if it is not so
+-- simple.
+create or replace function pglimits._take_many_at_once(
+  name text, slots integer, key text, lease_duration double precision, priority integer, holders jsonb, lease_ids uuid[],
+  chosen boolean, out fence bigint, out now timestamptz)
+language plpgsql
+volatile
+as $$
+declare
+  many constant integer := cardinality(lease_ids);
+  seen record;
+begin
+  select s.limit_id, s.generation, s.version, s."limit" - s.held as room, s.next_expiry > pglimits._now() as is_current, s.waiting
+  into seen from pglimits.states s
+  where s.name = _take_many_at_once.name and s.key = _take_many_at_once.key and s.active and s.slot_decay_per_second = 0
+  order by s.generation desc limit 1;
+  if (slots > 0 and slots::bigint * many <= seen.room and seen.waiting = 0 and seen.is_current) is not true then
+    return;
+  elsif chosen then
+    if pglimits._is_known(lease_ids) then
+      return;
+    end if;
+  end if;
+  update pglimits.states s
+  set version = s.version + many, generation = (s.version + many) / 16, held = s.held + slots * many,
+      next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now()
+  where s.limit_id = seen.limit_id and s.key = _take_many_at_once.key and s.generation >= seen.generation
+    and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots * many <= s."limit"
+    and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
+  returning s.version - many + 1, pglimits._now() into fence, now;
+  if found then
+    insert into pglimits.leases (
+      lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
+    select u.lease_id, seen.limit_id, _take_many_at_once.key, _take_many_at_once.slots, nullif(holders -> (u.nth - 1)::integer, 'null'),
+           _take_many_at_once.fence + u.nth - 1, _take_many_at_once.priority, _take_many_at_once.lease_duration, true, 1,
+           _take_many_at_once.now, _take_many_at_once.now + _take_many_at_once.lease_duration * interval '1 second'
+    from unnest(lease_ids) with ordinality as u(lease_id, nth);
+  end if;
+end $$;
+
+comment on function pglimits._take_many_at_once(
+  text, integer, text, double precision, integer, jsonb, uuid[], boolean) is
+  'Grants requests that are alike if nothing is in the way of any of them; null: it is not so simple.';
+
+-- Calls of rate_limit over one limit, many that are alike, which leave nothing but the level. lease_ids: if they may be known. Answers
+-- seconds: 0, they are granted; more, it is refused (one alone), and could go then; null, it is not so simple.
+create or replace function pglimits._use_at_once(
+  name text, slots integer, key text, may_wait boolean, lease_ids uuid[], many integer)
 returns double precision
 language plpgsql
 volatile
@@ -98,17 +144,17 @@ begin
   order by s.generation desc limit 1;
   if (slots > 0 and slots <= seen."limit" and seen.waiting = 0) is not true then
     return null;
-  elsif lease_id is not null then
-    if pglimits._is_known(array[lease_id]) then
+  elsif lease_ids is not null then
+    if pglimits._is_known(lease_ids) then
       return null;
     end if;
   end if;
   now := pglimits._now();
   decayed := pglimits._decayed(seen.decayed, seen.slot_decay_per_second, seen.decayed_at, now);
-  used := greatest(seen.booked, decayed) + pglimits._millionths(slots);
+  used := greatest(seen.booked, decayed) + pglimits._millionths(slots::bigint * many);
   too_much := used - pglimits._millionths(seen."limit") - decayed;
   if too_much > 0 then
-    return case when not may_wait then pglimits._seconds_until(too_much, 0, seen.slot_decay_per_second) end;
+    return case when not may_wait and many = 1 then pglimits._seconds_until(too_much, 0, seen.slot_decay_per_second) end;
   elsif not seen.is_unlocked then
     return null;
   end if;
@@ -120,15 +166,15 @@ begin
   elsif pglimits._now() > now + interval '1 millisecond' then
     -- Somebody had it locked after all, and has changed nothing: it goes now, and not when it was looked at.
     update pglimits.states s
-    set booked = greatest(s.booked, pglimits._millionths(slots) + pglimits._decayed(
+    set booked = greatest(s.booked, pglimits._millionths(slots::bigint * many) + pglimits._decayed(
           s.decayed, s.slot_decay_per_second, s.decayed_at, pglimits._now()))
     where s.limit_id = seen.limit_id and s.key = _use_at_once.key and s.version = seen.version + 1;
   end if;
   return 0;
 end $$;
 
-comment on function pglimits._use_at_once(text, integer, text, boolean, uuid) is
-  'Charges a call of rate_limit if nothing is in the way, or refuses it; null if it is not so simple.';
+comment on function pglimits._use_at_once(text, integer, text, boolean, uuid[], integer) is
+  'Charges calls of rate_limit if nothing is in the way, or refuses one; null if it is not so simple.';
 
 -- Whether something is known of one of these requests: it waits, or holds, or it was told what became of it a moment ago.
 create or replace function pglimits._is_known(lease_ids uuid[])
@@ -182,3 +228,54 @@ end $$;
 
 comment on function pglimits._release_at_once(uuid) is
   'Ends a lease on one limit where nobody waits: whether it was live; null if it is not so simple.';
+
+-- Ends leases that are all on one limit and key, where nobody waits. Answers those that were live; null if it is not so simple.
+create or replace function pglimits._release_many_at_once(lease_ids uuid[])
+returns uuid[]
+language plpgsql
+volatile
+as $$
+declare
+  seen record;
+  place record;
+  ended record;
+begin
+  select count(*) as leases, sum(l.slots) as slots, min(l.limit_id) as limit_id, min(l.key) as key,
+         min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key) and min(l.fence) > 0 and max(l.parts) = 1 as is_one_place,
+         array_agg(l.lease_id) as ids, array_agg(l.fence) as fences
+  into seen from pglimits.leases l where l.lease_id = any (lease_ids);
+  if (seen.leases = cardinality(lease_ids) and seen.is_one_place) is not true then
+    return null;
+  end if;
+  select s.generation, s.waiting into place from pglimits.states s
+  where s.limit_id = seen.limit_id and s.key = seen.key order by s.generation desc limit 1;
+  update pglimits.states s
+  set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now()
+  where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation and s.waiting = 0;
+  if not found then
+    return null;
+  end if;
+  -- In the order in which renew locks them.
+  perform from pglimits.leases l
+  where l.lease_id = any (lease_ids)
+    and l.limit_id is not distinct from seen.limit_id and l.key is not distinct from seen.key
+  order by l.lease_id for update;
+  with gone as (
+    delete from pglimits.leases l using unnest(seen.ids, seen.fences) as u(lease_id, fence)
+    where l.lease_id = u.lease_id and l.fence = u.fence
+      and l.limit_id is not distinct from seen.limit_id and l.key is not distinct from seen.key
+    returning l.lease_id, l.slots, l.expires_at
+  )
+  select coalesce(sum(g.slots), 0) as slots,
+         coalesce(array_agg(g.lease_id) filter (where g.expires_at > pglimits._now()), '{}') as live
+  into ended from gone g;
+  if ended.slots < seen.slots then
+    -- Somebody else ended some of them before their state was locked.
+    update pglimits.states s set held = s.held + (seen.slots - ended.slots)
+    where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation;
+  end if;
+  return ended.live;
+end $$;
+
+comment on function pglimits._release_many_at_once(uuid[]) is
+  'Ends leases on one limit where nobody waits: those that were live; null if it is not so simple.';

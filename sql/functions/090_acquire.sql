@@ -469,7 +469,8 @@ declare
   seconds double precision;
 begin
   if pglimits._is_plain(timeout_seconds, 1, priority, holder, strict, channel) then
-    seconds := pglimits._use_at_once(name, slots, key, timeout_seconds is distinct from 0, lease_id);
+    seconds := pglimits._use_at_once(
+      name, slots, key, timeout_seconds is distinct from 0, case when lease_id is not null then array[lease_id] end, 1);
     if seconds = 0 then
       return row('granted', null, lease_id, null)::pglimits.rate_limited;
     elsif seconds is not null then

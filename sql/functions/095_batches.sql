@@ -50,6 +50,7 @@ as $$
 declare
   many constant integer := cardinality(lease_ids);
   taken pglimits.acquired;
+  granted record;
   outcome pglimits._outcome;
 begin
   if pg_is_in_recovery() then
@@ -67,13 +68,22 @@ begin
            then 'holder must be at most 8000 bytes of JSON'
          when for_rate is null then 'for_rate must not be null' end));
 
-  if many = 1 and cardinality(names) = 1 then
+  if cardinality(names) = 1 then
     first := 1;
-    last := 1;
+    last := many;
     if for_rate then
       seconds[1] := pglimits._use_at_once(
-        names[1], slots[1], keys[1], timeout_seconds is distinct from 0, case when again then lease_ids[1] end);
+        names[1], slots[1], keys[1], timeout_seconds is distinct from 0, case when again then lease_ids end, many);
       status := case when seconds[1] = 0 then 'granted' when seconds[1] is not null then 'refused' end;
+    elsif many > 1 then
+      granted := pglimits._take_many_at_once(
+        names[1], slots[1], keys[1], lease_duration, priority, holders, lease_ids, again);
+      if granted.fence is not null then
+        status := 'granted';
+        fences[1] := granted.fence;
+        expires_at := granted.now + lease_duration * interval '1 second';
+        ends_in := lease_duration;
+      end if;
     else
       taken := pglimits._take_at_once(
         names[1], slots[1], keys[1], timeout_seconds, lease_duration, priority, holders -> 0, lease_ids[1], again, true);
@@ -140,7 +150,10 @@ begin
     return array[]::uuid[];
   end if;
   perform pglimits._check(pglimits._ids_fault(lease_ids));
-  ended := pglimits._release(lease_ids, true);
+  if cardinality(lease_ids) > 1 and not pg_is_in_recovery() then
+    ended := pglimits._release_many_at_once(lease_ids);
+  end if;
+  ended := coalesce(ended, pglimits._release(lease_ids, true));
   return array(select distinct u.id from unnest(lease_ids) as u(id) where u.id <> all (ended));
 end $$;
 

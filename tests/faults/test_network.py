@@ -91,7 +91,7 @@ def test_a_network_that_swallows_what_is_sent_is_found_out_by_tcp(
 ) -> None:
     with Limiter(f"{proxy.dsn} {given}") as limiter:
         limiter.version()
-        (connection,) = limiter._courier._connections.values()
+        (connection,) = limiter._courier.connections._all.values()
         with socket.fromfd(connection.fd, socket.AF_INET, socket.SOCK_STREAM) as mine:
             assert expected == (
                 mine.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),

@@ -322,7 +322,7 @@ def test_where_one_connection_is_all_that_is_to_be_had_everything_goes_over_it(
         wait_until(lambda: value(conn, "select clock_timestamp() > %s + interval '3 s'", [first]))
         assert not lease.lost
         # It hears of grants as well.
-        assert [connection.listens for connection in api.limiter._courier._connections.values()] == [True]
+        assert [connection.listens for connection in api.limiter._courier.connections._all.values()] == [True]
         api.release(lease)
         while waits:
             (done,) = wait_until(lambda: [wait for wait in waits if wait.done()])

@@ -140,6 +140,84 @@ def test_what_is_sent_again_acts_once_also_beside_what_is_new(db: Db, s: Session
     db.consistent()
 
 
+def test_a_batch_that_waited_for_the_limit_goes_by_what_it_finds_then(db: Db, s: Session) -> None:
+    s.create("database", 4)
+    s.serves("database", 1)
+    for room, expected in ((3, ["granted"] * 3), (2, ["granted"] * 2 + ["refused"])):
+        asked = ids(3)
+        with s.transaction():
+            before = [] if room == 3 else s.serves("database", 1)
+            s.run("select from pglimits.states for update")
+            waits, _ = db.start_blocked(lambda other, asked=asked: batch(other, "database", asked, patience=20))
+        assert each(waits.result(20)) == expected
+        assert s.limit("database").held == 4
+        fences = [row.fence for row in s.holders()]
+        assert fences == sorted(set(fences))
+        for lease_id in (*asked, *(answer.lease_id for answer in before)):
+            s.release(lease_id)
+        db.consistent()
+
+
+def test_a_batch_of_calls_of_rate_limit_is_charged_in_one_or_goes_as_far_as_the_level_lets_it(
+    clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("api", 10, 1)
+    (run,) = batch(s, "api", ids(3), slots=[2], for_rate=True)
+    assert (run.status, run.last, run.seconds[0]) == ("granted", 3, 0)
+    assert s.limit("api").level == 6
+    assert each(batch(s, "api", ids(3), slots=[2], for_rate=True)) == ["granted", "granted", "refused"]
+    assert s.limit("api").level == 10
+    assert s.limit("api").held == 0
+
+
+def test_the_same_ids_asked_by_two_batches_at_once_act_once(db: Db, s: Session) -> None:
+    s.create("database", 100)
+    for _ in range(20):
+        asked = ids(4)
+        first, second = db.together([lambda other, asked=asked: batch(other, "database", asked, patience=20)] * 2)
+        assert each(first) == each(second) == ["granted"] * 4
+        assert s.limit("database").held == 4
+        assert s.value("select pglimits._release_batch(%s::uuid[])", asked) == []
+    db.consistent()
+
+
+def test_a_batch_of_releases_ends_what_is_there_when_it_has_the_limit(db: Db, s: Session) -> None:
+    """One of its leases was ended, and its id taken anew, while it waited."""
+    s.create("database", 10)
+    gone, anew, *others = [answer.lease_id for answer in s.serves("database", 5)]
+    release = "select pglimits._release_batch(%s::uuid[], true, 20)"
+    with s.transaction():
+        s.release(gone)
+        s.release(anew)
+        s.acquire("database", slots=3, lease_id=anew)
+        ends, _ = db.start_blocked(lambda other: other.value(release, [gone, anew, *others]))
+    assert set(ends.result(20)) >= {gone}
+    left = {row.lease_id for row in s.holders()}
+    assert left <= {anew}
+    assert s.limit("database").held == (3 if left else 0)
+    db.consistent()
+
+
+def test_batches_that_come_and_go_at_once_never_let_too_many_in_and_lose_nothing(db: Db, s: Session) -> None:
+    s.create("database", 6)
+
+    def caller(session: Session) -> int:
+        granted = 0
+        for number in range(60):
+            asked = ids(1 + number % 4)
+            runs = batch(session, "database", asked, patience=20, again=number % 3 == 0)
+            granted += each(runs).count("granted")
+            held = session.limit("database").held
+            assert held <= 6, held
+            session.value("select pglimits._release_batch(%s::uuid[], true, 20)", asked)
+        return granted
+
+    assert all(db.together([caller] * 6))
+    assert s.limit("database").held == 0
+    db.consistent()
+
+
 def test_the_names_of_missing_limits_are_told(s: Session) -> None:
     s.create("database", 5)
     (run,) = batch(s, "nowhere", ids(3))

@@ -73,7 +73,7 @@ class _Hold:
         self._more = (key, priority)
         self._last: tuple[bool, Kind] | None = None
         # By the thread or task that has entered it.
-        self._holds: dict[Any, list[_Held]] = {}
+        self._holds: dict[Any, list[tuple[Lease, _Canceller]]] = {}
         self._kind(strict)
 
     def _kind(self, strict: bool) -> Kind:
@@ -99,13 +99,13 @@ class Concurrency(_Hold, AbstractContextManager[Lease]):
         limiter = self._limiter()._in_threads()
         kind = self._kind(limiter._is_strict(self._strict))
         lease = limiter._run(limiter._acquiring(kind, self._holder))
-        self._holds.setdefault(threading.get_ident(), []).append(_Held(lease, None))
+        self._holds.setdefault(threading.get_ident(), []).append((lease, _NOBODY))
         return lease
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        lease = _leave(self._holds, threading.get_ident()).lease
+        lease, _ = _leave(self._holds, threading.get_ident())
         ours = lease.is_here()
         lost = lease.lost
         limiter = self._limiter()._in_threads()
@@ -128,18 +128,17 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         limiter = self._limiter()._in_tasks()
         strict = limiter._is_strict(self._strict)
         lease = await limiter._run(limiter._acquiring(self._kind(strict), self._holder))
-        held = _Held(lease, None if lease._task is None else lease._task())
+        canceller = _Canceller(None if lease._task is None else lease._task())
         if strict if self._raise is None else self._raise:
-            lease.on_lost(held.lost_elsewhere)
-        self._holds.setdefault(held.task, []).append(held)
+            lease.on_lost(canceller.lost_elsewhere)
+        self._holds.setdefault(canceller.task, []).append((lease, canceller))
         return lease
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        held = _leave(self._holds, asyncio.current_task())
-        held.over = True
-        lease = held.lease
+        lease, canceller = _leave(self._holds, asyncio.current_task())
+        canceller.over = True
         ours = lease.is_here()
         lost = lease.lost
         limiter = self._limiter()._in_tasks()
@@ -147,20 +146,20 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         raises = limiter._is_strict(self._strict) if self._raise is None else self._raise
         if not raises or not ours or not (lost or live is False):
             return
-        if held.cancelled and held.task is not None and held.task.uncancel() > held.cancelling:
+        if canceller.cancelled and canceller.task is not None and canceller.task.uncancel() > canceller.cancelling:
             return  # as asyncio.timeout does it: our own cancellation ends here, somebody else's goes on
-        if error is not None and not (held.cancelled and isinstance(error, asyncio.CancelledError)):
+        if error is not None and not (canceller.cancelled and isinstance(error, asyncio.CancelledError)):
             return
         raise _lost(lease) from error
 
 
-class _Held:
-    """A lease, and the task that works under it."""
+class _Canceller:
+    """Cancels the task that works under a lease when that is lost. It knows the task and not the lease: else the two
+    would keep each other alive."""
 
-    __slots__ = ("cancelled", "cancelling", "lease", "over", "task")
+    __slots__ = ("cancelled", "cancelling", "over", "task")
 
-    def __init__(self, lease: Lease, task: asyncio.Task[Any] | None) -> None:
-        self.lease = lease
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
         self.task = task
         self.cancelling = task.cancelling() if task is not None else 0
         self.cancelled = False
@@ -176,6 +175,9 @@ class _Held:
         if not self.over and self.task is not None:
             self.cancelled = True
             self.task.cancel()
+
+
+_NOBODY = _Canceller(None)
 
 
 def _lost(lease: Lease) -> LeaseLost:

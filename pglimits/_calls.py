@@ -425,16 +425,18 @@ class Calls(Base):
 
     def close(self) -> Course[None]:
         """Release what is still held, which whoever is at work under it has lost, and close connections of our own."""
-        if self._user.closed:
+        if self._user.gone:
             return
         self._user.closed = True
         last = forget(self._courier, self._user)
         if not self._courier.is_needed():
-            self._courier.shut()
+            if last:
+                self._courier.shut()
             return
         waker, _ = self._caller()
         close = Errand(waker, None if last else self._user)
         self._courier.put(self._courier.end, close)
+        self._user.gone = True
         while not close.answered:
             yield waker, None
 

@@ -10,9 +10,9 @@ import contextlib
 import logging
 import math
 import select
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -23,7 +23,6 @@ from ._database import Connection, NoAnswer, Source, translate
 from ._errands import Question
 from ._requests import Params
 from ._sql import Statement
-from ._wake import Bell
 from .errors import LimiterUnavailable, PglimitsError, ReadOnlyServer, VersionMismatch
 
 if TYPE_CHECKING:
@@ -35,6 +34,8 @@ CONNECTIONS = 3
 """How many connections there are at most, beside those on which questions are under way."""
 _LINGER = 30.0
 """Seconds after which a connection that nobody needs is closed. One is kept."""
+_TAKES_LONG = 3.0
+"""Seconds after which a question says nothing any more about whether its connection is alive."""
 _OPENS_AGAIN_AFTER = 0.05
 _GROWS_AGAIN_AFTER = 5.0
 """Seconds until it is tried again to open a connection: the first; one more."""
@@ -47,12 +48,27 @@ class Connections:
         self._courier = courier
         self._all: dict[int, Connection] = {}
         self._opening = False
+        self._opening_since = 0.0
+        self._has_failed = False
+        # The threads in which connections are opened.
+        self.openers: set[int] = set()
+        self._listens_after = 0.0
         self._opens_after = 0.0
         self._grows_after = 0.0
         self._poll: select.poll
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def are_reachable(self) -> bool:
+        """Whether there is one, or one may come soon."""
+        if self._all:
+            return True
+        return not self._has_failed and not (self._opening and time.monotonic() - self._opening_since > 1.0)
+
+    def jobs(self) -> list[Any]:
+        """What is under way on them."""
+        return [connection.job for connection in self._all.values() if connection.job is not None]
 
     def begin(self, fd: int) -> None:
         """To be called by the courier's thread first: not before, as gevent may have put its own in place of poll."""
@@ -126,26 +142,46 @@ class Connections:
         """A connection that is free; if there is none, another one is opened."""
         found = self.find(now, listening)
         if found is None:
-            self._grow(now)
+            self._grow(now, listens=listening and self._courier.is_to_listen())
         return found
 
+    def _is_full(self) -> bool:
+        return len(self._all) - self.questions_under_way() >= CONNECTIONS
+
     def _grow(self, now: float, listens: bool = False) -> None:
-        there = len(self._all)
-        may = there - self.questions_under_way() < CONNECTIONS and now >= self._grows_after
-        if not self._opening and (may if there else now >= self._opens_after):
-            self._opening = True
-            courier = self._courier
-            _thread.start_new_thread(
-                _open, (self.opened, courier.inbox, courier.bell, courier.source, listens, courier.waiting.channel)
-            )
+        may_grow = now >= self._grows_after and not self._is_full()
+        if self._opening or not (may_grow if self._all else now >= self._opens_after):
+            return
+        self._opening, self._opening_since = True, now
+        try:
+            _thread.start_new_thread(_open, (self._courier, self.openers, self._courier.inbox, listens))
+        except RuntimeError as error:  # the system gives no further thread
+            self.opened((None, error, False))
 
     def listen(self, now: float) -> None:
         """Hear of grants: on a connection of its own, or, where there is none to be had, on any."""
-        if now >= self._grows_after:
+        if now >= self._grows_after and not self._is_full():
             self._grow(now, listens=True)
-        elif (free := self.find(now, listening=True)) is not None and not free.pooled:
-            free.listens = True
-            self.send(free, _Listen(self._courier.waiting.channel), now)
+        elif now >= self._listens_after and (free := self.find(now, listening=True)) is not None:
+            if free.pooled:
+                self._begin_to_poll()
+            else:
+                free.listens = True
+                self.send(free, _Listen(self, free, self._courier.waiting.channel), now)
+
+    def has_not_listened(self, connection: Connection) -> None:
+        """LISTEN was refused."""
+        connection.listens = False
+        self._listens_after = time.monotonic() + _GROWS_AGAIN_AFTER
+
+    def _begin_to_poll(self) -> None:
+        if not self._courier.waiting.polls:
+            self._courier.waiting.polls = True
+            log.warning(
+                "LISTEN does not work on this connection (a pooler in transaction mode?): polling instead. "
+                "Waiting works, but wake-ups take up to 100 ms"
+            )
+        self._courier.waiting.look_again()
 
     def send(self, connection: Connection, job: Any, now: float) -> None:
         try:
@@ -162,7 +198,9 @@ class Connections:
             if event & select.POLLOUT:
                 connection.flush()
                 self._poll.modify(connection.fd, connection.events)
-            result = connection.receive()
+            watched, result = connection.events, connection.receive()
+            if connection.events != watched:  # it has sent what comes next
+                self._poll.modify(connection.fd, connection.events)
             if connection.listens:
                 self._take_notifications(connection)
             if result is not None:
@@ -215,21 +253,20 @@ class Connections:
             connection.used_at = now
             self._all[connection.fd] = connection
             self._poll.register(connection.fd, select.POLLIN)
-            if polls and not self._courier.waiting.polls:
-                self._courier.waiting.polls = True
-                log.warning(
-                    "LISTEN does not work on this connection (a pooler in transaction mode?): polling instead. "
-                    "Waiting works, but wake-ups take up to 100 ms"
-                )
-            if connection.listens or polls:
+            self._has_failed = False
+            if polls:
+                self._begin_to_poll()
+            elif connection.listens:
                 self._courier.waiting.look_again()
             return
         assert error is not None
-        if self._all:
+        # A question that takes long may be on a connection that is dead.
+        if any(not isinstance(each.job, Question) or now - each.used_at < _TAKES_LONG for each in self._all.values()):
             log.debug("no further connection is to be had: %s", error)
             self._grows_after = now + _GROWS_AGAIN_AFTER
             return
-        self._opens_after = now + _OPENS_AGAIN_AFTER
+        self._has_failed = True
+        self._opens_after = self._grows_after = now + _OPENS_AGAIN_AFTER
         self._courier.cannot_send(error, now)
 
 
@@ -244,7 +281,8 @@ class _Listen:
 
     answers_within = ANSWERS_WITHIN
 
-    def __init__(self, channel: str) -> None:
+    def __init__(self, connections: Connections, connection: Connection, channel: str) -> None:
+        self._connections, self._connection = connections, connection
         self._channel = channel
 
     def statements(self, connection: Connection) -> list[tuple[Statement, Params]]:
@@ -255,12 +293,14 @@ class _Listen:
 
     def failed(self, courier: Courier, error: BaseException, problem: PglimitsError) -> None:
         log.debug("LISTEN failed: %s", error)
+        self._connections.has_not_listened(self._connection)
 
 
-def _open(
-    then: Callable[[Any], None], inbox: deque[Any], bell: Bell, source: Source, listens: bool, channel: str
-) -> None:
+def _open(courier: Courier, openers: set[int], inbox: deque[Any], listens: bool) -> None:
     """Open a connection, in a thread of its own: it may take long, and run the app's code."""
+    mine = threading.get_ident()
+    openers.add(mine)
+    source, channel, then = courier.source, courier.waiting.channel, courier.connections.opened
     try:
         connection = source.open()
         polls = False
@@ -276,7 +316,9 @@ def _open(
         inbox.append((then, (connection, None, polls)))
     except BaseException as error:
         inbox.append((then, (None, error, False)))
-    bell.ring()
+    finally:
+        openers.discard(mine)
+        courier.has_opened()
 
 
 def _hears(connection: Connection, source: Source, channel: str) -> bool:
@@ -292,7 +334,10 @@ def _hears(connection: Connection, source: Source, channel: str) -> bool:
     trial = f"{channel}_trial"
     connection.execute(Statement(f"listen {trial}".encode()))
     # From another connection: on one and the same, it may seem to let it through.
-    other = source.open()
+    try:
+        other = source.open()
+    except (psycopg.Error, PglimitsError):
+        return False
     try:
         other.execute(Statement(b"select pg_notify($1, '')"), [trial.encode()])
     finally:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._batches import Outbox
+from ._batches import Batch, Outbox
 from ._connections import Connections
 from ._database import Source, translate
 from ._errands import Errands, Question, closed
@@ -77,6 +77,8 @@ class Courier(Errands):
         self._runs = False
         self._asleep = False
         self._ended = False
+        # It is about to end: nobody is let in any more.
+        self.closes = False
         self._closing: list[_Closing] = []
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._looks_round_at = 0.0
@@ -100,22 +102,36 @@ class Courier(Errands):
         if not self._runs:
             _thread.start_new_thread(self._run, ())
         elif self._asleep:
-            self._asleep = False
+            # Rather once too often: an interrupt that strikes here must not leave it asleep for those who come later.
             self.bell.ring()
 
     def _refuse_all(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
                 item = self.inbox.popleft()
-                if isinstance(item, tuple) and isinstance(item[1], Errand) and not item[1].answered:
-                    item[1].error = closed()
-                    item[1].answered = True
-                    if item[1].waker is not None:
-                        wake_all([item[1].waker])
+                subject = item[1] if isinstance(item, tuple) else None
+                if isinstance(subject, Errand):
+                    self._refuse(subject)
+                elif isinstance(subject, tuple) and subject[0] is not None:
+                    subject[0].close()  # a connection that comes too late
+
+    def _refuse(self, errand: Errand) -> None:
+        if not errand.answered:
+            errand.error = closed()
+            errand.answered = True
+            if errand.waker is not None:
+                wake_all([errand.waker])
+
+    def has_opened(self) -> None:
+        """There is news of a connection in the inbox. Called by the thread that opens it."""
+        self.bell.ring()
+        if self._ended:
+            self._refuse_all()
 
     def is_inside(self) -> bool:
-        """Whether this is the courier's own thread, in which a finalizer may run: it cannot wait for itself."""
-        return threading.get_ident() == self.ident and self._runs
+        """Whether this is a thread of the courier's, in which a finalizer may run: it cannot wait for itself."""
+        mine = threading.get_ident()
+        return (mine == self.ident and self._runs) or mine in self.connections.openers
 
     def is_needed(self) -> bool:
         """Whether there is anything to be ended."""
@@ -203,26 +219,27 @@ class Courier(Errands):
             connections.send(free, job, now)
         while self.outbox.can_send(now):
             free = connections.free(now)
-            batch = None if free is None else self.outbox.next_job(now)
-            if free is None or batch is None:
+            if free is None:
                 break
-            connections.send(free, batch, now)
+            if (batch := self.outbox.next_job(now)) is not None:
+                connections.send(free, batch, now)
         while self.questions and connections.questions_under_way() < QUESTIONS_AT_ONCE:
             free = connections.free(now)
             if free is None:
                 break
             connections.send(free, self.questions.popleft(), now)
-        if self._is_to_listen():
+        if self.is_to_listen():
             connections.listen(now)
         connections.give_back_lent()
 
-    def _is_to_listen(self) -> bool:
+    def is_to_listen(self) -> bool:
+        """Whether somebody waits, and no connection hears of grants though one may."""
         return len(self.waiting) > 0 and not self.waiting.polls and not self.connections.listens()
 
     def _next_moment(self, now: float) -> float:
         """When there is something to do, as far as is known."""
         free = self.connections.find(0.0, listening=True)
-        wants_one = self._is_to_listen() if free is not None else self._waits_for_connection(now)
+        wants_one = self.is_to_listen() if free is not None else self._waits_for_connection(now)
         moments = [self.outbox.next_at(), self.leases.next_at(), self.connections.next_at(now, wants_one)]
         if self._later:
             moments.append(self._later[0][0])
@@ -254,7 +271,7 @@ class Courier(Errands):
                 self.release(Release(None, None, lease.id, lease.places))
 
     def is_reachable(self) -> bool:
-        return len(self.connections) > 0
+        return self.connections.are_reachable()
 
     def knows(self, waker: TaskWaker) -> None:
         self._loops.add(waker.loop)
@@ -281,6 +298,7 @@ class Courier(Errands):
     def end(self, close: Errand) -> None:
         """Release what a limiter holds, or all; fail its requests."""
         user = close.user
+        self.closes = self.closes or user is None
         releases, leases = [], []
         for request in [each for each in self.asking if user is None or each.user is user]:
             self.waiting.remove(request)
@@ -305,6 +323,13 @@ class Courier(Errands):
             self.outbox.put_release(release)
         self._closing.append(_Closing(close, releases, leases, time.monotonic() + _ENDS_WITHIN))
 
+    def _left(self) -> list[Errand]:
+        """What has not been answered by the end."""
+        jobs: list[Any] = [*self.questions, *self.connections.jobs()]
+        left: list[Errand] = [job.query for job in jobs if isinstance(job, Question)]
+        left += [release for job in jobs if isinstance(job, Batch) for release in job.releases]
+        return [*left, *self.outbox.take_out()]
+
     def _end(self, closing: _Closing) -> None:
         """All is released. Whoever is at work under one of the leases is told only now: it may be what closes."""
         for lease in closing.leases:
@@ -312,6 +337,8 @@ class Courier(Errands):
         self._answered(closing.close)
         if closing.close.user is None:
             self._ended = True
+            for errand in self._left():
+                self._refuse(errand)
             self.connections.close()
             wake_all(self.to_wake)
             self._refuse_all()

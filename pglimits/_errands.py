@@ -32,7 +32,6 @@ from .errors import AcquireTimeout, LimiterUnavailable, LimitLocked, PglimitsErr
 
 log = logging.getLogger("pglimits")
 
-_RELEASES_AGAIN_AFTER = 1.0
 _TRIES = 3
 
 
@@ -45,6 +44,7 @@ class Errands:
     outbox: Outbox
     questions: deque[Question]
     asking: set[Request]
+    closes: bool
     to_wake: list[Waker]
 
     def __init__(self) -> None:
@@ -88,13 +88,16 @@ class Errands:
                 self.knows(request.waker)
         self.outbox.put(request)
 
+    def _is_closed_to(self, errand: Errand) -> bool:
+        return self.closes or (errand.user is not None and errand.user.closed)
+
     def look_at(self, request: Request) -> bool:
         """Whether a request is not to be sent any more."""
         if request.given_up:
             self._give_back(request)
         elif request.leaving:
             self.leave(request)
-        elif request.user is not None and request.user.closed and not request.answered:
+        elif self._is_closed_to(request) and not request.answered:
             self._settle(request, closed())
             self._give_back(request)
         return request.given_up or request.answered or request.leaving
@@ -167,7 +170,7 @@ class Errands:
         if isinstance(problem, LimiterUnavailable) and request.on_unavailable == "wait":
             pause = request.pause if request.until is None else min(request.pause, request.until - time.monotonic())
             request.pause = min(request.pause * 2, 2.0)
-            self.later(max(pause, 0.001), lambda: self.ask(request))
+            self.later(max(pause, 0.02), lambda: self.ask(request))
             return
         if isinstance(problem, LimiterUnavailable) and request.on_unavailable == "allow":
             log.warning("%s not enforced: %s", request.kind.named, problem)
@@ -275,12 +278,12 @@ class Errands:
             self._answered(release)
         if release.then is not None:
             release.then()
-        again = Release(None, None, release.lease_id, release.places)
-        self.later(_RELEASES_AGAIN_AFTER, lambda: self.release(again))
+        again = Release(None, None, release.lease_id, release.places, pause=min(release.pause * 2, 30.0))
+        self.later(release.pause, lambda: self.release(again))
 
     def ask_query(self, query: Query) -> None:
         """Ask a question."""
-        if query.user is not None and query.user.closed:
+        if self._is_closed_to(query):
             self._answered(query, closed())
             return
         self.questions.append(Question(query))
@@ -329,16 +332,16 @@ class Question:
     answers_within = math.inf
 
     def __init__(self, query: Query) -> None:
-        self._query = query
+        self.query = query
 
     def statements(self, connection: Connection) -> list[tuple[Statement, Params]]:
-        asked = (self._query.statement, self._query.params)
-        if self._query.statement in _sql.MEET_ALL_KEYS:
+        asked = (self.query.statement, self.query.params)
+        if self.query.statement in _sql.MEET_ALL_KEYS:
             return [(_sql.COMMIT, ()), asked, (_sql.BEGIN, ())]
         return [asked]
 
     def done(self, courier: Errands, result: PGresult) -> None:
-        courier.asked(self._query, result)
+        courier.asked(self.query, result)
 
     def failed(self, courier: Errands, error: BaseException, problem: PglimitsError) -> None:
-        courier.query_failed(self._query, error, problem)
+        courier.query_failed(self.query, error, problem)

@@ -34,12 +34,12 @@ PATIENCE = 1.0
 
 
 class User:
-    """One of those who share a courier: a limiter, until it is closed."""
+    """One of those who share a courier: a limiter, until it is closed. ``gone``: the courier has been told so."""
 
-    __slots__ = ("closed",)
+    __slots__ = ("closed", "gone")
 
     def __init__(self) -> None:
-        self.closed = False
+        self.closed = self.gone = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +154,7 @@ class Release(Errand):
     alone: bool = field(default=False, init=False)
     unheard: bool = field(default=False, init=False)
     tries: int = field(default=0, init=False)
+    pause: float = 1.0
 
     @property
     def is_foreign(self) -> bool:

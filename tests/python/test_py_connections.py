@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from wrappertest import (
     backends,
     event_loop,
     held,
+    in_thread,
     nothing_left,
     open_api,
     run,
@@ -33,7 +35,8 @@ from wrappertest import (
     waiting,
 )
 
-from pglimits import AsyncLimiter, InvalidArgument, Limiter, LimiterUnavailable
+from pglimits import AsyncLimiter, InvalidArgument, Limiter, LimiterUnavailable, _connections, _courier
+from pglimits._requests import Errand, Release, Request, checked, new_id
 
 KINDS = ["sync", "async"]
 
@@ -474,3 +477,109 @@ def test_gevent_is_served_also_where_it_is_put_in_place_after_a_fork(
     child.expect("done")
     child.end()
     assert nothing_left(conn)
+
+
+# Rare moments of the courier.
+
+
+def test_closing_an_unused_limiter_leaves_the_others_on_its_database_alone(dsn: str, conn: Connection) -> None:
+    unused, used = Limiter(dsn), Limiter(dsn)
+    unused.close()
+    used.create("database", 1)
+    with Limiter(dsn) as later, later.concurrency("database", timeout_seconds=20):
+        assert held(conn) == 1
+    used.close()
+
+
+def test_an_interrupt_that_strikes_who_wakes_the_courier_lets_it_be_woken_by_others(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    with Limiter(dsn) as limiter:
+        limiter.create("database", 1)
+        wait_until(lambda: limiter._courier._asleep)
+
+        def strike() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as struck, pytest.raises(KeyboardInterrupt):
+            struck.setattr(limiter._courier.bell, "ring", strike)
+            limiter.get("database")
+        assert in_thread(lambda: limiter.get("database")).result(30).limit == 1
+
+
+def test_a_request_that_is_given_up_before_it_is_sent_keeps_back_nothing_else(
+    dsn: str, conn: Connection, wait_until: WaitUntil
+) -> None:
+    with Limiter(dsn) as limiter:
+        for name in ("one", "other"):
+            limiter.create(name, 1)
+        lease = limiter.acquire("other")
+        courier = limiter._courier
+        given_up = threading.Event()
+
+        def both(_: object) -> None:  # as if they came at once
+            kind = checked("one", 1, None, None, 300, False, None, "", 0)
+            request = Request(None, None, kind, "null", False, new_id(), "raise", None, True, None)
+            courier.ask(request)
+            courier.give_up(request)
+            courier.release(Release(None, None, lease.id, lease.places))
+            given_up.set()
+
+        courier.put(both, Errand(None, None))
+        assert given_up.wait(20)
+        wait_until(lambda: nothing_left(conn))
+
+
+@pytest.mark.parametrize("call", ["get", "release"])
+def test_closing_the_last_limiter_answers_whoever_still_waits_for_an_answer(
+    dsn: str, conn: Connection, connect: Any, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(_courier, "_ENDS_WITHIN", 0.5)
+    limiter = Limiter(dsn)
+    limiter.create("database", 1)
+    lease_id = limiter.acquire("database", renew=False).id
+    other = connect(autocommit=False)
+    other.execute("lock table pglimits.configs, pglimits.leases in access exclusive mode")
+    waits = in_thread(getattr(limiter, call), "database" if call == "get" else lease_id)
+    blocked = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    wait_until(lambda: value(conn, blocked))
+    limiter.close()
+    with pytest.raises(LimiterUnavailable):
+        waits.result(30)
+    other.rollback()
+
+
+def test_where_all_connections_are_busy_as_somebody_begins_to_wait_one_of_them_hears_of_grants(
+    dsn: str, limiter: Limiter, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connections, "CONNECTIONS", 2)
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+    with Limiter(dsn, durable=False) as mine:
+        assert mine.version()
+        courier = mine._courier
+        courier.put(lambda _: courier.connections._grow(time.monotonic()), Errand(None, None))
+        wait_until(lambda: len(courier.connections) == 2)
+        waits = in_thread(mine.acquire, "database")
+        wait_until(lambda: waiting(conn) == 1)
+        wait_until(lambda: poolers.MODE or mine._courier.connections.listens())
+        limiter.release(lease)
+        assert mine.release(waits.result(30))
+
+
+def test_where_no_thread_can_be_started_that_is_said_and_it_goes_on_when_one_can(
+    dsn: str, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = _connections._thread.start_new_thread
+
+    def none(function: Any, *rest: Any) -> Any:
+        if function is _connections._open:
+            raise RuntimeError("can't start new thread")
+        return real(function, *rest)
+
+    with Limiter(dsn) as limiter:
+        with monkeypatch.context() as starved:
+            starved.setattr(_connections._thread, "start_new_thread", none)
+            with pytest.raises(LimiterUnavailable, match="can't start new thread"):
+                limiter.acquire("database")
+        assert limiter.version()

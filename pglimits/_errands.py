@@ -217,6 +217,8 @@ class Errands:
             self.ask_query(
                 Query(None, None, _sql.LOCKED_BY, (kind.head[0], kind.head[2]), partial(self._is_locked, request))
             )
+        elif not request.began_at and not request.kind.timeout and request.on_unavailable == "raise":
+            self._settle(request, LimiterUnavailable("there was no connection to the database in time"))
         elif request.maybe_there:
             request.maybe_there = False
             again_after = 1.0 if request.unheard else 0.0

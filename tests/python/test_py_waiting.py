@@ -858,14 +858,17 @@ def test_opening_and_closing_limiters_leaves_no_thread_descriptor_or_connection(
             return 0  # those to the server are the pooler's
         return int(value(conn, "select count(*) from pg_stat_activity where application_name = 'pglimits'"))
 
-    before = set(threading.enumerate())
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = threads()
     use()
     wait_until(lambda: connections() == 0)
-    wait_until(lambda: set(threading.enumerate()) <= before)
+    wait_until(lambda: threads() <= before)
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         use()
     wait_until(lambda: connections() == 0)
-    wait_until(lambda: set(threading.enumerate()) <= before)
+    wait_until(lambda: threads() <= before)
     gc.collect()
     wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= descriptors, timeout=5)

@@ -33,24 +33,22 @@ _PANEL_OF_GROUPS = "Set up and look after"
 _MODULES = {name: family for family, names in FAMILIES.items() for name in names}
 
 
-class Command(typer.core.TyperCommand):
+class _Light:
+    """What starts quickly."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            lighten(parameter)
+        return parameters
+
+
+class Command(_Light, typer.core.TyperCommand):
     """A command that starts quickly."""
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        parameters = super().get_params(ctx)
-        for parameter in parameters:
-            lighten(parameter)
-        return parameters
 
-
-class Group(typer.core.TyperGroup):
+class Group(_Light, typer.core.TyperGroup):
     """A group of such commands."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        parameters = super().get_params(ctx)
-        for parameter in parameters:
-            lighten(parameter)
-        return parameters
 
 
 class Commands(Group):

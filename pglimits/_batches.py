@@ -22,9 +22,9 @@ from psycopg.pq.abc import PGresult
 
 from . import _codec, _sql
 from ._codec import Row
-from ._database import Busy, Connection, is_lost, may_go_again
+from ._database import TRIES, Busy, Connection, is_lost, may_go_again
 from ._leases import Place
-from ._requests import PATIENCE, Kind, Params, Release, Request
+from ._requests import PATIENCE, Params, Release, Request
 from ._sql import Statement
 from ._waiting import LOCK_WAIT
 from .errors import LimiterUnavailable, NotInstalled, PermissionDenied, PglimitsError, VersionMismatch
@@ -38,21 +38,17 @@ BATCHES_AT_ONCE = 2
 """How many batches may be on their way at the same time, beside one that has met a lock."""
 ANSWERS_WITHIN = 10.0
 """Seconds after which a server that does not say the last word on a statement is taken for gone."""
-_TRIES = 3
 
 
 class Lane:
-    """Requests that can go together, or releases on the same places (``kind`` None)."""
+    """Requests that can go together, or releases on the same places."""
 
-    __slots__ = ("apart", "errands", "key", "kind", "not_before", "number", "places", "tries", "wait")
+    __slots__ = ("apart", "errands", "key", "not_before", "number", "places", "tries", "wait")
 
-    def __init__(
-        self, key: Hashable, number: int, kind: Kind | None, places: tuple[Place, ...], wait: float | None = None
-    ) -> None:
+    def __init__(self, key: Hashable, number: int, places: tuple[Place, ...], wait: float | None = None) -> None:
         self.key = key
         # The order in which lanes have begun to wait.
         self.number = number
-        self.kind = kind
         self.places = places
         self.wait = wait
         self.errands: deque[Request | Release] = deque()
@@ -95,7 +91,7 @@ class Outbox:
             key = request.lease_id
         lane = self._requests.get(key)
         if lane is None:
-            lane = self._requests[key] = Lane(key, next(self._count), kind, kind.places, wait)
+            lane = self._requests[key] = Lane(key, next(self._count), kind.places, wait)
             lane.apart = request.alone
         lane.errands.append(request)
 
@@ -106,7 +102,7 @@ class Outbox:
         key: Hashable = release.lease_id if release.alone else places
         lane = self._releases.get(key)
         if lane is None:
-            lane = self._releases[key] = Lane(key, next(self._count), None, places)
+            lane = self._releases[key] = Lane(key, next(self._count), places)
             lane.apart = release.alone
         lane.errands.append(release)
 
@@ -255,7 +251,7 @@ class Batch:
         durable = b"t" if self._courier.durable else b"f"
         patience = self._patience(now)
         if self.releases:
-            params += (_ids(self.releases), durable, patience)
+            params += (_codec.ids(release.lease_id for release in self.releases), durable, patience)
         if not requests:
             return [(_sql.RELEASE, params)]
         kind = requests[0].kind
@@ -265,11 +261,11 @@ class Batch:
             request.began_at = request.began_at or now
             request.maybe_there = True
             again = again or request.sent
-        holders = ",".join([request.holder for request in requests])
-        if (codec := connection.codec) is not None:
-            holders = ",".join([_as_encoded(request, codec) for request in requests])
+        codec = connection.codec
+        holders = ",".join([request.holder if codec is None else _as_encoded(request, codec) for request in requests])
+        ids = _codec.ids(request.lease_id for request in requests)
         params += (
-            *kind.head, _codec.encode(self.lanes[0].wait), *kind.between, _ids(requests), f"[{holders}]".encode(),
+            *kind.head, _codec.encode(self.lanes[0].wait), *kind.between, ids, f"[{holders}]".encode(),
             b"t" if again else b"f", b"t" if kind.strict else b"f", self._courier.waiting.channel.encode(), durable,
             patience,
         )  # fmt: skip
@@ -349,7 +345,7 @@ class Batch:
             if by_itself:
                 # Nothing was done, and only one of them need be to blame.
                 errand.alone = True
-            elif not again or errand.tries >= _TRIES:
+            elif not again or errand.tries >= TRIES:
                 errand.tries = 0
                 if isinstance(errand, Request):
                     errand.sent = errand.sent or lost
@@ -363,10 +359,6 @@ class Batch:
                     courier.outbox.put(errand)
             else:
                 courier.outbox.put_release(errand)
-
-
-def _ids(errands: list[Request] | list[Release]) -> bytes:
-    return ("{" + ",".join([errand.lease_id.hex for errand in errands]) + "}").encode()
 
 
 def _as_encoded(request: Request, codec: str) -> str:

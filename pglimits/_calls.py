@@ -11,8 +11,8 @@ import json
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from uuid import UUID
 
 from psycopg.pq.abc import PGresult
@@ -30,7 +30,12 @@ from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
 
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
 T = TypeVar("T")
+B = TypeVar("B", bound="Base")
 
 Course: TypeAlias = Generator[tuple[Waker, float | None], None, T]
 
@@ -56,16 +61,24 @@ class Base:
     _on_unavailable: OnUnavailable
     _strict: bool
 
-    def _set_up(
-        self, dsn: str | None, pool: Any, connect: Any, durable: bool, strict: bool, how: OnUnavailable
+    def __init__(
+        self,
+        dsn: str | None = None,
+        *,
+        pool: ConnectionPool[Any] | AsyncConnectionPool[Any] | None = None,
+        connect: Callable[[], psycopg.Connection[Any] | Coroutine[Any, Any, psycopg.AsyncConnection[Any]]]
+        | None = None,
+        durable: bool = True,
+        strict: bool = False,
+        on_unavailable: OnUnavailable = "raise",
     ) -> None:
         _arguments.flag("durable", durable)
         self._strict = _arguments.flag("strict", strict)
-        if how not in ("raise", "wait", "allow"):
-            raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {how!r}")
+        if on_unavailable not in ("raise", "wait", "allow"):
+            raise InvalidArgument(f"on_unavailable must be 'raise', 'wait' or 'allow', not {on_unavailable!r}")
         if sum(given is not None for given in (dsn, pool, connect)) > 1:
             raise InvalidArgument("only one of dsn, pool and connect may be given")
-        self._on_unavailable = how
+        self._on_unavailable: OnUnavailable = on_unavailable
         self._user = User()
         source: Source | None = None
         if pool is not None:
@@ -78,10 +91,14 @@ class Base:
             self._courier = Courier(source, durable)
             self._courier.users.add(self._user)
 
-    def _share(self, other: Base) -> None:
-        """Be the same limiter as another one, which waits in another way."""
-        self._courier, self._user = other._courier, other._user
-        self._on_unavailable, self._strict = other._on_unavailable, other._strict
+    def _as(self, kind: type[B]) -> B:
+        """The same limiter, which waits as that kind does."""
+        if isinstance(self, kind):
+            return self
+        made = kind.__new__(kind)
+        made._courier, made._user = self._courier, self._user
+        made._on_unavailable, made._strict = self._on_unavailable, self._strict
+        return made
 
     def _caller(self) -> tuple[Waker, Any]:
         """How to wake the caller; and the task that it is, if it is one."""
@@ -98,8 +115,6 @@ class Base:
         timeout = kind.timeout
         waker, task = self._caller()
         request = Request(
-            waker,
-            self._user,
             kind,
             who(courier.pid, None if task is None else task.get_name()) if holder is None else holder,
             holder is not None,
@@ -108,6 +123,8 @@ class Base:
             None if timeout is None else now + timeout,
             renew,
             None if task is None else weakref.ref(task),
+            waker=waker,
+            user=self._user,
         )
         leaves_by = 0.0
         # The last resort: an interrupt can strike in the handler of another.
@@ -146,7 +163,7 @@ class Base:
         if self._courier.is_inside():
             return self._release_later(lease)
         waker, _ = self._caller()
-        release = Release(waker, self._user, lease.id, lease.places, lease)
+        release = Release(lease.id, lease.places, lease, waker=waker, user=self._user)
         self._courier.put(self._courier.release, release)
         lease.released = True
         while not release.answered:
@@ -160,7 +177,7 @@ class Base:
         if not lease.is_ours():
             return False
         live = not lease.lost
-        self._courier.put(self._courier.release, Release(None, None, lease.id, lease.places))
+        self._courier.put(self._courier.release, Release(lease.id, lease.places))
         lease.released = True
         return live
 
@@ -173,7 +190,7 @@ class Base:
         """Ask the database something. Returns the rows."""
         self._check_open()
         waker, _ = self._caller()
-        query = Query(waker, self._user, statement, [_codec.encode(param) for param in params], then)
+        query = Query(statement, [_codec.encode(param) for param in params], then, waker=waker, user=self._user)
         self._courier.put(self._courier.ask_query, query)
         while not query.answered:
             yield waker, None
@@ -434,7 +451,7 @@ class Calls(Base):
                 self._courier.shut()
             return
         waker, _ = self._caller()
-        close = Errand(waker, None if last else self._user)
+        close = Errand(waker=waker, user=None if last else self._user)
         self._courier.put(self._courier.end, close)
         self._user.gone = True
         while not close.answered:

@@ -38,6 +38,11 @@ def array(values: Iterable[Value]) -> str:
     return "{" + ",".join([f'"{text}"' for text in quoted]) + "}"
 
 
+def ids(each: Iterable[UUID]) -> bytes:
+    """An array of ids, as text."""
+    return ("{" + ",".join([one.hex for one in each]) + "}").encode()
+
+
 def rows(result: PGresult) -> list[Row]:
     """The rows of a result."""
     columns = range(result.nfields)

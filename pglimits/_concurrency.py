@@ -81,6 +81,10 @@ class _Hold:
             self._last = strict, checked(self._names, *self._rest, strict, self._raise, *self._more)
         return self._last[1]
 
+    def _raises(self, limiter: Limiter | AsyncLimiter) -> bool:
+        """Whether a lost lease is to raise."""
+        return limiter._is_strict(self._strict) if self._raise is None else self._raise
+
     def _as(self, kind: type[T]) -> T:
         """The same for threads, or for tasks, not entered."""
         made = kind.__new__(kind)
@@ -117,19 +121,16 @@ class Concurrency(_Hold, AbstractContextManager[Lease]):
         if ours and (lost or live is False) and error is None and self._raises(limiter):
             raise _lost(lease)
 
-    def _raises(self, limiter: Limiter) -> bool:
-        return limiter._is_strict(self._strict) if self._raise is None else self._raise
-
 
 class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
     """Slots held while an ``async with`` block or a decorated coroutine function runs."""
 
     async def __aenter__(self) -> Lease:
         limiter = self._limiter()._in_tasks()
-        strict = limiter._is_strict(self._strict)
-        lease = await limiter._run(limiter._acquiring(self._kind(strict), self._holder))
+        kind = self._kind(limiter._is_strict(self._strict))
+        lease = await limiter._run(limiter._acquiring(kind, self._holder))
         canceller = _Canceller(None if lease._task is None else lease._task())
-        if strict if self._raise is None else self._raise:
+        if self._raises(limiter):
             lease.on_lost(canceller.lost_elsewhere)
         self._holds.setdefault(canceller.task, []).append((lease, canceller))
         return lease
@@ -143,8 +144,7 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         lost = lease.lost
         limiter = self._limiter()._in_tasks()
         live = await limiter._run(limiter._releasing(lease))
-        raises = limiter._is_strict(self._strict) if self._raise is None else self._raise
-        if not raises or not ours or not (lost or live is False):
+        if not ours or not (lost or live is False) or not self._raises(limiter):
             return
         if canceller.cancelled and canceller.task is not None and canceller.task.uncancel() > canceller.cancelling:
             return  # as asyncio.timeout does it: our own cancellation ends here, somebody else's goes on

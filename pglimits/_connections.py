@@ -19,7 +19,7 @@ import psycopg
 from psycopg.pq.abc import PGresult
 
 from ._batches import ANSWERS_WITHIN
-from ._database import Connection, NoAnswer, Source, translate
+from ._database import Connection, NoAnswer, Source, mismatch, translate
 from ._errands import Question
 from ._requests import Params
 from ._sql import Statement
@@ -224,7 +224,7 @@ class Connections:
             error = psycopg.InternalError(f"{type(error).__name__}: {error}")
         problem = translate(error)
         if isinstance(problem, VersionMismatch) and connection.version:
-            problem = VersionMismatch(f"{problem}; the database had pglimits {connection.version} before")
+            problem = mismatch(connection.version, f" ({error.diag.message_primary})")
         goes_stale = isinstance(problem, (LimiterUnavailable, VersionMismatch)) and not error.sqlstate
         if isinstance(error, NoAnswer) or not connection.is_usable() or _is_stale(problem):
             self._drop(connection)

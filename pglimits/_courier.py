@@ -80,7 +80,7 @@ class Courier(Errands):
         # It is about to end: nobody is let in any more.
         self.closes = False
         self._closing: list[_Closing] = []
-        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self.loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._looks_round_at = 0.0
 
     def forked(self) -> None:
@@ -141,7 +141,7 @@ class Courier(Errands):
         """Release what is held, and stop."""
         if self._runs and not self._ended:
             waker = ThreadWaker()
-            self.put(self.end, Errand(waker, None))
+            self.put(self.end, Errand(waker=waker))
             until = time.monotonic() + _ENDS_WITHIN + 1.0
             while self._runs and not self._ended and (left := until - time.monotonic()) > 0:
                 waker.wait(min(left, 0.5))
@@ -257,10 +257,10 @@ class Courier(Errands):
         """What needs no haste: leases that have ended, loops that were closed, connections that nobody needs."""
         self.leases.lose_ended(now)
         self.connections.look_round(now)
-        ended = {loop for loop in self._loops if loop.is_closed()}
+        ended = {loop for loop in self.loops if loop.is_closed()}
         if not ended:
             return
-        self._loops -= ended
+        self.loops -= ended
         for request in list(self.asking):
             if isinstance(request.waker, TaskWaker) and request.waker.loop in ended:
                 self.give_up(request)
@@ -268,13 +268,7 @@ class Courier(Errands):
             task = None if lease._task is None else lease._task()
             if task is not None and not task.done() and task.get_loop() in ended:
                 lease._given_back = lease._lost = True
-                self.release(Release(None, None, lease.id, lease.places))
-
-    def is_reachable(self) -> bool:
-        return self.connections.are_reachable()
-
-    def knows(self, waker: TaskWaker) -> None:
-        self._loops.add(waker.loop)
+                self.release(Release(lease.id, lease.places))
 
     def cannot_send(self, error: BaseException, now: float) -> None:
         """There is no connection: whatever waits for one has failed."""
@@ -304,7 +298,7 @@ class Courier(Errands):
             self.waiting.remove(request)
             if request.maybe_there and not request.under_way:
                 request.maybe_there = False
-                releases.append(Release(None, None, request.lease_id, request.kind.places))
+                releases.append(Release(request.lease_id, request.kind.places))
             request.given_up = True
             self._settle(request, closed())
         for lease in self.leases.all():
@@ -312,7 +306,7 @@ class Courier(Errands):
                 self.leases.remove(lease.id)
                 lease._given_back = lease._lost = True
                 leases.append(lease)
-                releases.append(Release(None, None, lease.id, lease.places))
+                releases.append(Release(lease.id, lease.places))
         if user is None:
             for errand in self.outbox.take_out():
                 if isinstance(errand, Release):

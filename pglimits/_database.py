@@ -54,6 +54,8 @@ class Cancelled(LimiterUnavailable):
 
 _ALWAYS: dict[str, Any] = {"autocommit": True, "client_encoding": "utf8"}
 """How every connection to a conninfo of ours is opened, whatever the encoding of the database is."""
+TRIES = 3
+"""How often a statement is sent, where it may go through if it is sent again at once."""
 _OPENS_WITHIN = 10.0
 """Seconds that the first statement on a new connection may take."""
 
@@ -172,6 +174,8 @@ class Connection:
         # A pooler may give each transaction another session: nothing is prepared, and nothing heard.
         self.pooled = self.lent
         self.listens = False
+        # How Python calls the encoding of the database; None if it takes any character.
+        self.codec: str | None = None
         self.job: Job | None = None
         self.sent: Statement | None = None
         self.answers_by = 0.0
@@ -228,14 +232,13 @@ class Connection:
         if numbers(__version__)[:2] != numbers(str(version))[:2]:
             raise mismatch(str(version))
         self.version = str(version)
+        self.codec = self._codec()
         # A pooler hands out a process id of its own.
         self.pooled = self.lent or real_pid != self.pgconn.backend_pid
         if self.pgconn.parameter_status(b"client_encoding") != b"UTF8":
             self.execute(Statement(b"set client_encoding to 'UTF8'"))
 
-    @property
-    def codec(self) -> str | None:
-        """How Python calls the encoding of the database; None if it takes any character."""
+    def _codec(self) -> str | None:
         encoding = (self.pgconn.parameter_status(b"server_encoding") or b"UTF8").decode()
         if encoding in ("UTF8", "SQL_ASCII"):
             return None

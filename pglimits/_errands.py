@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.pq.abc import PGresult
 
 from . import _codec, _sql
 from ._batches import Outbox
-from ._database import Connection, may_go_again
+from ._database import TRIES, Connection, may_go_again
 from ._leases import Lease, Leases
 from ._requests import Errand, Params, Query, Release, Request
 from ._sql import Statement
@@ -30,9 +30,13 @@ from ._waiting import Waiting
 from ._wake import TaskWaker, Waker
 from .errors import AcquireTimeout, LimiterUnavailable, LimitLocked, PglimitsError, QueueFull
 
-log = logging.getLogger("pglimits")
+if TYPE_CHECKING:
+    import asyncio
+    import weakref
 
-_TRIES = 3
+    from ._connections import Connections
+
+log = logging.getLogger("pglimits")
 
 
 class Errands:
@@ -45,20 +49,15 @@ class Errands:
     questions: deque[Question]
     asking: set[Request]
     closes: bool
+    connections: Connections
+    # Those whose tasks count on the courier.
+    loops: weakref.WeakSet[asyncio.AbstractEventLoop]
     to_wake: list[Waker]
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
         self._later: list[tuple[float, int, Callable[[], Any]]] = []
         self._count = itertools.count()
-
-    def is_reachable(self) -> bool:
-        """Whether there is a connection."""
-        raise NotImplementedError
-
-    def knows(self, waker: TaskWaker) -> None:
-        """A task of this event loop counts on the courier."""
-        raise NotImplementedError
 
     def later(self, seconds: float, what: Callable[[], Any]) -> None:
         """Have something done after a while."""
@@ -85,7 +84,7 @@ class Errands:
         if request not in self.asking:
             self.asking.add(request)
             if isinstance(request.waker, TaskWaker):
-                self.knows(request.waker)
+                self.loops.add(request.waker.loop)
         self.outbox.put(request)
 
     def _is_closed_to(self, errand: Errand) -> bool:
@@ -184,7 +183,7 @@ class Errands:
         if request.maybe_there:
             request.maybe_there = False
             again_after = 1.0 if request.unheard else again_after
-            self.release(Release(None, None, request.lease_id, request.kind.places, again_after=again_after))
+            self.release(Release(request.lease_id, request.kind.places, again_after=again_after))
 
     def give_up(self, request: Request) -> None:
         """Nobody waits for a request any longer. If it is under way, what it gets is given back then."""
@@ -202,7 +201,7 @@ class Errands:
         if request.answered or request.given_up:
             return
         if request.on_unavailable == "allow" and (
-            not self.is_reachable() or self.outbox.is_silent(request.kind.places)
+            not self.connections.are_reachable() or self.outbox.is_silent(request.kind.places)
         ):
             self.unavailable(request, LimiterUnavailable("the database has not answered in time"))
             return
@@ -214,16 +213,14 @@ class Errands:
         if request.locked or self.outbox.is_locked(request.kind.places):
             self._give_back(request)
             kind = request.kind
-            self.ask_query(
-                Query(None, None, _sql.LOCKED_BY, (kind.head[0], kind.head[2]), partial(self._is_locked, request))
-            )
+            self.ask_query(Query(_sql.LOCKED_BY, (kind.head[0], kind.head[2]), partial(self._is_locked, request)))
         elif not request.began_at and not request.kind.timeout and request.on_unavailable == "raise":
             self._settle(request, LimiterUnavailable("there was no connection to the database in time"))
         elif request.maybe_there:
             request.maybe_there = False
             again_after = 1.0 if request.unheard else 0.0
             then = partial(self._settle, request, request.late())
-            self.release(Release(None, None, request.lease_id, request.kind.places, None, again_after, then))
+            self.release(Release(request.lease_id, request.kind.places, None, again_after, then))
         else:
             self._settle(request, request.late())
 
@@ -242,7 +239,7 @@ class Errands:
             return
         lease_id, places = subject
         if self.leases.remove(lease_id):
-            self.release(Release(None, None, lease_id, places))
+            self.release(Release(lease_id, places))
 
     def release(self, release: Release) -> None:
         """Give back a lease or a place in line."""
@@ -252,7 +249,7 @@ class Errands:
             self.leases.lose(lease, "it was not renewed in time")
         self.leases.remove(release.lease_id, lease._pause if lease is not None else None)
         if release.again_after:
-            again = Release(None, None, release.lease_id, release.places)
+            again = Release(release.lease_id, release.places)
             self.later(release.again_after, lambda: self.release(again))
         self.outbox.put_release(release)
 
@@ -280,7 +277,7 @@ class Errands:
             self._answered(release)
         if release.then is not None:
             release.then()
-        again = Release(None, None, release.lease_id, release.places, pause=min(release.pause * 2, 30.0))
+        again = Release(release.lease_id, release.places, pause=min(release.pause * 2, 30.0))
         self.later(release.pause, lambda: self.release(again))
 
     def ask_query(self, query: Query) -> None:
@@ -300,7 +297,7 @@ class Errands:
     def query_failed(self, query: Query, error: BaseException, problem: PglimitsError) -> None:
         """A question was not answered."""
         query.tries += 1
-        if query.tries < _TRIES and isinstance(error, psycopg.Error) and may_go_again(error, problem):
+        if query.tries < TRIES and isinstance(error, psycopg.Error) and may_go_again(error, problem):
             self.questions.append(Question(query))
             return
         self._answered(query, problem, error)

@@ -7,16 +7,11 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ._calls import Base, Calls, Course
 from ._concurrency import AsyncConcurrency, Concurrency, _Hold
-from ._requests import OnUnavailable
 from ._wake import TaskWaker, ThreadWaker
-
-if TYPE_CHECKING:
-    import psycopg
-    from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,38 +78,17 @@ def on_default(made: Callable[Concatenate[Any, P], T], call: Callable[..., T]) -
     return function
 
 
-class _Makes(Base):
-    def __init__(
-        self,
-        dsn: str | None = None,
-        *,
-        pool: ConnectionPool[Any] | AsyncConnectionPool[Any] | None = None,
-        connect: Callable[[], psycopg.Connection[Any] | Coroutine[Any, Any, psycopg.AsyncConnection[Any]]]
-        | None = None,
-        durable: bool = True,
-        strict: bool = False,
-        on_unavailable: OnUnavailable = "raise",
-    ) -> None:
-        self._set_up(dsn, pool, connect, durable, strict, on_unavailable)
-
+class _Either(Base):
     def _in_threads(self) -> Limiter:
         """The same limiter, for threads."""
-        if isinstance(self, Limiter):
-            return self
-        limiter = Limiter.__new__(Limiter)
-        limiter._share(self)
-        return limiter
+        return self._as(Limiter)
 
     def _in_tasks(self) -> AsyncLimiter:
         """The same limiter, for tasks."""
-        if isinstance(self, AsyncLimiter):
-            return self
-        limiter = AsyncLimiter.__new__(AsyncLimiter)
-        limiter._share(self)
-        return limiter
+        return self._as(AsyncLimiter)
 
 
-class Limiter(_Makes):
+class Limiter(_Either):
     """Limits of one database, for threads.
 
     Args:
@@ -132,7 +106,7 @@ class Limiter(_Makes):
     Threads may share one. ``close()`` it, or use it in a ``with`` statement, to release what it still holds.
     """
 
-    concurrency = _holds(_Hold.__init__, Concurrency, _Makes)
+    concurrency = _holds(_Hold.__init__, Concurrency, _Either)
     acquire = _in_thread(Calls.acquire)
     release = _in_thread(Calls.release)
     rate_limit = _in_thread(Calls.rate_limit)
@@ -178,14 +152,14 @@ class Limiter(_Makes):
             course.close()
 
 
-class AsyncLimiter(_Makes):
+class AsyncLimiter(_Either):
     """Limits of one database, for asyncio. Arguments as Limiter.
 
     All that its tasks ask meanwhile travels together. Leases are renewed from a thread: a blocked event loop loses
     none.
     """
 
-    concurrency = _holds(_Hold.__init__, AsyncConcurrency, _Makes)
+    concurrency = _holds(_Hold.__init__, AsyncConcurrency, _Either)
     acquire = _in_task(Calls.acquire)
     release = _in_task(Calls.release)
     rate_limit = _in_task(Calls.rate_limit)

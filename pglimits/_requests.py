@@ -71,8 +71,8 @@ class Kind:
 class Errand:
     """What a caller hands to the courier, and waits for."""
 
-    waker: Waker | None
-    user: User | None
+    waker: Waker | None = field(default=None, kw_only=True)
+    user: User | None = field(default=None, kw_only=True)
     answered: bool = field(default=False, init=False)
     error: PglimitsError | None = field(default=None, init=False)
 

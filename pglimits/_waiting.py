@@ -347,7 +347,10 @@ class Watch:
     def statements(self, connection: Connection) -> list[tuple[Statement, Params]]:
         self.sent_at = time.monotonic()
         return [
-            (_sql.WATCH, [_ids(self.due), f"{self._patience * 1000:.0f}ms".encode(), _codec.encode(self.only_news)])
+            (
+                _sql.WATCH,
+                [_codec.ids(self.due), f"{self._patience * 1000:.0f}ms".encode(), _codec.encode(self.only_news)],
+            )
         ]
 
     def done(self, courier: Courier, result: PGresult) -> None:
@@ -378,7 +381,7 @@ class Renew:
 
     def statements(self, connection: Connection) -> list[tuple[Statement, Params]]:
         patience = AGAIN if self._alone else _LOCK_WAIT
-        ids = _ids([lease.id for lease in self.leases])
+        ids = _codec.ids([lease.id for lease in self.leases])
         return [(_sql.RENEW, [f"{patience * 1000:.0f}ms".encode(), ids, None])]
 
     def done(self, courier: Courier, result: PGresult) -> None:
@@ -396,7 +399,3 @@ class Renew:
             return
         log.debug("renewing %d leases failed, trying again: %s", len(self.leases), error)
         courier.leases.failed(self.leases, problem, RETRY)
-
-
-def _ids(ids: Iterable[UUID]) -> bytes:
-    return ("{" + ",".join([each.hex for each in ids]) + "}").encode()

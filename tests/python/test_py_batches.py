@@ -122,7 +122,7 @@ def test_a_release_and_a_request_on_one_limit_travel_together_and_the_release_co
 
 def asks(outbox: Outbox, name: str) -> Request:
     kind = checked(name, 1, None, None, 300, False, None, "", 0)
-    request = Request(ThreadWaker(), User(), kind, "null", False, new_id(), "raise", None, True, None)
+    request = Request(kind, "null", False, new_id(), "raise", None, True, None, waker=ThreadWaker(), user=User())
     outbox.put(request)
     return request
 

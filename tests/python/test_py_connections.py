@@ -482,6 +482,20 @@ def test_gevent_is_served_also_where_it_is_put_in_place_after_a_fork(
 # Rare moments of the courier.
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_batch_that_is_larger_than_what_a_socket_takes_at_once_goes_through(
+    dsn: str, limiter: Limiter, conn: Connection, kind: str
+) -> None:
+    """It is prepared first, and what follows is sent from within the answer to that."""
+    limiter.create("database", 200)
+    with open_api(kind, dsn=dsn) as api:
+        # All before there is a connection.
+        waits = [api.start("acquire", "database", holder="x" * 7900) for _ in range(128)]
+        for wait in waits:
+            assert api.release(wait.result(60))
+    assert nothing_left(conn)
+
+
 def test_closing_an_unused_limiter_leaves_the_others_on_its_database_alone(dsn: str, conn: Connection) -> None:
     unused, used = Limiter(dsn), Limiter(dsn)
     unused.close()
@@ -519,13 +533,13 @@ def test_a_request_that_is_given_up_before_it_is_sent_keeps_back_nothing_else(
 
         def both(_: object) -> None:  # as if they came at once
             kind = checked("one", 1, None, None, 300, False, None, "", 0)
-            request = Request(None, None, kind, "null", False, new_id(), "raise", None, True, None)
+            request = Request(kind, "null", False, new_id(), "raise", None, True, None)
             courier.ask(request)
             courier.give_up(request)
-            courier.release(Release(None, None, lease.id, lease.places))
+            courier.release(Release(lease.id, lease.places))
             given_up.set()
 
-        courier.put(both, Errand(None, None))
+        courier.put(both, Errand())
         assert given_up.wait(20)
         wait_until(lambda: nothing_left(conn))
 
@@ -558,7 +572,7 @@ def test_where_all_connections_are_busy_as_somebody_begins_to_wait_one_of_them_h
     with Limiter(dsn, durable=False) as mine:
         assert mine.version()
         courier = mine._courier
-        courier.put(lambda _: courier.connections._grow(time.monotonic()), Errand(None, None))
+        courier.put(lambda _: courier.connections._grow(time.monotonic()), Errand())
         wait_until(lambda: len(courier.connections) == 2)
         waits = in_thread(mine.acquire, "database")
         wait_until(lambda: waiting(conn) == 1)

@@ -235,20 +235,30 @@ def test_notifications_that_mean_nothing_do_no_harm(api: Api, conn: Connection, 
     assert nothing_left(conn)
 
 
+@by_notification
 def test_a_lease_is_counted_from_the_last_heartbeat_that_was_surely_before_its_grant(
-    limiter: Limiter, wait_until: WaitUntil
+    limiter: Limiter, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told before it is claimed, and the heartbeat may have overtaken the grant."""
     limiter.create("database", 1)
     holder = limiter.acquire("database")
     waits = in_thread(limiter.acquire, "database")
+    wait_until(lambda: limiter._courier.connections.listens())
     waiting_here, now = limiter._courier.waiting, time.monotonic()
     (request,) = wait_until(waiting_here.all)
     request.called_in = now - 60
     waiting_here._beat_before, waiting_here._beat_at = now - 4, now - 1
+    counted: list[float] = []
+    real = limiter._courier.grant
+
+    def counting(request: Any, fences: Any, expires_at: Any, ends: float, *more: Any, **how: Any) -> None:
+        counted.append(ends)
+        real(request, fences, expires_at, ends, *more, **how)
+
+    monkeypatch.setattr(limiter._courier, "grant", counting)
     limiter.release(holder)
     lease = waits.result(30)
-    assert lease._ends == now - 4 + LIVENESS or not lease._unclaimed
+    assert counted == [now - 4 + LIVENESS]
     limiter.release(lease)
 
 

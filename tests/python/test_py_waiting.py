@@ -532,7 +532,7 @@ def _give_up(limiter: Limiter) -> None:
             courier.waiting.remove(request)
             courier.unavailable(request, LimiterUnavailable("no connection"))
 
-    limiter._courier.put(unreachable, _requests.Errand(None, None))
+    limiter._courier.put(unreachable, _requests.Errand())
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -35,7 +35,7 @@ from wrappertest import (
     waiting,
 )
 
-from pglimits import AsyncLimiter, InvalidArgument, Limiter, LimiterUnavailable, _connections, _courier
+from pglimits import AsyncLimiter, InvalidArgument, Limiter, LimiterUnavailable, _connections, _courier, _database
 from pglimits._requests import Errand, Release, Request, checked, new_id
 
 KINDS = ["sync", "async"]
@@ -484,15 +484,28 @@ def test_gevent_is_served_also_where_it_is_put_in_place_after_a_fork(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_first_batch_that_is_larger_than_what_a_socket_takes_at_once_goes_through(
-    dsn: str, limiter: Limiter, conn: Connection, kind: str
+    dsn: str, limiter: Limiter, conn: Connection, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """It is prepared first, and what follows is sent from within the answer to that."""
     limiter.create("database", 200)
-    with open_api(kind, dsn=dsn) as api:
-        # All before there is a connection.
+    real, go_on = _database.Source.open, threading.Event()
+
+    def held_up(self: _database.Source) -> Any:
+        assert go_on.wait(30)
+        return real(self)
+
+    failed: list[Exception] = []
+    monkeypatch.setattr(_database.Source, "open", held_up)
+    with open_api(kind, dsn=dsn, durable=False) as api:
+        monkeypatch.setattr(api.limiter._courier.connections, "_failed", lambda _, error: failed.append(error))
         waits = [api.start("acquire", "database", holder="x" * 7900) for _ in range(128)]
+        outbox = api.limiter._courier.outbox
+        wait_until(lambda: sum(len(lane.errands) for lane in list(outbox._requests.values())) == 128)
+        go_on.set()
+        wait_until(lambda: failed or all(wait.done() for wait in waits), timeout=60)
+        assert not failed
         for wait in waits:
-            assert api.release(wait.result(60))
+            assert api.release(wait.result())
     assert nothing_left(conn)
 
 

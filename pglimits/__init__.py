@@ -7,9 +7,10 @@ installs the SQL.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from ._install import Installed, install
 from ._leases import Lease
 from ._limiter import AsyncLimiter, Limiter
 from .errors import (
@@ -33,6 +34,9 @@ from .errors import (
     VersionMismatch,
 )
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
+
+if TYPE_CHECKING:
+    from ._install import Installed, install
 
 __all__ = [
     "AcquireTimeout",
@@ -65,3 +69,12 @@ __all__ = [
     "Waiter",
     "install",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What only an installation needs is imported when it is asked for: a command of the CLI starts sooner without."""
+    if name in ("Installed", "install"):
+        from . import _install
+
+        return getattr(_install, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,8 +32,10 @@ Connection: TypeAlias = psycopg.Connection[Any]
 Connect: TypeAlias = Callable[..., Connection]
 T = TypeVar("T")
 
-# Whoever starts the tests in the background of a script may have these ignored, and children would inherit that.
+# Whoever starts the tests in the background of a script, or under nohup, may have these ignored, and children would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 

@@ -80,16 +80,13 @@ class Base:
             raise InvalidArgument("only one of dsn, pool and connect may be given")
         self._on_unavailable: OnUnavailable = on_unavailable
         self._user = User()
-        source: Source | None = None
         if pool is not None:
-            source = OfPool(pool)
+            source: Source = OfPool(pool)
         elif connect is not None:
             source = Callback(connect)
-        if source is None:
-            self._courier = courier_for(resolve(dsn).conninfo, durable, self._user)
         else:
-            self._courier = Courier(source, durable)
-            self._courier.users.add(self._user)
+            source = Source(resolve(dsn).conninfo)
+        self._courier = courier_for(source, durable, self._user)
 
     def _as(self, kind: type[B]) -> B:
         """The same limiter, which waits as that kind does."""

@@ -349,16 +349,16 @@ class _Closing:
 
 
 _couriers: weakref.WeakSet[Courier] = weakref.WeakSet()
-_shared: dict[tuple[str, bool], Courier] = {}
+_shared: dict[tuple[str | int, bool], Courier] = {}
 _shared_lock = threading.Lock()
 
 
-def courier_for(conninfo: str, durable: bool, user: User) -> Courier:
-    """The courier for a database, shared by all limiters of this process that ask for the same."""
+def courier_for(source: Source, durable: bool, user: User) -> Courier:
+    """The courier for a database, shared by all limiters of this process that have the same DSN, pool or function."""
     with _shared_lock:
-        courier = _shared.get((conninfo, durable))
+        courier = _shared.get((source.key, durable))
         if courier is None:
-            courier = _shared[conninfo, durable] = Courier(Source(conninfo), durable)
+            courier = _shared[source.key, durable] = Courier(source, durable)
         courier.users.add(user)
         return courier
 

@@ -332,9 +332,10 @@ class Source:
     What opens one runs in a thread of its own, as it may take long, and as it may be the app's code.
     """
 
-    def __init__(self, conninfo: str, **options: Any) -> None:
+    def __init__(self, conninfo: str) -> None:
         self.conninfo = conninfo
-        self.options = {**_ALWAYS, **options}
+        # Limiters whose sources have the same share a courier. The source keeps what it is the id of.
+        self.key: str | int = conninfo
 
     def open(self) -> Connection:
         """Open a connection. Raises psycopg.Error, PglimitsError, and what the app's code raises."""
@@ -347,7 +348,7 @@ class Source:
         return connection
 
     def _connect(self) -> Opened:
-        opened = psycopg.Connection.connect(self.conninfo, **self.options)
+        opened = psycopg.Connection.connect(self.conninfo, **_ALWAYS)
         return opened, None
 
 
@@ -358,6 +359,7 @@ class Callback(Source):
         if not callable(connect):
             raise InvalidArgument(f"connect must be a function that returns a psycopg connection, not {connect!r}")
         self._opens = connect
+        self.key = id(connect)
 
     def _connect(self) -> Opened:
         opened = _in_a_loop_if_need_be(self._opens)
@@ -375,6 +377,7 @@ class OfPool(Source):
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
+        self.key = id(pool)
         if any(not hasattr(pool, name) for name in _RECIPE):
             raise InvalidArgument(f"pool must be a psycopg_pool.ConnectionPool or AsyncConnectionPool, not {pool!r}")
         if not callable(pool.conninfo):

@@ -355,6 +355,30 @@ def test_a_pool_lends_a_connection_where_no_further_one_is_to_be_had(
         assert nothing_left(conn)
 
 
+def test_limiters_of_one_pool_or_function_share_their_connections_also_where_nobody_closes_them(
+    dsn: str, limiter: Limiter, conn: Connection
+) -> None:
+    limiter.create("database", 1)
+    named = make_conninfo(dsn, application_name="of_one")
+
+    def connect() -> Connection:
+        return psycopg.connect(named, autocommit=True)
+
+    with ConnectionPool(named, min_size=1, max_size=1, open=True) as pool:
+        pool.wait()
+        limiters = [Limiter(pool=pool) for _ in range(30)] + [Limiter(connect=connect) for _ in range(30)]
+        for each in limiters:
+            with each.concurrency("database"):
+                pass
+        opened = value(conn, "select count(*) from pg_stat_activity where application_name = 'of_one'")
+        assert opened <= 1 + 2 * 3
+        limiters[0].close()
+        with limiters[1].concurrency("database"):
+            assert held(conn) == 1
+        for each in limiters:
+            each.close()
+
+
 # Loops that end, and processes that fork.
 
 

@@ -76,6 +76,8 @@ class Courier(Errands):
         self._only = _thread.allocate_lock()
         self._runs = False
         self._asleep = False
+        # How often it has slept, and for which of these it was rung.
+        self._nap = self._rung = 0
         self._ended = False
         # It is about to end: nobody is let in any more.
         self.closes = False
@@ -101,9 +103,11 @@ class Courier(Errands):
         """Have the courier look into its inbox."""
         if not self._runs:
             _thread.start_new_thread(self._run, ())
-        elif self._asleep:
-            # Rather once too often: an interrupt that strikes here must not leave it asleep for those who come later.
+        elif self._asleep and self._rung != (nap := self._nap):
+            # Once for each time that it sleeps: with every ring, it might get the interpreter before others who are
+            # at it have put theirs in. Rather once too often: an interrupt that strikes in between does no harm.
             self.bell.ring()
+            self._rung = nap
 
     def _refuse_all(self) -> None:
         with contextlib.suppress(IndexError):
@@ -188,7 +192,9 @@ class Courier(Errands):
         busy = self.outbox.sent_at > now - _GATHERS
         if busy:
             seconds = min(seconds, _GATHERS)
-        self._asleep = not busy
+        if not busy:
+            self._nap += 1
+            self._asleep = True
         if inbox or self._ended:
             seconds = 0.0
         self.connections.wait(seconds)

@@ -29,7 +29,7 @@ class Part:
 def parts(names: Names, occupy: int, key: str) -> tuple[Part, ...]:
     """What is wanted of each limit, in the order of the names."""
     slots = whole("occupy", occupy, least=1)
-    text("key", key)
+    key = text("key", key)
     if isinstance(names, str):
         return (Part(text("names", names), key, slots),)
     if isinstance(names, Mapping):
@@ -62,7 +62,7 @@ def text(argument: str, value: object) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise InvalidArgument(f"{argument} must be valid Unicode: {value!r}") from None
-    return value
+    return str.__str__(value)  # of an enum's member, its value
 
 
 def optional_text(argument: str, value: object) -> str | None:
@@ -74,7 +74,7 @@ def whole(argument: str, value: object, *, least: int = -_MAX_INT) -> int:
         raise InvalidArgument(f"{argument} must be a whole number, not {value!r}")
     if not least <= value <= _MAX_INT:
         raise InvalidArgument(f"{argument} must be from {least} to {_MAX_INT}, not {value!r}")
-    return value
+    return int(value)
 
 
 def optional_whole(argument: str, value: object, *, least: int = -_MAX_INT) -> int | None:
@@ -104,11 +104,14 @@ def number(argument: str, value: object) -> float:
 
 
 def timeout(value: object, max_retries: object) -> float | None:
-    """Seconds to wait; None waits for ever. ``max_retries=0`` tries once; another number changes nothing."""
+    """Seconds to wait; None waits for ever. ``max_retries=0`` tries once; another number changes nothing.
+
+    What is left of somebody's time may be next to nothing: below a millisecond it tries once, as 0 does.
+    """
     seconds = None if value is None else number("timeout_seconds", value)
     if seconds is not None and seconds < 0:
         raise InvalidArgument(f"timeout_seconds must be at least 0, or None, not {value!r}")
-    if optional_whole("max_retries", max_retries, least=0) == 0:
+    if optional_whole("max_retries", max_retries, least=0) == 0 or (seconds is not None and seconds < 0.001):
         return 0.0
     return None if seconds is None or seconds > _MAX_DURATION else seconds
 

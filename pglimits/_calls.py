@@ -145,13 +145,13 @@ class Base:
                 yield waker, left
             lease, request.lease = request.lease, None
             assert lease is not None
+            request.orphan = None
             return lease
         except BaseException:
             if request.error is None:
                 courier.put(courier.give_up, request)
+            request.orphan = None  # not before: another interrupt may strike here
             raise
-        finally:
-            request.orphan = None
 
     def _releasing(self, lease: Lease) -> Course[bool | None]:
         """Whether it was still live; None if the database could not be asked."""

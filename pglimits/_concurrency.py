@@ -10,11 +10,12 @@ import inspect
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from . import _arguments
-from ._leases import Lease
+from ._leases import Lease, orphan
 from ._requests import Kind, checked
 from .errors import InvalidArgument, LeaseLost
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ._limiter import AsyncLimiter, Limiter
 
 F = TypeVar("F", bound=Callable[..., Any])
-K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -73,13 +73,20 @@ class _Hold:
         self._more = (key, priority)
         self._last: tuple[bool, Kind] | None = None
         # By the thread or task that has entered it.
-        self._holds: dict[Any, list[tuple[Lease, _Canceller]]] = {}
+        self._holds: dict[Any, tuple[_Entered, ...]] = {}
         self._kind(strict)
 
     def _kind(self, strict: bool) -> Kind:
         if self._last is None or self._last[0] is not strict:
             self._last = strict, checked(self._names, *self._rest, strict, self._raise, *self._more)
         return self._last[1]
+
+    def _entered(self, who: Any, lease: Lease, canceller: _Canceller) -> tuple[_Entered, ...]:
+        """What a thread or task has entered, with a lease that it has now."""
+        entered = _Entered(lease, canceller)
+        if lease.enforced:
+            lease._left = orphan(entered, self._limiter()._courier.inbox.append, (lease.id, lease.places))
+        return (*self._holds.get(who, ()), entered)
 
     def _raises(self, limiter: Limiter | AsyncLimiter) -> bool:
         """Whether a lost lease is to raise."""
@@ -103,13 +110,16 @@ class Concurrency(_Hold, AbstractContextManager[Lease]):
         limiter = self._limiter()._in_threads()
         kind = self._kind(limiter._is_strict(self._strict))
         lease = limiter._run(limiter._acquiring(kind, self._holder))
-        self._holds.setdefault(threading.get_ident(), []).append((lease, _NOBODY))
+        mine = threading.get_ident()
+        # No call between this and the body: with each, an interrupt may come.
+        self._holds[mine] = self._entered(mine, lease, _NOBODY)
         return lease
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        lease, _ = _leave(self._holds, threading.get_ident())
+        entered = _leave(self._holds, threading.get_ident())
+        lease = entered.lease
         ours = lease.is_here()
         lost = lease.lost
         limiter = self._limiter()._in_threads()
@@ -118,6 +128,7 @@ class Concurrency(_Hold, AbstractContextManager[Lease]):
             live: bool | None = limiter._release_later(lease)
         else:
             live = limiter._run(limiter._releasing(lease))
+        lease._left = None
         if ours and (lost or live is False) and error is None and self._raises(limiter):
             raise _lost(lease)
 
@@ -132,18 +143,20 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         canceller = _Canceller(None if lease._task is None else lease._task())
         if self._raises(limiter):
             lease.on_lost(canceller.lost_elsewhere)
-        self._holds.setdefault(canceller.task, []).append((lease, canceller))
+        self._holds[canceller.task] = self._entered(canceller.task, lease, canceller)
         return lease
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        lease, canceller = _leave(self._holds, asyncio.current_task())
+        entered = _leave(self._holds, asyncio.current_task())
+        lease, canceller = entered.lease, entered.canceller
         canceller.over = True
         ours = lease.is_here()
         lost = lease.lost
         limiter = self._limiter()._in_tasks()
         live = await limiter._run(limiter._releasing(lease))
+        lease._left = None
         if not ours or not (lost or live is False) or not self._raises(limiter):
             return
         if canceller.cancelled and canceller.task is not None and canceller.task.uncancel() > canceller.cancelling:
@@ -151,6 +164,15 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         if error is not None and not (canceller.cancelled and isinstance(error, asyncio.CancelledError)):
             return
         raise _lost(lease) from error
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class _Entered:
+    """That a context has been entered. Forgotten without having been left, it gives its lease back: an interrupt can
+    strike before the first line of the exit."""
+
+    lease: Lease
+    canceller: _Canceller
 
 
 class _Canceller:
@@ -184,7 +206,7 @@ def _lost(lease: Lease) -> LeaseLost:
     return LeaseLost(f"the lease {lease.id} on {', '.join(lease.names)} ended before the work did")
 
 
-def _leave(entered: dict[K, list[T]], who: K) -> T:
+def _leave(entered: dict[Any, tuple[_Entered, ...]], who: Any) -> _Entered:
     """What a thread or task that leaves a context had entered it with.
 
     A context may be left by another than the one that entered it, a generator's that is finished elsewhere for
@@ -192,8 +214,10 @@ def _leave(entered: dict[K, list[T]], who: K) -> T:
     """
     if who not in entered:
         who = next(reversed(entered))
-    last = entered[who].pop()
-    if not entered[who]:
+    *rest, last = entered[who]
+    if rest:
+        entered[who] = tuple(rest)
+    else:
         del entered[who]
     return last
 

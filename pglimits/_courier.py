@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -355,7 +355,7 @@ class _Closing:
 
 
 _couriers: weakref.WeakSet[Courier] = weakref.WeakSet()
-_shared: dict[tuple[str | int, bool], Courier] = {}
+_shared: dict[tuple[Hashable, bool], Courier] = {}
 _shared_lock = threading.Lock()
 
 

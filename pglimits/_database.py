@@ -13,12 +13,12 @@ import inspect
 import re
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from . import __version__, _sql
@@ -201,8 +201,8 @@ class Connection:
                 raise NoAnswer("the server did not answer")
             pgconn.consume_input()
         result = pgconn.get_result()
-        while pgconn.get_result() is not None:
-            pass
+        while (more := pgconn.get_result()) is not None:
+            result = _graver(result, more)
         assert result is not None
         _raise(result)
         return rows(result)
@@ -227,6 +227,8 @@ class Connection:
         """
         if self.pgconn.transaction_status != TransactionStatus.IDLE:
             raise LimiterUnavailable("the connection has a transaction open")
+        if self.pgconn.pipeline_status != PipelineStatus.OFF:
+            raise LimiterUnavailable("the connection is in pipeline mode")
         self.pgconn.nonblocking = 1
         ((version, real_pid),) = self.execute(_sql.VERSION)
         if numbers(__version__)[:2] != numbers(str(version))[:2]:
@@ -282,7 +284,7 @@ class Connection:
         while self.job is not None and not pgconn.is_busy():
             result = pgconn.get_result()
             if result is not None:
-                self._result = result if self._result is None else self._result
+                self._result = _graver(self._result, result)
                 continue
             result, self._result = self._result, None
             if result is None:
@@ -317,6 +319,11 @@ class Connection:
 _FINE = (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
 
 
+def _graver(result: PGresult | None, more: PGresult) -> PGresult:
+    """The result of a statement that has two: an error at the commit comes behind the rows."""
+    return more if result is None or more.status not in _FINE else result
+
+
 def _raise(result: PGresult) -> None:
     if result.status not in _FINE:
         raise psycopg.errors.error_from_result(result)
@@ -334,8 +341,8 @@ class Source:
 
     def __init__(self, conninfo: str) -> None:
         self.conninfo = conninfo
-        # Limiters whose sources have the same share a courier. The source keeps what it is the id of.
-        self.key: str | int = conninfo
+        # Limiters whose sources have the same share a courier.
+        self.key: Hashable = conninfo
 
     def open(self) -> Connection:
         """Open a connection. Raises psycopg.Error, PglimitsError, and what the app's code raises."""
@@ -359,7 +366,8 @@ class Callback(Source):
         if not callable(connect):
             raise InvalidArgument(f"connect must be a function that returns a psycopg connection, not {connect!r}")
         self._opens = connect
-        self.key = id(connect)
+        # A method of an object is made anew each time that it is named, and equal.
+        self.key = connect if isinstance(connect, Hashable) else id(connect)
 
     def _connect(self) -> Opened:
         opened = _in_a_loop_if_need_be(self._opens)
@@ -377,7 +385,7 @@ class OfPool(Source):
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self.key = id(pool)
+        self.key = pool
         if any(not hasattr(pool, name) for name in _RECIPE):
             raise InvalidArgument(f"pool must be a psycopg_pool.ConnectionPool or AsyncConnectionPool, not {pool!r}")
         if not callable(pool.conninfo):

@@ -226,8 +226,10 @@ class Errands:
 
     def _is_locked(self, request: Request, result: PGresult) -> None:
         """The time of a request is over, and somebody keeps its limits locked."""
-        found = _codec.rows(result)
-        by = found[0][0] if found and found[0][0] else "somebody"
+        ((by,),) = _codec.rows(result)
+        if by is None:  # it has ended by now
+            self._settle(request, request.late())
+            return
         said = f"{request.kind.named} could not be had in time: an open transaction keeps it locked: {by}"
         self._settle(request, LimitLocked(said))
 

@@ -87,6 +87,8 @@ class Lease:
     _task: Callable[[], Any] | None = None
     released: bool = field(default=False, init=False)
     _lost: bool = field(default=False, init=False)
+    # Given back when the context that has it is forgotten.
+    _left: Orphan | None = field(default=None, init=False)
     # By the courier, as its limiter or its loop was closed.
     _given_back: bool = field(default=False, init=False)
     # Taken out by whoever calls it, so that it is called once.
@@ -99,19 +101,20 @@ class Lease:
 
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Have something called when the lease is lost, by the thread that notices; at once if it is lost already."""
-        self._on_lost = [callback]
+        self._on_lost.append(callback)
         if self._lost:
             self._tell()
 
     def _tell(self) -> None:
-        try:
-            callback = self._on_lost.pop()
-        except IndexError:
-            return
-        try:
-            callback()
-        except Exception:
-            log.exception("what is to be done when the lease %s is lost has failed", self.id)
+        while True:
+            try:
+                callback = self._on_lost.pop(0)
+            except IndexError:
+                return
+            try:
+                callback()
+            except Exception:
+                log.exception("what is to be done when the lease %s is lost has failed", self.id)
 
     def is_here(self) -> bool:
         """Whether it was taken by this process, not by the one that has forked it, and not released."""

@@ -23,7 +23,7 @@ from ._codec import array, encode
 from ._leases import Lease, Orphan, Place
 from ._sql import Statement
 from ._wake import Waker
-from .errors import AcquireTimeout, PglimitsError
+from .errors import AcquireTimeout, LimiterUnavailable, PglimitsError
 
 OnUnavailable = Literal["raise", "wait", "allow"]
 
@@ -122,9 +122,11 @@ class Request(Errand):
     pause: float = field(default=0.05, init=False)
     orphan: Orphan | None = field(default=None, init=False)
 
-    def late(self) -> AcquireTimeout:
-        """Its time is over."""
+    def late(self) -> PglimitsError:
+        """Its time is over. Whether there was room nobody knows where one that tries once has had no answer."""
         kind = self.kind
+        if self.under_way and not kind.timeout and self.on_unavailable == "raise":
+            return LimiterUnavailable("the database has not answered in time")
         error = AcquireTimeout(
             f"no slot of {kind.named} " + (f"within {kind.timeout:g} s" if kind.timeout else "in time")
         )

@@ -200,8 +200,8 @@ begin
   where l.is_sure
      or l.is_sure is null and (a.xact_start > statement_timestamp()) is not true
         and not exists (select from lockers sure where sure.is_sure);
-  return coalesce(lockers, 'a transaction that has ended by now');
+  return lockers;
 end $$;
 
 comment on function pglimits._locked_by(text[], text[]) is
-  'Which sessions keep limits locked, in words. For the messages of LimitLocked, those of the wrapper too.';
+  'Which sessions keep limits locked, in words; null if none does any more. For the messages of LimitLocked, those of the wrapper too.';

@@ -295,7 +295,9 @@ begin
     end if;
   exception when lock_not_available then
     perform pglimits._fail('LimitLocked',
-      format('somebody keeps %s locked in an open transaction: %s', pglimits._listed(names), pglimits._locked_by(names, keys)),
+      format(
+        'somebody keeps %s locked in an open transaction: %s', pglimits._listed(names),
+        coalesce(pglimits._locked_by(names, keys), 'one that has ended by now')),
       'It has to commit or roll back: call acquire and release in transactions of their own.');
   end;
 

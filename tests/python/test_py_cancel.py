@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import poolers
@@ -723,3 +726,98 @@ def test_a_signal_handler_may_release_and_acquire_in_the_midst_of_another_call(
     settles(conn, wait_until)
     child.tell()
     child.end()
+
+
+def strike(event: str, function: str, nth: int = 1) -> None:
+    """Have this thread interrupted as a function of that name is called, or returns, for the nth time."""
+    left = [None] * nth
+
+    def trace(frame: FrameType, what: str, _: Any) -> Any:
+        if what == event and frame.f_code.co_qualname == function:
+            left.pop()
+            if not left:
+                raise Interrupt
+        return trace
+
+    sys.settrace(trace)
+
+
+@pytest.mark.parametrize(
+    ("event", "function"), [("return", "_Hold._entered"), ("call", "Concurrency.__exit__"), ("return", "_leave")]
+)
+def test_an_interrupt_at_the_edge_of_a_block_gives_the_slot_back_whoever_keeps_the_lease(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil, event: str, function: str
+) -> None:
+    limiter.create("database", 1)
+    leases = []
+    with pytest.raises(Interrupt):
+        strike(event, function)
+        with limiter.concurrency("database") as lease:
+            leases.append(lease)
+    wait_until(lambda: nothing_left(conn))
+    with limiter.concurrency("database", timeout_seconds=0):
+        pass
+
+
+@pytest.mark.parametrize("function", ["AsyncConcurrency.__aexit__", "_leave"])
+def test_an_interrupt_at_the_edge_of_an_async_block_gives_the_slot_back_whoever_keeps_the_lease(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil, function: str
+) -> None:
+    limiter.create("database", 1)
+    leases = []
+
+    async def works() -> None:
+        strike("call", function)
+        async with limiter._in_tasks().concurrency("database") as lease:
+            leases.append(lease)
+
+    with pytest.raises(Interrupt):
+        asyncio.run(works())
+
+    def collected() -> bool:
+        gc.collect()  # the loop's task and its error keep each other
+        return nothing_left(conn)
+
+    wait_until(collected)
+
+
+def test_a_context_that_is_kept_and_interrupted_as_it_is_entered_keeps_no_slot(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    kept = limiter.concurrency("database")
+    with pytest.raises(Interrupt):
+        strike("return", "_Hold._entered")
+        with kept:
+            pass
+    wait_until(lambda: nothing_left(conn))
+    with kept:
+        assert held(conn) == 1
+
+
+def test_a_second_interrupt_while_the_first_is_dealt_with_leaves_nobody_in_the_line(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+    struck: list[type[BaseException]] = []
+
+    def waits() -> None:
+        # First it asks; then it gives up, as the first interrupt comes.
+        strike("call", "Courier.put", nth=2)
+        try:
+            limiter.acquire("database")
+        except Interrupt as error:
+            found: BaseException | None = error
+            while found is not None:
+                struck.append(type(found))
+                found = found.__context__
+
+    thread = threading.Thread(target=waits)
+    thread.start()
+    wait_until(lambda: waiting(conn) == 1)
+    throw_into(thread)
+    thread.join(30)
+    assert struck.count(Interrupt) == 2
+    wait_until(lambda: waiting(conn) == 0, what="for whoever was struck twice to leave the line")
+    limiter.release(lease)

@@ -361,12 +361,14 @@ def test_limiters_of_one_pool_or_function_share_their_connections_also_where_nob
     limiter.create("database", 1)
     named = make_conninfo(dsn, application_name="of_one")
 
-    def connect() -> Connection:
-        return psycopg.connect(named, autocommit=True)
+    class App:
+        def connect(self) -> Connection:
+            return psycopg.connect(named, autocommit=True)
 
+    app = App()
     with ConnectionPool(named, min_size=1, max_size=1, open=True) as pool:
         pool.wait()
-        limiters = [Limiter(pool=pool) for _ in range(30)] + [Limiter(connect=connect) for _ in range(30)]
+        limiters = [Limiter(pool=pool) for _ in range(30)] + [Limiter(connect=app.connect) for _ in range(30)]
         for each in limiters:
             with each.concurrency("database"):
                 pass
@@ -377,6 +379,19 @@ def test_limiters_of_one_pool_or_function_share_their_connections_also_where_nob
             assert held(conn) == 1
         for each in limiters:
             each.close()
+
+
+def test_a_connection_that_is_of_no_use_is_named_as_the_reason(dsn: str) -> None:
+    def in_pipeline_mode() -> Connection:
+        connection: Connection = psycopg.connect(dsn, autocommit=True)
+        connection.pgconn.enter_pipeline_mode()
+        return connection
+
+    with (
+        Limiter(connect=in_pipeline_mode) as limiter,
+        pytest.raises(LimiterUnavailable, match="pipeline mode"),
+    ):
+        limiter.acquire("database", timeout_seconds=5)
 
 
 # Loops that end, and processes that fork.

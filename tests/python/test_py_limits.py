@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import enum
 import inspect
 import os
 import socket
@@ -675,6 +676,38 @@ def test_a_bad_argument_of_a_request_is_named_and_changes_nothing(api: Api, conn
         assert isinstance(caught.value, ValueError)
     limit = api.get("database")
     assert (limit.held, limit.level, limit.waiting) == (0, 0, 0)
+
+
+class Name(str, enum.Enum):  # noqa: UP042 (its str() is not its value)
+    LIMIT = "database"
+    KEY = "a"
+
+
+class Number(int, enum.Enum):
+    TWO = 2
+
+
+def test_the_member_of_an_enum_is_its_value_everywhere(api: Api) -> None:
+    api.create(Name.LIMIT, Number.TWO)
+    lease = api.acquire({(Name.LIMIT, Name.KEY): Number.TWO}, priority=Number.TWO)
+    assert [(each.name, each.key, each.slots, each.priority) for each in api.holders(Name.LIMIT)] == [
+        ("database", "a", 2, 2)
+    ]
+    with pytest.raises(AcquireTimeout):
+        api.acquire([Name.LIMIT], timeout_seconds=0, key=Name.KEY)
+    api.release(lease)
+    lease = api.acquire(Name.LIMIT, occupy=Number.TWO, key=Name.KEY)
+    assert api.peek(Name.LIMIT, key=Name.KEY).status == "refused"
+    assert api.reset(Name.LIMIT, key=Name.KEY) == 1
+    api.release(lease)
+
+
+def test_what_is_next_to_no_time_tries_once_as_no_time_does(api: Api) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database", timeout_seconds=1e-9)
+    with pytest.raises(AcquireTimeout):
+        api.acquire("database", timeout_seconds=1e-9)
+    api.release(lease)
 
 
 def test_a_deeply_nested_holder_is_an_argument_error(api: Api) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from typing import Any
 
 import pytest
@@ -247,3 +248,34 @@ def test_what_is_given_back_on_a_free_limit_does_not_wait_for_what_somebody_keep
     wait_until(lambda: held(conn, "free") == 0)
     locked.unlock()
     wait_until(lambda: nothing_left(conn))
+
+
+# What fails at its commit.
+
+
+FAILS_AT_COMMIT = """
+    create function public.fails() returns trigger language plpgsql as $$
+    begin
+      raise exception 'at the commit' using errcode = 'serialization_failure';
+    end $$;
+    create constraint trigger fails after insert or delete on pglimits.leases
+      deferrable initially deferred for each row execute function public.fails();
+"""
+
+
+def test_what_fails_at_its_commit_is_neither_granted_nor_released(
+    limiter: Limiter, conn: Connection, wait_until: WaitUntil
+) -> None:
+    limiter.create("database", 1)
+    lease = limiter.acquire("database")
+    conn.execute(textwrap.dedent(FAILS_AT_COMMIT))
+    released = in_thread(limiter.release, lease)
+    limiter.create("other", 1)
+    with pytest.raises(AcquireTimeout):
+        limiter.acquire("other", timeout_seconds=0)
+    assert held(conn, "other") == 0
+    assert held(conn, "database") == 1
+    assert not released.done()
+    conn.execute("drop trigger fails on pglimits.leases")
+    assert released.result(30) is True
+    assert nothing_left(conn)

@@ -427,6 +427,23 @@ def test_who_asks_to_be_told_that_a_lease_is_lost_is_told_once_also_when_it_is_l
     assert told == ["before", "after"]
 
 
+def test_who_asks_to_be_told_in_a_strict_block_is_told_and_cancelled(dsn: str, conn: Connection) -> None:
+    told = []
+
+    async def works() -> None:
+        async with AsyncLimiter(dsn) as limiter:
+            await limiter.create("database", 1)
+            async with limiter.concurrency("database", strict=True, lease_duration=1) as lease:
+                for number in range(2):
+                    lease.on_lost(lambda number=number: told.append(number))
+                await limiter.reset("database")
+                await asyncio.sleep(3600)
+
+    with pytest.raises(LeaseLost):
+        run(works())
+    assert told == [0, 1]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_limiter_that_is_closed_in_a_block_loses_its_lease_and_does_not_warn(

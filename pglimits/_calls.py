@@ -40,7 +40,8 @@ B = TypeVar("B", bound="Base")
 Course: TypeAlias = Generator[tuple[Waker, float | None], None, T]
 
 _LEAVES_WITHIN = 0.25
-"""Seconds that a request whose time is over waits to be out of the line. If that takes longer, nobody waits for it."""
+"""Seconds that a request whose time is over waits to be out of the line. If that takes longer, nobody waits for it. One
+that tries once waits for as long again as for the lock: only an answer tells whether that is what it has met."""
 _CONNECTS_WITHIN = 2.0
 """Seconds that a request which may not wait in line waits for a connection."""
 _DEEPEST = 100
@@ -136,7 +137,7 @@ class Base:
                 elif leaves_by:
                     raise request.late()
                 else:
-                    leaves_by = time.monotonic() + _LEAVES_WITHIN
+                    leaves_by = time.monotonic() + (_LEAVES_WITHIN if timeout else PATIENCE)
                     courier.put(courier.leave, request)
             if request.error is not None:
                 raise request.error

@@ -431,6 +431,15 @@ def test_a_request_over_several_limits_that_waits_while_all_are_free_idles() -> 
     assert story.breaks(Tolerance(away=[(9, 19)])) == []
 
 
+def test_a_limit_on_which_nothing_ever_happened_is_free() -> None:
+    story = Story(limit=1)
+    parts = [{"limit_id": 1, "key": key, "slots": 1} for key in ("", "other")]
+    story.waits(2, "x", parts=parts, channel="process")
+    story.configure(8, 1)
+    story.leaves(8, "x")
+    assert "No idling" in story.breaks()
+
+
 def test_one_who_waits_for_several_limits_may_be_passed_where_it_does_not_stand() -> None:
     story = a_queue_that_moves_on()
     story.waits(11, "patient", parts=[])

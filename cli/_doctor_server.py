@@ -144,6 +144,7 @@ def _durable(case: Case) -> Iterator[Finding]:
 def _installed(case: Case) -> Iterator[Finding]:
     from pglimits import __version__
     from pglimits._database import numbers
+    from pglimits._install import functions_and_views
 
     if not case.one("select exists (select from pg_namespace where nspname = 'pglimits')"):
         yield Finding("installed", FAIL, "pglimits is not installed in this database", "pglimits install")
@@ -161,6 +162,10 @@ def _installed(case: Case) -> Iterator[Finding]:
         yield Finding("installed", OK, "pglimits is installed; its version is not for you to see")
         return
     there = str(case.one("select pglimits.version()"))
+    if there == __version__ and (missing := sorted(functions_and_views() - _there(case))):
+        which = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        yield Finding("installed", FAIL, f"pglimits {there} is only half there, without {which}", "pglimits install")
+        return
     if there == __version__:
         yield Finding("installed", OK, f"pglimits {there}, the same as this command")
         return
@@ -172,6 +177,15 @@ def _installed(case: Case) -> Iterator[Finding]:
         f"pglimits {there} in the database is {'older' if older else 'newer'} than this command, {__version__}",
         "pglimits upgrade" if older else "pip install --upgrade pglimits",
     )
+
+
+def _there(case: Case) -> set[str]:
+    """The names of the functions and relations of pglimits in the database."""
+    found = case.rows(
+        "select proname::text from pg_proc where pronamespace = 'pglimits'::regnamespace"
+        " union select relname::text from pg_class where relnamespace = 'pglimits'::regnamespace"
+    )
+    return {name for (name,) in found}
 
 
 def _roles(case: Case) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ ROLES = ("pglimits_user", "pglimits_reader", "pglimits_admin")
 
 _INCLUDE = re.compile(r"^\\ir (\S+)$", re.MULTILINE)
 _MIGRATION = re.compile(r"^migrations/(\d+)_")
+_REPEATABLE = re.compile(r"^create or replace (?:function|procedure|view) pglimits\.(\w+)", re.MULTILINE)
 _LIST = re.compile(r"^  (users|administrators|readers|visible) constant text\[\] := '\{(.*)\}';$", re.MULTILINE)
 
 _HEAD = f"""\
@@ -196,6 +197,11 @@ def granted(*lists: str) -> list[str]:
     (``visible``)."""
     there = {name: names.split(",") for name, names in _LIST.findall(_read("grants.sql"))}
     return sorted({name for each in lists for name in there[each]})
+
+
+def functions_and_views() -> set[str]:
+    """The names of all that an installation has beside its tables."""
+    return set(_REPEATABLE.findall(script()))
 
 
 def version(connection: psycopg.Connection[tuple[object, ...]]) -> str | None:

@@ -126,7 +126,7 @@ begin
     elsif granted + waiting < many then
       seconds := array[case
         when rate > 0 and pglimits._ready_at(state, slots, request.for_rate, now) < 'infinity'
-        then date_part('epoch', pglimits._moment(state, before.slots + slots, now) - now) end];
+        then date_part('epoch', pglimits._moment(state, before.slots + slots::bigint * (waiting + 1), now) - now) end];
       return next row(granted + waiting + 1, many, 'refused', null, null, seconds)::pglimits._outcome;
     end if;
   end if;

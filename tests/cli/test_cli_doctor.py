@@ -125,6 +125,15 @@ def test_an_installation_of_another_version(find: Callable[..., Any], conn: Conn
         assert (found["status"], found["fix"]) == (status, fix)
 
 
+def test_an_installation_that_lacks_something(find: Callable[..., Any], pglimits: Cli, conn: Connection) -> None:
+    conn.execute("drop function pglimits.renew; drop view pglimits.holders")
+    found = find("installed")
+    assert (found["status"], found["fix"]) == ("fail", "pglimits install")
+    assert "without holders, renew" in found["text"]
+    assert pglimits("install").code == 0
+    assert find("installed")["status"] == "ok"
+
+
 def test_what_the_role_may_do(find: Callable[..., Any], role: Callable[..., str], dsn: str) -> None:
     stranger, user, reader, admin = role(), role("pglimits_user"), role("pglimits_reader"), role("pglimits_admin")
     for name, status, said in (

@@ -91,6 +91,15 @@ def test_requests_that_are_alike_are_answered_as_if_each_were_alone(
     db.consistent()
 
 
+def test_who_is_refused_behind_others_of_its_batch_is_told_when_it_would_be_its_turn(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("api", 1, 0.05)
+    batch(s, "api", ids(1), for_rate=True)
+    waits, refused = batch(s, "api", ids(5), for_rate=True, timeout_seconds=50, channel="pglimits_t")
+    assert (waits.status, waits.last) == ("queued", 2)
+    assert (refused.status, refused.seconds) == ("refused", [60])
+
+
 def test_a_batch_keeps_the_order_of_the_line_and_tells_its_head_when_time_lets_it_go_on(
     clock: Clock, db: Db, s: Session
 ) -> None:

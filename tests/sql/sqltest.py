@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Protocol
@@ -190,7 +190,11 @@ class Db:
         sessions = [self.session() for _ in works]
         futures = [self._pool.submit(work, session) for work, session in zip(works, sessions, strict=True)]
         try:
-            return [future.result(timeout=60) for future in futures]
+            # What went wrong with one of them, rather than that others wait for it in vain.
+            done, _ = wait(futures, timeout=60, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result(timeout=1) for future in futures]
         finally:
             for session in sessions:
                 session.connection.cancel_safe()

@@ -320,13 +320,15 @@ _FINE = (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
 
 
 def _graver(result: PGresult | None, more: PGresult) -> PGresult:
-    """The result of a statement that has two: an error at the commit comes behind the rows."""
-    return more if result is None or more.status not in _FINE else result
+    """The result of a statement that has two, as an error at the commit comes behind the rows: the first error."""
+    return more if result is None or (result.status in _FINE and more.status not in _FINE) else result
 
 
 def _raise(result: PGresult) -> None:
     if result.status not in _FINE:
-        raise psycopg.errors.error_from_result(result)
+        error = psycopg.errors.error_from_result(result)
+        # Without a SQLSTATE it is libpq that says so: the connection is gone.
+        raise error if error.sqlstate else psycopg.OperationalError(str(error))
 
 
 Opened: TypeAlias = tuple[psycopg.BaseConnection[Any], Callable[[], None] | None]

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from psycopg import AsyncClientCursor, AsyncRawCursor, ClientCursor, RawCursor, sql
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import ExecStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from wrappertest import (
@@ -649,3 +650,31 @@ def test_where_no_thread_can_be_started_that_is_said_and_it_goes_on_when_one_can
             with pytest.raises(LimiterUnavailable, match="can't start new thread"):
                 limiter.acquire("database")
         assert limiter.version()
+
+
+# Results.
+
+
+class Result:
+    """What libpq hands out, as far as is looked at here."""
+
+    def __init__(self, status: ExecStatus, sqlstate: bytes | None = None) -> None:
+        self.status, self.sqlstate = status, sqlstate
+
+
+def test_of_the_results_of_a_statement_the_first_error_counts() -> None:
+    rows = Result(ExecStatus.TUPLES_OK)
+    ended, gone = (Result(ExecStatus.FATAL_ERROR, sqlstate) for sqlstate in (b"57P01", None))
+    graver: Any = _database._graver
+    assert graver(None, rows) is rows
+    assert graver(rows, gone) is gone
+    assert graver(ended, gone) is ended
+    assert graver(rows, Result(ExecStatus.COMMAND_OK)) is rows
+
+
+def test_a_connection_that_ends_behind_the_rows_is_a_database_that_cannot_be_reached(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        made = connection.pgconn.make_empty_result(ExecStatus.FATAL_ERROR)
+        with pytest.raises(psycopg.OperationalError) as caught:
+            _database._raise(made)
+        assert isinstance(_database.translate(caught.value), LimiterUnavailable)

@@ -162,12 +162,13 @@ def _installed(case: Case) -> Iterator[Finding]:
         yield Finding("installed", OK, "pglimits is installed; its version is not for you to see")
         return
     there = str(case.one("select pglimits.version()"))
-    if there == __version__ and (missing := sorted(functions_and_views() - _there(case))):
+    if there == __version__:
+        missing = sorted(functions_and_views() - _there(case))
+        if not missing:
+            yield Finding("installed", OK, f"pglimits {there}, the same as this command")
+            return
         which = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         yield Finding("installed", FAIL, f"pglimits {there} is only half there, without {which}", "pglimits install")
-        return
-    if there == __version__:
-        yield Finding("installed", OK, f"pglimits {there}, the same as this command")
         return
     older = numbers(there) < numbers(__version__)
     status = WARN if numbers(there)[:2] == numbers(__version__)[:2] else FAIL

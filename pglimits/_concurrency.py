@@ -21,6 +21,7 @@ from .errors import InvalidArgument, LeaseLost
 
 if TYPE_CHECKING:
     from ._arguments import Names
+    from ._courier import Courier
     from ._limiter import AsyncLimiter, Limiter
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -81,11 +82,11 @@ class _Hold:
             self._last = strict, checked(self._names, *self._rest, strict, self._raise, *self._more)
         return self._last[1]
 
-    def _entered(self, who: Any, lease: Lease, canceller: _Canceller) -> tuple[_Entered, ...]:
+    def _entered(self, who: Any, lease: Lease, canceller: _Canceller, courier: Courier) -> tuple[_Entered, ...]:
         """What a thread or task has entered, with a lease that it has now."""
         entered = _Entered(lease, canceller)
         if lease.enforced:
-            lease._left = orphan(entered, self._limiter()._courier.inbox.append, (lease.id, lease.places))
+            lease._left = orphan(entered, courier.inbox.append, (lease.id, lease.places))
         return (*self._holds.get(who, ()), entered)
 
     def _raises(self, limiter: Limiter | AsyncLimiter) -> bool:
@@ -112,7 +113,7 @@ class Concurrency(_Hold, AbstractContextManager[Lease]):
         lease = limiter._run(limiter._acquiring(kind, self._holder))
         mine = threading.get_ident()
         # No call between this and the body: with each, an interrupt may come.
-        self._holds[mine] = self._entered(mine, lease, _NOBODY)
+        self._holds[mine] = self._entered(mine, lease, _NOBODY, limiter._courier)
         return lease
 
     def __exit__(
@@ -143,7 +144,7 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         canceller = _Canceller(None if lease._task is None else lease._task())
         if self._raises(limiter):
             lease.on_lost(canceller.lost_elsewhere)
-        self._holds[canceller.task] = self._entered(canceller.task, lease, canceller)
+        self._holds[canceller.task] = self._entered(canceller.task, lease, canceller, limiter._courier)
         return lease
 
     async def __aexit__(

@@ -655,21 +655,15 @@ def test_where_no_thread_can_be_started_that_is_said_and_it_goes_on_when_one_can
 # Results.
 
 
-class Result:
-    """What libpq hands out, as far as is looked at here."""
-
-    def __init__(self, status: ExecStatus, sqlstate: bytes | None = None) -> None:
-        self.status, self.sqlstate = status, sqlstate
-
-
-def test_of_the_results_of_a_statement_the_first_error_counts() -> None:
-    rows = Result(ExecStatus.TUPLES_OK)
-    ended, gone = (Result(ExecStatus.FATAL_ERROR, sqlstate) for sqlstate in (b"57P01", None))
-    graver: Any = _database._graver
-    assert graver(None, rows) is rows
-    assert graver(rows, gone) is gone
-    assert graver(ended, gone) is ended
-    assert graver(rows, Result(ExecStatus.COMMAND_OK)) is rows
+def test_of_the_results_of_a_statement_the_first_error_counts(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        make = connection.pgconn.make_empty_result
+        rows, done = make(ExecStatus.TUPLES_OK), make(ExecStatus.COMMAND_OK)
+        ended, gone = make(ExecStatus.FATAL_ERROR), make(ExecStatus.FATAL_ERROR)
+        assert _database._graver(None, rows) is rows
+        assert _database._graver(rows, gone) is gone
+        assert _database._graver(ended, gone) is ended
+        assert _database._graver(rows, done) is rows
 
 
 def test_a_connection_that_ends_behind_the_rows_is_a_database_that_cannot_be_reached(dsn: str) -> None:

@@ -1,0 +1,101 @@
+"""What the page of one limit shows: who holds it, who waits and why, its keys, its history."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ._page_data import Row, Rows
+
+SPANS = {"hour": (3600, 120), "day": (86400, 144), "week": (7 * 86400, 168)}
+"""Seconds and points of the charts."""
+CHARTS = (
+    ("held", "Held against the limit"),
+    ("waiting", "Waiting"),
+    ("granted", "Grants and expiries a second"),
+    ("wait", "Wait of those who were granted"),
+)
+_PART = 25
+"""Rows of a table."""
+
+_HOLDERS = """
+select h.*, count(*) over () as found from pglimits.holders h
+where h.name = %(name)s and (%(key)s::text is null or h.key = %(key)s)
+order by h.acquired_at, h.lease_id limit %(most)s offset %(skip)s
+"""
+_WAITERS = """
+select w.*, count(*) over () as found from pglimits.waiters w
+where w.name = %(name)s and (%(key)s::text is null or w.key = %(key)s)
+order by w."position", w.waiting_since, w.lease_id limit %(most)s offset %(skip)s
+"""
+_WHY = "select lease_id, blocked_by, reason, earliest from pglimits.why_waiting(%(name)s, %(key)s)"
+_KEYS = """
+select k.*, count(*) over () as found, sum(k.held) over () as all_held, sum(k.level) over () as all_level
+from pglimits.keys k where k.name = %(name)s
+order by k.waiting desc, k.held desc, k.level desc, k.key limit %(most)s offset %(skip)s
+"""
+_HISTORY = "select * from pglimits.history(%(name)s, %(seconds)s, %(points)s)"
+_NOW = "select pglimits._now() as now"
+
+
+@dataclass(slots=True)
+class Part:
+    """One page of a table."""
+
+    rows: list[dict[str, Any]]
+    found: int
+    page: int
+    pages: int
+
+
+async def _part(db: Rows, sql: str, page: int, **params: Any) -> Part:
+    """That page; where there are not so many, the last."""
+    found = await db.rows(sql, {**params, "most": _PART, "skip": (page - 1) * _PART})
+    if not found and page > 1:
+        first = await db.rows(sql, {**params, "most": 1, "skip": 0})
+        last = max(math.ceil(first[0]["found"] / _PART), 1) if first else 1
+        return await _part(db, sql, last, **params) if last < page else Part([], 0, 1, 1)
+    total = found[0]["found"] if found else 0
+    return Part(found, total, page, max(math.ceil(total / _PART), 1))
+
+
+async def view(db: Rows, row: Row, key: str | None, pages: dict[str, int]) -> dict[str, Any]:
+    """Holders, the line, and keys. ``key``: only of that key."""
+    moment = (await db.rows(_NOW))[0]["now"]
+    only = {"name": row.name, "key": key}
+    holders = await _part(db, _HOLDERS, pages["holders"], **only)
+    waiters = await _part(db, _WAITERS, pages["waiters"], **only)
+    if waiters.rows:
+        why = {each["lease_id"]: each for each in await db.rows(_WHY, only)}
+        for each in waiters.rows:
+            known = why.get(each["lease_id"], {})
+            each.update({part: known.get(part) for part in ("blocked_by", "reason", "earliest")})
+    keys = await _part(db, _KEYS, pages["keys"], name=row.name)
+    for each in keys.rows:
+        whole = each["all_level"] if row.is_rate_limit and not each["all_held"] else each["all_held"]
+        part = each["level"] if row.is_rate_limit and not each["all_held"] else each["held"]
+        each["share"] = 100 * float(part) / float(whole) if whole else 0.0
+    keyed = keys.found > 1 or any(each["key"] for each in (*keys.rows, *holders.rows, *waiters.rows))
+    return {"now": moment, "row": row, "holders": holders, "waiters": waiters, "keys": keys, "keyed": keyed}
+
+
+async def history(db: Rows, name: str, span: str) -> dict[str, Any]:
+    """What the charts draw: a list for each line, beside a list of moments."""
+    seconds, points = SPANS.get(span, SPANS["hour"])
+    found = await db.rows(_HISTORY, {"name": name, "seconds": float(seconds), "points": points})
+
+    def rate(row: dict[str, Any], counter: str) -> float | None:
+        return None if row[counter] is None or not row["seconds"] else round(row[counter] / row["seconds"], 4)
+
+    lines = {part: [row[part] for row in found] for part in ("limit", "held", "level", "waiting")}
+    return {
+        "span": span,
+        "step": seconds / points,
+        "at": [row["at"].timestamp() for row in found],
+        **lines,
+        "grants": [rate(row, "granted_slots") for row in found],
+        "expiries": [rate(row, "expired_leases") for row in found],
+        "p50": [row["waited_p50"] for row in found],
+        "p95": [row["waited_p95"] for row in found],
+    }

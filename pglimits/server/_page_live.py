@@ -1,0 +1,104 @@
+"""News for open pages, and what they share: ``_live`` looks on for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from typing import Any, TypeVar
+
+from ._live import Change, Live
+from ._page_data import Overview
+
+T = TypeVar("T")
+
+_LOOKS_ANYWAY = 10.0
+"""Seconds after which a page is told to look although no figure has changed: a lease may have been renewed."""
+_BEATS = 5.0
+"""Seconds between two signs of life of a stream."""
+_MOST_KEPT = 500
+
+
+class Shared:
+    """Answers that all who ask within a moment share, so that a hundred pages of one limit ask the database once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[float, asyncio.Task[Any]]] = {}
+
+    async def get(self, key: Hashable, seconds: float, make: Callable[[], Awaitable[T]]) -> T:
+        """What ``make`` returns, or has returned not more than so many seconds ago."""
+        began, task = self._kept.get(key, (0.0, None))
+        if task is not None and task.done() and (time.monotonic() - began > seconds or task.exception() is not None):
+            task = None
+        if task is None:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept = {each: kept for each, kept in self._kept.items() if not kept[1].done()}
+            task = asyncio.ensure_future(_made(make))
+            self._kept[key] = (time.monotonic(), task)
+        found: T = await asyncio.shield(task)
+        return found
+
+    def clear(self) -> None:
+        """Whoever asks next gets a new answer: something was changed here."""
+        self._kept = {}
+
+
+async def _made(make: Callable[[], Awaitable[T]]) -> T:
+    return await make()
+
+
+class Hub:
+    """What all open pages share."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+        self.overview = Overview(live)
+        self.shared = Shared()
+
+    async def forget(self) -> None:
+        """Something was changed here: whoever asks from now on is to see it."""
+        self.shared.clear()
+        await self.live.refresh()
+
+
+async def news(live: Live, name: str | None) -> AsyncIterator[str]:
+    """Yields ``news`` whenever something has changed, of one limit or of any; else ``beat``, as a sign of life.
+
+    The first is ``news``: the listener cannot know what it has missed.
+    """
+    changes = live.stream()
+    told = beat = time.monotonic()
+    coming: asyncio.Task[Any] | None = None
+    try:
+        while True:
+            if coming is None:
+                coming = asyncio.ensure_future(anext(changes, None))
+            await asyncio.wait({coming}, timeout=_BEATS)
+            now = time.monotonic()
+            is_news = now - told >= _LOOKS_ANYWAY
+            if coming.done():
+                change = coming.result()
+                coming = None
+                if change is None:
+                    return
+                is_news = is_news or _concerns(change, name)
+            if is_news:
+                told = beat = now
+                yield "news"
+            elif now - beat >= _BEATS:
+                beat = now
+                yield "beat"
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.wait({coming})
+        await changes.aclose()
+
+
+def _concerns(change: Change, name: str | None) -> bool:
+    """Whether a page shows something of that: the page of a limit has only that limit's figures and events."""
+    if name is None or change.first or change.missed:
+        return True
+    if not (change.limits or change.gone or change.events):
+        return True  # the database has gone, or has come back
+    return name in change.gone or any(each["name"] == name for each in (*change.limits, *change.events))

@@ -172,6 +172,11 @@ class Live:
                 async with self._news:
                     await self._news.wait()
 
+    async def refresh(self) -> None:
+        """Look again now, if anybody looks: something was changed here."""
+        if self._looking:
+            await self._next_poll()
+
     async def _next_poll(self) -> None:
         before = self.polls
         self._wake.set()

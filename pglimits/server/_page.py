@@ -1,13 +1,13 @@
 """The live page: the list of limits, a limit, events, the login. ``_page_actions.py`` has what can be done there.
 
-Every view is a page of its own at a URL of its own. When ``page.js`` hears of news, it asks for the same URL again, gets
-the part that changes, and morphs what is shown into it.
+Every view has a URL of its own. When ``page.js`` hears of news, it asks for the same URL again, gets the part that
+changes, and morphs what is shown into it.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,22 +15,25 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 
 from ..errors import LimiterUnavailable, PglimitsError
 from . import _page_actions
-from ._auth import local_path, reading, set_cookie
-from ._page_data import SORTS, STATES, Overview, Picture, Query, pick
+from ._auth import local_path, reading
+from ._page_data import SORTS, STATES, Query, pick
 from ._page_limit import CHARTS, SPANS, history, view
-from ._page_render import limit_url, render, root_of, static, url_of
+from ._page_live import hub_of, news
+from ._page_render import limit_url, render, static, url_of
 from ._problems import Problem, problem
+from ._settings import Settings
 
 KINDS = ("created", "updated", "deleted", "reset", "expired", "lost", "force_released")
+_HEADINGS = {403: "You may not do that", 404: "There is nothing here", 503: "The database does not answer"}
 _EVENTS = 50
-_LOOKS_ANYWAY = 10.0
-"""Seconds after which a page is told to look although no figure has changed: a lease may have been renewed."""
-_BEATS = 5.0
-"""Seconds between two signs of life of a stream."""
+_SHARED = 0.5
+"""Seconds for which all pages that show the same share one look at it."""
+_HISTORY_SHARED = 10.0
 _COLUMNS = (
     ("name", "Name", "", "By name"),
     ("", "State", "", "One word of state, and why"),
@@ -70,8 +73,12 @@ def failed(request: Request, error: Exception) -> Response:
     if said.status == 401:
         return RedirectResponse(url_of(request, "/login"), 303)
     down = down_of(request) if isinstance(error, LimiterUnavailable) else None
-    heading = "" if down else {403: "You may not do that", 404: "There is nothing here"}.get(said.status, "That did not work")
-    return render(request, "message.html", said.status, down=down, heading=heading, text=said.detail, stream=_stream(request))
+    heading = (
+        "" if down else {403: "You may not do that", 404: "There is nothing here"}.get(said.status, "That did not work")
+    )
+    return render(
+        request, "message.html", said.status, down=down, heading=heading, text=said.detail, stream=_stream(request)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +92,6 @@ class Down:
 def down_of(request: Request) -> Down:
     db = request.app.state.db
     return Down(db.down_since or datetime.now(UTC), db.why)
-
-
-def overview_of(request: Request) -> Overview:
-    state = request.app.state
-    if not hasattr(state, "overview"):
-        state.overview = Overview(state.db)
-    found: Overview = state.overview
-    return found
 
 
 def _number(text: str | None, most: int = 2**62) -> int | None:
@@ -116,16 +115,17 @@ async def limits(request: Request) -> Response:
         given.get("reverse") == "1",
         _number(given.get("page"), 10**9) or 1,
     )
-    overview = overview_of(request)
+    hub = hub_of(request)
+    overview = hub.overview
     down = None
+    sparklines: dict[str, list[float | None]] = {}
     try:
         picture = await overview.now()
+        page = pick(picture, query)
+        sparklines = await hub.sparklines(request.app.state.db, [row.name for row in page.rows])
     except LimiterUnavailable:
         picture, down = overview.last, down_of(request)
-    page = pick(picture, query)
-    sparklines: dict[str, list[float | None]] = {}
-    if down is None:
-        sparklines = await overview.sparklines([row.name for row in page.rows])
+        page = pick(picture, query)
 
     def here(**changed: Any) -> str:
         now = {
@@ -150,7 +150,7 @@ async def limits(request: Request) -> Response:
         here=here,
         page_link=lambda number: here(page=number),
         down=down,
-        stale=down is not None and picture.version > 0,
+        stale=down is not None and picture.now is not None,
         **({"now": picture.now} if picture.now is not None else {}),
     )
 
@@ -161,22 +161,31 @@ async def limit(request: Request, name: str) -> Response:
     span = given.get("span", "")
     key = given.get("key")
     pages = {part: _number(given.get(part), 10**9) or 1 for part in ("holders", "waiters", "keys")}
+    hub = hub_of(request)
     db = request.app.state.db
-    overview = overview_of(request)
+
+    async def look() -> dict[str, Any] | None:
+        with contextlib.suppress(LimiterUnavailable):
+            await hub.overview.now()  # how fast it grants
+        found = await view(db, name, key, pages, hub.overview.rate(name))
+        if found is not None:
+            found["events"] = await db.rows(_FIND_EVENTS, {"name": name, "kind": None, "before": None, "most": 8})
+        return found
+
     down = None
-    picture: Picture
-    context: dict[str, Any] = {}
+    context: dict[str, Any] | None = None
     try:
-        picture = await overview.now()
-        row = picture.by_name.get(name)
-        if row is not None:
-            context = await view(db, row, key, pages)
-            context["events"] = await db.rows(_FIND_EVENTS, {"name": name, "kind": None, "before": None, "most": 8})
+        context = await hub.shared.get(("limit", name, key, *pages.values()), _SHARED, look)
     except LimiterUnavailable:
-        row, down = None, down_of(request)
+        down = down_of(request)
 
     def here(**changed: Any) -> str:
-        now = {"span": span, "key": key, **{part: number if number > 1 else "" for part, number in pages.items()}, **changed}
+        now = {
+            "span": span,
+            "key": key,
+            **{part: number if number > 1 else "" for part, number in pages.items()},
+            **changed,
+        }
         empty_key = now["key"] == ""  # a key of its own, and no absence
         link = limit_url(request, name, **{part: "" if value in (1, "hour") else value for part, value in now.items()})
         return link + (("&" if "?" in link else "?") + "key=" if empty_key else "")
@@ -184,11 +193,10 @@ async def limit(request: Request, name: str) -> Response:
     return render(
         request,
         "limit.html",
-        200 if row is not None else 503 if down else 404,
+        200 if context is not None else 503 if down else 404,
         section="limits",
         stream=_stream(request, name),
         name=name,
-        row=row,
         key=key,
         span=span if span in SPANS else "hour",
         spans=tuple(SPANS),
@@ -198,7 +206,7 @@ async def limit(request: Request, name: str) -> Response:
         waiters_link=lambda number: here(waiters=number),
         keys_link=lambda number: here(keys=number),
         down=down,
-        **context,
+        **(context or {"row": None}),
     )
 
 
@@ -218,7 +226,9 @@ async def events(request: Request) -> Response:
     found: list[dict[str, Any]] = []
     try:
         wanted = {"name": name or None, "kind": kind or None, "before": before, "most": _EVENTS + 1}
-        found = await request.app.state.db.rows(_FIND_EVENTS, wanted)
+        found = await hub_of(request).shared.get(
+            ("events", name, kind, before), _SHARED, lambda: request.app.state.db.rows(_FIND_EVENTS, wanted)
+        )
     except LimiterUnavailable:
         down = down_of(request)
 
@@ -244,37 +254,49 @@ async def events(request: Request) -> Response:
 
 async def figures(request: Request, name: str, span: str = "hour") -> Response:
     """What the charts of a limit show."""
+    span = span if span in SPANS else "hour"
     try:
-        found = await history(request.app.state.db, name, span)
+        found = await hub_of(request).shared.get(
+            ("history", name, span), _HISTORY_SHARED, lambda: history(request.app.state.db, name, span)
+        )
     except PglimitsError as error:
         return problem(error).response()
     return JSONResponse(found, headers={"Cache-Control": "no-store"})
 
 
-async def news(request: Request, name: str | None = None) -> Response:
-    """Tells a page when to look again: server-sent events without any content."""
-    return EventStream(_news(request, overview_of(request), name))
+async def tell(request: Request, name: str | None = None) -> AsyncIterator[ServerSentEvent]:
+    """Tells a page when to look again: server-sent events that say no more than that."""
+    async for word in news(request.app.state.live, name):
+        yield ServerSentEvent(event=word, raw_data=word)
 
 
-async def login_form(request: Request, next: str = "/") -> Response:
+async def login_form(request: Request, next: str = "/", failed: str = "") -> Response:
+    """Sends the token to the route of the login."""
     if not request.app.state.auth.required:
         return RedirectResponse(url_of(request, "/"), 303)
-    return render(request, "login.html", next=local_path(next), error="")
+    error = "That token is not known here." if failed else ""
+    return render(request, "login.html", next=local_path(next), error=error)
 
 
-async def login(request: Request) -> Response:
-    form = await request.form()
-    wanted = local_path(str(form.get("next") or "/"))
-    auth = request.app.state.auth
-    token = auth.token(str(form.get("token") or ""))
-    if token is None:
-        return render(request, "login.html", 401, next=wanted, error="That token is not known here.")
-    response = RedirectResponse(root_of(request) + wanted, 303)
-    set_cookie(response, request, auth, auth.session(token))
-    return response
+async def static_file(request: Request, name: str) -> Response:
+    return static(request, name)
 
 
-async def logout(request: Request) -> Response:
-    response = RedirectResponse(url_of(request, "/login"), 303)
-    set_cookie(response, request, request.app.state.auth, "")
-    return response
+def router(settings: Settings) -> APIRouter:
+    """The page: everything that people look at."""
+    routes = APIRouter(route_class=PageRoute, include_in_schema=False)
+    may_read = [Depends(reading)]
+
+    def add(path: str, show: Callable[..., Any], dependencies: Sequence[Any] = may_read, **more: Any) -> None:
+        routes.add_api_route(path, show, methods=["GET"], dependencies=dependencies, **more)
+
+    add("/static/{name:path}", static_file, ())
+    add("/login", login_form, ())
+    add("/", limits)
+    add("/limits", limit_by_query)
+    add("/limits/{name}", limit)
+    add("/events", events)
+    add("/history", figures)
+    add("/news", tell, response_class=EventSourceResponse)
+    _page_actions.add_routes(routes)
+    return routes

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import RedirectResponse, Response
 
-from ..errors import InvalidArgument, LimitNotFound, PglimitsError
+from ..errors import InvalidArgument, LimitExists, LimitNotFound, PglimitsError
 from ._auth import Caller, writing
+from ._page_live import hub_of
 from ._page_render import is_part, limit_url, render, url_of
-from ._page_text import count, exact, number, who
+from ._page_text import count, exact, number
 
 _SHOWN = 8
 """How many of those whom an action hits are named."""
@@ -84,17 +87,14 @@ async def _hit(request: Request, name: str, key: str | None = None) -> Hit:
     only = {"name": name, "key": key, "most": _SHOWN}
     holders = await db.rows(_HIT_HOLDERS, only)
     waiters = await db.rows(_HIT_WAITERS, only)
-    return Hit(
-        holders, holders[0]["found"] if holders else 0, waiters, waiters[0]["found"] if waiters else 0
-    )
+    return Hit(holders, holders[0]["found"] if holders else 0, waiters, waiters[0]["found"] if waiters else 0)
 
 
 async def _do(request: Request, sql: str, **params: Any) -> dict[str, Any] | None:
     """Change something on behalf of whoever asks, so that events can say so."""
     caller: Caller = request.state.caller
     found: dict[str, Any] | None = await request.app.state.db.row(sql, params, by=caller.name, writes=True)
-    state = request.app.state
-    state.page.forget()
+    await hub_of(request).forget()
     return found
 
 
@@ -110,4 +110,317 @@ def _form(request: Request, template: str, error: PglimitsError | None = None, *
     status = 422 if error is not None else 200
     said = str(error) if error is not None else ""
     shown = {"section": "limits", "error": said, "labels": LABELS, **context}
-    return render(request, template, status, layout="dialog.html" if is_part(request) else "layout.html", **shown)
+    return render(request, template, status, **shown)
+
+
+async def _confirm(request: Request, **context: Any) -> Response:
+    """A form that says what is about to happen, and to whom."""
+    shown = {"hit": None, "lease": None, "danger": False, "hidden": {}, "changes": [], "error": None, **context}
+    moment = (await request.app.state.db.rows(_NOW))[0]["now"]
+    return _form(request, "confirm.html", **{"now": moment, **shown})
+
+
+def _whole(form: dict[str, str], field: str, *, empty: int | None = None, least: int = 0) -> int | None:
+    """A whole number out of a form; an empty field means ``empty``."""
+    text = form.get(field, "").strip().replace(",", "").replace("_", "")
+    if not text:
+        return empty
+    try:
+        value = int(text)
+    except ValueError:
+        raise InvalidArgument(f"{LABELS[field]} must be a whole number, not {text!r}") from None
+    if not least <= value < 2**31:
+        raise InvalidArgument(f"{LABELS[field]} must be from {least} to {2**31 - 1:,}, not {text}")
+    return value
+
+
+def _rate(form: dict[str, str]) -> float:
+    text = form.get("slot_decay_per_second", "").strip()
+    if not text:
+        return 0.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidArgument(f"{LABELS['slot_decay_per_second']} must be a number, not {text!r}")
+    return value
+
+
+async def _fields(request: Request) -> dict[str, str]:
+    async with request.form(max_files=0, max_fields=30) as form:
+        # A browser sends line ends as CR LF; names and descriptions may have no control character.
+        return {name: str(value).replace("\r\n", "\n") for name, value in form.items()}
+
+
+async def create_form(request: Request) -> Response:
+    return _form(request, "create.html", given={"active": "1", "name": request.query_params.get("name", "")})
+
+
+async def create(request: Request) -> Response:
+    form = await _fields(request)
+    try:
+        limit = _whole(form, "limit")
+        if limit is None:
+            raise InvalidArgument("limit is missing: how many slots?")
+        name = form.get("name", "")
+        await _do(
+            request,
+            _CREATE,
+            name=name,
+            limit=limit,
+            slot_decay_per_second=_rate(form),
+            active=form.get("active") == "1",
+            max_waiters=_whole(form, "max_waiters"),
+            description=form.get("description") or None,
+        )
+    except (InvalidArgument, LimitExists) as error:
+        return _form(request, "create.html", error, given=form)
+    return _done(request, f"Created {name}.", limit_url(request, name), moved=True)
+
+
+def _as_typed(limit: dict[str, Any]) -> dict[str, str]:
+    """The properties of a limit as a form shows them."""
+    return {
+        "new_name": limit["name"],
+        "limit": str(limit["limit"]),
+        "slot_decay_per_second": exact(limit["slot_decay_per_second"]),
+        "max_waiters": "" if limit["max_waiters"] is None else str(limit["max_waiters"]),
+        "description": limit["description"] or "",
+    }
+
+
+async def edit_form(request: Request, name: str) -> Response:
+    typed = _as_typed(await _limit(request, name))
+    return _form(request, "edit.html", name=name, given=typed, was=typed)
+
+
+async def edit(request: Request, name: str) -> Response:
+    """First shows what would change and who that hits, then changes it. What was left as it was is not written."""
+    form = await _fields(request)
+    limit = await _limit(request, name)
+    was = {field: form.get(f"was_{field}", "") for field in FIELDS}
+    given = {field: form.get(field, was[field]) for field in FIELDS}
+    changed = [field for field in FIELDS if given[field] != was[field]]
+    try:
+        if not changed or form.get("back"):
+            said = None if form.get("back") else InvalidArgument("nothing was changed")
+            return _form(request, "edit.html", said, name=name, given=given, was=was)
+        new = _changes(given, changed)
+        if form.get("confirmed") != "1":
+            return await _review(request, limit, given, was, changed, new)
+        await _do(request, _UPDATE, **{"name": name, "active": None, **new})
+    except (InvalidArgument, LimitExists) as error:
+        return _form(request, "edit.html", error, name=name, given=given, was=was)
+    now_named = new["new_name"] or name
+    return _done(request, f"Changed {now_named}.", limit_url(request, now_named), moved=now_named != name)
+
+
+def _changes(given: dict[str, str], changed: list[str]) -> dict[str, Any]:
+    """The arguments of update_limit: null for what stays."""
+    new: dict[str, Any] = dict.fromkeys(FIELDS)
+    if "limit" in changed:
+        new["limit"] = _whole(given, "limit")
+        if new["limit"] is None:
+            raise InvalidArgument("limit is missing: how many slots?")
+    if "slot_decay_per_second" in changed:
+        new["slot_decay_per_second"] = _rate(given)
+    if "max_waiters" in changed:
+        new["max_waiters"] = _whole(given, "max_waiters", empty=-1)
+    for field in ("new_name", "description"):
+        if field in changed:
+            new[field] = given[field]
+    return new
+
+
+async def _review(
+    request: Request,
+    limit: dict[str, Any],
+    given: dict[str, str],
+    was: dict[str, str],
+    changed: list[str],
+    new: dict[str, Any],
+) -> Response:
+    now_typed = _as_typed(limit)
+    lines = [(LABELS[field], now_typed[field] or "none", given[field].strip() or "none") for field in changed]
+    name = limit["name"]
+    effects = []
+    hit = await _hit(request, name)
+    fewer = new["limit"] is not None and new["limit"] < limit["limit"]
+    if new["limit"] == 0:
+        effects.append("A limit of 0 admits nobody. Those who hold slots keep them; whoever asks is refused.")
+    elif fewer:
+        over = f" {number(limit['held'])} are held now." if limit["held"] else ""
+        effects.append(f"Those who hold slots keep them; nobody new gets in until it fits.{over}")
+    elif new["limit"] is not None:
+        effects.append("Those who wait are granted at once, as far as there is room.")
+    if fewer and hit.waiting:
+        effects.append("Those in line who want more slots than that get an error.")
+    if new["slot_decay_per_second"] is not None:
+        effects.append("The level so far is kept, and decays at the new rate.")
+    if new["max_waiters"] is not None:
+        effects.append("Those in line stay there. Whoever comes when the line is full is refused.")
+    if new["new_name"] is not None:
+        effects.append(
+            "Everything is kept under the new name. Programs that ask for the old one are not limited any more."
+        )
+    hidden = {**{field: given[field] for field in FIELDS}, **{f"was_{field}": was[field] for field in FIELDS}}
+    hits = changed != ["description"]
+    return await _confirm(
+        request,
+        title="Change this limit?",
+        name=name,
+        action=url_of(request, "/edit", name=name),
+        effects=effects,
+        changes=lines,
+        hit=hit if hits else None,
+        hidden={**hidden, "confirmed": "1"},
+        button="Change",
+        back=True,
+    )
+
+
+async def switch_form(request: Request, name: str, active: bool) -> Response:
+    await _limit(request, name)
+    hit = await _hit(request, name)
+    if active:
+        title, button = "Enforce this limit?", "Enable"
+        effects = [
+            "From now on, requests that find no room wait or are refused. Whoever went through meanwhile holds nothing."
+        ]
+    else:
+        title, button = "Stop enforcing this limit?", "Disable"
+        effects = [
+            "Every request goes through until it is enabled again. Those in line go on at once. Holders keep their leases."
+        ]
+    path = "/enable" if active else "/disable"
+    return await _confirm(
+        request,
+        title=title,
+        name=name,
+        action=url_of(request, path, name=name),
+        effects=effects,
+        hit=hit,
+        button=button,
+        danger=not active,
+    )
+
+
+async def switch(request: Request, name: str, active: bool) -> Response:
+    await _do(request, _UPDATE, **{**dict.fromkeys(FIELDS), "name": name, "active": active})
+    return _done(request, f"{'Enabled' if active else 'Disabled'} {name}.", limit_url(request, name))
+
+
+async def delete_form(request: Request, name: str) -> Response:
+    await _limit(request, name)
+    return await _confirm(
+        request,
+        title="Delete this limit?",
+        name=name,
+        action=url_of(request, "/delete", name=name),
+        effects=[
+            "Its leases and its line are gone at once. Nobody is stopped: holders work on, those in line go on unhindered.",
+            "Programs that ask for it are not limited any more, unless they are strict.",
+        ],
+        hit=await _hit(request, name),
+        button="Delete",
+        danger=True,
+    )
+
+
+async def delete(request: Request, name: str) -> Response:
+    await _do(request, _DELETE, name=name)
+    return _done(request, f"Deleted {name}.", url_of(request, "/"), moved=True)
+
+
+async def reset_form(request: Request, name: str, key: str | None = None) -> Response:
+    limit = await _limit(request, name)
+    effects = [
+        "All its leases end, and the level is zero. Holders are not stopped: they find out when they next renew."
+    ]
+    effects.append("So more than the limit may be at work for a while. Those in line are granted at once.")
+    return await _confirm(
+        request,
+        title="Reset this limit?" if key is None else "Reset this key?",
+        name=limit["name"],
+        key=key,
+        action=url_of(request, "/reset", name=name) + ("" if key is None else f"&{urlencode({'key': key})}"),
+        effects=effects,
+        hit=await _hit(request, name, key),
+        button="Reset",
+        danger=True,
+    )
+
+
+async def reset(request: Request, name: str, key: str | None = None) -> Response:
+    found = await _do(request, _RESET, name=name, key=key)
+    ended = found["ended"] if found is not None else 0
+    return _done(request, f"Reset {name}: {count(ended, 'lease')} ended.", limit_url(request, name))
+
+
+async def release_form(request: Request, lease: UUID, name: str = "") -> Response:
+    """Of one lease, or of one place in line. The lease may be on several limits: all of them are named."""
+    parts = await request.app.state.db.rows(_LEASE, {"lease": lease})
+    to = limit_url(request, name) if name else url_of(request, "/")
+    if not parts:
+        return render(
+            request,
+            "message.html",
+            404,
+            section="limits",
+            heading="It has ended already",
+            text="That lease is not there any more.",
+        )
+    holds = parts[0]["holds"]
+    effects = (
+        ["Its slots go to whoever is next. The holder is not stopped: it finds out when it next renews."]
+        if holds
+        else ["It leaves the line. When it next asks, it stands at the end of it."]
+    )
+    return await _confirm(
+        request,
+        title="Release this lease?" if holds else "Take this request out of the line?",
+        name=name or parts[0]["name"],
+        action=url_of(request, "/release", lease=lease, name=name),
+        effects=effects,
+        lease=parts,
+        request_lease=lease,
+        button="Release" if holds else "Remove",
+        danger=True,
+        to=to,
+    )
+
+
+async def release(request: Request, lease: UUID, name: str = "") -> Response:
+    found = await _do(request, _RELEASE, lease=lease)
+    said = "Released." if found is not None and found["released"] else "It had ended already."
+    return _done(request, said, limit_url(request, name) if name else url_of(request, "/"))
+
+
+def add_routes(routes: APIRouter) -> None:
+    """All forms and what they do."""
+    may_write = [Depends(writing)]
+
+    def add(path: str, show: Callable[..., Any], act: Callable[..., Any]) -> None:
+        routes.add_api_route(path, show, methods=["GET"], dependencies=may_write, include_in_schema=False)
+        routes.add_api_route(path, act, methods=["POST"], dependencies=may_write, include_in_schema=False)
+
+    async def enable_form(request: Request, name: str) -> Response:
+        return await switch_form(request, name, True)
+
+    async def enable(request: Request, name: str) -> Response:
+        return await switch(request, name, True)
+
+    async def disable_form(request: Request, name: str) -> Response:
+        return await switch_form(request, name, False)
+
+    async def disable(request: Request, name: str) -> Response:
+        return await switch(request, name, False)
+
+    add("/create", create_form, create)
+    add("/edit", edit_form, edit)
+    add("/enable", enable_form, enable)
+    add("/disable", disable_form, disable)
+    add("/delete", delete_form, delete)
+    add("/reset", reset_form, reset)
+    add("/release", release_form, release)

@@ -152,9 +152,7 @@ def pick(picture: Picture, query: Query) -> Page:
     pages = max(-(-len(ordered) // PER_PAGE), 1)
     page = min(max(query.page, 1), pages)
     first = (page - 1) * PER_PAGE
-    return Page(
-        ordered[first : first + PER_PAGE], len(ordered), len(picture.rows), page, pages, first, states
-    )
+    return Page(ordered[first : first + PER_PAGE], len(ordered), len(picture.rows), page, pages, first, states)
 
 
 def order(rows: Iterable[Row], by: str, reverse: bool = False) -> list[Row]:

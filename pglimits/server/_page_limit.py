@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from ._page_data import Row, Rows
+from ._database import Database
+from ._page_data import make_row
 
 SPANS = {"hour": (3600, 120), "day": (86400, 144), "week": (7 * 86400, 168)}
 """Seconds and points of the charts."""
@@ -36,7 +38,10 @@ from pglimits.keys k where k.name = %(name)s
 order by k.waiting desc, k.held desc, k.level desc, k.key limit %(most)s offset %(skip)s
 """
 _HISTORY = "select * from pglimits.history(%(name)s, %(seconds)s, %(points)s)"
-_NOW = "select pglimits._now() as now"
+_ROW = """
+select l.*, c.grants, c.granted_slots, c.leases, c.keys, c.oldest_waiting_since, pglimits._now() as now
+from pglimits.limits l join pglimits.counters c on c.name = l.name where l.name = %(name)s
+"""
 
 
 @dataclass(slots=True)
@@ -49,7 +54,7 @@ class Part:
     pages: int
 
 
-async def _part(db: Rows, sql: str, page: int, **params: Any) -> Part:
+async def _part(db: Database, sql: str, page: int, **params: Any) -> Part:
     """That page; where there are not so many, the last."""
     found = await db.rows(sql, {**params, "most": _PART, "skip": (page - 1) * _PART})
     if not found and page > 1:
@@ -60,9 +65,15 @@ async def _part(db: Rows, sql: str, page: int, **params: Any) -> Part:
     return Part(found, total, page, max(math.ceil(total / _PART), 1))
 
 
-async def view(db: Rows, row: Row, key: str | None, pages: dict[str, int]) -> dict[str, Any]:
-    """Holders, the line, and keys. ``key``: only of that key."""
-    moment = (await db.rows(_NOW))[0]["now"]
+async def view(
+    db: Database, name: str, key: str | None, pages: dict[str, int], rate: float | None
+) -> dict[str, Any] | None:
+    """The limit, its holders, the line, and keys; None if there is no such limit. ``key``: only of that key."""
+    found = await db.row(_ROW, {"name": name})
+    if found is None:
+        return None
+    moment = found["now"]
+    row = make_row(found, moment, rate)
     only = {"name": row.name, "key": key}
     holders = await _part(db, _HOLDERS, pages["holders"], **only)
     waiters = await _part(db, _WAITERS, pages["waiters"], **only)
@@ -80,7 +91,7 @@ async def view(db: Rows, row: Row, key: str | None, pages: dict[str, int]) -> di
     return {"now": moment, "row": row, "holders": holders, "waiters": waiters, "keys": keys, "keyed": keyed}
 
 
-async def history(db: Rows, name: str, span: str) -> dict[str, Any]:
+async def history(db: Database, name: str, span: str) -> dict[str, Any]:
     """What the charts draw: a list for each line, beside a list of moments."""
     seconds, points = SPANS.get(span, SPANS["hour"])
     found = await db.rows(_HISTORY, {"name": name, "seconds": float(seconds), "points": points})
@@ -88,14 +99,29 @@ async def history(db: Rows, name: str, span: str) -> dict[str, Any]:
     def rate(row: dict[str, Any], counter: str) -> float | None:
         return None if row[counter] is None or not row["seconds"] else round(row[counter] / row["seconds"], 4)
 
-    lines = {part: [row[part] for row in found] for part in ("limit", "held", "level", "waiting")}
+    step = seconds / points
+    rows: list[dict[str, Any] | None] = []
+    moments: list[float] = []
+    for row in found:
+        at = row["at"].timestamp()
+        if moments and at - moments[-1] > 1.5 * max(step, row["seconds"]):
+            moments.append(at - row["seconds"])  # nothing is known in between: the line has a gap
+            rows.append(None)
+        moments.append(at)
+        rows.append(row)
+    end = moments[-1] if moments else time.time()
+
+    def line(part: str) -> list[Any]:
+        return [row and row[part] for row in rows]
+
     return {
         "span": span,
-        "step": seconds / points,
-        "at": [row["at"].timestamp() for row in found],
-        **lines,
-        "grants": [rate(row, "granted_slots") for row in found],
-        "expiries": [rate(row, "expired_leases") for row in found],
-        "p50": [row["waited_p50"] for row in found],
-        "p95": [row["waited_p95"] for row in found],
+        "from": end - seconds,
+        "to": end,
+        "at": moments,
+        **{part: line(part) for part in ("limit", "held", "level", "waiting")},
+        "grants": [row and rate(row, "granted_slots") for row in rows],
+        "expiries": [row and rate(row, "expired_leases") for row in rows],
+        "p50": line("waited_p50"),
+        "p95": line("waited_p95"),
     }

@@ -7,6 +7,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import Any, TypeVar
 
+from fastapi import Request
+
+from ._database import Database
 from ._live import Change, Live
 from ._page_data import Overview
 
@@ -17,6 +20,9 @@ _LOOKS_ANYWAY = 10.0
 _BEATS = 5.0
 """Seconds between two signs of life of a stream."""
 _MOST_KEPT = 500
+_SPARKLINE_KEEPS = 30.0
+"""Seconds for which a sparkline is shown again without a look: samples come once a minute."""
+_SPARKLINES = "select name, held from pglimits.sparklines(%(names)s::text[], 3600, 30)"
 
 
 class Shared:
@@ -54,11 +60,33 @@ class Hub:
         self.live = live
         self.overview = Overview(live)
         self.shared = Shared()
+        self._sparklines: dict[str, tuple[float, list[float | None]]] = {}
+
+    async def sparklines(self, db: Database, names: list[str]) -> dict[str, list[float | None]]:
+        """What was held in the last hour, of each name."""
+        now = time.monotonic()
+        kept = self._sparklines
+        missing = [name for name in names if name not in kept or now - kept[name][0] > _SPARKLINE_KEEPS]
+        if missing:
+            if len(kept) > _MOST_KEPT * 10:
+                kept.clear()
+            found = {row["name"]: row["held"] for row in await db.rows(_SPARKLINES, {"names": missing})}
+            for name in missing:
+                kept[name] = (now, found.get(name) or [])
+        return {name: kept[name][1] if name in kept else [] for name in names}
 
     async def forget(self) -> None:
         """Something was changed here: whoever asks from now on is to see it."""
         self.shared.clear()
         await self.live.refresh()
+
+
+def hub_of(request: Request) -> Hub:
+    state = request.app.state
+    if not hasattr(state, "hub"):
+        state.hub = Hub(state.live)
+    hub: Hub = state.hub
+    return hub
 
 
 async def news(live: Live, name: str | None) -> AsyncIterator[str]:

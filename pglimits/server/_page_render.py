@@ -1,4 +1,4 @@
-"""Turns what the page shows into HTML: templates, static files, and the headers that keep the page from running anything else."""
+"""Turns what the page shows into HTML: templates, static files, and headers that let it run nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from ._auth import Caller
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
-_SCRIPTS = ("vendor/htmx.min.js", "vendor/hx-csp.min.js", "vendor/hx-sse.min.js", "vendor/uPlot.iife.min.js", "charts.js", "page.js")
+_SCRIPTS = (
+    "vendor/htmx.min.js",
+    "vendor/hx-csp.min.js",
+    "vendor/hx-sse.min.js",
+    "vendor/uPlot.iife.min.js",
+    "charts.js",
+    "page.js",
+)
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".txt": "text/plain"}
 _DEFAULTS: dict[str, Any] = {"down": None, "stale": False, "stream": "", "section": ""}
 
@@ -65,7 +72,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "segment"):
+    for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "value"):
         made.filters[name] = getattr(_page_text, name)
     for name in ("count", "share", "sparkline"):
         made.globals[name] = getattr(_page_text, name)
@@ -91,7 +98,7 @@ def limit_url(request: Request, name: str, **query: Any) -> str:
 
 
 def is_part(request: Request) -> bool:
-    """Whether only the part that changes is wanted, by ``page.js``."""
+    """Whether ``page.js`` asks: it wants only what it puts into the page that is there."""
     return request.headers.get("hx-request") == "true"
 
 
@@ -111,22 +118,30 @@ def visitor(request: Request) -> Visitor:
     return Visitor(caller.name or "", caller.full, caller.by_cookie)
 
 
+def _layout(request: Request) -> str:
+    """Around a view: a whole page; or the part that changes; or nothing, in a dialog."""
+    if not is_part(request):
+        return "layout.html"
+    return "dialog.html" if "hx-dialog" in request.headers else "part.html"
+
+
 def render(request: Request, template: str, status: int = 200, **context: Any) -> HTMLResponse:
     """An answer of HTML: the whole page, or its part that changes."""
     nonce = secrets.token_urlsafe(18)
     files = static_files()
-    html = (
-        _environment()
-        .get_template(template)
-        .render(
-            layout="part.html" if is_part(request) else "layout.html",
-            nonce=nonce,
-            url=lambda path, **query: url_of(request, path, **query),
-            limit_url=lambda name, **query: limit_url(request, name, **query),
-            static=lambda name: url_of(request, f"/static/{name}", v=files[name][2]),
-            **{**_DEFAULTS, "now": datetime.now(UTC), "scripts": _SCRIPTS, "visitor": visitor(request), **context},
-        )
-    )
+    given = {
+        **_DEFAULTS,
+        "now": datetime.now(UTC),
+        "scripts": _SCRIPTS,
+        "visitor": visitor(request),
+        "layout": _layout(request),
+        "nonce": nonce,
+        "url": partial(url_of, request),
+        "limit_url": partial(limit_url, request),
+        "static": lambda name: url_of(request, f"/static/{name}", v=files[name][2]),
+        **context,
+    }
+    html = _environment().get_template(template).render(given)
     headers = {
         "Content-Security-Policy": content_security_policy(nonce),
         "Cache-Control": "no-store",

@@ -83,6 +83,17 @@ def by_whom(by: Any) -> str:
     return f"{name} ({', '.join(rest)})" if rest else str(name)
 
 
+def value(of: Any) -> str:
+    """A property of a limit, before or after it was changed."""
+    if of is None or of == "":
+        return "none"
+    if isinstance(of, bool):
+        return "yes" if of else "no"
+    if isinstance(of, int | float):
+        return exact(of)
+    return of if isinstance(of, str) else json.dumps(of, ensure_ascii=False)
+
+
 def segment(name: str) -> str:
     """A name as one segment of a path."""
     return quote(name, safe="")
@@ -116,7 +127,9 @@ def sparkline(values: Sequence[float | None] | None, top: float) -> dict[str, st
             run.append((round(index * step, 1), round(23 - value / highest * 22, 1)))
             continue
         if run:
-            points = " ".join(f"{x:g},{y:g}" for x, y in (run if len(run) > 1 else [run[0], (run[0][0] + 1, run[0][1])]))
+            points = " ".join(
+                f"{x:g},{y:g}" for x, y in (run if len(run) > 1 else [run[0], (run[0][0] + 1, run[0][1])])
+            )
             line.append(f"M{points}")
             area.append(f"M{run[0][0]:g},24 L{points} L{run[-1][0]:g},24 Z")
         run = []

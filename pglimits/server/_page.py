@@ -151,7 +151,7 @@ async def limits(request: Request) -> Response:
         page_link=lambda number: here(page=number),
         down=down,
         stale=down is not None and picture.now is not None,
-        **({"now": picture.now} if picture.now is not None else {}),
+        now=picture.now or datetime.now(UTC),
     )
 
 
@@ -174,10 +174,11 @@ async def limit(request: Request, name: str) -> Response:
 
     down = None
     context: dict[str, Any] | None = None
+    asked = ("limit", name, key, *pages.values())
     try:
-        context = await hub.shared.get(("limit", name, key, *pages.values()), _SHARED, look)
+        context = await hub.shared.get(asked, _SHARED, look)
     except LimiterUnavailable:
-        down = down_of(request)
+        down, context = down_of(request), hub.shared.last(asked)
 
     def here(**changed: Any) -> str:
         now = {
@@ -206,6 +207,7 @@ async def limit(request: Request, name: str) -> Response:
         waiters_link=lambda number: here(waiters=number),
         keys_link=lambda number: here(keys=number),
         down=down,
+        stale=down is not None and context is not None,
         **(context or {"row": None}),
     )
 
@@ -222,15 +224,17 @@ async def events(request: Request) -> Response:
     name, kind = given.get("name", "")[:200], given.get("kind", "")
     kind = kind if kind in KINDS else ""
     before = _number(given.get("before"))
+    hub = hub_of(request)
+    asked = ("events", name, kind, before)
+    wanted = {"name": name or None, "kind": kind or None, "before": before, "most": _EVENTS + 1}
     down = None
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] | None
     try:
-        wanted = {"name": name or None, "kind": kind or None, "before": before, "most": _EVENTS + 1}
-        found = await hub_of(request).shared.get(
-            ("events", name, kind, before), _SHARED, lambda: request.app.state.db.rows(_FIND_EVENTS, wanted)
-        )
+        found = await hub.shared.get(asked, _SHARED, lambda: request.app.state.db.rows(_FIND_EVENTS, wanted))
     except LimiterUnavailable:
-        down = down_of(request)
+        down, found = down_of(request), hub.shared.last(asked)
+    stale = down is not None and found is not None
+    found = found or []
 
     def here(**changed: Any) -> str:
         return url_of(request, "/events", **{"name": name, "kind": kind, "before": before, **changed})
@@ -238,7 +242,7 @@ async def events(request: Request) -> Response:
     return render(
         request,
         "events.html",
-        503 if down else 200,
+        503 if down and not stale else 200,
         section="events",
         stream=_stream(request),
         name=name,
@@ -249,6 +253,7 @@ async def events(request: Request) -> Response:
         older=found[_EVENTS - 1]["event_id"] if len(found) > _EVENTS else None,
         here=here,
         down=down,
+        stale=stale,
     )
 
 

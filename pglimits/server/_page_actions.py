@@ -1,40 +1,21 @@
-"""What can be done on the page: each action is a form that says who it hits, and does nothing before that was confirmed.
-
-A form is a page of its own; ``page.js`` shows it in a dialog. What was done is answered with a redirect, or, to
-``page.js``, with an event.
-"""
+"""What can be done on the page. Each action says who it hits, and does nothing before that was confirmed."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 
-from ..errors import InvalidArgument, LimitExists, LimitNotFound, PglimitsError
-from ._auth import Caller, writing
-from ._page_live import hub_of
-from ._page_render import is_part, limit_url, render, url_of
+from ..errors import InvalidArgument, LimitExists
+from ._auth import writing
+from ._page_forms import LABELS, confirm, do, done, fields, rate, show, the_limit, whole, whom
+from ._page_render import limit_url, render, url_of
 from ._page_text import count, exact, number
 
-_SHOWN = 8
-"""How many of those whom an action hits are named."""
-
-_LIMIT = "select * from pglimits.limits where name = %(name)s"
-_HIT_HOLDERS = """
-select h.*, count(*) over () as found from pglimits.holders h
-where h.name = %(name)s and (%(key)s::text is null or h.key = %(key)s) order by h.acquired_at limit %(most)s
-"""
-_HIT_WAITERS = """
-select w.*, count(*) over () as found from pglimits.waiters w
-where w.name = %(name)s and (%(key)s::text is null or w.key = %(key)s) order by w."position" limit %(most)s
-"""
 _LEASE = """
 select true as holds, h.name, h.key, h.slots, h.holder, h.acquired_at as since, h.expires_at, h.fence
 from pglimits.holders h where h.lease_id = %(lease)s
@@ -43,7 +24,8 @@ select false, w.name, w.key, w.slots, w.holder, w.waiting_since, null, null
 from pglimits.waiters w where w.lease_id = %(lease)s
 """
 _CREATE = """
-select pglimits.create_limit(%(name)s, %(limit)s, %(slot_decay_per_second)s, %(active)s, %(max_waiters)s, %(description)s)
+select pglimits.create_limit(
+  %(name)s, %(limit)s, %(slot_decay_per_second)s, %(active)s, %(max_waiters)s, %(description)s)
 """
 _UPDATE = """
 select pglimits.update_limit(
@@ -53,130 +35,34 @@ select pglimits.update_limit(
 _DELETE = "select pglimits.delete_limit(%(name)s)"
 _RESET = "select pglimits.reset(%(name)s, %(key)s) as ended"
 _RELEASE = "select pglimits.force_release(%(lease)s) as released"
-_NOW = "select pglimits._now() as now"
 
 FIELDS = ("new_name", "limit", "slot_decay_per_second", "max_waiters", "description")
-LABELS = {
-    "new_name": "name",
-    "limit": "limit",
-    "slot_decay_per_second": "slot decay per second",
-    "max_waiters": "longest line",
-    "description": "description",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """Whom an action hits: the first of them, and how many there are."""
-
-    holders: list[dict[str, Any]]
-    holding: int
-    waiters: list[dict[str, Any]]
-    waiting: int
-
-
-async def _limit(request: Request, name: str) -> dict[str, Any]:
-    found: dict[str, Any] | None = await request.app.state.db.row(_LIMIT, {"name": name})
-    if found is None:
-        raise LimitNotFound(f"there is no limit named {name!r}")
-    return found
-
-
-async def _hit(request: Request, name: str, key: str | None = None) -> Hit:
-    db = request.app.state.db
-    only = {"name": name, "key": key, "most": _SHOWN}
-    holders = await db.rows(_HIT_HOLDERS, only)
-    waiters = await db.rows(_HIT_WAITERS, only)
-    return Hit(holders, holders[0]["found"] if holders else 0, waiters, waiters[0]["found"] if waiters else 0)
-
-
-async def _do(request: Request, sql: str, **params: Any) -> dict[str, Any] | None:
-    """Change something on behalf of whoever asks, so that events can say so."""
-    caller: Caller = request.state.caller
-    found: dict[str, Any] | None = await request.app.state.db.row(sql, params, by=caller.name, writes=True)
-    await hub_of(request).forget()
-    return found
-
-
-def _done(request: Request, said: str, to: str, moved: bool = False) -> Response:
-    """It was done. ``moved``: the page that was shown is gone, or has another URL."""
-    if not is_part(request):
-        return RedirectResponse(to, 303)
-    told = {"done": {"said": said, "to": to if moved else ""}}
-    return Response(status_code=204, headers={"HX-Trigger": json.dumps(told), "Cache-Control": "no-store"})
-
-
-def _form(request: Request, template: str, error: PglimitsError | None = None, **context: Any) -> Response:
-    status = 422 if error is not None else 200
-    said = str(error) if error is not None else ""
-    shown = {"section": "limits", "error": said, "labels": LABELS, **context}
-    return render(request, template, status, **shown)
-
-
-async def _confirm(request: Request, **context: Any) -> Response:
-    """A form that says what is about to happen, and to whom."""
-    shown = {"hit": None, "lease": None, "danger": False, "hidden": {}, "changes": [], "error": None, **context}
-    moment = (await request.app.state.db.rows(_NOW))[0]["now"]
-    return _form(request, "confirm.html", **{"now": moment, **shown})
-
-
-def _whole(form: dict[str, str], field: str, *, empty: int | None = None, least: int = 0) -> int | None:
-    """A whole number out of a form; an empty field means ``empty``."""
-    text = form.get(field, "").strip().replace(",", "").replace("_", "")
-    if not text:
-        return empty
-    try:
-        value = int(text)
-    except ValueError:
-        raise InvalidArgument(f"{LABELS[field]} must be a whole number, not {text!r}") from None
-    if not least <= value < 2**31:
-        raise InvalidArgument(f"{LABELS[field]} must be from {least} to {2**31 - 1:,}, not {text}")
-    return value
-
-
-def _rate(form: dict[str, str]) -> float:
-    text = form.get("slot_decay_per_second", "").strip()
-    if not text:
-        return 0.0
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InvalidArgument(f"{LABELS['slot_decay_per_second']} must be a number, not {text!r}")
-    return value
-
-
-async def _fields(request: Request) -> dict[str, str]:
-    async with request.form(max_files=0, max_fields=30) as form:
-        # A browser sends line ends as CR LF; names and descriptions may have no control character.
-        return {name: str(value).replace("\r\n", "\n") for name, value in form.items()}
 
 
 async def create_form(request: Request) -> Response:
-    return _form(request, "create.html", given={"active": "1", "name": request.query_params.get("name", "")})
+    return show(request, "create.html", given={"active": "1", "name": request.query_params.get("name", "")})
 
 
 async def create(request: Request) -> Response:
-    form = await _fields(request)
+    form = await fields(request)
     try:
-        limit = _whole(form, "limit")
+        limit = whole(form, "limit")
         if limit is None:
             raise InvalidArgument("limit is missing: how many slots?")
         name = form.get("name", "")
-        await _do(
+        await do(
             request,
             _CREATE,
             name=name,
             limit=limit,
-            slot_decay_per_second=_rate(form),
+            slot_decay_per_second=rate(form),
             active=form.get("active") == "1",
-            max_waiters=_whole(form, "max_waiters"),
+            max_waiters=whole(form, "max_waiters"),
             description=form.get("description") or None,
         )
     except (InvalidArgument, LimitExists) as error:
-        return _form(request, "create.html", error, given=form)
-    return _done(request, f"Created {name}.", limit_url(request, name), moved=True)
+        return show(request, "create.html", error, given=form)
+    return done(request, f"Created {name}.", limit_url(request, name), moved=True)
 
 
 def _as_typed(limit: dict[str, Any]) -> dict[str, str]:
@@ -191,42 +77,42 @@ def _as_typed(limit: dict[str, Any]) -> dict[str, str]:
 
 
 async def edit_form(request: Request, name: str) -> Response:
-    typed = _as_typed(await _limit(request, name))
-    return _form(request, "edit.html", name=name, given=typed, was=typed)
+    typed = _as_typed(await the_limit(request, name))
+    return show(request, "edit.html", name=name, given=typed, was=typed)
 
 
 async def edit(request: Request, name: str) -> Response:
     """First shows what would change and who that hits, then changes it. What was left as it was is not written."""
-    form = await _fields(request)
-    limit = await _limit(request, name)
+    form = await fields(request)
+    limit = await the_limit(request, name)
     was = {field: form.get(f"was_{field}", "") for field in FIELDS}
     given = {field: form.get(field, was[field]) for field in FIELDS}
     changed = [field for field in FIELDS if given[field] != was[field]]
     try:
         if not changed or form.get("back"):
             said = None if form.get("back") else InvalidArgument("nothing was changed")
-            return _form(request, "edit.html", said, name=name, given=given, was=was)
+            return show(request, "edit.html", said, name=name, given=given, was=was)
         new = _changes(given, changed)
         if form.get("confirmed") != "1":
             return await _review(request, limit, given, was, changed, new)
-        await _do(request, _UPDATE, **{"name": name, "active": None, **new})
+        await do(request, _UPDATE, **{"name": name, "active": None, **new})
     except (InvalidArgument, LimitExists) as error:
-        return _form(request, "edit.html", error, name=name, given=given, was=was)
+        return show(request, "edit.html", error, name=name, given=given, was=was)
     now_named = new["new_name"] or name
-    return _done(request, f"Changed {now_named}.", limit_url(request, now_named), moved=now_named != name)
+    return done(request, f"Changed {now_named}.", limit_url(request, now_named), moved=now_named != name)
 
 
 def _changes(given: dict[str, str], changed: list[str]) -> dict[str, Any]:
     """The arguments of update_limit: null for what stays."""
     new: dict[str, Any] = dict.fromkeys(FIELDS)
     if "limit" in changed:
-        new["limit"] = _whole(given, "limit")
+        new["limit"] = whole(given, "limit")
         if new["limit"] is None:
             raise InvalidArgument("limit is missing: how many slots?")
     if "slot_decay_per_second" in changed:
-        new["slot_decay_per_second"] = _rate(given)
+        new["slot_decay_per_second"] = rate(given)
     if "max_waiters" in changed:
-        new["max_waiters"] = _whole(given, "max_waiters", empty=-1)
+        new["max_waiters"] = whole(given, "max_waiters", empty=-1)
     for field in ("new_name", "description"):
         if field in changed:
             new[field] = given[field]
@@ -245,7 +131,7 @@ async def _review(
     lines = [(LABELS[field], now_typed[field] or "none", given[field].strip() or "none") for field in changed]
     name = limit["name"]
     effects = []
-    hit = await _hit(request, name)
+    hit = await whom(request, name)
     fewer = new["limit"] is not None and new["limit"] < limit["limit"]
     if new["limit"] == 0:
         effects.append("A limit of 0 admits nobody. Those who hold slots keep them; whoever asks is refused.")
@@ -266,7 +152,7 @@ async def _review(
         )
     hidden = {**{field: given[field] for field in FIELDS}, **{f"was_{field}": was[field] for field in FIELDS}}
     hits = changed != ["description"]
-    return await _confirm(
+    return await confirm(
         request,
         title="Change this limit?",
         name=name,
@@ -281,8 +167,8 @@ async def _review(
 
 
 async def switch_form(request: Request, name: str, active: bool) -> Response:
-    await _limit(request, name)
-    hit = await _hit(request, name)
+    await the_limit(request, name)
+    hit = await whom(request, name)
     if active:
         title, button = "Enforce this limit?", "Enable"
         effects = [
@@ -291,10 +177,11 @@ async def switch_form(request: Request, name: str, active: bool) -> Response:
     else:
         title, button = "Stop enforcing this limit?", "Disable"
         effects = [
-            "Every request goes through until it is enabled again. Those in line go on at once. Holders keep their leases."
+            "Every request goes through until it is enabled again. Those in line go on at once.",
+            "Holders keep their leases.",
         ]
     path = "/enable" if active else "/disable"
-    return await _confirm(
+    return await confirm(
         request,
         title=title,
         name=name,
@@ -307,55 +194,55 @@ async def switch_form(request: Request, name: str, active: bool) -> Response:
 
 
 async def switch(request: Request, name: str, active: bool) -> Response:
-    await _do(request, _UPDATE, **{**dict.fromkeys(FIELDS), "name": name, "active": active})
-    return _done(request, f"{'Enabled' if active else 'Disabled'} {name}.", limit_url(request, name))
+    await do(request, _UPDATE, **{**dict.fromkeys(FIELDS), "name": name, "active": active})
+    return done(request, f"{'Enabled' if active else 'Disabled'} {name}.", limit_url(request, name))
 
 
 async def delete_form(request: Request, name: str) -> Response:
-    await _limit(request, name)
-    return await _confirm(
+    await the_limit(request, name)
+    return await confirm(
         request,
         title="Delete this limit?",
         name=name,
         action=url_of(request, "/delete", name=name),
         effects=[
-            "Its leases and its line are gone at once. Nobody is stopped: holders work on, those in line go on unhindered.",
+            "Its leases and its line are gone at once. Nobody is stopped: holders work on, and those in line go on.",
             "Programs that ask for it are not limited any more, unless they are strict.",
         ],
-        hit=await _hit(request, name),
+        hit=await whom(request, name),
         button="Delete",
         danger=True,
     )
 
 
 async def delete(request: Request, name: str) -> Response:
-    await _do(request, _DELETE, name=name)
-    return _done(request, f"Deleted {name}.", url_of(request, "/"), moved=True)
+    await do(request, _DELETE, name=name)
+    return done(request, f"Deleted {name}.", url_of(request, "/"), moved=True)
 
 
 async def reset_form(request: Request, name: str, key: str | None = None) -> Response:
-    limit = await _limit(request, name)
+    limit = await the_limit(request, name)
     effects = [
         "All its leases end, and the level is zero. Holders are not stopped: they find out when they next renew."
     ]
     effects.append("So more than the limit may be at work for a while. Those in line are granted at once.")
-    return await _confirm(
+    return await confirm(
         request,
         title="Reset this limit?" if key is None else "Reset this key?",
         name=limit["name"],
         key=key,
         action=url_of(request, "/reset", name=name) + ("" if key is None else f"&{urlencode({'key': key})}"),
         effects=effects,
-        hit=await _hit(request, name, key),
+        hit=await whom(request, name, key),
         button="Reset",
         danger=True,
     )
 
 
 async def reset(request: Request, name: str, key: str | None = None) -> Response:
-    found = await _do(request, _RESET, name=name, key=key)
+    found = await do(request, _RESET, name=name, key=key)
     ended = found["ended"] if found is not None else 0
-    return _done(request, f"Reset {name}: {count(ended, 'lease')} ended.", limit_url(request, name))
+    return done(request, f"Reset {name}: {count(ended, 'lease')} ended.", limit_url(request, name))
 
 
 async def release_form(request: Request, lease: UUID, name: str = "") -> Response:
@@ -377,7 +264,7 @@ async def release_form(request: Request, lease: UUID, name: str = "") -> Respons
         if holds
         else ["It leaves the line. When it next asks, it stands at the end of it."]
     )
-    return await _confirm(
+    return await confirm(
         request,
         title="Release this lease?" if holds else "Take this request out of the line?",
         name=name or parts[0]["name"],
@@ -392,9 +279,9 @@ async def release_form(request: Request, lease: UUID, name: str = "") -> Respons
 
 
 async def release(request: Request, lease: UUID, name: str = "") -> Response:
-    found = await _do(request, _RELEASE, lease=lease)
+    found = await do(request, _RELEASE, lease=lease)
     said = "Released." if found is not None and found["released"] else "It had ended already."
-    return _done(request, said, limit_url(request, name) if name else url_of(request, "/"))
+    return done(request, said, limit_url(request, name) if name else url_of(request, "/"))
 
 
 def add_routes(routes: APIRouter) -> None:

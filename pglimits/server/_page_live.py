@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ _LOOKS_ANYWAY = 10.0
 """Seconds after which a page is told to look although no figure has changed: a lease may have been renewed."""
 _BEATS = 5.0
 """Seconds between two signs of life of a stream."""
-_MOST_KEPT = 500
+_MOST_KEPT = 200
 _SPARKLINE_KEEPS = 30.0
 """Seconds for which a sparkline is shown again without a look: samples come once a minute."""
 _SPARKLINES = "select name, held from pglimits.sparklines(%(names)s::text[], 3600, 30)"
@@ -29,28 +30,37 @@ class Shared:
     """Answers that all who ask within a moment share, so that a hundred pages of one limit ask the database once."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[float, asyncio.Task[Any]]] = {}
+        self._asked: dict[Hashable, tuple[float, asyncio.Task[Any]]] = {}
+        self._last: OrderedDict[Hashable, Any] = OrderedDict()
 
     async def get(self, key: Hashable, seconds: float, make: Callable[[], Awaitable[T]]) -> T:
         """What ``make`` returns, or has returned not more than so many seconds ago."""
-        began, task = self._kept.get(key, (0.0, None))
+        began, task = self._asked.get(key, (0.0, None))
         if task is not None and task.done() and (time.monotonic() - began > seconds or task.exception() is not None):
             task = None
         if task is None:
-            if len(self._kept) >= _MOST_KEPT:
-                self._kept = {each: kept for each, kept in self._kept.items() if not kept[1].done()}
-            task = asyncio.ensure_future(_made(make))
-            self._kept[key] = (time.monotonic(), task)
+            if len(self._asked) >= _MOST_KEPT:
+                self._asked = {each: asked for each, asked in self._asked.items() if not asked[1].done()}
+            task = asyncio.ensure_future(self._make(key, make))
+            self._asked[key] = (time.monotonic(), task)
         found: T = await asyncio.shield(task)
         return found
 
+    async def _make(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        found = await make()
+        self._last[key] = found
+        self._last.move_to_end(key)
+        if len(self._last) > _MOST_KEPT:
+            self._last.popitem(last=False)
+        return found
+
+    def last(self, key: Hashable) -> Any:
+        """The last answer that there was, however old; None if there was none."""
+        return self._last.get(key)
+
     def clear(self) -> None:
         """Whoever asks next gets a new answer: something was changed here."""
-        self._kept = {}
-
-
-async def _made(make: Callable[[], Awaitable[T]]) -> T:
-    return await make()
+        self._asked = {}
 
 
 class Hub:
@@ -68,7 +78,7 @@ class Hub:
         kept = self._sparklines
         missing = [name for name in names if name not in kept or now - kept[name][0] > _SPARKLINE_KEEPS]
         if missing:
-            if len(kept) > _MOST_KEPT * 10:
+            if len(kept) > _MOST_KEPT * 25:
                 kept.clear()
             found = {row["name"]: row["held"] for row in await db.rows(_SPARKLINES, {"names": missing})}
             for name in missing:
@@ -125,8 +135,10 @@ async def news(live: Live, name: str | None) -> AsyncIterator[str]:
 
 def _concerns(change: Change, name: str | None) -> bool:
     """Whether a page shows something of that: the page of a limit has only that limit's figures and events."""
-    if name is None or change.first or change.missed:
+    if name is None or change.first or change.missed or change.database_changed:
         return True
-    if not (change.limits or change.gone or change.events):
-        return True  # the database has gone, or has come back
-    return name in change.gone or any(each["name"] == name for each in (*change.limits, *change.events))
+    return name in change.shared(_names) or any(each["name"] == name for each in change.events)
+
+
+def _names(change: Change) -> frozenset[str]:
+    return frozenset((*change.gone, *(each["name"] for each in change.limits)))

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
+_NOTHING = "\u2013"
 _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s"))
 
 
 def number(value: float | None) -> str:
     """A number without a tail of zeros; nothing is a dash."""
     if value is None:
-        return "–"
+        return _NOTHING
     if abs(value - round(value)) < 0.005 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
@@ -28,7 +29,7 @@ def exact(value: float) -> str:
 def duration(seconds: float | None) -> str:
     """Seconds as people say them, short: ``4m 58s``. ``page.js`` counts on in the same words."""
     if seconds is None:
-        return "–"
+        return _NOTHING
     whole = max(int(seconds), 0)
     for size, unit, smaller, smaller_unit in _UNITS:
         if whole >= size:
@@ -39,7 +40,7 @@ def duration(seconds: float | None) -> str:
 
 def moment(at: datetime | None) -> str:
     """A timestamp in UTC; ``page.js`` writes it in the reader's own zone."""
-    return "–" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return _NOTHING if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def iso(at: datetime) -> str:

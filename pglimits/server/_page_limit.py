@@ -31,7 +31,11 @@ select w.*, count(*) over () as found from pglimits.waiters w
 where w.name = %(name)s and (%(key)s::text is null or w.key = %(key)s)
 order by w."position", w.waiting_since, w.lease_id limit %(most)s offset %(skip)s
 """
-_WHY = "select lease_id, blocked_by, reason, earliest from pglimits.why_waiting(%(name)s, %(key)s)"
+_WHY = "select lease_id, key, blocked_by, reason, earliest from pglimits.why_waiting(%(name)s)"
+_ELSEWHERE = """
+select w.* from pglimits.waiters w
+where w.lease_id = any (%(leases)s::uuid[]) and w.name <> %(name)s order by w.waiting_since limit %(most)s
+"""
 _KEYS = """
 select k.*, count(*) over () as found, sum(k.held) over () as all_held, sum(k.level) over () as all_level
 from pglimits.keys k where k.name = %(name)s
@@ -77,18 +81,34 @@ async def view(
     only = {"name": row.name, "key": key}
     holders = await _part(db, _HOLDERS, pages["holders"], **only)
     waiters = await _part(db, _WAITERS, pages["waiters"], **only)
-    if waiters.rows:
-        why = {each["lease_id"]: each for each in await db.rows(_WHY, only)}
-        for each in waiters.rows:
-            known = why.get(each["lease_id"], {})
-            each.update({part: known.get(part) for part in ("blocked_by", "reason", "earliest")})
+    elsewhere = await _explain(db, name, waiters.rows)
     keys = await _part(db, _KEYS, pages["keys"], name=row.name)
     for each in keys.rows:
         whole = each["all_level"] if row.is_rate_limit and not each["all_held"] else each["all_held"]
         part = each["level"] if row.is_rate_limit and not each["all_held"] else each["held"]
         each["share"] = 100 * float(part) / float(whole) if whole else 0.0
     keyed = keys.found > 1 or any(each["key"] for each in (*keys.rows, *holders.rows, *waiters.rows))
-    return {"now": moment, "row": row, "holders": holders, "waiters": waiters, "keys": keys, "keyed": keyed}
+    return {
+        "now": moment,
+        "row": row,
+        "holders": holders,
+        "waiters": waiters,
+        "elsewhere": elsewhere if key is None else [],
+        "keys": keys,
+        "keyed": keyed,
+    }
+
+
+async def _explain(db: Database, name: str, waiters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Says of each why it waits. Returns those who need this limit too, and stand in the line of another."""
+    why = {each["lease_id"]: each for each in await db.rows(_WHY, {"name": name})}
+    elsewhere: list[dict[str, Any]] = []
+    if others := [lease for lease, each in why.items() if each["blocked_by"] != name]:
+        elsewhere = await db.rows(_ELSEWHERE, {"name": name, "leases": others, "most": _PART})
+    for each in (*waiters, *elsewhere):
+        known = why.get(each["lease_id"], {})
+        each.update({part: known.get(part) for part in ("blocked_by", "reason", "earliest")})
+    return elsewhere
 
 
 async def history(db: Database, name: str, span: str) -> dict[str, Any]:
@@ -97,15 +117,15 @@ async def history(db: Database, name: str, span: str) -> dict[str, Any]:
     found = await db.rows(_HISTORY, {"name": name, "seconds": float(seconds), "points": points})
 
     def rate(row: dict[str, Any], counter: str) -> float | None:
-        return None if row[counter] is None or not row["seconds"] else round(row[counter] / row["seconds"], 4)
+        return None if row[counter] is None or not row["covered_seconds"] else round(row[counter] / row["covered_seconds"], 4)
 
     step = seconds / points
     rows: list[dict[str, Any] | None] = []
     moments: list[float] = []
     for row in found:
         at = row["at"].timestamp()
-        if moments and at - moments[-1] > 1.5 * max(step, row["seconds"]):
-            moments.append(at - row["seconds"])  # nothing is known in between: the line has a gap
+        if moments and at - moments[-1] > 1.5 * max(step, row["covered_seconds"]):
+            moments.append(at - row["covered_seconds"])  # nothing is known in between: the line has a gap
             rows.append(None)
         moments.append(at)
         rows.append(row)

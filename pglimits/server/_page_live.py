@@ -123,7 +123,7 @@ async def news(live: Live, name: str | None) -> AsyncIterator[str]:
             if is_news:
                 told = beat = now
                 yield "news"
-            elif now - beat >= _BEATS:
+            elif now - beat >= _BEATS * 0.9:
                 beat = now
                 yield "beat"
     finally:

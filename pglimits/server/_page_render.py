@@ -149,7 +149,8 @@ def render(request: Request, template: str, status: int = 200, **context: Any) -
         "X-Content-Type-Options": "nosniff",
         "Vary": "HX-Request",
     }
-    return HTMLResponse(html, status, headers)
+    # What ``page.js`` asks for it shows, whatever the status; a browser's console would complain of most.
+    return HTMLResponse(html, 200 if is_part(request) else status, headers)
 
 
 def static(request: Request, name: str) -> Response:

@@ -14,6 +14,8 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the tests of the page need playwright (pip)")
 
+playwright.expect.set_options(timeout=15000)
+
 HERE = Path(__file__).resolve().parent
 CHROMIUM = os.environ.get("PGLIMITS_TEST_CHROMIUM") or shutil.which("chromium")
 AXE = os.environ.get("PGLIMITS_TEST_AXE", "")
@@ -32,7 +34,7 @@ NASTY = (
     "</table></dialog><h1>out</h1>",
 )
 """Texts for holders and keys. Names may not have all of these characters."""
-NAMES = tuple(dict.fromkeys(text.translate(str.maketrans("", "", "/%&<>")) for text in NASTY)) + (".", "..", "x" * 200)
+NAMES = (*(text.translate(str.maketrans("", "", "/%&<>")) for text in NASTY), ".", "..", "x" * 200)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,11 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
         tab = context.new_page()
         tab.wrong = []
         tab.expected = []
-        tab.on("console", lambda said: tab.wrong.append(said.text) if said.type in ("error", "warning") else None)
+        tab.on("console", lambda said: _note(tab, said))
+        tab.on(
+            "response",
+            lambda got: tab.wrong.append(f"{got.status} {got.url}") if got.status >= 400 else None,
+        )
         tab.on("pageerror", lambda error: tab.wrong.append(str(error)))
         tabs.append(tab)
         return tab
@@ -74,6 +80,12 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
         context.close()
     assert not wrong, wrong
     assert not hacked, hacked
+
+
+def _note(tab: Any, said: Any) -> None:
+    # What the server refused is noted with its URL as a response.
+    if said.type in ("error", "warning") and "the server responded with a status of" not in said.text:
+        tab.wrong.append(said.text)
 
 
 def is_live(tab: Any) -> None:
@@ -91,13 +103,16 @@ def does_not_scroll(tab: Any) -> None:
     assert found[0] <= 0, (tab.url, found)
 
 
-def axe(tab: Any) -> None:
+def axe(tab: Any, *rules: str) -> None:
     """Nothing that is shown is hard to use for those who see or move otherwise."""
     if not AXE:
         pytest.skip("PGLIMITS_TEST_AXE is to be the path of axe.min.js (npm pack axe-core)")
     if not tab.evaluate("'axe' in window"):
         tab.evaluate(Path(AXE).read_text(encoding="utf-8"))
-    found = tab.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
+    options: dict[str, Any] = {"resultTypes": ["violations"]}
+    if rules:
+        options["runOnly"] = list(rules)
+    found = tab.evaluate("async (options) => (await axe.run(document, options)).violations", options)
     bad = [
         (each["id"], each["help"], [node["html"][:160] for node in each["nodes"]][:3])
         for each in found

@@ -46,17 +46,17 @@ EVENT = """
 """
 
 
-def router() -> APIRouter:
-    routes = APIRouter(tags=["views"])
+def add_to(routes: APIRouter) -> None:
+    """Add these routes."""
 
-    @routes.get("/limits/{name}/keys", response_model=models.Keys)
+    @routes.get("/limits/{name}/keys", tags=["views"], response_model=models.Keys)
     async def keys(request: Request, _: Reader, name: Name, limit: Most = 100, offset: Skip = 0) -> dict[str, Any]:
         """The keys of a limit that were used, the busiest first."""
         db = database(request)
         await the_limit(db, name)
         return paged(await db.rows(_KEYS, {"name": name, "limit": limit, "offset": offset}), "keys")
 
-    @routes.get("/holders", response_model=models.Holders)
+    @routes.get("/holders", tags=["views"], response_model=models.Holders)
     async def holders(
         request: Request,
         _: Reader,
@@ -69,7 +69,7 @@ def router() -> APIRouter:
         rows = await database(request).rows(_HOLDERS, {"name": name, "key": key, "limit": limit, "offset": offset})
         return paged(rows, "holders")
 
-    @routes.get("/waiters", response_model=models.Waiters)
+    @routes.get("/waiters", tags=["views"], response_model=models.Waiters)
     async def waiters(
         request: Request,
         _: Reader,
@@ -88,7 +88,7 @@ def router() -> APIRouter:
                 row.update(reasons.get(row["lease_id"], {}))
         return paged(rows, "waiters")
 
-    @routes.get("/limits/{name}/history", response_model=models.History)
+    @routes.get("/limits/{name}/history", tags=["views"], response_model=models.History)
     async def history(
         request: Request,
         _: Reader,
@@ -101,7 +101,7 @@ def router() -> APIRouter:
         await the_limit(db, name)
         return {"name": name, "steps": await db.rows(_HISTORY, [name, seconds, points])}
 
-    @routes.get("/events", response_model=models.Events)
+    @routes.get("/events", tags=["views"], response_model=models.Events)
     async def events(
         request: Request,
         _: Reader,
@@ -121,5 +121,3 @@ def router() -> APIRouter:
             {"name": name, "kinds": kind, "after": after, "before": before, "limit": limit},
         )
         return {"events": rows, "next": rows[-1]["event_id"] if len(rows) == limit else None}
-
-    return routes

@@ -35,11 +35,6 @@ LIMITS = """
            c.expired_leases, c.force_released_leases, c.oldest_waiting_since
     from pglimits.limits l left join pglimits.counters c on c.name = l.name
 """
-_LIMITS_WITHOUT_COUNTERS = """
-    select name, "limit", held::int, waiting::int, active, slot_decay_per_second, level, max_waiters, description,
-           created_at, updated_at
-    from pglimits.limits
-"""
 EVENTS = """
     select event_id, at, kind, name, key, lease_id, slots, fence, holder, held_seconds, old, new, by
     from pglimits.events where event_id > %s order by event_id limit %s
@@ -53,8 +48,11 @@ _HOLDERS = """
     from pglimits.holders where name = any (%s::text[]) limit 2000
 """
 _WAITERS = """
-    select lease_id, name, key, slots, holder, priority, "position", waiting_since
-    from pglimits.waiters where name = any (%s::text[]) limit 2000
+    select n.name, y.lease_id, y.key, y."position", y.blocked_by, y.reason, y.earliest, w.slots, w.holder, w.priority,
+           w.waiting_since
+    from pglimits.limits n cross join lateral pglimits.why_waiting(n.name) y
+    left join pglimits.waiters w on w.lease_id = y.lease_id
+    where n.name = any (%s::text[]) limit 2000
 """
 
 
@@ -83,7 +81,6 @@ class Live:
         self._polled = asyncio.Event()
         self._changed = asyncio.Event()
         self._closing = False
-        self._counts: bool | None = None
         listener.on_event(self._wake.set)
 
     @property
@@ -181,8 +178,6 @@ class Live:
 
     async def _events_after(self, after: int, seen: Seen) -> tuple[list[Row], bool]:
         """The events since one that a client has seen, and whether there were more."""
-        if not await self._has_counts():
-            return [], False
         try:
             rows = await self._db.rows(EVENTS, [after, KEPT + 1])
         except PglimitsError:
@@ -219,10 +214,8 @@ class Live:
 
     async def _poll(self) -> bool:
         """Ask the database once. Whether the details of a limit have changed."""
-        counts = await self._has_counts()
-        self._limits.take(await self._db.rows(LIMITS if counts else _LIMITS_WITHOUT_COUNTERS))
-        if counts:
-            await self._take_events()
+        self._limits.take(await self._db.rows(LIMITS))
+        await self._take_events()
         changed = False
         if names := list(self._names):
             holders = await self._db.rows(_HOLDERS, [names])
@@ -247,13 +240,6 @@ class Live:
             known.take(rows)
             if len(rows) < KEPT:
                 return
-
-    async def _has_counts(self) -> bool:
-        """Whether this pglimits has counters and events."""
-        if self._counts is None:
-            row = await self._db.row("select to_regclass('pglimits.events') is not null as there")
-            self._counts = row is not None and row["there"]
-        return self._counts
 
     def begin_closing(self) -> None:
         """End all streams."""

@@ -286,3 +286,12 @@ def test_a_history_and_keys_are_shown(http: httpx.Client) -> None:
     keys = http.get("/v1/limits/tenants/keys").json()
     assert ([(row["key"], row["held"]) for row in keys["keys"]], keys["total"]) == ([("b", 2), ("a", 1)], 2)
     assert http.get("/v1/limits/missing/history").status_code == 404
+
+
+def test_the_api_is_described_on_a_page_without_scripts(http: httpx.Client) -> None:
+    page = http.get("/docs")
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text and "http://" not in page.text and "https://" not in page.text
+    for path in http.get("/openapi.json").json()["paths"]:
+        assert path.replace("<", "&lt;") in page.text
+    assert http.get("/docs.css").headers["content-type"].startswith("text/css")

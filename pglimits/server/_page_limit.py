@@ -117,7 +117,8 @@ async def history(db: Database, name: str, span: str) -> dict[str, Any]:
     found = await db.rows(_HISTORY, {"name": name, "seconds": float(seconds), "points": points})
 
     def rate(row: dict[str, Any], counter: str) -> float | None:
-        return None if row[counter] is None or not row["covered_seconds"] else round(row[counter] / row["covered_seconds"], 4)
+        covered = row["covered_seconds"]
+        return round(row[counter] / covered, 4) if covered and row[counter] is not None else None
 
     step = seconds / points
     rows: list[dict[str, Any] | None] = []

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from ._changes import Change
 from ._database import Database
-from ._live import Change, Live
+from ._live import Live
 from ._page_data import Overview
 
 T = TypeVar("T")

@@ -321,7 +321,7 @@ def test_ten_thousand_limits_are_filtered_sorted_and_paged_on_the_server(
     holds(sql, "limit-07777")
     tab = browse()
     tab.goto(f"{shared.url}/")
-    expect(tab.locator("td.name").first).to_have_text("limit-07777")  # the busiest
+    expect(tab.locator("td.name").first).to_have_text("limit-07777", timeout=30000)  # the busiest
     assert tab.locator("tbody tr").count() == 50
     expect(tab.locator(".counted")).to_contain_text("of 10,000")
     tab.get_by_role("link", name="Next").click()

@@ -42,7 +42,7 @@ _COLUMNS = (
     ("waiting", "Waiting", "num", "Requests in line"),
     ("oldest", "Oldest wait", "num", "How long the one that came first has waited"),
     ("rate", "Rate", "num", "Slots granted a second, lately; for a rate limit, of how many"),
-    ("", "Last hour", "hour", "Slots held in the last hour"),
+    ("", "Last hour", "hour", "Slots held in the last hour; of a rate limit its level"),
 )
 _FIND_EVENTS = """
 select * from pglimits.events e
@@ -122,7 +122,7 @@ async def limits(request: Request) -> Response:
     try:
         picture = await overview.now()
         page = pick(picture, query)
-        sparklines = await hub.sparklines(request.app.state.db, [row.name for row in page.rows])
+        sparklines = await hub.sparklines(request.app.state.db, page.rows)
     except LimiterUnavailable:
         picture, down = overview.last, down_of(request)
         page = pick(picture, query)

@@ -13,7 +13,7 @@ from fastapi import Request
 from ._changes import Change
 from ._database import Database
 from ._live import Live
-from ._page_data import Overview
+from ._page_data import Overview, Row
 
 T = TypeVar("T")
 
@@ -24,7 +24,15 @@ _BEATS = 5.0
 _MOST_KEPT = 200
 _SPARKLINE_KEEPS = 30.0
 """Seconds for which a sparkline is shown again without a look: samples come once a minute."""
-_SPARKLINES = "select name, held from pglimits.sparklines(%(names)s::text[], 3600, 30)"
+_POINTS = 30
+_SPARKLINES = f"select name, held from pglimits.sparklines(%(names)s::text[], 3600, {_POINTS})"
+_LEVELS = """
+select l.name, h.level, %(points)s - round(date_part('epoch', n.now - h.at) * %(points)s / 3600)::integer as nth
+from (select pglimits._now() as now) n
+cross join pglimits.limits l
+cross join lateral pglimits.history(l.name, 3600, %(points)s) h
+where l.name = any (%(names)s::text[])
+"""
 
 
 class Shared:
@@ -73,18 +81,24 @@ class Hub:
         self.shared = Shared()
         self._sparklines: dict[str, tuple[float, list[float | None]]] = {}
 
-    async def sparklines(self, db: Database, names: list[str]) -> dict[str, list[float | None]]:
-        """What was held in the last hour, of each name."""
+    async def sparklines(self, db: Database, rows: list[Row]) -> dict[str, list[float | None]]:
+        """Of each limit what was held in the last hour; of a rate limit its level."""
         now = time.monotonic()
         kept = self._sparklines
-        missing = [name for name in names if name not in kept or now - kept[name][0] > _SPARKLINE_KEEPS]
-        if missing:
-            if len(kept) > _MOST_KEPT * 25:
-                kept.clear()
-            found = {row["name"]: row["held"] for row in await db.rows(_SPARKLINES, {"names": missing})}
-            for name in missing:
-                kept[name] = (now, found.get(name) or [])
-        return {name: kept[name][1] if name in kept else [] for name in names}
+        missing = [row for row in rows if row.name not in kept or now - kept[row.name][0] > _SPARKLINE_KEEPS]
+        if len(kept) > _MOST_KEPT * 25:
+            kept.clear()
+        names = [row.name for row in missing if not row.is_rate_limit]
+        if names:
+            found = {each["name"]: each["held"] for each in await db.rows(_SPARKLINES, {"names": names})}
+            kept.update({name: (now, found.get(name) or []) for name in names})
+        rates = [row.name for row in missing if row.is_rate_limit]
+        if rates:
+            levels: dict[str, list[float | None]] = {name: [None] * _POINTS for name in rates}
+            for each in await db.rows(_LEVELS, {"names": rates, "points": _POINTS}):
+                levels[each["name"]][min(max(each["nth"], 1), _POINTS) - 1] = each["level"]
+            kept.update({name: (now, levels[name]) for name in rates})
+        return {row.name: kept[row.name][1] if row.name in kept else [] for row in rows}
 
     async def forget(self) -> None:
         """Something was changed here: whoever asks from now on is to see it."""

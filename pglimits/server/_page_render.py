@@ -72,7 +72,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "value"):
+    for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "sentence", "value"):
         made.filters[name] = getattr(_page_text, name)
     for name in ("count", "share", "sparkline"):
         made.globals[name] = getattr(_page_text, name)

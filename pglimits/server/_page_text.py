@@ -84,6 +84,11 @@ def by_whom(by: Any) -> str:
     return f"{name} ({', '.join(rest)})" if rest else str(name)
 
 
+def sentence(text: str | None) -> str:
+    """A sentence that begins with a capital; nothing is a dash."""
+    return text[:1].upper() + text[1:] if text else _NOTHING
+
+
 def value(of: Any) -> str:
     """A property of a limit, before or after it was changed."""
     if of is None or of == "":
@@ -128,9 +133,9 @@ def sparkline(values: Sequence[float | None] | None, top: float) -> dict[str, st
             run.append((round(index * step, 1), round(23 - value / highest * 22, 1)))
             continue
         if run:
-            points = " ".join(
-                f"{x:g},{y:g}" for x, y in (run if len(run) > 1 else [run[0], (run[0][0] + 1, run[0][1])])
-            )
+            if len(run) == 1:
+                run.insert(0, (round(run[0][0] - 4, 1), run[0][1]))  # one moment alone is a short line
+            points = " ".join(f"{x:g},{y:g}" for x, y in run)
             line.append(f"M{points}")
             area.append(f"M{run[0][0]:g},24 L{points} L{run[-1][0]:g},24 Z")
         run = []

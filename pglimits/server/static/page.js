@@ -121,8 +121,8 @@
     const ctx = event.detail.ctx;
     const response = ctx?.response?.raw;
     if (response?.redirected && ctx.request.method === "GET") {
-      event.preventDefault(); // the login ended
-      location.assign(response.url);
+      event.preventDefault();
+      location.reload(); // the login has ended: the server asks for it, and leads back here
       return;
     }
     const active = document.activeElement;
@@ -223,15 +223,14 @@
       filter(form);
     } else if ("act" in form.dataset && dialog.contains(form)) {
       event.preventDefault();
-      for (const button of form.querySelectorAll("button")) button.setAttribute("aria-disabled", "true");
+      if (form.getAttribute("aria-busy")) return; // sent already
+      form.setAttribute("aria-busy", "true");
       htmx.ajax("POST", form.action, { source: form, event, headers: inDialog, target: "#dialog-body", swap: "innerHTML" });
     }
   });
 
   document.addEventListener("htmx:finally:request", (event) => {
-    const form = event.detail.ctx?.sourceElement;
-    if (form?.matches?.("form[data-act]"))
-      for (const button of form.querySelectorAll("button")) button.removeAttribute("aria-disabled");
+    event.detail.ctx?.sourceElement?.removeAttribute?.("aria-busy");
   });
 
   document.addEventListener("done", (event) => {

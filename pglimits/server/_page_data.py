@@ -113,7 +113,6 @@ class Picture:
 
     now: datetime | None
     rows: list[Row]
-    by_name: dict[str, Row]
 
 
 @dataclass(slots=True)
@@ -189,7 +188,7 @@ class Overview:
         self._source: dict[str, Any] | None = None
         self._before: deque[tuple[float, dict[str, int]]] = deque()
         self._rates: dict[str, float] = {}
-        self.last = Picture(None, [], {})
+        self.last = Picture(None, [])
         """The last picture that there was, however old."""
 
     async def now(self) -> Picture:
@@ -204,7 +203,7 @@ class Overview:
             self._measure(time.monotonic(), {name: each["granted_slots"] for name, each in source.items()})
             rows = [make_row(each, live.at, self._rates.get(name)) for name, each in source.items()]
             self._source = source
-            self.last = Picture(live.at, rows, {row.name: row for row in rows})
+            self.last = Picture(live.at, rows)
         return self.last
 
     def rate(self, name: str) -> float | None:

@@ -17,6 +17,7 @@ from servertest import FULL, READ, Server, until
 from pglimits.server._page_data import Overview, Picture, Query, Row, order, pick, state
 from pglimits.server._page_text import duration, number, segment, sparkline, who
 
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -86,7 +87,7 @@ def test_the_busiest_come_first_and_every_column_sorts_both_ways() -> None:
 
 def test_a_page_beyond_the_last_is_the_last_and_states_are_counted_of_what_the_filter_lets_through() -> None:
     rows = [a(f"Api-{n}", held=n % 2) for n in range(120)] + [a("other")]
-    picture = Picture(NOW, rows, {row.name: row for row in rows})
+    picture = Picture(NOW, rows)
     page = pick(picture, Query("aPI-", page=99))
     assert (page.page, page.pages, len(page.rows), page.found, page.total) == (3, 3, 20, 120, 121)
     assert page.states["active"] == page.states["idle"] == 60
@@ -214,6 +215,29 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed(
     assert said in answer.text
     assert 'value="77"' in answer.text or field == "max_waiters"
     assert [each["name"] for each in http.get("/v1/limits").json()["limits"]] == ["taken"]
+
+
+@pytest.mark.parametrize("odd", ["%00", "%FF", "%ED%A0%80", "x" * 3000, "%0A", "%E2%80%AE", "%27%22%3C"])
+def test_what_nobody_would_ask_for_is_answered(http: httpx.Client, odd: str) -> None:
+    http.post("/v1/limits", json={"name": "api", "limit": 1})
+    for path in (
+        f"/?q={odd}&sort={odd}&state={odd}&page={odd}",
+        f"/limits/{odd}",
+        f"/limits/api?key={odd}&span={odd}&holders={odd}",
+        f"/limits?name={odd}",
+        f"/events?name={odd}&kind={odd}&before={odd}",
+        f"/history?name={odd}&span={odd}",
+        f"/create?name={odd}",
+        f"/edit?name={odd}",
+        f"/reset?name=api&key={odd}",
+        f"/release?lease={odd}&name={odd}",
+        "/limits/api?holders=999999999999999999&waiters=99999&keys=0",
+        "/events?before=99999999999999999999",
+    ):
+        assert http.get(path).status_code < 500, path
+    for path in (f"/create?name={odd}", f"/edit?name={odd}", f"/delete?name={odd}", f"/reset?name=api&key={odd}"):
+        answer = http.post(path, content=f"name={odd}&limit={odd}&description={odd}", headers=FORM)
+        assert answer.status_code < 500, path
 
 
 def test_forms_work_without_a_script(http: httpx.Client) -> None:

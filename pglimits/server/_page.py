@@ -86,12 +86,12 @@ class Down:
     """That the database is gone."""
 
     since: datetime
-    reason: str
+    now: datetime
 
 
 def down_of(request: Request) -> Down:
-    db = request.app.state.db
-    return Down(db.down_since or datetime.now(UTC), db.why)
+    now = datetime.now(UTC)
+    return Down(request.app.state.db.down_since or now, now)
 
 
 def _number(text: str | None, most: int = 2**62) -> int | None:

@@ -55,7 +55,7 @@ const charts = (() => {
           dash: how.dash,
           paths: how.stepped ? uPlot.paths.stepped({ align: -1 }) : undefined,
           fill: how.fill ? faded(paint) : undefined,
-          points: { show: false },
+          points: { show: data.at.length < 3, size: 5 },
           spanGaps: false,
           value: (_, value, __, index) => format(index == null ? last(key) : value),
         })),

@@ -38,8 +38,11 @@
 
   const tick = () => {
     const now = Date.now() / 1000 + ahead;
-    for (const each of document.querySelectorAll("time[data-since]")) setText(each, duration(now - each.dataset.since));
-    for (const each of document.querySelectorAll("time[data-until]")) setText(each, duration(each.dataset.until - now));
+    const counts = (each) => !each.closest(".stale") || each.closest(".notice"); // what is as of then stands still
+    for (const each of document.querySelectorAll("time[data-since]"))
+      if (counts(each)) setText(each, duration(now - each.dataset.since));
+    for (const each of document.querySelectorAll("time[data-until]"))
+      if (counts(each)) setText(each, duration(each.dataset.until - now));
     for (const each of document.querySelectorAll("time[data-at]")) setText(each, moment(new Date(each.dataset.at * 1000)));
   };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,9 @@ def test_it_says_where_it_is_in_one_line(serve: Callable[..., Server], dsn: str)
     assert server.terminate() == (0, "")
 
 
-def test_sigterm_answers_what_is_held_and_ends_streams(serve: Callable[..., Server]) -> None:
+def test_sigterm_answers_what_is_held_and_ends_streams(
+    serve: Callable[..., Server], conn: psycopg.Connection[Any]
+) -> None:
     server = serve()
     answers: list[httpx.Response] = []
     streamed: list[str] = []
@@ -59,6 +62,8 @@ def test_sigterm_answers_what_is_held_and_ends_streams(serve: Callable[..., Serv
         for thread in threads:
             thread.join()
     assert [answer.json()["status"] for answer in answers] == ["queued", "queued"]
+    assert conn.execute("select count(*) from pglimits.holders").fetchone() == (1,)  # it lives on, as its holder does
+    assert conn.execute("select count(*) from pglimits.waiters").fetchone() == (2,)
 
 
 def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Server]) -> None:
@@ -77,6 +82,47 @@ def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Serve
         assert http.delete(f"/v1/leases/{held['lease_id']}").json() == {"released": True}
         granted = http.post("/v1/acquire", json={**wanted, "lease_id": second["lease_id"]})
         assert granted.json()["status"] == "granted"
+
+
+def test_killed_under_load_it_neither_loses_nor_doubles_a_lease(
+    serve: Callable[..., Server], dsn: str, conn: psycopg.Connection[Any]
+) -> None:
+    """Clients repeat what was not answered, under the id that they chose."""
+    conn.execute("select pglimits.create_limit('many', 100000)")
+    server = serve()
+    url, port = server.url, str(server.port)
+    ends = threading.Event()
+    told: list[str] = []
+
+    def work() -> None:
+        while not ends.is_set():
+            lease_id = str(uuid.uuid4())
+            while True:
+                try:
+                    answer = httpx.post(f"{url}/v1/acquire", json={"name": "many", "lease_id": lease_id}, timeout=30)
+                except httpx.HTTPError:
+                    time.sleep(0.02)
+                    continue
+                assert answer.json()["status"] == "granted"
+                told.append(lease_id)
+                break
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        before = len(told)
+        until(lambda before=before: len(told) >= before + 50, "for some grants")
+        server.kill()
+        server = serve("--port", port)
+    before = len(told)
+    until(lambda: len(told) >= before + 20, "for some grants after the last start")
+    ends.set()
+    for thread in threads:
+        thread.join()
+    there = [str(row[0]) for row in conn.execute("select lease_id from pglimits.holders").fetchall()]
+    assert sorted(there) == sorted(told)
+    assert conn.execute("select held from pglimits.limits").fetchone() == (len(told),)
 
 
 def test_the_database_gone_is_said_and_it_comes_back_by_itself(private: Cluster, serve: Callable[..., Server]) -> None:

@@ -1,0 +1,365 @@
+"""Whoever wants to know what becomes of requests and leases: metrics and traces.
+
+``reporter`` is None until an app asks for one of them, so an app that does not pays for one look at it.
+
+The courier puts what has happened into a queue, and a thread of its own tells it to the observers. An observer may
+take locks, be slow, hang or fail (an exporter that has no network): no request and no renewal waits for it. What it is
+too slow for is forgotten.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from uuid import UUID
+
+from ._wake import ThreadWaker
+from .errors import AcquireTimeout, LimiterUnavailable, QueueFull
+
+if TYPE_CHECKING:
+    from ._leases import Lease
+    from ._requests import Request
+
+log = logging.getLogger("pglimits.metrics")
+
+Result = Literal["granted", "unlimited", "refused", "timeout", "queue_full", "cancelled", "unavailable", "error"]
+
+MOST = 100_000
+"""So many things that have happened wait to be told at most."""
+_GATHERS = 0.1
+"""Seconds that the reporter sleeps, so that it is not woken for each request."""
+_FORK_WAITS = 0.1
+"""Seconds that a fork waits at most for what is being told: a lock that is taken then stays taken in the child."""
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """What became of a request. Moments are of the monotonic clock.
+
+    Attributes:
+        limits: each limit that it was asked of, and in ``results`` what it got of that.
+        slots: of each limit.
+        result: of the request as a whole.
+        asked_at, answered_at: from the call to the moment when its caller goes on.
+        error: the name of the exception's class, if it is one.
+    """
+
+    limits: tuple[str, ...]
+    slots: tuple[int, ...]
+    operation: Literal["acquire", "rate_limit"]
+    results: tuple[Result, ...]
+    result: Result
+    asked_at: float
+    answered_at: float
+    error: str | None
+    lease_id: UUID
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """Slots that this process holds, or has held, from ``granted_at`` to ``ended_at``."""
+
+    limits: tuple[str, ...]
+    slots: tuple[int, ...]
+    granted_at: float
+    lease_id: UUID
+    listeners: Listeners
+    ended_at: float = 0.0
+    lost: bool = False
+
+
+class Observer(Protocol):
+    """Is told what happens, one thing after the other, in a thread that does nothing else."""
+
+    def context(self) -> Any:
+        """What of the caller is wanted later. The only one that is called in the caller's own thread or task: it must
+        be quick and take no lock."""
+
+    def answered(self, answer: Answer, context: Any) -> None:
+        """A request was answered, or given up."""
+
+    def ended(self, hold: Hold, context: Any) -> None:
+        """A lease was released or lost."""
+
+    def lost(self, limits: tuple[str, ...]) -> None:
+        """A lease was lost."""
+
+    def sent(self, requests: int) -> None:
+        """So many requests went to the database in one statement."""
+
+    def reconnected(self) -> None:
+        """A connection was opened in place of one that had broken."""
+
+
+Listeners: TypeAlias = tuple[tuple[Observer, Any], ...]
+"""Those who were there when a request was made, each with the context of that."""
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A request is observed since ``at`` (monotonic)."""
+
+    at: float
+    listeners: Listeners
+
+
+class Reporter:
+    """Tells the observers, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.observers: tuple[Observer, ...] = ()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._events: deque[Callable[[], None]] = deque()
+        self._waker = ThreadWaker()
+        self._only = _thread.allocate_lock()
+        self._runs = self._asleep = self._busy = False
+        self._quiet_until = 0.0
+        self._said: set[str] = set()
+
+    # Called by callers.
+
+    def asked(self, at: float) -> Asked:
+        """A request is made."""
+        listeners = []
+        for observer in self.observers:
+            context = None
+            try:
+                context = observer.context()
+            except Exception:
+                self._say_once("context")
+            listeners.append((observer, context))
+        return Asked(at, tuple(listeners))
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until what has happened so far has been told, for so long at most. Whether it has."""
+        waker = ThreadWaker()
+        told: list[bool] = []
+
+        def reached() -> None:
+            told.append(True)
+            waker.wake()
+
+        self.put(reached)
+        self._waker.wake()
+        until = time.monotonic() + seconds
+        while not told and (left := until - time.monotonic()) > 0:
+            waker.wait(min(left, 0.5))
+        return bool(told)
+
+    # Called by couriers.
+
+    def put(self, event: Callable[[], None]) -> None:
+        """Have something told."""
+        if len(self._events) >= MOST:
+            self._say_once("slow")
+            return
+        self._events.append(event)
+        if not self._runs:
+            try:
+                _thread.start_new_thread(self._run, ())
+            except RuntimeError:  # the system gives no further thread; the next event tries again
+                self._say_once("thread")
+        elif self._asleep:
+            self._asleep = False
+            self._waker.wake()
+
+    def lost(self, limits: tuple[str, ...]) -> None:
+        """A lease was lost."""
+        self.put(lambda: self._tell_all(lambda observer: observer.lost(limits)))
+
+    def sent(self, requests: int) -> None:
+        """So many requests went in one statement."""
+        self.put(lambda: self._tell_all(lambda observer: observer.sent(requests)))
+
+    def reconnected(self) -> None:
+        """A connection was replaced."""
+        self.put(lambda: self._tell_all(lambda observer: observer.reconnected()))
+
+    def answered(self, answer: Answer, listeners: Listeners) -> None:
+        """A request was answered."""
+        self.put(lambda: self._tell(listeners, lambda observer, context: observer.answered(answer, context)))
+
+    def ended(self, hold: Hold) -> None:
+        """A lease has ended."""
+        self.put(lambda: self._tell(hold.listeners, lambda observer, context: observer.ended(hold, context)))
+
+    # The thread.
+
+    def _run(self) -> None:
+        if not self._only.acquire(blocking=False):
+            return
+        try:
+            self._runs = True
+            while True:
+                while self._events:
+                    self._tell_next()
+                self._waker.wait(_GATHERS)
+                if not self._events:
+                    self._asleep = True
+                    if not self._events:
+                        self._waker.wait(None)
+                    self._asleep = False
+        finally:
+            self._runs = False
+            self._only.release()
+
+    def _tell_next(self) -> None:
+        self._busy = True
+        while (left := self._quiet_until - time.monotonic()) > 0:
+            self._busy = False
+            time.sleep(min(left, 0.001))
+            self._busy = True
+        try:
+            self._events.popleft()()
+        finally:
+            self._busy = False
+
+    def _tell_all(self, what: Callable[[Observer], None]) -> None:
+        self._tell(tuple((observer, None) for observer in self.observers), lambda observer, _: what(observer))
+
+    def _tell(self, listeners: Listeners, what: Callable[[Observer, Any], None]) -> None:
+        for observer, context in listeners:
+            if observer in self.observers:
+                try:
+                    what(observer, context)
+                except BaseException:
+                    self._say_once("observer")
+
+    def _say_once(self, what: str) -> None:
+        if what in self._said:
+            return
+        self._said.add(what)
+        if what == "slow":
+            log.warning("metrics or traces are too slow for what happens: some of it is not counted")
+        elif what == "thread":
+            log.warning("there is no thread to be had for metrics and traces")
+        else:
+            log.exception("metrics or traces have failed; the limits are not affected")
+
+    # Forks.
+
+    def be_quiet(self) -> None:
+        """Before a fork: let nothing be told meanwhile."""
+        self._quiet_until = until = time.monotonic() + _FORK_WAITS
+        while self._busy and time.monotonic() < until:
+            time.sleep(0.0005)
+
+    def go_on(self) -> None:
+        """After a fork, in the parent."""
+        self._quiet_until = 0.0
+
+    def forked(self) -> None:
+        """After a fork, in the child: the thread and what it had to tell are the parent's."""
+        self._begin()
+
+
+reporter: Reporter | None = None
+"""Where what happens goes. None: nobody wants to know."""
+held: dict[UUID, Hold] = {}
+"""What this process holds, as far as it was taken while somebody wanted to know."""
+
+_made = Reporter()
+
+
+def add(observer: Observer) -> None:
+    """Tell an observer what happens from now on."""
+    global reporter
+    _made.observers = (*_made.observers, observer)
+    reporter = _made
+
+
+def remove(observer: Observer) -> None:
+    """Tell it no longer."""
+    global reporter
+    _made.observers = tuple(each for each in _made.observers if each is not observer)
+    if not _made.observers:
+        reporter = None
+        held.clear()
+
+
+def flush(seconds: float) -> bool:
+    """Wait until what has happened so far has been told, for so long at most. Whether it has."""
+    return reporter is None or reporter.flush(seconds)
+
+
+def answered(request: Request, error: BaseException | None, result: Result) -> None:
+    """A request that is observed was answered. ``result``: where there was no error."""
+    asked, request.asked = request.asked, None
+    if asked is None or reporter is None:
+        return
+    kind = request.kind
+    if error is not None:
+        result = _result_of(request, error)
+    slots: dict[str, int] = {}
+    results: dict[str, Result] = {}
+    fences = request.lease.fences if request.lease is not None and request.lease.enforced else (0,) * len(kind.places)
+    for (name, _), wanted, fence in zip(kind.places, kind.slots, fences, strict=True):
+        slots[name] = slots.get(name, 0) + wanted
+        results[name] = "unlimited" if fence is None else result
+    answer = Answer(
+        tuple(slots),
+        tuple(slots.values()),
+        "rate_limit" if kind.for_rate else "acquire",
+        tuple(results.values()),
+        result,
+        asked.at,
+        max(time.monotonic(), request.goes_at),
+        None if error is None else type(error).__name__,
+        request.lease_id,
+    )
+    reporter.answered(answer, asked.listeners)
+
+
+def _result_of(request: Request, error: BaseException) -> Result:
+    if isinstance(error, AcquireTimeout):
+        # One that was told so at once, as there is no room in time, has not waited.
+        return "timeout" if request.leaving or request.called_in else "refused"
+    if isinstance(error, QueueFull):
+        return "queue_full"
+    return "unavailable" if isinstance(error, LimiterUnavailable) else "error"
+
+
+def granted(request: Request, lease: Lease) -> None:
+    """A request that is observed got a lease, which is renewed from now on."""
+    if request.asked is not None:
+        slots: dict[str, int] = {}
+        for (name, _), wanted, fence in zip(lease.places, request.kind.slots, lease.fences, strict=True):
+            if fence is not None:
+                slots[name] = slots.get(name, 0) + wanted
+        held[lease.id] = Hold(tuple(slots), tuple(slots.values()), time.monotonic(), lease.id, request.asked.listeners)
+
+
+def ended(lease_id: UUID, lost: bool = False) -> None:
+    """A lease is no longer held here."""
+    hold = held.pop(lease_id, None)
+    if hold is not None and reporter is not None:
+        hold.ended_at, hold.lost = time.monotonic(), lost
+        reporter.ended(hold)
+
+
+def lost(lease: Lease) -> None:
+    """A lease was lost."""
+    ended(lease.id, lost=True)
+    if reporter is not None:
+        reporter.lost(tuple(dict.fromkeys(lease.names)))
+
+
+def _forked() -> None:
+    held.clear()
+    _made.forked()
+
+
+def _before_fork() -> None:
+    if reporter is not None:
+        _made.be_quiet()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_made.go_on, after_in_child=_forked)

@@ -1,0 +1,195 @@
+"""The application: what is around every request, what lives as long as the server, and whether it is well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import __version__
+from .._dsn import resolve
+from ..errors import PermissionDenied, PglimitsError
+from . import _auth, _problems, _v1
+from ._database import Database
+from ._grants import ClientGone, Grants
+from ._listener import Listener
+from ._live import Live
+from ._settings import Settings
+
+log = logging.getLogger("pglimits.server")
+
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": CSP,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""What every answer has that says nothing else about it."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An application that serves one database, for any ASGI server.
+
+    What is running is in ``app.state``: ``db``, ``grants``, ``live``, ``auth``, ``settings``. Call
+    ``begin_closing(app)`` when the server is told to end: held requests and streams end then.
+
+    Raises:
+        InvalidArgument, EmbeddedUnavailable: there is no such database.
+    """
+    settings = settings or Settings()
+    database = Database(resolve(settings.dsn).conninfo)
+    auth = _auth.Auth(settings.tokens, settings.hosts, settings.root_path)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        listener = Listener(database.conninfo)
+        await database.open()
+        app.state.listener = listener
+        app.state.grants = Grants(database, listener, durable=settings.durable)
+        app.state.live = Live(database, listener)
+        sweeper = asyncio.create_task(_sweep_on(database, settings.sweep_every), name="pglimits sweeper")
+        try:
+            yield
+        finally:
+            begin_closing(app)
+            sweeper.cancel()
+            await app.state.live.close()
+            await app.state.grants.close()
+            await listener.close()
+            await database.close()
+
+    app = FastAPI(
+        title="pglimits",
+        version=__version__,
+        summary="Concurrency limits and rate limits in PostgreSQL.",
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.settings, app.state.auth, app.state.db = settings, auth, database
+    _problems.add_handlers(app)
+    app.include_router(_v1.router(settings))
+    _add_health(app)
+    _add_login(app)
+    app.add_middleware(_auth.AuthMiddleware, auth=auth)
+    app.add_middleware(Outermost, largest_body=settings.largest_body)
+    return app
+
+
+def begin_closing(app: FastAPI) -> None:
+    """End what is held and what streams, as the server is about to end."""
+    if hasattr(app.state, "live"):
+        app.state.grants.begin_closing()
+        app.state.live.begin_closing()
+
+
+class Outermost:
+    """Bounds bodies, adds the headers that every answer has, and turns what nobody caught into problem details."""
+
+    def __init__(self, app: ASGIApp, largest_body: int) -> None:
+        self.app, self.largest_body = app, largest_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began = False
+        left = self.largest_body
+
+        async def send_on(message: Message) -> None:
+            nonlocal began
+            if message["type"] == "http.response.start":
+                began = True
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        async def receive_on() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise _too_large(self.largest_body)
+            return message
+
+        try:
+            said = Headers(scope=scope).get("content-length", "")
+            if said.isascii() and said.isdigit() and int(said[:20]) > self.largest_body:
+                raise _too_large(self.largest_body)
+            await self.app(scope, receive_on, send_on)
+        except ClientGone:
+            return  # nobody is there to be answered
+        except Exception as error:
+            if began:
+                log.error("an answer broke off", exc_info=error)
+                raise
+            await _problems.problem(error).response()(scope, receive, send_on)
+
+
+def _too_large(most: int) -> _problems.Problem:
+    return _problems.Problem(413, f"a request may have {most} bytes at most", headers={"Connection": "close"})
+
+
+def _add_health(app: FastAPI) -> None:
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        """Whether this process lives."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["health"])
+    async def readyz(request: Request) -> Response:
+        """Whether the database answers, and has a pglimits that fits this version."""
+        database: Database = request.app.state.db
+        await database.check()
+        return JSONResponse({"status": "ready", "version": __version__})
+
+
+def _add_login(app: FastAPI) -> None:
+    """The form of the page posts here. The page itself is drawn elsewhere."""
+
+    @app.post("/login", include_in_schema=False)
+    async def login(request: Request) -> Response:
+        auth: _auth.Auth = request.app.state.auth
+        async with request.form(max_files=0, max_fields=5) as form:
+            secret, wanted = str(form.get("token", "")), _auth.local_path(str(form.get("next", "")))
+        root = request.scope.get("root_path", "")
+        token = auth.token(secret.strip()) if auth.required else None
+        if auth.required and token is None:
+            await asyncio.sleep(0.5)  # for those who guess
+            return RedirectResponse(f"{root}/login?failed=1&next={quote(wanted, safe='')}", 303)
+        response = RedirectResponse(root + wanted, 303)
+        if token is not None:
+            _auth.set_cookie(response, request, auth, auth.session(token))
+        return response
+
+    @app.post("/logout", include_in_schema=False)
+    async def logout(request: Request) -> Response:
+        root = request.scope.get("root_path", "")
+        response = RedirectResponse(f"{root}/login", 303)
+        _auth.set_cookie(response, request, request.app.state.auth, "")
+        return response
+
+
+async def _sweep_on(database: Database, every: float) -> None:
+    """Sweep now and then. Nothing depends on it, so a role that may not leaves it to others."""
+    while every > 0:
+        try:
+            await database.run("select pglimits.sweep()")
+        except PermissionDenied:
+            log.info("the role of this server may not sweep: have pg_cron do it, or pglimits sweep --every 60")
+            return
+        except PglimitsError as error:
+            log.debug("a sweep failed: %s", error)
+        await asyncio.sleep(every)

@@ -1,0 +1,310 @@
+"""Grants for clients that come by HTTP.
+
+Who tries once goes by the wrapper's courier: requests that arrive together share their statements. Who may wait stands
+in line by plain SQL, under the id of its request. Its place lives for 10 seconds from when it was asked for last. While
+a request is held, the server asks for it: when there is news of it, and every few seconds. A client that polls asks for
+itself, by the same id. The server keeps nothing in between: killed and started again, it has lost nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+from fastapi import Request
+from psycopg.types.json import Jsonb
+
+from .. import _sql
+from .._arguments import holder as as_json
+from .._limiter import AsyncLimiter
+from .._requests import checked, new_id
+from ..errors import AcquireTimeout, InvalidArgument, LimitLocked, PglimitsError
+from ._database import Database
+from ._listener import Listener
+
+log = logging.getLogger("pglimits.server")
+T = TypeVar("T")
+
+PLACE_LIVES = 10.0
+"""Seconds that a place in line lives after it was asked for last."""
+ASKS_EVERY = 3.0
+_MOMENT = 0.15
+"""Who is granted as of a moment that is no further away is slept for, held or not."""
+_LOCK = "1s"
+"""How long one statement waits for a limit that somebody keeps locked."""
+
+_ACQUIRE = """
+    select a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a."position"
+    from set_config('lock_timeout', %(lock)s, true) as patience,
+         pglimits.acquire_all(
+           case when patience <> '' then %(names)s::text[] end, %(slots)s::int[], %(keys)s::text[], %(timeout)s::float8,
+           %(duration)s::float8, %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean,
+           %(channel)s::text) a
+"""
+_RATE_LIMIT = """
+    select a.status, a.lease_id, null::bigint[] as fences, null::timestamptz as expires_at, a.retry_after, a."position"
+    from set_config('lock_timeout', %(lock)s, true) as patience,
+         pglimits.rate_limit_all(
+           case when patience <> '' then %(names)s::text[] end, %(slots)s::int[], %(keys)s::text[], %(timeout)s::float8,
+           %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean, %(channel)s::text) a
+"""
+
+
+class ClientGone(Exception):
+    """The client whose request was held has closed its connection. Nobody is there to be answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request was answered.
+
+    Attributes:
+        status: ``granted``, ``queued``, ``refused``, or ``unlimited``.
+        lease_id: of the lease or the place in line; None if there is neither.
+        fences: one for each name; None where the limit is not enforced, and for rate limits.
+        retry_after: seconds; of ``queued``: ask again within that. None: only a release can tell.
+    """
+
+    status: str
+    lease_id: UUID | None = None
+    fences: list[int | None] | None = None
+    expires_at: datetime | None = None
+    retry_after: float | None = None
+    position: int | None = None
+
+    @property
+    def fence(self) -> int | None:
+        """The first fence there is."""
+        return next((fence for fence in self.fences or () if fence is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """Whether a lease was live when it was renewed, and its new end."""
+
+    live: bool
+    expires_at: datetime | None
+
+
+class Grants:
+    """Acquire, rate_limit, renew and release for clients that come by HTTP."""
+
+    def __init__(self, database: Database, listener: Listener, *, durable: bool = True) -> None:
+        self._db = database
+        self._listener = listener
+        self._limiter = AsyncLimiter(database.conninfo, durable=durable)
+        self._asking: dict[UUID, int] = {}
+        self._leaving: dict[UUID, asyncio.Task[None]] = {}
+        self._closing = asyncio.Event()
+
+    async def acquire(
+        self,
+        names: Sequence[str],
+        slots: Sequence[int] = (1,),
+        keys: Sequence[str] = ("",),
+        *,
+        for_rate: bool = False,
+        timeout: float | None = 0,  # noqa: ASYNC109
+        hold: float = 0,
+        lease_duration: float = 300.0,
+        priority: int = 0,
+        holder: Any = None,
+        lease_id: UUID | None = None,
+        strict: bool = False,
+    ) -> Answer:
+        """Ask for slots of one limit or several, all or none.
+
+        slots, keys: one for all names or one for each.
+        timeout: seconds that the request may stand in line in all, from when it was asked first; None for ever.
+        hold: seconds after which a request that is still queued is answered so. Its place then lives for 10 seconds:
+            it is asked for again by its lease_id, and with the same arguments.
+        lease_id: chosen by the client, so that it may repeat the request; or that of its place in line.
+
+        Cancelled, it gives back its place or what it was granted.
+
+        Raises:
+            PglimitsError: as ``pglimits.acquire`` does.
+        """
+        many = len(names)
+        if len(slots) not in (1, many) or len(keys) not in (1, many):
+            raise InvalidArgument("slots and keys must be one for all names, or one for each")
+        slots = list(slots) if len(slots) == many else list(slots) * many
+        keys = list(keys) if len(keys) == many else list(keys) * many
+        if lease_id is None:
+            answer = await self._once(names, slots, keys, for_rate, lease_duration, priority, holder, strict)
+            if answer.status != "refused" or timeout == 0:
+                return answer
+        arguments = {
+            "lock": _LOCK,
+            "names": list(names),
+            "slots": slots,
+            "keys": keys,
+            "timeout": timeout,
+            "duration": lease_duration,
+            "priority": priority,
+            "holder": None if holder is None else Jsonb(holder, dumps=as_json),
+            "id": lease_id or new_id(),
+            "strict": strict,
+            "channel": self._listener.channel,
+        }
+        return await self._in_line(_RATE_LIMIT if for_rate else _ACQUIRE, arguments, hold)
+
+    async def _once(
+        self,
+        names: Sequence[str],
+        slots: Sequence[int],
+        keys: Sequence[str],
+        for_rate: bool,
+        duration: float,
+        priority: int,
+        holder: Any,
+        strict: bool,
+    ) -> Answer:
+        """Try once, by the courier."""
+        counts: dict[str | tuple[str, str], int] = {}
+        for name, count, key in zip(names, slots, keys, strict=True):
+            counts[name, key] = counts.get((name, key), 0) + count
+        limiter = self._limiter
+        kind = checked(counts, 1, 0, None, 1 if for_rate else duration, strict, None, "", priority, for_rate)
+        try:
+            lease = await limiter._run(limiter._acquiring(kind, None if holder is None else as_json(holder), False))
+        except LimitLocked:
+            raise
+        except AcquireTimeout as error:
+            return Answer("refused", retry_after=error.retry_after)
+        if not lease.enforced:
+            return Answer("unlimited")
+        if for_rate:
+            return Answer("granted")
+        fences = dict(zip(lease.places, lease.fences, strict=True))
+        return Answer(
+            "granted",
+            lease.id,
+            [fences[name, key] for name, key in zip(names, keys, strict=True)],
+            lease.expires_at,
+        )
+
+    async def _in_line(self, query: str, arguments: dict[str, Any], hold: float) -> Answer:
+        """Ask until there is an answer other than queued, or the hold is over."""
+        lease_id: UUID = arguments["id"]
+        while (leaving := self._leaving.get(lease_id)) is not None:
+            await asyncio.wait([leaving])
+        self._asking[lease_id] = self._asking.get(lease_id, 0) + 1
+        try:
+            with self._listener.news_of(lease_id) if hold else contextlib.nullcontext() as news:
+                return await self._ask_on(query, arguments, hold, news)
+        except asyncio.CancelledError:
+            if self._asking[lease_id] == 1:  # else the same request was sent again, and that one waits
+                self._leave_later(lease_id)
+            raise
+        finally:
+            self._asking[lease_id] -= 1
+            if not self._asking[lease_id]:
+                del self._asking[lease_id]
+
+    async def _ask_on(self, query: str, arguments: dict[str, Any], hold: float, news: asyncio.Event | None) -> Answer:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        timeout: float | None = arguments["timeout"]
+        while True:
+            if news is not None:
+                news.clear()
+            if timeout is not None:
+                arguments["timeout"] = max(timeout - (clock() - began), 0.0)
+            left = began + hold - clock()
+            try:
+                answer = Answer(**(await self._db.row(query, arguments) or {}))
+            except LimitLocked:
+                if left <= 0 or self._closing.is_set():
+                    raise
+                continue
+            if answer.status != "queued":
+                return answer
+            nap = ASKS_EVERY * random.uniform(0.8, 1.0)
+            if answer.retry_after is not None:
+                nap = min(nap, answer.retry_after)
+            if answer.position is None and nap <= _MOMENT:
+                await asyncio.sleep(nap)  # it is granted as of then
+            elif left <= 0 or news is None or self._closing.is_set():
+                return answer
+            else:
+                await self._news_or(news, min(nap, left))
+
+    async def _news_or(self, news: asyncio.Event, seconds: float) -> None:
+        """Sleep until there is news, or the server closes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0.005)):
+                await news.wait()
+
+    async def rate_limit(self, names: Sequence[str], slots: Sequence[int] = (1,), **options: Any) -> Answer:
+        """``acquire`` of slots that come back by decay only."""
+        return await self.acquire(names, slots, for_rate=True, **options)
+
+    async def renew(self, lease_id: UUID, lease_duration: float | None = None) -> Renewed:
+        """Move the end of a lease to so many seconds from now; None: the duration that it was taken with."""
+        limiter = self._limiter
+        rows = await limiter._run(limiter._ask(_sql.RENEW, None, [lease_id], lease_duration))
+        _, live, expires_at = rows[0]
+        return Renewed(bool(live), expires_at)
+
+    async def release(self, lease_id: UUID) -> bool:
+        """End a lease. Whether it was still live; doing it twice is harmless."""
+        return await self._limiter.release(lease_id)
+
+    async def leave(self, lease_id: UUID) -> bool:
+        """Give up a place in line, or what was granted under that id meanwhile."""
+        return await self._limiter.release(lease_id)
+
+    def _leave_later(self, lease_id: UUID) -> None:
+        async def leave() -> None:
+            try:
+                await self._limiter.release(lease_id)
+            except PglimitsError as error:
+                log.debug("a place in line lapses by itself: %s", error)
+            finally:
+                del self._leaving[lease_id]
+
+        self._leaving[lease_id] = asyncio.create_task(leave())
+
+    def begin_closing(self) -> None:
+        """Have all that is held answered now. Places stay for 10 seconds, to be asked for again."""
+        self._closing.set()
+        self._listener._all()
+
+    async def close(self) -> None:
+        if self._leaving:
+            await asyncio.wait(list(self._leaving.values()), timeout=1.0)
+        await self._limiter.close()
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns; it is cancelled when the client closes its connection. The body has to be read by then.
+
+    Raises:
+        ClientGone: the client has closed its connection.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, watching):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -122,7 +122,7 @@ class Reporter:
         self._only = _thread.allocate_lock()
         self._runs = self._asleep = self._busy = False
         self._quiet_until = 0.0
-        self._said: set[str] = set()
+        self._said: set[object] = set()
 
     # Called by callers.
 
@@ -134,7 +134,7 @@ class Reporter:
             try:
                 context = observer.context()
             except Exception:
-                self._say_once("context")
+                self._say_once(observer)
             listeners.append((observer, context))
         return Asked(at, tuple(listeners))
 
@@ -231,9 +231,9 @@ class Reporter:
                 try:
                     what(observer, context)
                 except BaseException:
-                    self._say_once("observer")
+                    self._say_once(observer)
 
-    def _say_once(self, what: str) -> None:
+    def _say_once(self, what: object) -> None:
         if what in self._said:
             return
         self._said.add(what)

@@ -380,7 +380,7 @@ with limiter.concurrency("x"):
     with limiter.concurrency("x"):
         pass
     who = "child" if pid == 0 else "parent"
-    os.write(1, f"{who} {counted('hold_seconds_count')}\n".encode())  # in one piece, as both do
+    os.write(1, f"{who} {counted('hold_seconds_count')}\\n".encode())  # in one piece, as both do
 if pid == 0:
     assert counted("hold_seconds_count") == 1  # the block that the parent had entered is the parent's
     limiter.close()

@@ -175,7 +175,7 @@ class Outbox:
         for lane in batch.lanes:
             self._places.update(lane.places)
         if batch.requests and _observer.reporter is not None:
-            _observer.reporter.sent(len(batch.requests))
+            _observer.reporter.put("sent", len(batch.requests))
         return batch
 
     def _may_go(self, lane: Lane, now: float, apart: int) -> bool:

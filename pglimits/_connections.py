@@ -261,7 +261,7 @@ class Connections:
             if self._has_broken:
                 self._has_broken = False
                 if _observer.reporter is not None:
-                    _observer.reporter.reconnected()
+                    _observer.reporter.put("reconnected", 1)
             if polls:
                 self._begin_to_poll()
             elif connection.listens:

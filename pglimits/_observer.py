@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from uuid import UUID
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pglimits.metrics")
 
+Operation = Literal["acquire", "rate_limit"]
 Result = Literal["granted", "unlimited", "refused", "timeout", "queue_full", "cancelled", "unavailable", "error"]
 
 MOST = 100_000
@@ -43,22 +44,25 @@ class Answer:
     """What became of a request. Moments are of the monotonic clock.
 
     Attributes:
-        limits: each limit that it was asked of, and in ``results`` what it got of that.
-        slots: of each limit.
-        result: of the request as a whole.
+        limits, slots: each limit, and how many slots were wanted of it.
+        result: of the request as a whole. unlimited: the limits that are not enforced, where others are.
         asked_at, answered_at: from the call to the moment when its caller goes on.
         error: the name of the exception's class, if it is one.
     """
 
     limits: tuple[str, ...]
     slots: tuple[int, ...]
-    operation: Literal["acquire", "rate_limit"]
-    results: tuple[Result, ...]
+    operation: Operation
     result: Result
+    unlimited: frozenset[str]
     asked_at: float
     answered_at: float
     error: str | None
-    lease_id: UUID
+
+    def results(self) -> Iterator[tuple[str, Result]]:
+        """What it got of each limit."""
+        for limit in self.limits:
+            yield limit, "unlimited" if limit in self.unlimited else self.result
 
 
 @dataclass(slots=True, eq=False)
@@ -87,17 +91,17 @@ class Observer(Protocol):
     def ended(self, hold: Hold, context: Any) -> None:
         """A lease was released or lost."""
 
-    def lost(self, limits: tuple[str, ...]) -> None:
+    def lost(self, limits: tuple[str, ...], context: None) -> None:
         """A lease was lost."""
 
-    def sent(self, requests: int) -> None:
+    def sent(self, requests: int, context: None) -> None:
         """So many requests went to the database in one statement."""
 
-    def reconnected(self) -> None:
-        """A connection was opened in place of one that had broken."""
+    def reconnected(self, connections: int, context: None) -> None:
+        """So many connections were opened in place of broken ones."""
 
 
-Listeners: TypeAlias = tuple[tuple[Observer, Any], ...]
+Listeners: TypeAlias = tuple[tuple[Any, Any], ...]
 """Those who were there when a request was made, each with the context of that."""
 
 
@@ -109,6 +113,18 @@ class Asked:
     listeners: Listeners
 
 
+class _Reached:
+    """Is told that all before it has been told."""
+
+    def __init__(self) -> None:
+        self.waker = ThreadWaker()
+        self.told = False
+
+    def reached(self, about: None, context: None) -> None:
+        self.told = True
+        self.waker.wake()
+
+
 class Reporter:
     """Tells the observers, in a thread of its own."""
 
@@ -117,7 +133,8 @@ class Reporter:
         self._begin()
 
     def _begin(self) -> None:
-        self._events: deque[Callable[[], None]] = deque()
+        # What is to be told, about what, and to whom.
+        self._events: deque[tuple[str, Any, Listeners | None]] = deque()
         self._waker = ThreadWaker()
         self._only = _thread.allocate_lock()
         self._runs = self._asleep = self._busy = False
@@ -140,28 +157,22 @@ class Reporter:
 
     def flush(self, seconds: float) -> bool:
         """Wait until what has happened so far has been told, for so long at most. Whether it has."""
-        waker = ThreadWaker()
-        told: list[bool] = []
-
-        def reached() -> None:
-            told.append(True)
-            waker.wake()
-
-        self.put(reached)
+        reached = _Reached()
+        self.put("reached", None, ((reached, None),))
         self._waker.wake()
         until = time.monotonic() + seconds
-        while not told and (left := until - time.monotonic()) > 0:
-            waker.wait(min(left, 0.5))
-        return bool(told)
+        while not reached.told and (left := until - time.monotonic()) > 0:
+            reached.waker.wait(min(left, 0.5))
+        return reached.told
 
     # Called by couriers.
 
-    def put(self, event: Callable[[], None]) -> None:
-        """Have something told."""
+    def put(self, what: str, about: Any, listeners: Listeners | None = None) -> None:
+        """Have something told: which method of an observer, with what. To all, or to those who were there then."""
         if len(self._events) >= MOST:
             self._say_once("slow")
             return
-        self._events.append(event)
+        self._events.append((what, about, listeners))
         if not self._runs:
             try:
                 _thread.start_new_thread(self._run, ())
@@ -170,26 +181,6 @@ class Reporter:
         elif self._asleep:
             self._asleep = False
             self._waker.wake()
-
-    def lost(self, limits: tuple[str, ...]) -> None:
-        """A lease was lost."""
-        self.put(lambda: self._tell_all(lambda observer: observer.lost(limits)))
-
-    def sent(self, requests: int) -> None:
-        """So many requests went in one statement."""
-        self.put(lambda: self._tell_all(lambda observer: observer.sent(requests)))
-
-    def reconnected(self) -> None:
-        """A connection was replaced."""
-        self.put(lambda: self._tell_all(lambda observer: observer.reconnected()))
-
-    def answered(self, answer: Answer, listeners: Listeners) -> None:
-        """A request was answered."""
-        self.put(lambda: self._tell(listeners, lambda observer, context: observer.answered(answer, context)))
-
-    def ended(self, hold: Hold) -> None:
-        """A lease has ended."""
-        self.put(lambda: self._tell(hold.listeners, lambda observer, context: observer.ended(hold, context)))
 
     # The thread.
 
@@ -213,25 +204,18 @@ class Reporter:
 
     def _tell_next(self) -> None:
         self._busy = True
-        while (left := self._quiet_until - time.monotonic()) > 0:
+        while (until := self._quiet_until) and time.monotonic() < until:
             self._busy = False
-            time.sleep(min(left, 0.001))
+            time.sleep(0.001)
             self._busy = True
-        try:
-            self._events.popleft()()
-        finally:
-            self._busy = False
-
-    def _tell_all(self, what: Callable[[Observer], None]) -> None:
-        self._tell(tuple((observer, None) for observer in self.observers), lambda observer, _: what(observer))
-
-    def _tell(self, listeners: Listeners, what: Callable[[Observer, Any], None]) -> None:
-        for observer, context in listeners:
-            if observer in self.observers:
+        what, about, listeners = self._events.popleft()
+        for observer, context in self._all if listeners is None else listeners:
+            if observer in self.observers or what == "reached":
                 try:
-                    what(observer, context)
+                    getattr(observer, what)(about, context)
                 except BaseException:
                     self._say_once(observer)
+        self._busy = False
 
     def _say_once(self, what: object) -> None:
         if what in self._said:
@@ -243,6 +227,10 @@ class Reporter:
             log.warning("there is no thread to be had for metrics and traces")
         else:
             log.exception("metrics or traces have failed; the limits are not affected")
+
+    @property
+    def _all(self) -> Listeners:
+        return tuple((observer, None) for observer in self.observers)
 
     # Forks.
 
@@ -267,6 +255,7 @@ held: dict[UUID, Hold] = {}
 """What this process holds, as far as it was taken while somebody wanted to know."""
 
 _made = Reporter()
+_NONE: frozenset[str] = frozenset()
 
 
 def add(observer: Observer) -> None:
@@ -295,27 +284,24 @@ def answered(request: Request, error: BaseException | None, result: Result) -> N
     asked, request.asked = request.asked, None
     if asked is None or reporter is None:
         return
-    kind = request.kind
-    if error is not None:
-        result = _result_of(request, error)
-    slots: dict[str, int] = {}
-    results: dict[str, Result] = {}
-    fences = request.lease.fences if request.lease is not None and request.lease.enforced else (0,) * len(kind.places)
-    for (name, _), wanted, fence in zip(kind.places, kind.slots, fences, strict=True):
-        slots[name] = slots.get(name, 0) + wanted
-        results[name] = "unlimited" if fence is None else result
+    kind, lease = request.kind, request.lease
     answer = Answer(
-        tuple(slots),
-        tuple(slots.values()),
+        kind.limits,
+        kind.slots,
         "rate_limit" if kind.for_rate else "acquire",
-        tuple(results.values()),
-        result,
+        result if error is None else _result_of(request, error),
+        _unlimited(lease) if lease is not None and lease.enforced else _NONE,
         asked.at,
         max(time.monotonic(), request.goes_at),
         None if error is None else type(error).__name__,
-        request.lease_id,
     )
-    reporter.answered(answer, asked.listeners)
+    reporter.put("answered", answer, asked.listeners)
+
+
+def _unlimited(lease: Lease) -> frozenset[str]:
+    if None not in lease.fences:
+        return _NONE
+    return frozenset(name for (name, _), fence in zip(lease.places, lease.fences, strict=True) if fence is None)
 
 
 def _result_of(request: Request, error: BaseException) -> Result:
@@ -329,12 +315,13 @@ def _result_of(request: Request, error: BaseException) -> Result:
 
 def granted(request: Request, lease: Lease) -> None:
     """A request that is observed got a lease, which is renewed from now on."""
-    if request.asked is not None:
-        slots: dict[str, int] = {}
-        for (name, _), wanted, fence in zip(lease.places, request.kind.slots, lease.fences, strict=True):
-            if fence is not None:
-                slots[name] = slots.get(name, 0) + wanted
-        held[lease.id] = Hold(tuple(slots), tuple(slots.values()), time.monotonic(), lease.id, request.asked.listeners)
+    if request.asked is None:
+        return
+    limits, slots = request.kind.limits, request.kind.slots
+    if unlimited := _unlimited(lease):
+        enforced = [(limit, many) for limit, many in zip(limits, slots, strict=True) if limit not in unlimited]
+        limits, slots = tuple(limit for limit, _ in enforced), tuple(many for _, many in enforced)
+    held[lease.id] = Hold(limits, slots, time.monotonic(), lease.id, request.asked.listeners)
 
 
 def ended(lease_id: UUID, lost: bool = False) -> None:
@@ -342,14 +329,14 @@ def ended(lease_id: UUID, lost: bool = False) -> None:
     hold = held.pop(lease_id, None)
     if hold is not None and reporter is not None:
         hold.ended_at, hold.lost = time.monotonic(), lost
-        reporter.ended(hold)
+        reporter.put("ended", hold, hold.listeners)
 
 
 def lost(lease: Lease) -> None:
     """A lease was lost."""
     ended(lease.id, lost=True)
     if reporter is not None:
-        reporter.lost(tuple(dict.fromkeys(lease.names)))
+        reporter.put("lost", tuple(dict.fromkeys(lease.names)))
 
 
 def _forked() -> None:

@@ -54,7 +54,7 @@ class Kind:
         timeout: seconds, None for ever.
         lease_duration: seconds.
         for_rate: whether it is a rate_limit.
-        slots: of each limit and key.
+        limits, slots: each limit, and how many slots of all its keys.
         head, tail: the parameters of a statement, before and behind the timeout and the ids.
     """
 
@@ -65,6 +65,7 @@ class Kind:
     strict: bool
     head: Params
     between: Params
+    limits: tuple[str, ...]
     slots: tuple[int, ...]
 
     @property
@@ -214,8 +215,11 @@ def _kind(
     between = (encode(duration), encode(_arguments.whole("priority", priority)))
     places = tuple((part.name, part.key) for part in parts)
     timeout = _arguments.timeout(timeout_seconds, max_retries)
-    slots = tuple(part.slots for part in parts)
-    return _same(places, timeout, duration, for_rate, _arguments.flag("strict", strict), head, between, slots)
+    slots: dict[str, int] = {}
+    for part in parts:
+        slots[part.name] = slots.get(part.name, 0) + part.slots
+    is_strict = _arguments.flag("strict", strict)
+    return _same(places, timeout, duration, for_rate, is_strict, head, between, tuple(slots), tuple(slots.values()))
 
 
 # One object for all that are alike: requests of one kind travel together.

@@ -110,7 +110,7 @@ class _Metrics:
         return None
 
     def answered(self, answer: _observer.Answer, context: Any) -> None:
-        for limit, result in zip(answer.limits, answer.results, strict=True):
+        for limit, result in answer.results():
             self._of(self._requests, limit, answer.operation, result).inc()
             if result == "granted":
                 waited = answer.answered_at - answer.asked_at
@@ -120,15 +120,15 @@ class _Metrics:
         for limit in hold.limits:
             self._of(self._hold, limit).observe(hold.ended_at - hold.granted_at)
 
-    def lost(self, limits: tuple[str, ...]) -> None:
+    def lost(self, limits: tuple[str, ...], context: None) -> None:
         for limit in limits:
             self._of(self._lost, limit).inc()
 
-    def sent(self, requests: int) -> None:
+    def sent(self, requests: int, context: None) -> None:
         self._batch.observe(requests)
 
-    def reconnected(self) -> None:
-        self._reconnects.inc()
+    def reconnected(self, connections: int, context: None) -> None:
+        self._reconnects.inc(connections)
 
 
 _enabled: dict[int, _Metrics] = {}

@@ -97,7 +97,7 @@ class _Metrics:
         return None
 
     def answered(self, answer: _observer.Answer, context: Any) -> None:
-        for limit, result in zip(answer.limits, answer.results, strict=True):
+        for limit, result in answer.results():
             of = {LIMIT: limit, OPERATION: answer.operation}
             failed = {} if answer.error is None else {ERROR: answer.error}
             self._requests.add(1, {**of, RESULT: result, **failed})
@@ -108,15 +108,15 @@ class _Metrics:
         for limit in hold.limits:
             self._use.record(hold.ended_at - hold.granted_at, {LIMIT: limit})
 
-    def lost(self, limits: tuple[str, ...]) -> None:
+    def lost(self, limits: tuple[str, ...], context: None) -> None:
         for limit in limits:
             self._lost.add(1, {LIMIT: limit})
 
-    def sent(self, requests: int) -> None:
+    def sent(self, requests: int, context: None) -> None:
         self._batch.record(requests)
 
-    def reconnected(self) -> None:
-        self._reconnects.add(1)
+    def reconnected(self, connections: int, context: None) -> None:
+        self._reconnects.add(connections)
 
 
 class _Traces:
@@ -162,13 +162,13 @@ class _Traces:
             span.set_status(trace.StatusCode.ERROR, "the lease was lost")
         span.end(_nanoseconds(hold.ended_at))
 
-    def lost(self, limits: tuple[str, ...]) -> None:
+    def lost(self, limits: tuple[str, ...], context: None) -> None:
         """Its span says so."""
 
-    def sent(self, requests: int) -> None:
+    def sent(self, requests: int, context: None) -> None:
         """Not of one request."""
 
-    def reconnected(self) -> None:
+    def reconnected(self, connections: int, context: None) -> None:
         """Not of one request."""
 
 

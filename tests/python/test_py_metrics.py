@@ -295,7 +295,7 @@ def test_an_observer_that_fails_hurts_no_request_and_is_logged_once(
 
 def test_an_observer_that_hangs_keeps_nobody_waiting(api: Api) -> None:
     class Hanging(metrics._Metrics):
-        def sent(self, requests: int) -> None:
+        def sent(self, requests: int, context: None) -> None:
             hangs.wait()
 
     hangs = threading.Event()

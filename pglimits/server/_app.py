@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,7 @@ from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
 from ._live import Live
+from ._ratelimit_fields import Budgets
 from ._settings import Settings
 
 log = logging.getLogger("pglimits.server")
@@ -58,6 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.listener = listener
         app.state.grants = Grants(database, listener, durable=settings.durable)
         app.state.live = Live(database, listener)
+        app.state.budgets = Budgets(database)
         sweeper = asyncio.create_task(_sweep_on(database, settings.sweep_every), name="pglimits sweeper")
         try:
             yield
@@ -66,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             sweeper.cancel()
             await app.state.live.close()
             await app.state.grants.close()
+            await app.state.budgets.close()
             await listener.close()
             await database.close()
 
@@ -106,6 +110,9 @@ class Outermost:
             return await self.app(scope, receive, send)
         began = False
         left = self.largest_body
+        root, path = scope.get("root_path", ""), scope["path"]
+        if root and path != root and not path.startswith(f"{root}/"):
+            scope["path"] = root + path  # the proxy has taken the prefix off
 
         async def send_on(message: Message) -> None:
             nonlocal began
@@ -138,8 +145,9 @@ class Outermost:
             await _problems.problem(error).response()(scope, receive, send_on)
 
 
-def _too_large(most: int) -> _problems.Problem:
-    return _problems.Problem(413, f"a request may have {most} bytes at most", headers={"Connection": "close"})
+def _too_large(most: int) -> HTTPException:
+    """One of Starlette's, which FastAPI lets through where it reads a body."""
+    return HTTPException(413, f"the body of a request may have {most} bytes at most", {"Connection": "close"})
 
 
 def _add_health(app: FastAPI) -> None:

@@ -40,10 +40,7 @@ def metrics(
 
     Example: pglimits metrics --file /var/lib/prometheus/node-exporter/pglimits.prom
     """
-    try:
-        from pglimits._exposition import exposition, samples
-    except ImportError:
-        raise _errors.fail("this needs prometheus-client: pip install 'pglimits[metrics]'") from None
+    from pglimits._exposition import exposition, samples
     from pglimits.errors import LimiterUnavailable
 
     rows, problem = None, None
@@ -51,7 +48,7 @@ def metrics(
         rows = _rows(dsn)
     except LimiterUnavailable as error:
         problem = error
-    text = _output.as_json(samples(rows)) + "\n" if output is Format.json else exposition(rows)[0].decode()
+    text = _output.as_json(samples(rows)) + "\n" if output is Format.json else exposition(rows)
     if file is None:
         _errors.write(text, end="")
     else:

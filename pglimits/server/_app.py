@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from .._dsn import resolve
 from ..errors import PermissionDenied, PglimitsError
-from . import _auth, _problems, _v1
+from . import _auth, _metrics, _problems, _v1
 from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
@@ -85,6 +85,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings, app.state.auth, app.state.db = settings, auth, database
     _problems.add_handlers(app)
     app.include_router(_v1.router(settings))
+    app.include_router(_metrics.router())
     _add_health(app)
     _add_login(app)
     app.add_middleware(_auth.AuthMiddleware, auth=auth)

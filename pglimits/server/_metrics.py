@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated
+import time
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from .._exposition import QUERY, exposition
+from .._exposition import CONTENT_TYPE, QUERY, exposition
 from ..errors import PglimitsError
 from ._auth import reading
 from ._database import Database, Rows
@@ -18,31 +18,54 @@ log = logging.getLogger("pglimits.server")
 
 _ANSWERS_WITHIN = 8.0
 """Seconds. Prometheus gives up after ten, and would not hear that the database is gone."""
+_KEEPS = 1.0
+"""Seconds for which one look at the database answers everybody who asks."""
+
+
+class _Scrapes:
+    """One look at a time, however many ask."""
+
+    def __init__(self) -> None:
+        self._one = asyncio.Lock()
+        self._body = b""
+        self._looked_at = -_KEEPS
+        self._was_up = True
+
+    async def body(self, database: Database) -> bytes:
+        async with self._one:
+            now = time.monotonic()
+            if now - self._looked_at >= _KEEPS:
+                rows = await self._rows(database)
+                # In a thread: of ten thousand limits it takes a while, and others are waiting for their answers.
+                self._body = (await asyncio.to_thread(exposition, rows)).encode()
+                self._looked_at = now
+            return self._body
+
+    async def _rows(self, database: Database) -> Rows | None:
+        try:
+            async with asyncio.timeout(_ANSWERS_WITHIN):
+                rows = await database.rows(QUERY)
+        except (PglimitsError, TimeoutError) as error:
+            if self._was_up:
+                log.warning("metrics without the database: %s", str(error) or "it has not answered in time")
+            self._was_up = False
+            return None
+        self._was_up = True
+        return rows
 
 
 def router() -> APIRouter:
     """The route of ``/metrics``. Needs a token that may read, where there are tokens."""
     routes = APIRouter(tags=["metrics"], dependencies=[Depends(reading)])
+    scrapes = _Scrapes()
 
     @routes.get(
         "/metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
-    async def metrics(request: Request, accept: Annotated[str, Header()] = "") -> Response:
+    async def metrics(request: Request) -> Response:
         """Metrics of all limits, as Prometheus reads them. Without its database it says ``pglimits_up 0``."""
-        rows = await _rows(request.app.state.db)
-        # In a thread: of ten thousand limits it is a second's work, and others are waiting for theirs.
-        body, content_type = await asyncio.to_thread(exposition, rows, accept)
-        return Response(body, headers={"Content-Type": content_type})
+        return Response(await scrapes.body(request.app.state.db), headers={"Content-Type": CONTENT_TYPE})
 
     return routes
-
-
-async def _rows(database: Database) -> Rows | None:
-    try:
-        async with asyncio.timeout(_ANSWERS_WITHIN):
-            return await database.rows(QUERY)
-    except (PglimitsError, TimeoutError) as error:
-        log.warning("metrics without the database: %s", error or "it has not answered in time")
-        return None

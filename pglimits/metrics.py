@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from . import _observer
 
@@ -35,6 +35,7 @@ class _Metrics:
         self.all: list[Counter | Histogram] = []
         # Those of a limit are looked up here: that is faster than ``labels()``.
         self._children: dict[tuple[Any, ...], Any] = {}
+        self._known: set[tuple[str, str]] = set()
         try:
             self._requests = self._add(
                 Counter(
@@ -97,6 +98,13 @@ class _Metrics:
         for metric in self.all:
             self._registry.unregister(metric)
 
+    def _begin(self, limit: str, operation: _observer.Operation) -> None:
+        """All counters of a limit begin at zero: what appears with a one is no increase to Prometheus."""
+        self._known.add((limit, operation))
+        self._of(self._lost, limit)
+        for result in get_args(_observer.Result):
+            self._of(self._requests, limit, operation, result)
+
     def _of(self, metric: Any, *labels: str) -> Any:
         key = (metric, *labels)
         child = self._children.get(key)
@@ -111,6 +119,8 @@ class _Metrics:
 
     def answered(self, answer: _observer.Answer, context: Any) -> None:
         for limit, result in answer.results():
+            if (limit, answer.operation) not in self._known:
+                self._begin(limit, answer.operation)
             self._of(self._requests, limit, answer.operation, result).inc()
             if result == "granted":
                 waited = answer.answered_at - answer.asked_at

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import poolers
 import pytest
@@ -70,6 +70,7 @@ def results(registry: CollectorRegistry) -> Callable[..., dict[str, float]]:
             for sample in family.samples
             if sample.name == "pglimits_client_requests_total"
             and (sample.labels["limit"], sample.labels["operation"]) == (limit, operation)
+            and sample.value
         }
 
     return read
@@ -146,6 +147,18 @@ def test_a_limit_that_is_missing_or_off_counts_as_unlimited_also_beside_one_that
     assert results("nowhere") == {"unlimited": 1}
     assert results("off") == {"unlimited": 1}
     assert sample("wait_seconds_count", limit="nowhere") == sample("hold_seconds_count", limit="nowhere") == 0
+
+
+def test_all_counters_of_a_limit_begin_at_zero_as_prometheus_sees_no_increase_in_what_appears(
+    api: Api, registry: CollectorRegistry, sample: Sample
+) -> None:
+    api.create("x", 1)
+    api.block("x", lambda lease: None)
+    assert sample("requests_total") == 1
+    for result in get_args(_observer.Result):
+        labels = {"limit": "x", "operation": "acquire", "result": result}
+        assert registry.get_sample_value("pglimits_client_requests_total", labels) == (result == "granted")
+    assert registry.get_sample_value("pglimits_client_lost_leases_total", {"limit": "x"}) == 0
 
 
 def test_a_request_over_several_limits_counts_for_each_and_never_for_a_key(api: Api, sample: Sample) -> None:

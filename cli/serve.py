@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -176,6 +177,7 @@ def _run(settings: Settings, host: str, port: int) -> int:
             begin_closing(application)
             await super().shutdown(sockets)
 
+    _many_connections()
     logging.getLogger("uvicorn.error").addHandler(_OneLine(logging.ERROR))
     server = Server(
         uvicorn.Config(
@@ -194,6 +196,17 @@ def _run(settings: Settings, host: str, port: int) -> int:
     except SystemExit:
         return _errors.ERROR  # it has said why
     return 0 if server.started else _errors.ERROR
+
+
+def _many_connections() -> None:
+    """Each stream is a connection: have as many as the system allows."""
+    try:
+        import resource
+    except ImportError:  # not everywhere
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _OneLine(logging.Handler):

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from .._dsn import resolve
 from ..errors import PermissionDenied, PglimitsError
-from . import _auth, _metrics, _problems, _v1
+from . import _auth, _docs, _metrics, _problems, _v1
 from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
@@ -38,6 +38,8 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 """What every answer has that says nothing else about it."""
+_FULL = 1000
+"""A sweep that removed so many may have left some."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -86,6 +88,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _problems.add_handlers(app)
     app.include_router(_v1.router(settings))
     app.include_router(_metrics.router())
+    app.include_router(_docs.router())
     _add_health(app)
     _add_login(app)
     app.add_middleware(_auth.AuthMiddleware, auth=auth)
@@ -195,10 +198,17 @@ async def _sweep_on(database: Database, every: float) -> None:
     """Sweep now and then. Nothing depends on it, so a role that may not leaves it to others."""
     while every > 0:
         try:
-            await database.run("select pglimits.sweep()")
+            while await _sweep(database) >= _FULL:
+                pass
         except PermissionDenied:
             log.info("the role of this server may not sweep: have pg_cron do it, or pglimits sweep --every 60")
             return
         except PglimitsError as error:
             log.debug("a sweep failed: %s", error)
         await asyncio.sleep(every)
+
+
+async def _sweep(database: Database) -> int:
+    """How much it removed."""
+    (swept,) = await database.rows("select s.leases, s.waiters, s.keys from pglimits.sweep() s", writes=True, within=60)
+    return int(swept["leases"] + swept["waiters"] + swept["keys"])

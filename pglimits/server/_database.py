@@ -22,7 +22,7 @@ from ..errors import LimiterUnavailable
 Rows: TypeAlias = list[dict[str, Any]]
 Params: TypeAlias = Sequence[Any] | Mapping[str, Any]
 
-SIZE = 4
+SIZE = 5
 _CONNECTS_WITHIN = 3.0
 _ANSWERS_WITHIN = 15.0
 _LOOKS_AGAIN = 1.0
@@ -74,12 +74,21 @@ class Database:
     async def close(self) -> None:
         await self._pool.close(2.0)
 
-    async def rows(self, query: str, params: Params = (), *, by: str | None = None, writes: bool = False) -> Rows:
+    async def rows(
+        self,
+        query: str,
+        params: Params = (),
+        *,
+        by: str | None = None,
+        writes: bool = False,
+        within: float = _ANSWERS_WITHIN,
+    ) -> Rows:
         """The rows of one statement, in a transaction of its own.
 
         by: on whose behalf it is. Events say so.
         writes: it is not to be sent twice, where the connection breaks and nobody knows what became of it; and it is
             run in read committed. Implied by ``by``.
+        within: seconds that it may take.
 
         Raises:
             LimiterUnavailable: the database is gone.
@@ -92,7 +101,7 @@ class Database:
         while True:
             tries -= 1
             try:
-                async with asyncio.timeout(_ANSWERS_WITHIN):
+                async with asyncio.timeout(within):
                     found = await self._run(query, params, by, writes)
             except PoolTimeout:
                 if self._busy >= self._size:

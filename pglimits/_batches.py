@@ -174,8 +174,8 @@ class Outbox:
         self.sent_at = batch.sent_at = now
         for lane in batch.lanes:
             self._places.update(lane.places)
-        if batch.requests and _observer.reporter is not None:
-            _observer.reporter.put("sent", len(batch.requests))
+        if _observer.is_on and batch.requests:
+            _observer.sent(len(batch.requests))
         return batch
 
     def _may_go(self, lane: Lane, now: float, apart: int) -> bool:

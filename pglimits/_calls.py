@@ -124,8 +124,8 @@ class Base:
             waker=waker,
             user=self._user,
         )
-        if _observer.reporter is not None:
-            request.asked = _observer.reporter.asked(now)
+        if _observer.is_on:
+            _observer.asked(request, now)
         leaves_by = 0.0
         # The last resort: an interrupt can strike in the handler of another.
         anchor = _Anchor()

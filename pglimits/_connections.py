@@ -260,8 +260,8 @@ class Connections:
             self._has_failed = False
             if self._has_broken:
                 self._has_broken = False
-                if _observer.reporter is not None:
-                    _observer.reporter.put("reconnected", 1)
+                if _observer.is_on:
+                    _observer.reconnected()
             if polls:
                 self._begin_to_poll()
             elif connection.listens:

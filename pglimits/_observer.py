@@ -1,6 +1,6 @@
 """Whoever wants to know what becomes of requests and leases: metrics and traces.
 
-``reporter`` is None until an app asks for one of them, so an app that does not pays for one look at it.
+``is_on`` is false until an app asks for one of them, so an app that does not pays for a few looks at it.
 
 The courier puts what has happened into a queue, and a thread of its own tells it to the observers. An observer may
 take locks, be slow, hang or fail (an exporter that has no network): no request and no renewal waits for it. What it is
@@ -10,6 +10,7 @@ too slow for is forgotten.
 from __future__ import annotations
 
 import _thread
+import atexit
 import logging
 import os
 import time
@@ -249,40 +250,44 @@ class Reporter:
         self._begin()
 
 
-reporter: Reporter | None = None
-"""Where what happens goes. None: nobody wants to know."""
+is_on = False
+"""Whether anybody wants to know."""
 held: dict[UUID, Hold] = {}
 """What this process holds, as far as it was taken while somebody wanted to know."""
 
 _made = Reporter()
+_flushes_at_exit = False
 _NONE: frozenset[str] = frozenset()
 
 
 def add(observer: Observer) -> None:
     """Tell an observer what happens from now on."""
-    global reporter
+    global is_on, _flushes_at_exit
     _made.observers = (*_made.observers, observer)
-    reporter = _made
+    is_on = True
+    if not _flushes_at_exit:  # only now, to be before the end of an SDK that there was before
+        _flushes_at_exit = True
+        atexit.register(flush, 1.0)
 
 
 def remove(observer: Observer) -> None:
     """Tell it no longer."""
-    global reporter
+    global is_on
     _made.observers = tuple(each for each in _made.observers if each is not observer)
     if not _made.observers:
-        reporter = None
+        is_on = False
         held.clear()
 
 
 def flush(seconds: float) -> bool:
     """Wait until what has happened so far has been told, for so long at most. Whether it has."""
-    return reporter is None or reporter.flush(seconds)
+    return not is_on or _made.flush(seconds)
 
 
 def answered(request: Request, error: BaseException | None, result: Result) -> None:
     """A request that is observed was answered. ``result``: where there was no error."""
     asked, request.asked = request.asked, None
-    if asked is None or reporter is None:
+    if asked is None:
         return
     kind, lease = request.kind, request.lease
     answer = Answer(
@@ -295,7 +300,7 @@ def answered(request: Request, error: BaseException | None, result: Result) -> N
         max(time.monotonic(), request.goes_at),
         None if error is None else type(error).__name__,
     )
-    reporter.put("answered", answer, asked.listeners)
+    _made.put("answered", answer, asked.listeners)
 
 
 def _unlimited(lease: Lease) -> frozenset[str]:
@@ -327,16 +332,31 @@ def granted(request: Request, lease: Lease) -> None:
 def ended(lease_id: UUID, lost: bool = False) -> None:
     """A lease is no longer held here."""
     hold = held.pop(lease_id, None)
-    if hold is not None and reporter is not None:
+    if hold is not None:
         hold.ended_at, hold.lost = time.monotonic(), lost
-        reporter.put("ended", hold, hold.listeners)
+        _made.put("ended", hold, hold.listeners)
 
 
 def lost(lease: Lease) -> None:
     """A lease was lost."""
     ended(lease.id, lost=True)
-    if reporter is not None:
-        reporter.put("lost", tuple(dict.fromkeys(lease.names)))
+    if is_on:
+        _made.put("lost", tuple(dict.fromkeys(lease.names)))
+
+
+def asked(request: Request, at: float) -> None:
+    """A request is made. Called by its caller."""
+    request.asked = _made.asked(at)
+
+
+def sent(requests: int) -> None:
+    """So many requests go to the database in one statement."""
+    _made.put("sent", requests)
+
+
+def reconnected() -> None:
+    """A connection was opened in place of one that had broken."""
+    _made.put("reconnected", 1)
 
 
 def _forked() -> None:
@@ -345,7 +365,7 @@ def _forked() -> None:
 
 
 def _before_fork() -> None:
-    if reporter is not None:
+    if is_on:
         _made.be_quiet()
 
 

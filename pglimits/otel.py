@@ -131,10 +131,10 @@ class _Traces:
     def context(self) -> otel_context.Context:
         return otel_context.get_current()
 
-    def _span(self, name: str, context: otel_context.Context, begin: float, attributes: dict[str, Any]) -> trace.Span:
-        return self._tracer.start_span(
-            name, context, trace.SpanKind.CLIENT, attributes, start_time=_nanoseconds(begin), record_exception=False
-        )
+    def _span(
+        self, name: str, context: otel_context.Context, kind: trace.SpanKind, begin: float, attributes: dict[str, Any]
+    ) -> trace.Span:
+        return self._tracer.start_span(name, context, kind, attributes, start_time=_nanoseconds(begin))
 
     def answered(self, answer: _observer.Answer, context: otel_context.Context) -> None:
         attributes: dict[str, Any] = {
@@ -145,7 +145,8 @@ class _Traces:
         }
         if answer.error is not None:
             attributes[ERROR] = answer.error
-        span = self._span(f"{answer.operation} {_named(answer.limits)}", context, answer.asked_at, attributes)
+        name = f"{answer.operation} {_named(answer.limits)}"
+        span = self._span(name, context, trace.SpanKind.CLIENT, answer.asked_at, attributes)
         if answer.result not in _NO_FAULT:
             span.set_status(trace.StatusCode.ERROR)
         span.end(_nanoseconds(answer.answered_at))
@@ -157,7 +158,8 @@ class _Traces:
             LEASE: str(hold.lease_id),
             LOST: hold.lost,
         }
-        span = self._span(f"hold {_named(hold.limits)}", context, hold.granted_at, attributes)
+        name = f"hold {_named(hold.limits)}"
+        span = self._span(name, context, trace.SpanKind.INTERNAL, hold.granted_at, attributes)
         if hold.lost:
             span.set_status(trace.StatusCode.ERROR, "the lease was lost")
         span.end(_nanoseconds(hold.ended_at))

@@ -348,7 +348,7 @@ def test_enabling_twice_counts_once_and_disabling_takes_the_metrics_out(limiter:
     assert metrics.flush()
     metrics.disable(registry)
     assert generate_latest(registry) == b""
-    assert _observer.reporter is None
+    assert not _observer.is_on
     limiter.release(lease)
     metrics.disable(registry)
     assert not _observer.held
@@ -361,7 +361,7 @@ def test_names_that_an_app_has_taken_already_are_an_error_and_leave_nothing_behi
     with pytest.raises(ValueError, match="pglimits_client_requests"):
         metrics.enable(second)
     assert generate_latest(second) == before
-    assert _observer.reporter is None
+    assert not _observer.is_on
     metrics.enable(first)
     metrics.disable(first)
 
@@ -442,6 +442,24 @@ def test_processes_that_fork_are_added_up_in_the_multi_process_mode_of_prometheu
     limiter.create("x", 10)
     child = children(SEVERAL_PROCESSES, env={"PGLIMITS_DSN": dsn, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
     assert child.hear() == "3.0"
+
+
+ENDS = """
+import atexit
+from prometheus_client import REGISTRY, CollectorRegistry
+labels = {"limit": "x", "operation": "acquire", "result": "granted"}
+atexit.register(lambda: print(REGISTRY.get_sample_value("pglimits_client_requests_total", labels), flush=True))
+from pglimits import metrics
+from pglimits.sync import concurrency
+metrics.enable()
+with concurrency("x"):
+    pass
+"""
+
+
+def test_what_happened_last_is_counted_before_the_process_ends(children: Children, dsn: str, limiter: Limiter) -> None:
+    limiter.create("x", 1)
+    assert children(ENDS, env={"PGLIMITS_DSN": dsn}).hear() == "1.0"
 
 
 # What is exposed.

@@ -191,7 +191,7 @@ def test_nothing_is_recorded_that_was_not_asked_for_and_nothing_after_the_end(
     otel.disable()
     limiter.release(limiter.acquire("x"))
     assert [point.value for point in recorded.points("pglimits.client.requests")] == [1]
-    assert _observer.reporter is None
+    assert not _observer.is_on
 
 
 def test_both_kinds_of_metrics_count_side_by_side(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -108,13 +109,15 @@ class Database:
                     raise LimiterUnavailable("the server has more to do than its database connections can") from None
                 raise self._gone("the database cannot be reached") from None
             except TimeoutError:
+                if not await self._answers():
+                    raise self._gone("the database does not answer") from None
                 raise LimiterUnavailable("the database has not answered in time") from None
             except psycopg.Error as error:
                 meant = translate(error)
                 if not is_lost(error, meant):
                     raise meant from error
                 if tries:
-                    await self._pool.check()
+                    await self._drop_dead()
                     continue
                 raise self._gone(str(meant)) from error
             self.down_since = None
@@ -145,6 +148,21 @@ class Database:
                     return await cursor.fetchall() if cursor.description else []
             finally:
                 self._busy -= 1
+
+    async def _drop_dead(self) -> None:
+        """One connection is dead: so may be the others."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CONNECTS_WITHIN):
+                await self._pool.check()
+
+    async def _answers(self) -> bool:
+        """Whether the database answers anything at all."""
+        try:
+            async with asyncio.timeout(_CONNECTS_WITHIN):
+                await self._run("select 1", (), None, False)
+        except (TimeoutError, PoolTimeout, psycopg.Error):
+            return False
+        return True
 
     def _gone(self, why: str) -> LimiterUnavailable:
         self._failed_at = time.monotonic()

@@ -184,10 +184,10 @@ class Grants:
             raise
         except AcquireTimeout as error:
             return Answer("refused", retry_after=error.retry_after)
+        if for_rate:  # nothing is held then: but what was granted has a duration
+            return Answer("granted" if lease._duration else "unlimited")
         if not lease.enforced:
             return Answer("unlimited")
-        if for_rate:
-            return Answer("granted")
         fences = dict(zip(lease.places, lease.fences, strict=True))
         return Answer(
             "granted",

@@ -21,6 +21,7 @@ FAMILIES = {
     "leases": ("holders", "waiters", "release", "acquire", "renew", "rate"),
     "run": ("run",),
     "sweep": ("sweep",),
+    "metrics": ("metrics",),
     "serve": ("serve",),
     "setup": ("install", "upgrade", "uninstall", "sql", "doctor"),
     "bench": ("bench",),

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from psycopg.pq.abc import PGresult
 
-from . import _arguments, _codec, _sql
+from . import _arguments, _codec, _observer, _sql
 from ._arguments import Names
 from ._codec import Row, Value
 from ._courier import Courier, courier_for, forget
@@ -124,6 +124,8 @@ class Base:
             waker=waker,
             user=self._user,
         )
+        if _observer.is_on:
+            _observer.asked(request, now)
         leaves_by = 0.0
         # The last resort: an interrupt can strike in the handler of another.
         anchor = _Anchor()

@@ -1,7 +1,7 @@
 """Runs in the Python of an unmodified Prefect: it imports Prefect once, and forks a process for each client.
 
-A line of JSON on stdin starts one: {"id", "call": [name of a function below, *arguments], "out", "err"}. Lines on stdout say
-{"id", "pid"} when it runs and {"id", "code"} when it has ended.
+A line of JSON on stdin starts one: {"id", "call": [name of a function below, *arguments], "out", "err"}. Lines on
+stdout say {"id", "pid"} when it runs and {"id", "code"} when it has ended.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ import time
 import traceback
 from pathlib import Path
 
+# ruff: noqa: F401
+# Much of this is imported only so that no child has to.
+import anyio._backends._asyncio
 import prefect.cli.global_concurrency_limit
 import prefect.client.orchestration
 import prefect.events.clients
 import prefect.events.worker
+import prefect.logging.formatters
+import rich._emoji_codes
+import rich.table
 from prefect.cli import app
 from prefect.concurrency import asyncio as in_tasks
 from prefect.concurrency import sync as in_threads
@@ -69,12 +75,14 @@ def try_each(*attempts: dict) -> None:
 
 
 def hold(diary: str, who: str, names: list[str], until: str, options: dict) -> None:
-    """Hold slots until a file is there."""
-    note(diary, "asks", who)
-    with in_threads.concurrency(names, **options):
-        note(diary, "begins", who)
-        wait_for(until)
-        note(diary, "ends", who)
+    """Hold slots until a file is there, or until the lease is lost, which ends a strict one."""
+    try:
+        with in_threads.concurrency(names, **options):
+            note(diary, "begins", who)
+            wait_for(until)
+            note(diary, "ends", who)
+    except BaseException as error:
+        note(diary, "cancelled", type(error).__name__)
 
 
 def hold_until_cancelled(diary: str, names: list[str], options: dict) -> None:
@@ -116,8 +124,36 @@ def by_client(steps: list[list]) -> None:
 
     with get_client(sync_client=True) as client:
         for method, arguments in steps:
-            response = getattr(client, method)(**arguments)
-            say(response.status_code, response.json() if response.content else None)
+            try:
+                found = getattr(client, method)(**arguments)
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+            if hasattr(found, "status_code"):
+                found = [found.status_code, found.json() if found.content else None]
+            elif hasattr(found, "model_dump"):
+                found = found.model_dump(mode="json")
+            elif isinstance(found, list):
+                found = [limit.model_dump(mode="json") for limit in found]
+            say(found if isinstance(found, (list, dict)) else str(found))
+
+
+def validate(answers: list[list]) -> None:
+    """Read what a server has answered into the models of Prefect's own server, and say what it says then."""
+    from prefect.server.api.concurrency_limits_v2 import (
+        ConcurrencyLimitWithLeaseResponse,
+        MinimalConcurrencyLimitResponse,
+    )
+    from prefect.server.schemas.core import ConcurrencyLimitV2
+    from prefect.server.schemas.responses import GlobalConcurrencyLimitResponse
+
+    models = {
+        "created": ConcurrencyLimitV2,
+        "limit": GlobalConcurrencyLimitResponse,
+        "minimal": MinimalConcurrencyLimitResponse,
+        "leased": ConcurrencyLimitWithLeaseResponse,
+    }
+    for name, answer in answers:
+        say(models[name].model_validate(answer, strict=False).model_dump(mode="json"))
 
 
 def _run(command: dict) -> int:

@@ -21,6 +21,7 @@ from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
 from ._live import Live
+from ._ratelimit_fields import Budgets
 from ._settings import Settings
 
 log = logging.getLogger("pglimits.server")
@@ -58,6 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.listener = listener
         app.state.grants = Grants(database, listener, durable=settings.durable)
         app.state.live = Live(database, listener)
+        app.state.budgets = Budgets(database)
         sweeper = asyncio.create_task(_sweep_on(database, settings.sweep_every), name="pglimits sweeper")
         try:
             yield
@@ -66,6 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             sweeper.cancel()
             await app.state.live.close()
             await app.state.grants.close()
+            await app.state.budgets.close()
             await listener.close()
             await database.close()
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fastapi import APIRouter
 
-from fastapi import APIRouter, Depends, Request
-
-from ._auth import reading
+from . import _v1_changes, _v1_grants, _v1_limits, _v1_views
 from ._settings import Settings
+from ._v1_models import ProblemDetails
 
 
 def router(settings: Settings) -> APIRouter:
     """All routes under /v1."""
-    routes = APIRouter(prefix="/v1")
-
-    @routes.get("/limits", dependencies=[Depends(reading)], tags=["limits"])
-    async def list_limits(request: Request) -> dict[str, Any]:
-        """All limits."""
-        return {"limits": await request.app.state.db.rows("select * from pglimits.limits")}
-
+    problem = {"model": ProblemDetails, "content": {"application/problem+json": {}}}
+    routes = APIRouter(prefix="/v1", responses=dict.fromkeys(("4XX", "5XX"), problem))
+    routes.include_router(_v1_limits.router())
+    routes.include_router(_v1_views.router())
+    routes.include_router(_v1_grants.router(settings))
+    routes.include_router(_v1_changes.router())
     return routes

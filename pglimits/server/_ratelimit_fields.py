@@ -1,0 +1,163 @@
+"""The fields RateLimit-Policy and RateLimit, as draft-ietf-httpapi-ratelimit-headers-11 has them; all of it is here.
+
+A policy is a limit, its partition a key: ``"api";q=5;w=1`` is a rate limit of 5 slots that come back within a second,
+``"database";q=10;qu="concurrent-requests"`` a concurrency limit. What is left: ``"api";r=3;t=1``, three slots now, and
+no more within a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import http_sf
+
+from ..errors import PglimitsError
+from ._database import Database
+
+_LARGEST = 999_999_999_999_999
+"""The largest integer of a structured field."""
+_PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+_SETTINGS = 'select name, "limit", slot_decay_per_second, active from pglimits.limits where name = any (%s::text[])'
+_USED = """
+    select n.nth::int, k.held, k.level
+    from unnest(%s::text[], %s::text[]) with ordinality as n(name, key, nth)
+    cross join lateral (select k.held, k.level from pglimits.keys k where k.name = n.name and k.key = n.key) k
+"""
+_SETTINGS_LIVE = 2.0
+"""Seconds for which the settings of a limit are remembered here. They are a hint: nothing is decided by them."""
+_MOST_SETTINGS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What is left of one key of a limit."""
+
+    name: str
+    key: str
+    limit: int
+    slot_decay_per_second: float
+    held: int = 0
+    level: float = 0.0
+
+    @property
+    def left(self) -> int:
+        used = max(self.held, self.level) if self.slot_decay_per_second else self.held
+        return max(math.floor(self.limit - used + 1e-9), 0)
+
+    @property
+    def window(self) -> int | None:
+        """Seconds in which all slots come back."""
+        return _seconds(self.limit / self.slot_decay_per_second) if self.slot_decay_per_second else None
+
+    @property
+    def next_slot_in(self) -> int | None:
+        """Seconds until one more comes back; None if none is to come, or only a release can tell."""
+        left = self.left
+        if not self.slot_decay_per_second or left >= self.limit:
+            return None
+        return _seconds((left + 1 - (self.limit - self.level)) / self.slot_decay_per_second)
+
+
+def fields(budgets: Sequence[Budget], retry_after: float | None = None) -> dict[str, str]:
+    """Both fields. ``retry_after``: seconds in which a request that was refused would be let in."""
+    if not budgets:
+        return {}
+    policies: list[Any] = []
+    left: list[Any] = []
+    for budget in budgets:
+        name = quote(budget.name, safe=_PRINTABLE)
+        policy: dict[str, Any] = {"q": min(budget.limit, _LARGEST)}
+        now: dict[str, Any] = {"r": min(budget.left, _LARGEST)}
+        if budget.window is None:
+            policy["qu"] = "concurrent-requests"
+        else:
+            policy["w"] = budget.window
+        seconds = budget.next_slot_in if retry_after is None else _seconds(retry_after)
+        if seconds is not None:
+            now["t"] = seconds
+        if budget.key:
+            policy["pk"] = now["pk"] = budget.key.encode()
+        policies.append((name, policy))
+        left.append((name, now))
+    return {"RateLimit-Policy": http_sf.ser(policies), "RateLimit": http_sf.ser(left)}
+
+
+def _seconds(seconds: float) -> int:
+    return min(max(math.ceil(seconds - 1e-9), 1), _LARGEST)
+
+
+class Budgets:
+    """Looks up what is left, for all who ask at the same time together."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self._settings: dict[str, tuple[float, int, float, bool]] = {}
+        self._asked: list[tuple[Sequence[str], Sequence[str], asyncio.Future[list[Budget]]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def of(self, names: Sequence[str], keys: Sequence[str]) -> list[Budget]:
+        """What is left of each, without those that are not enforced. Empty where the database cannot tell."""
+        found: asyncio.Future[list[Budget]] = asyncio.get_running_loop().create_future()
+        self._asked.append((names, keys, found))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._answer())
+        return await found
+
+    def forget(self, *names: str) -> None:
+        """Their settings were changed here."""
+        for name in names:
+            self._settings.pop(name, None)
+
+    async def _answer(self) -> None:
+        while self._asked:
+            asked, self._asked = self._asked, []
+            try:
+                places = list(dict.fromkeys(pair for n, k, _ in asked for pair in zip(n, k, strict=True)))
+                budgets = await self._look_up(places)
+            except PglimitsError:
+                budgets = {}  # the answer stands without them
+            for names, keys, found in asked:
+                if not found.done():
+                    wanted = [budgets.get(pair) for pair in dict.fromkeys(zip(names, keys, strict=True))]
+                    found.set_result([budget for budget in wanted if budget is not None])
+
+    async def _look_up(self, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Budget]:
+        now = asyncio.get_running_loop().time()
+        unknown = {name for name, _ in places if self._settings.get(name, (0.0,))[0] < now}
+        if unknown:
+            if len(self._settings) > _MOST_SETTINGS:
+                self._settings.clear()
+                unknown = {name for name, _ in places}
+            for name in unknown:
+                self._settings.pop(name, None)
+            for row in await self._db.rows(_SETTINGS, [list(unknown)]):
+                self._settings[row["name"]] = (
+                    now + _SETTINGS_LIVE,
+                    row["limit"],
+                    row["slot_decay_per_second"],
+                    row["active"],
+                )
+        enforced = [place for place in places if (known := self._settings.get(place[0])) is not None and known[3]]
+        if not enforced:
+            return {}
+        names, keys = [name for name, _ in enforced], [key for _, key in enforced]
+        used = {found["nth"]: found for found in await self._db.rows(_USED, [names, keys])}
+        budgets = {}
+        for nth, (name, key) in enumerate(enforced, 1):
+            _, limit, rate, _ = self._settings[name]
+            now_used = used.get(nth)
+            held, level = (0, 0.0) if now_used is None else (now_used["held"], now_used["level"])
+            budgets[name, key] = Budget(name, key, limit, rate, held, level)
+        return budgets
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task

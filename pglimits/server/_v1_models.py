@@ -1,0 +1,309 @@
+"""What /v1 takes and answers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+_MOST = 2**31 - 1
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain the character U+0000")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, Field(max_length=2000), AfterValidator(_storable)]
+LimitName = Annotated[str, Field(max_length=200, description="The limit."), AfterValidator(_storable)]
+KeyText = Annotated[
+    str, Field(max_length=200, description="Each key has the whole limit for itself."), AfterValidator(_storable)
+]
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Slots = Annotated[StrictInt, Field(ge=1, le=_MOST)]
+Count = Annotated[StrictInt, Field(ge=0, le=_MOST)]
+Rate = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False, description="Slots that come back each second.")]
+Duration = Annotated[float, Field(ge=1, le=366 * 86400, allow_inf_nan=False, description="Seconds.")]
+
+
+class Body(BaseModel):
+    """What a client sends. A field that is not known is an error: it may be misspelt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewLimit(Body):
+    """A limit to be created."""
+
+    name: LimitName
+    limit: Annotated[Count, Field(description="Slots. 0 admits nobody.")]
+    slot_decay_per_second: Rate = 0.0
+    active: StrictBool = True
+    max_waiters: Annotated[Count | None, Field(description="The longest line, for each key; null: no bound.")] = None
+    description: Text | None = None
+
+
+class LimitChange(Body):
+    """What is to change. What is not sent stays as it is."""
+
+    name: Annotated[LimitName, Field(description="A new name. Everything is kept.")] = ""
+    limit: Annotated[Count, Field(description="Slots. 0 admits nobody.")] = 0
+    slot_decay_per_second: Rate = 0.0
+    active: StrictBool = True
+    max_waiters: Annotated[Count | None, Field(description="null: no bound.")] = None
+    description: Annotated[Text | None, Field(description="null: none.")] = None
+
+
+class Part(Body):
+    """What is wanted of one limit."""
+
+    name: LimitName
+    slots: Slots = 1
+    key: KeyText = ""
+
+
+class Wanted(Body):
+    """One limit by its name, or several as ``limits``: then all of them or none."""
+
+    name: LimitName | None = None
+    slots: Slots = 1
+    key: KeyText = ""
+    limits: Annotated[list[Part], Field(min_length=1, max_length=100)] | None = None
+    priority: Annotated[StrictInt, Field(ge=-1_000_000, le=1_000_000, description="Higher goes first.")] = 0
+    strict: Annotated[StrictBool, Field(description="A limit that is missing is an error.")] = False
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Wanted:
+        if (self.name is None) == (self.limits is None):
+            raise ValueError("one of name and limits is needed")
+        if self.limits is not None and not {"slots", "key"}.isdisjoint(self.model_fields_set):
+            raise ValueError("with limits, slots and key belong to each of them")
+        return self
+
+    @property
+    def parts(self) -> list[Part]:
+        if self.limits is not None:
+            return self.limits
+        return [Part.model_construct(name=self.name or "", slots=self.slots, key=self.key)]
+
+
+class Peeked(Wanted):
+    """A request that is not made."""
+
+    for_rate: StrictBool = False
+
+
+class RateRequest(Wanted):
+    """A request for slots that come back by decay only."""
+
+    wait: Annotated[Seconds, Field(description="Seconds for which this HTTP request is held while it is queued.")] = 0.0
+    timeout_seconds: Annotated[
+        Seconds | None,
+        Field(description="Seconds to stand in line in all; null: for ever. If it is not sent: as long as wait."),
+    ] = 0.0
+    holder: Annotated[Any, Field(description="JSON that says who it is.")] = None
+    lease_id: Annotated[UUID | None, Field(description="Chosen by you, it makes the request safe to repeat.")] = None
+
+    @property
+    def timeout(self) -> float | None:
+        return self.timeout_seconds if "timeout_seconds" in self.model_fields_set else self.wait
+
+
+class AcquireRequest(RateRequest):
+    """A request for slots that are held."""
+
+    lease_duration: Duration = 300.0
+
+
+class Granted(BaseModel):
+    """What a request was answered.
+
+    granted: go now. queued: ask again with the same body and this lease_id, within retry_after. unlimited: nothing is
+    enforced, as every limit is missing or inactive.
+    """
+
+    status: Literal["granted", "queued", "unlimited"]
+    lease_id: UUID | None
+    fence: int | None
+    fences: list[int | None] | None
+    expires_at: datetime | None
+    retry_after: float | None
+    position: int | None
+
+
+class Peek(BaseModel):
+    """What a request would be answered."""
+
+    status: Literal["granted", "queued", "refused", "unlimited"]
+    retry_after: float | None
+    position: int | None
+
+
+class Renewal(Body):
+    """How long the lease is to last from now."""
+
+    lease_duration: Duration | None = None
+
+
+class RenewedLease(BaseModel):
+    lease_id: UUID
+    expires_at: datetime | None
+
+
+class Released(BaseModel):
+    """Whether it was still live. Doing it twice is harmless."""
+
+    released: bool
+
+
+class Key(Body):
+    key: KeyText | None = None
+
+
+class Adjustment(Body):
+    """Slots to be added to the level of a rate limit, or taken off."""
+
+    slots: Annotated[StrictInt, Field(ge=-_MOST, le=_MOST)]
+    key: KeyText = ""
+
+
+class Limit(BaseModel):
+    """A limit, and how much of it is used, over all its keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    limit: int
+    held: int
+    waiting: int
+    active: bool
+    slot_decay_per_second: float
+    level: float
+    max_waiters: int | None
+    description: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class Limits(BaseModel):
+    limits: list[Limit]
+    total: int
+
+
+class KeyUse(BaseModel):
+    name: str
+    key: str
+    held: int
+    level: float
+    waiting: int
+    fence: int
+
+
+class Keys(BaseModel):
+    keys: list[KeyUse]
+    total: int
+
+
+class Holder(BaseModel):
+    lease_id: UUID
+    name: str
+    key: str
+    slots: int
+    holder: Any
+    fence: int
+    priority: int
+    acquired_at: datetime
+    expires_at: datetime
+
+
+class Holders(BaseModel):
+    holders: list[Holder]
+    total: int
+
+
+class Waiter(BaseModel):
+    """Who waits. reason, blocked_by, earliest: with ``why=true`` of one limit."""
+
+    lease_id: UUID
+    name: str
+    key: str
+    slots: int
+    holder: Any
+    priority: int
+    position: int
+    waiting_since: datetime
+    blocked_by: str | None = None
+    reason: str | None = None
+    earliest: datetime | None = None
+
+
+class Waiters(BaseModel):
+    waiters: list[Waiter]
+    total: int
+
+
+class Event(BaseModel):
+    event_id: int
+    at: datetime
+    kind: str
+    name: str
+    key: str | None
+    lease_id: UUID | None
+    slots: int | None
+    fence: int | None
+    holder: Any
+    held_seconds: float | None
+    old: Any
+    new: Any
+    by: Any
+
+
+class Events(BaseModel):
+    """Newest first, or with ``after`` oldest first. next: pass it on as ``before``, or ``after``; null: that is all."""
+
+    events: list[Event]
+    next: int | None
+
+
+class Step(BaseModel):
+    """One step of a history."""
+
+    at: datetime
+    seconds: float
+    limit: int
+    held: float
+    level: float
+    waiting: int
+    grants: int
+    granted_slots: int
+    releases: int
+    expired_leases: int
+    force_released_leases: int
+    waited_seconds: float
+    waited_p50: float | None
+    waited_p95: float | None
+
+
+class History(BaseModel):
+    name: str
+    steps: list[Step]
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457. code: the SQLSTATE of our errors. retry_after: seconds; null: only a release can tell."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str | None = None
+    retry_after: float | None = None

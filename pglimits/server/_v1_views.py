@@ -1,0 +1,125 @@
+"""Routes of /v1 that look: keys, holders, waiters, history, events."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+
+from . import _v1_models as models
+from ._v1_limits import Most, Name, NameFilter, Reader, Skip, database, paged, the_limit
+
+Kind = Literal["created", "updated", "deleted", "reset", "expired", "lost", "force_released"]
+_ID = Annotated[int | None, Query(ge=0, le=2**63 - 1)]
+
+_KEYS = """
+    select k.name, k.key, k.held::int, k.level, k.waiting::int, k.fence, count(*) over ()::int as total
+    from pglimits.keys k
+    where k.name = %(name)s order by k.waiting desc, k.held desc, k.level desc, k.key limit %(limit)s offset %(offset)s
+"""
+_HOLDERS = """
+    select h.lease_id, h.name, h.key, h.slots, h.holder, h.fence, h.priority, h.acquired_at, h.expires_at,
+           count(*) over ()::int as total
+    from pglimits.holders h
+    where h.name = coalesce(%(name)s::text, h.name) and h.key = coalesce(%(key)s::text, h.key)
+    order by h.name, h.key, h.acquired_at, h.lease_id limit %(limit)s offset %(offset)s
+"""
+_WAITERS = """
+    select w.lease_id, w.name, w.key, w.slots, w.holder, w.priority, w."position", w.waiting_since,
+           count(*) over ()::int as total
+    from pglimits.waiters w
+    where w.name = coalesce(%(name)s::text, w.name) and w.key = coalesce(%(key)s::text, w.key)
+    order by w.name, w.key, w."position" limit %(limit)s offset %(offset)s
+"""
+_WHY = """
+    select y.lease_id, y.blocked_by, y.reason, y.earliest from pglimits.why_waiting(%s, %s::text) y
+"""
+_HISTORY = """
+    select h.at, h.seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
+           h.expired_leases, h.force_released_leases, h.waited_seconds, h.waited_p50, h.waited_p95
+    from pglimits.history(%s, %s::float8, %s::int) h order by h.at
+"""
+EVENT = """
+    select e.event_id, e.at, e.kind, e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, e.old,
+           e.new, e.by
+    from pglimits.events e
+"""
+
+
+def router() -> APIRouter:
+    routes = APIRouter(tags=["views"])
+
+    @routes.get("/limits/{name}/keys", response_model=models.Keys)
+    async def keys(request: Request, _: Reader, name: Name, limit: Most = 100, offset: Skip = 0) -> dict[str, Any]:
+        """The keys of a limit that were used, the busiest first."""
+        db = database(request)
+        await the_limit(db, name)
+        return paged(await db.rows(_KEYS, {"name": name, "limit": limit, "offset": offset}), "keys")
+
+    @routes.get("/holders", response_model=models.Holders)
+    async def holders(
+        request: Request,
+        _: Reader,
+        name: NameFilter = None,
+        key: NameFilter = None,
+        limit: Most = 100,
+        offset: Skip = 0,
+    ) -> dict[str, Any]:
+        """The live leases, of one limit or of all: a row for each limit that one is on."""
+        rows = await database(request).rows(_HOLDERS, {"name": name, "key": key, "limit": limit, "offset": offset})
+        return paged(rows, "holders")
+
+    @routes.get("/waiters", response_model=models.Waiters)
+    async def waiters(
+        request: Request,
+        _: Reader,
+        name: NameFilter = None,
+        key: NameFilter = None,
+        why: Annotated[bool, Query(description="Say why each waits. Needs name.")] = False,
+        limit: Most = 100,
+        offset: Skip = 0,
+    ) -> dict[str, Any]:
+        """Who waits, in order, for one limit or for all."""
+        db = database(request)
+        rows = await db.rows(_WAITERS, {"name": name, "key": key, "limit": limit, "offset": offset})
+        if why and name is not None and rows:
+            reasons = {row.pop("lease_id"): row for row in await db.rows(_WHY, [name, key])}
+            for row in rows:
+                row.update(reasons.get(row["lease_id"], {}))
+        return paged(rows, "waiters")
+
+    @routes.get("/limits/{name}/history", response_model=models.History)
+    async def history(
+        request: Request,
+        _: Reader,
+        name: Name,
+        seconds: Annotated[float, Query(ge=1, le=366 * 86400, allow_inf_nan=False)] = 3600,
+        points: Annotated[int, Query(ge=1, le=1000)] = 60,
+    ) -> dict[str, Any]:
+        """How much of a limit was used: a row for each step that has samples, oldest first."""
+        db = database(request)
+        await the_limit(db, name)
+        return {"name": name, "steps": await db.rows(_HISTORY, [name, seconds, points])}
+
+    @routes.get("/events", response_model=models.Events)
+    async def events(
+        request: Request,
+        _: Reader,
+        name: NameFilter = None,
+        kind: Annotated[list[Kind] | None, Query()] = None,
+        after: Annotated[_ID, Query(description="Those that are newer, oldest first.")] = None,
+        before: Annotated[_ID, Query(description="Those that are older, newest first.")] = None,
+        limit: Most = 100,
+    ) -> dict[str, Any]:
+        """What happened."""
+        rows = await database(request).rows(
+            f"{EVENT} where (%(name)s::text is null or e.name = %(name)s)"
+            " and (%(kinds)s::text[] is null or e.kind = any (%(kinds)s))"
+            " and (%(after)s::bigint is null or e.event_id > %(after)s)"
+            " and (%(before)s::bigint is null or e.event_id < %(before)s)"
+            f" order by e.event_id {'desc' if after is None else 'asc'} limit %(limit)s",
+            {"name": name, "kinds": kind, "after": after, "before": before, "limit": limit},
+        )
+        return {"events": rows, "next": rows[-1]["event_id"] if len(rows) == limit else None}
+
+    return routes

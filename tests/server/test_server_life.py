@@ -1,0 +1,194 @@
+"""Bad days of a server: it is told to end, killed, and started again; its database goes and comes."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from cluster import Cluster, cluster
+from conftest import binaries
+from servertest import Server, messages, until
+
+from pglimits import _install
+
+
+@pytest.fixture
+def private() -> Iterator[Cluster]:
+    """A PostgreSQL of this test's own, to be stopped and started."""
+    with cluster(binaries(), {"shared_buffers": "16MB"}) as made:
+        made.start()
+        _install.install(made.dsn)
+        yield made
+
+
+def test_it_says_where_it_is_in_one_line(serve: Callable[..., Server], dsn: str) -> None:
+    server = serve()
+    assert re.fullmatch(r"Serving database \S+ at \S+ as \S+ on http://127\.0\.0\.1:\d+/\n", server.said)
+    assert server.terminate() == (0, "")
+
+
+def test_sigterm_answers_what_is_held_and_ends_streams(serve: Callable[..., Server]) -> None:
+    server = serve()
+    answers: list[httpx.Response] = []
+    streamed: list[str] = []
+
+    def hold() -> None:
+        with server.client() as http:
+            answers.append(http.post("/v1/acquire", json={"name": "one", "wait": 60, "timeout_seconds": None}))
+
+    def look() -> None:
+        with server.client() as http, http.stream("GET", "/v1/changes") as response:
+            streamed.extend(kind for kind, _, _ in messages(response))
+
+    with server.client() as http:
+        http.post("/v1/limits", json={"name": "one", "limit": 1})
+        http.post("/v1/acquire", json={"name": "one"})
+        threads = [threading.Thread(target=work) for work in (hold, look, hold, look)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(http.get("/v1/waiters").json()["waiters"]) == 2, "for both to stand in line")
+        until(lambda: len(streamed) >= 4, "for both to stream")
+        began = time.monotonic()
+        assert server.terminate() == (0, "")
+        assert time.monotonic() - began < 5  # not a figure: what the server promises
+        for thread in threads:
+            thread.join()
+    assert [answer.json()["status"] for answer in answers] == ["queued", "queued"]
+
+
+def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Server]) -> None:
+    server = serve()
+    wanted: dict[str, Any] = {"name": "one", "wait": 0, "timeout_seconds": 60}
+    with server.client() as http:
+        http.post("/v1/limits", json={"name": "one", "limit": 1})
+        held = http.post("/v1/acquire", json={"name": "one", "holder": {"who": "first"}}).json()
+        second, third = (http.post("/v1/acquire", json=wanted).json() for _ in range(2))
+    server.kill()
+    with serve().client() as http:
+        (holder,) = http.get("/v1/holders").json()["holders"]
+        assert (holder["lease_id"], holder["holder"]) == (held["lease_id"], {"who": "first"})
+        assert http.post(f"/v1/leases/{held['lease_id']}/renew").status_code == 200
+        assert http.post("/v1/acquire", json={**wanted, "lease_id": third["lease_id"]}).json()["position"] == 2
+        assert http.delete(f"/v1/leases/{held['lease_id']}").json() == {"released": True}
+        granted = http.post("/v1/acquire", json={**wanted, "lease_id": second["lease_id"]})
+        assert granted.json()["status"] == "granted"
+
+
+def test_the_database_gone_is_said_and_it_comes_back_by_itself(private: Cluster, serve: Callable[..., Server]) -> None:
+    server = serve(on=private.dsn)
+    with server.client() as http, server.client() as other, other.stream("GET", "/v1/changes?only=limits") as response:
+        stream = messages(response)
+        assert next(data for kind, _, data in stream if kind == "database") == {"down_since": None}
+        http.post("/v1/limits", json={"name": "one", "limit": 1})
+        lease = http.post("/v1/acquire", json={"name": "one"}).json()
+        private.stop()
+        for method, path, body in (
+            ("GET", "/v1/limits", None),
+            ("GET", "/readyz", None),
+            ("POST", "/v1/acquire", {"name": "one"}),
+            ("POST", "/v1/acquire", {"name": "one", "wait": 5}),
+            ("DELETE", f"/v1/leases/{lease['lease_id']}", None),
+            ("PATCH", "/v1/limits/one", {"limit": 3}),
+        ):
+            answer = http.request(method, path, json=body)
+            assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json"), path
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert http.get("/healthz").status_code == 200
+        gone = next(data for kind, _, data in stream if kind == "database")
+        assert gone["down_since"] is not None
+        private.start()
+        assert next(data for kind, _, data in stream if kind == "database") == {"down_since": None}
+        until(lambda: http.get("/readyz").status_code == 200, "for it to be ready")
+        assert http.get("/v1/limits/one").json()["held"] in (0, 1)  # the release may have come through late
+        until(lambda: http.post("/v1/acquire", json={"name": "missing"}).status_code == 200, "for it to grant again")
+    code, err = server.terminate()
+    assert (code, "Traceback" in err) == (0, False), err
+
+
+def test_a_held_request_outlasts_a_restart_of_the_database(private: Cluster, serve: Callable[..., Server]) -> None:
+    server = serve(on=private.dsn)
+    answers: list[httpx.Response] = []
+    with server.client() as http:
+        http.post("/v1/limits", json={"name": "one", "limit": 1})
+        lease = http.post("/v1/acquire", json={"name": "one"}).json()
+
+        def hold() -> None:
+            with server.client() as held:
+                answers.append(held.post("/v1/acquire", json={"name": "one", "wait": 60}))
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        until(lambda: http.get("/v1/waiters").json()["waiters"], "for it to stand in line")
+        private.restart()
+        until(lambda: http.delete(f"/v1/leases/{lease['lease_id']}").status_code == 200, "for the release")
+        thread.join()
+    assert answers[0].json()["status"] == "granted", answers[0].text
+
+
+def test_it_may_be_started_before_its_database(private: Cluster, serve: Callable[..., Server]) -> None:
+    private.stop()
+    server = serve(on=private.dsn)
+    with server.client() as http:
+        assert http.get("/readyz").status_code == 503
+        private.start()
+        until(lambda: http.get("/readyz").status_code == 200, "for it to be ready")
+    assert "Warning: the database cannot be reached" in server.terminate()[1]
+
+
+def test_a_database_without_pglimits_is_an_error_at_once(bare_dsn: str) -> None:
+    server = Server(bare_dsn)
+    _, err = server.process.communicate(timeout=60)
+    assert (server.process.returncode, "run pglimits install" in err) == (1, True)
+
+
+def test_a_port_that_is_taken_is_an_error_of_one_line(serve: Callable[..., Server], dsn: str) -> None:
+    server = serve()
+    second = Server(dsn, ["--port", str(server.port)])
+    _, err = second.process.communicate(timeout=60)
+    assert second.process.returncode == 1
+    assert re.fullmatch(r"Error: .*address already in use.*\n", err), err
+
+
+def test_it_sweeps_by_itself(serve: Callable[..., Server], conn: psycopg.Connection[Any]) -> None:
+    conn.execute("select pglimits.create_limit('one', 1)")
+    conn.execute("select pglimits.acquire('one', lease_duration => 1)")
+    serve("--sweep-every", "0.2")
+    until(lambda: not conn.execute("select from pglimits.leases").fetchall(), "for the lease to be swept")
+
+
+def test_where_it_may_not_sweep_it_says_nothing(
+    serve: Callable[..., Server], conn: psycopg.Connection[Any], dsn: str
+) -> None:
+    name = f"looker_{conn.info.dbname}"
+    conn.execute(f"create role {name} login in role pglimits_reader, pglimits_user".encode())
+    server = serve("--sweep-every", "0.1", on=psycopg.conninfo.make_conninfo(dsn, user=name))
+    with server.client() as http:
+        assert http.get("/v1/limits").status_code == 200
+        refused = http.post("/v1/limits", json={"name": "a", "limit": 1})
+        assert refused.status_code == 403
+    assert server.terminate() == (0, "")
+
+
+def test_bodies_are_bounded(shared: Server) -> None:
+    with shared.client() as http:
+        for content in (b"x" * 1_000_001, iter([b"x" * 100_000] * 11)):
+            assert http.post("/v1/acquire", content=content).status_code == 413
+        assert http.post("/v1/acquire", content=b"[" * 100_000).status_code == 400
+        assert http.post("/v1/acquire", content=b'{"name": "\xff"}').status_code == 400
+        assert http.post("/v1/acquire", json={"name": "missing"}).status_code == 200
+
+
+def test_under_a_prefix_it_is_found_with_and_without_it(serve: Callable[..., Server]) -> None:
+    server = serve("--root-path", "/limits/")
+    assert server.said.rstrip().endswith("/limits/")
+    bare = server.url.removesuffix("/limits")
+    assert httpx.get(f"{bare}/limits/healthz").status_code == 200
+    assert httpx.get(f"{bare}/healthz").status_code == 200
+    made = httpx.post(f"{bare}/v1/limits", json={"name": "a", "limit": 1})
+    assert made.headers["location"] == "/limits/v1/limits/a"

@@ -1,0 +1,235 @@
+"""/v1 on a real server: limits, slots, views."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import httpx
+import pytest
+from servertest import Server, messages, until
+
+QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+def made(http: httpx.Client, name: str, limit: int, **more: Any) -> None:
+    response = http.post("/v1/limits", json={"name": name, "limit": limit, **more})
+    assert response.status_code == 201, response.text
+
+
+def test_a_limit_is_created_read_changed_listed_and_deleted(http: httpx.Client) -> None:
+    response = http.post("/v1/limits", json={"name": "a b", "limit": 3, "description": "x"})
+    assert response.status_code == 201
+    assert response.headers["location"].endswith("/v1/limits/a%20b")
+    assert http.get(response.headers["location"]).json()["limit"] == 3
+    changed = http.patch("/v1/limits/a b", json={"max_waiters": 7})
+    assert {key: changed.json()[key] for key in ("limit", "max_waiters", "description", "active")} == {
+        "limit": 3,
+        "max_waiters": 7,
+        "description": "x",
+        "active": True,
+    }
+    changed = http.patch(
+        "/v1/limits/a b", json={"max_waiters": None, "description": None, "active": False, "name": "b"}
+    )
+    assert {key: changed.json()[key] for key in ("name", "max_waiters", "description", "active")} == {
+        "name": "b",
+        "max_waiters": None,
+        "description": None,
+        "active": False,
+    }
+    assert [row["name"] for row in http.get("/v1/limits").json()["limits"]] == ["b"]
+    assert http.delete("/v1/limits/b").status_code == 204
+    assert http.get("/v1/limits/b").status_code == 404
+
+
+def test_limits_are_filtered_sorted_and_paged(http: httpx.Client) -> None:
+    for nth in range(5):
+        made(http, f"limit-{nth}", 10 + nth, slot_decay_per_second=float(nth % 2), active=nth != 4)
+    http.post("/v1/acquire", json={"name": "limit-2", "slots": 5})
+
+    def names(**params: Any) -> list[str]:
+        return [row["name"] for row in http.get("/v1/limits", params=params).json()["limits"]]
+
+    assert names(name="IT-3") == ["limit-3"]
+    assert names(active=False) == ["limit-4"]
+    assert names(kind="rate") == ["limit-1", "limit-3"]
+    assert names(sort="busiest")[0] == "limit-2"
+    assert names(sort="limit", limit=2) == ["limit-4", "limit-3"]
+    page = http.get("/v1/limits", params={"limit": 2, "offset": 2}).json()
+    assert ([row["name"] for row in page["limits"]], page["total"]) == (["limit-2", "limit-3"], 5)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("POST", "/v1/limits", {"name": "a/b", "limit": 1}, 422, "PL001"),
+        ("POST", "/v1/limits", {"name": "a", "limit": -1}, 422, "PL001"),
+        ("POST", "/v1/limits", {"name": "a", "limit": 1, "limti": 2}, 422, "PL001"),
+        ("POST", "/v1/limits", {"name": "there", "limit": 1}, 409, "PL003"),
+        ("PATCH", "/v1/limits/there", {"limit": None}, 422, "PL001"),
+        ("PATCH", "/v1/limits/missing", {"limit": 1}, 404, "PL002"),
+        ("DELETE", "/v1/limits/missing", None, 404, "PL002"),
+        ("POST", "/v1/acquire", {"name": "there", "slots": 2}, 422, "PL004"),
+        ("POST", "/v1/acquire", {"name": "missing", "strict": True}, 404, "PL002"),
+        ("POST", "/v1/acquire", {"name": "there", "holder": "\x00"}, 422, "PL001"),
+        ("POST", "/v1/acquire", {}, 422, "PL001"),
+        ("POST", "/v1/rate_limit", {"name": "there"}, 422, "PL005"),
+        ("POST", "/v1/limits/there/adjust", {"slots": 1}, 422, "PL005"),
+        ("POST", "/v1/leases/00000000-0000-4000-8000-000000000001/renew", None, 410, None),
+        ("GET", "/v1/nothing", None, 404, None),
+        ("PUT", "/v1/limits", None, 405, None),
+    ],
+)
+def test_an_error_is_problem_details_with_our_code(
+    http: httpx.Client, method: str, path: str, body: Any, status: int, code: str | None
+) -> None:
+    made(http, "there", 1)
+    response = http.request(method, path, json=body)
+    problem = response.json()
+    assert (response.status_code, problem["status"], problem.get("code")) == (status, status, code)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["type"] and problem["title"] and problem["detail"]
+
+
+def test_a_lease_is_taken_seen_renewed_and_released(http: httpx.Client) -> None:
+    made(http, "database", 10)
+    response = http.post(
+        "/v1/acquire", json={"name": "database", "slots": 2, "holder": {"job": 1}, "lease_duration": 60}
+    )
+    lease = response.json()
+    assert (response.status_code, lease["status"], lease["fence"] > 0) == (200, "granted", True)
+    assert response.headers["RateLimit-Policy"] == '"database";q=10;qu="concurrent-requests"'
+    assert response.headers["RateLimit"] == '"database";r=8'
+    (holder,) = http.get("/v1/holders", params={"name": "database"}).json()["holders"]
+    assert (holder["lease_id"], holder["slots"], holder["holder"]) == (lease["lease_id"], 2, {"job": 1})
+    renewed = http.post(f"/v1/leases/{lease['lease_id']}/renew", json={"lease_duration": 600}).json()
+    assert renewed["expires_at"] > lease["expires_at"]
+    assert http.delete(f"/v1/leases/{lease['lease_id']}").json() == {"released": True}
+    assert http.delete(f"/v1/leases/{lease['lease_id']}").json() == {"released": False}
+    assert http.post(f"/v1/leases/{lease['lease_id']}/renew").status_code == 410
+
+
+def test_several_limits_are_taken_together_or_not_at_all(http: httpx.Client) -> None:
+    made(http, "tenant", 1)
+    made(http, "everyone", 5)
+    wanted = {"limits": [{"name": "tenant", "key": "t1"}, {"name": "everyone", "slots": 3}]}
+    first = http.post("/v1/acquire", json=wanted)
+    assert (first.json()["status"], len(first.json()["fences"])) == ("granted", 2)
+    assert first.headers["RateLimit"] == '"tenant";r=0;pk=:dDE=:, "everyone";r=2'
+    second = http.post("/v1/acquire", json=wanted)
+    assert (second.status_code, second.json()["violated-policies"]) == (429, ["tenant", "everyone"])
+    assert [row["held"] for row in http.get("/v1/limits").json()["limits"]] == [3, 1]
+
+
+def test_a_refusal_says_when_to_try_again(http: httpx.Client) -> None:
+    made(http, "api", 5, slot_decay_per_second=0.1)
+    assert http.post("/v1/rate_limit", json={"name": "api", "slots": 5}).status_code == 200
+    response = http.post("/v1/rate_limit", json={"name": "api"})
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (429, QUOTA_EXCEEDED)
+    assert 8 < problem["retry_after"] <= 10
+    assert response.headers["Retry-After"] in ("9", "10")
+    assert response.headers["RateLimit-Policy"] == '"api";q=5;w=50'
+    assert response.headers["RateLimit"] == f'"api";r=0;t={response.headers["Retry-After"]}'
+    full = http.post("/v1/limits", json={"name": "full", "limit": 1}) and http.post(
+        "/v1/acquire", json={"name": "full"}
+    )
+    assert full.status_code == 200
+    refused = http.post("/v1/acquire", json={"name": "full"}).json()
+    assert refused["retry_after"] is None or refused["retry_after"] > 200
+
+
+def test_what_is_left_of_a_rate_limit_is_told(http: httpx.Client) -> None:
+    made(http, "api", 5, slot_decay_per_second=5)
+    response = http.post("/v1/rate_limit", json={"name": "api", "slots": 2})
+    assert response.headers["RateLimit-Policy"] == '"api";q=5;w=1'
+    assert response.headers["RateLimit"] in ('"api";r=3;t=1', '"api";r=4;t=1')
+
+
+def test_a_missing_limit_is_not_enforced_and_a_shut_one_admits_nobody(http: httpx.Client) -> None:
+    assert http.post("/v1/acquire", json={"name": "missing"}).json()["status"] == "unlimited"
+    made(http, "shut", 0)
+    assert http.post("/v1/acquire", json={"name": "shut"}).status_code in (422, 429)
+
+
+def test_peek_adjust_and_reset(http: httpx.Client) -> None:
+    made(http, "tokens", 100, slot_decay_per_second=0.001)
+    assert http.post("/v1/peek", json={"name": "tokens", "for_rate": True}).json()["status"] == "granted"
+    assert round(http.post("/v1/limits/tokens/adjust", json={"slots": 150}).json()["level"]) == 150
+    assert http.post("/v1/peek", json={"name": "tokens", "for_rate": True}).json()["status"] == "refused"
+    http.post("/v1/limits/tokens/reset")
+    assert http.post("/v1/peek", json={"name": "tokens", "for_rate": True}).json()["status"] == "granted"
+
+
+def test_a_held_request_is_granted_when_the_slot_comes_free(http: httpx.Client, shared: Server) -> None:
+    made(http, "one", 1)
+    first = http.post("/v1/acquire", json={"name": "one"}).json()
+    answers: list[httpx.Response] = []
+
+    def wait() -> None:
+        with shared.client() as client:
+            answers.append(client.post("/v1/acquire", json={"name": "one", "wait": 25, "holder": {"who": "second"}}))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    until(lambda: http.get("/v1/waiters").json()["waiters"], "for it to stand in line")
+    http.delete(f"/v1/leases/{first['lease_id']}")
+    waiting.join()
+    assert answers[0].json()["status"] == "granted"
+    (holder,) = http.get("/v1/holders").json()["holders"]
+    assert (holder["lease_id"], holder["holder"]) == (answers[0].json()["lease_id"], {"who": "second"})
+
+
+def test_when_the_hold_is_over_the_place_is_kept_and_asked_for_again(http: httpx.Client) -> None:
+    made(http, "one", 1)
+    first = http.post("/v1/acquire", json={"name": "one"}).json()
+    wanted: dict[str, Any] = {"name": "one", "wait": 0.1, "timeout_seconds": 60}
+    queued = http.post("/v1/acquire", json=wanted)
+    assert (queued.status_code, queued.json()["status"], queued.json()["position"]) == (202, "queued", 1)
+    assert int(queued.headers["Retry-After"]) <= 3
+    behind = http.post("/v1/acquire", json=wanted).json()
+    assert behind["position"] == 2
+    http.delete(f"/v1/leases/{first['lease_id']}")
+    again = http.post("/v1/acquire", json={**wanted, "lease_id": queued.json()["lease_id"]})
+    assert (again.status_code, again.json()["status"]) == (200, "granted")
+    assert again.json()["lease_id"] == queued.json()["lease_id"]
+
+
+def test_a_request_that_waits_no_longer_than_it_is_held_is_refused_then(http: httpx.Client) -> None:
+    made(http, "one", 1)
+    http.post("/v1/acquire", json={"name": "one"})
+    assert http.post("/v1/acquire", json={"name": "one", "wait": 0.2}).status_code == 429
+    assert http.get("/v1/waiters").json()["waiters"] == []
+
+
+def test_a_client_that_goes_away_gives_up_its_place(http: httpx.Client, shared: Server) -> None:
+    made(http, "one", 1)
+    http.post("/v1/acquire", json={"name": "one"})
+    with shared.client(timeout=httpx.Timeout(30, read=1.0)) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/acquire", json={"name": "one", "wait": 60})
+    until(lambda: http.get("/v1/waiters").json()["waiters"] == [], "for the place to be given up", 9)
+
+
+def test_a_request_repeated_under_its_id_acts_once(http: httpx.Client) -> None:
+    made(http, "two", 2)
+    wanted = {"name": "two", "lease_id": str(uuid.uuid4())}
+    first, second = (http.post("/v1/acquire", json=wanted).json() for _ in range(2))
+    assert first == second
+    assert http.get("/v1/limits/two").json()["held"] == 1
+
+
+def test_a_stream_tells_what_changes(http: httpx.Client, shared: Server) -> None:
+    made(http, "one", 1)
+    with shared.client() as other, other.stream("GET", "/v1/changes") as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        stream = messages(response)
+        told = {kind: data for kind, _, data in (next(stream), next(stream))}
+        assert told["database"] == {"down_since": None}
+        assert (told["limits"]["first"], [row["name"] for row in told["limits"]["limits"]]) == (True, ["one"])
+        http.post("/v1/acquire", json={"name": "one"})
+        data = next(data for kind, _, data in stream if kind == "limits")
+        assert (data["first"], data["limits"][0]["held"]) == (False, 1)
+        http.delete("/v1/limits/one")
+        assert next(data["gone"] for kind, _, data in stream if kind == "limits" and data["gone"]) == ["one"]

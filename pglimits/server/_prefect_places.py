@@ -29,23 +29,25 @@ from ._grants import PLACE_LIVES
 POLLS = "pglimits_polls"
 """The cookie that marks a client as one that keeps cookies."""
 _PLACE = "pglimits_place_"
-_KEPT = 30 * 86400
+_MARKED = 30 * 86400
+_KEPT_BY_CLIENTS = 60
+"""Seconds for which a client keeps a place."""
 _AT_ONCE = 0.5
 """Seconds within which a client comes again that is told to come at once. If it comes later, it is another request:
 one that tries once must not be held, only because one before it was refused."""
-_REPEATS_AFTER = 1.0
-"""Seconds after which a request that was granted already is taken for one whose answer was lost."""
+_REPEATS = (1.0, 60.0)
+"""A request that was granted already, and comes again so many seconds later, is one whose answer was lost."""
 _REMEMBERED = 100_000
-_FOR_EVER = float("inf")
 
 
 class Places:
     """Which request has which place in line."""
 
     def __init__(self) -> None:
+        self._began = time.time()
         self._served: set[UUID] = set()
-        self._used_until: OrderedDict[UUID, float] = OrderedDict()
-        """Places that were granted or given up: until when nobody else may have them. As many as fit."""
+        self._used: OrderedDict[UUID, float | None] = OrderedDict()
+        """Places that were granted: when their clients were told; None: they are over. As many as fit."""
 
     @contextlib.contextmanager
     def serving(self, request: Request, digest: str) -> Iterator[UUID | None]:
@@ -54,8 +56,8 @@ class Places:
         No two get the same at once. What was handed out is handed out again only where the answer seems to have been
         lost: its client has not named the lease since, and asks again after a while, as Prefect's do.
         """
-        place = _place(request.cookies.get(_PLACE + digest, ""))
-        if place is None or place in self._served or self._used_until.get(place, 0) > time.monotonic():
+        place = self._brought(request.cookies.get(_PLACE + digest, ""))
+        if place is None or place in self._served:
             yield None
             return
         self._served.add(place)
@@ -66,29 +68,43 @@ class Places:
 
     def hand_out(self, place: UUID) -> None:
         """Its client is told that it was granted."""
-        self._use(place, time.monotonic() + _REPEATS_AFTER)
+        self._use(place, time.monotonic())
 
     def give_up(self, place: UUID) -> None:
-        """Its client has gone, or has what was granted under it. The id is not used again."""
-        self._use(place, _FOR_EVER)
+        """Its client has gone. The id is not used again."""
+        self._use(place, None)
 
     def named(self, lease_id: UUID) -> None:
         """A client has named that lease, so it has it."""
-        if lease_id in self._used_until:
-            self._use(lease_id, _FOR_EVER)
+        if lease_id in self._used:
+            self._use(lease_id, None)
 
-    def _use(self, place: UUID, until: float) -> None:
-        self._used_until[place] = until
-        self._used_until.move_to_end(place)
-        while len(self._used_until) > _REMEMBERED:
-            self._used_until.popitem(last=False)
+    def _use(self, place: UUID, told: float | None) -> None:
+        self._used[place] = told
+        self._used.move_to_end(place)
+        while len(self._used) > _REMEMBERED:
+            self._used.popitem(last=False)
+
+    def _brought(self, cookie: str) -> UUID | None:
+        """The place that a cookie says, if it is still one."""
+        try:
+            text, issued, lives = cookie.split("_")
+            place, age = UUID(text), time.time() - float(issued)
+            if place in self._used:
+                told = self._used[place]
+                return place if told is not None and _REPEATS[0] <= time.monotonic() - told <= _REPEATS[1] else None
+            if float(issued) < self._began:  # by a server that has ended since: its clients had to wait for this one
+                return place if age < _KEPT_BY_CLIENTS else None
+            return place if age < float(lives) else None
+        except ValueError:
+            return None
 
     def keep(self, request: Request, response: Response, digest: str, place: UUID | None, retry_after: float) -> None:
         """Have the client bring its place when it asks again; without one, a new one."""
         at_once = place is None and keeps_cookies(request)
         lives = retry_after + (_AT_ONCE if at_once else PLACE_LIVES)
-        value = f"{place or uuid4()}.{time.time() + lives:.3f}"
-        self._set(request, response, _PLACE + digest, value, math.ceil(lives))
+        value = f"{place or uuid4()}_{time.time():.3f}_{lives:.3f}"
+        self._set(request, response, _PLACE + digest, value, math.ceil(retry_after) + _KEPT_BY_CLIENTS)
         self.mark(request, response)
 
     def drop(self, request: Request, response: Response, digest: str) -> None:
@@ -99,7 +115,7 @@ class Places:
     def mark(self, request: Request, response: Response) -> None:
         """Learn whether the client keeps cookies."""
         if not keeps_cookies(request):
-            self._set(request, response, POLLS, "1", _KEPT)
+            self._set(request, response, POLLS, "1", _MARKED)
 
     @staticmethod
     def _set(request: Request, response: Response, name: str, value: str, seconds: int) -> None:
@@ -123,12 +139,3 @@ def digest_of(request: Request, body: Any) -> str:
 def keeps_cookies(request: Request) -> bool:
     """Whether the client has shown that it keeps cookies: told to ask again at once, it comes with its place."""
     return POLLS in request.cookies
-
-
-def _place(cookie: str) -> UUID | None:
-    """The place that a cookie is for, if it is still."""
-    place, _, until = cookie.partition(".")
-    with contextlib.suppress(ValueError):
-        if len(place) == 36 and float(until) > time.time():
-            return UUID(place)
-    return None

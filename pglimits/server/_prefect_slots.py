@@ -174,7 +174,7 @@ def _comes_again(request: Request, place: UUID | None, answer: Answer) -> float:
 def _locked(request: Request, places: Places, digest: str, place: UUID | None, retry_after: float) -> Response:
     seconds = math.ceil(retry_after * 1000) / 1000  # never too early
     response = _json(423, {"detail": "Locked", "retry_after": seconds})
-    response.headers["Retry-After"] = str(seconds)
+    response.headers["Retry-After"] = f"{seconds:g}"
     places.keep(request, response, digest, place, seconds)
     return response
 

@@ -74,8 +74,14 @@ def try_each(*attempts: dict) -> None:
         say(ended, time.monotonic() - began > 3)
 
 
-def hold(diary: str, who: str, names: list[str], until: str, options: dict) -> None:
-    """Hold slots until a file is there, or until the lease is lost, which ends a strict one."""
+def hold(diary: str, who: str, names: list[str], until: str, options: dict, after: str | None = None) -> None:
+    """Hold slots until a file is there, or until the lease is lost, which ends a strict one.
+
+    after: a file to wait for first, with everything made ready.
+    """
+    if after is not None:
+        with in_threads.concurrency("warm-up"):
+            wait_for(after)
     try:
         with in_threads.concurrency(names, **options):
             note(diary, "begins", who)

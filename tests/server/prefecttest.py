@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -17,53 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
-
-uvicorn = pytest.importorskip("uvicorn", reason="needs pglimits[server]")
+from psycopg.conninfo import conninfo_to_dict
+from servertest import Server
 
 HERE = Path(__file__).resolve().parent
 PREFECT = os.environ.get("PGLIMITS_TEST_PREFECT", "")
 LIMITS = "/api/v2/concurrency_limits"
 
 
-@contextlib.contextmanager
-def serving(dsn: str, port: int = 0, **settings: Any) -> Iterator[str]:
-    """The address of a server of that database, in a thread of this process."""
-    from pglimits.server import Settings, create_app
-    from pglimits.server._app import begin_closing
-
-    app = create_app(Settings(dsn=dsn, sweep_every=0, **settings))
-    config = uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=4)
-    server = uvicorn.Server(config)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen(100)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.005)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            begin_closing(app)
-            server.should_exit = True
-            thread.join(15)
-            assert not thread.is_alive(), "the server does not end"
+@pytest.fixture
+def looks(shared_dsn: str, server: Any) -> Iterator[psycopg.Connection[Any]]:
+    """A connection to the database of the shared server."""
+    name = str(conninfo_to_dict(shared_dsn)["dbname"])
+    with psycopg.connect(server.dsn(name), autocommit=True) as connection:
+        yield connection
 
 
 @pytest.fixture
-def url(dsn: str) -> Iterator[str]:
-    """Of a server of the test's database."""
-    with serving(dsn) as address:
-        yield address
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[httpx.Client]:
-    """A client that keeps cookies; ``post("/increment", …)`` goes to Prefect's routes of limits."""
-    with httpx.Client(base_url=url + LIMITS, timeout=20) as opened:
+def client(shared: Server) -> Iterator[httpx.Client]:
+    """A client that keeps cookies, for Prefect's routes of limits."""
+    with shared.client(base_url=shared.url + LIMITS) as opened:
         yield opened
 
 
@@ -104,12 +78,9 @@ class Process:
 
 
 class Prefect:
-    """Starts processes of an unmodified Prefect, whose API is expected at ``port``."""
+    """Starts processes of an unmodified Prefect, for which a server is its API."""
 
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+    def __init__(self, folder: Path, server: Server) -> None:
         self._folder = folder
         self._ids = itertools.count(1)
         self._pids: dict[int, int] = {}
@@ -118,7 +89,7 @@ class Prefect:
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_API_URL": f"{server.url}/api",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "DO_NOT_TRACK": "1",
             "COLUMNS": "300",
@@ -178,20 +149,18 @@ class Prefect:
 
 
 @pytest.fixture(scope="session")
-def prefect_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    """An unmodified Prefect, with no server."""
+def _prefect(tmp_path_factory: pytest.TempPathFactory, _shared: Server) -> Iterator[Prefect]:
     if not PREFECT:
         pytest.skip("PGLIMITS_TEST_PREFECT does not name the Python of an environment with Prefect")
-    opened = Prefect(tmp_path_factory.mktemp("prefect"))
+    opened = Prefect(tmp_path_factory.mktemp("prefect"), _shared)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def prefect(prefect_alone: Prefect, dsn: str) -> Iterator[Prefect]:
-    """An unmodified Prefect, and a server of the test's database that it calls."""
-    with serving(dsn, prefect_alone.port):
-        yield prefect_alone
+def prefect(_prefect: Prefect, shared: Server) -> Prefect:
+    """An unmodified Prefect, which calls the shared server."""
+    return _prefect
 
 
 @pytest.fixture

@@ -8,20 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefecttest import Prefect, Process, client, gcl, most_at_once, notes, prefect, prefect_alone, url
+from prefecttest import Prefect, Process, _prefect, gcl, looks, most_at_once, notes, prefect
 
 Connection = Any
-__all__ = ["client", "gcl", "prefect", "prefect_alone", "url"]
+__all__ = ["_prefect", "gcl", "looks", "prefect"]
 
 
-def test_each_command_and_flag_of_prefect_gcl(gcl: Callable[..., str], conn: Connection, tmp_path: Path) -> None:
+def test_each_command_and_flag_of_prefect_gcl(gcl: Callable[..., str], looks: Connection, tmp_path: Path) -> None:
     assert "No global concurrency limits found" in gcl("ls")
     assert json.loads(gcl("ls", "-o", "json")) == []
     assert "Created global concurrency limit with name 'jobs'" in gcl("create", "jobs", "--limit", "10")
     assert "already exists" in gcl("create", "jobs", "--limit", "10", code=1)
     gcl("create", "tag:a b", "-l", "3", "--active-slots", "2")
     gcl("create", "mails", "-l", "5", "--slot-decay-per-second", "0.5", "--active-slots", "4", "--disable")
-    assert conn.execute('select name, "limit", held, level, active from pglimits.limits').fetchall()[0][:5] == (
+    assert looks.execute('select name, "limit", held, level, active from pglimits.limits').fetchall()[0][:5] == (
         "jobs", 10, 0, 0, True,
     )  # fmt: skip
     listed = {limit["name"]: limit for limit in json.loads(gcl("ls", "-o", "json"))}
@@ -61,8 +61,8 @@ def test_each_command_and_flag_of_prefect_gcl(gcl: Callable[..., str], conn: Con
     assert "not found" in gcl("delete", "jobs", code=1)
 
 
-def test_eight_processes_contend_without_too_many_at_once(prefect: Prefect, conn: Connection, tmp_path: Path) -> None:
-    conn.execute("select pglimits.create_limit('pair', 2), pglimits.create_limit('wide', 5)")
+def test_eight_processes_contend_without_too_many_at_once(prefect: Prefect, looks: Connection, tmp_path: Path) -> None:
+    looks.execute("select pglimits.create_limit('pair', 2), pglimits.create_limit('wide', 5)")
     diary, go = tmp_path / "diary", tmp_path / "go"
     started = [
         prefect.start("take_turns", str(diary), f"p{n}", ["pair", "wide"][: 1 + n % 2], 5, 0.02, str(go))
@@ -73,24 +73,25 @@ def test_eight_processes_contend_without_too_many_at_once(prefect: Prefect, conn
         assert process.wait().code == 0
     assert len([note for note in notes(diary) if note.what == "begins"]) == 40
     assert most_at_once(diary) == 2
-    left = conn.execute("select held, waiting, limit_id from pglimits.limits join pglimits.configs using (name)")
+    left = looks.execute("select held, waiting, limit_id from pglimits.limits join pglimits.configs using (name)")
     assert [row[:2] for row in left] == [(0, 0), (0, 0)]
 
 
 def test_those_who_wait_go_in_order_of_arrival(
-    prefect: Prefect, conn: Connection, tmp_path: Path, wait_until: Callable[..., Any]
+    prefect: Prefect, looks: Connection, tmp_path: Path, wait_until: Callable[..., Any]
 ) -> None:
-    conn.execute("select pglimits.create_limit('one', 1)")
+    looks.execute("select pglimits.create_limit('one', 1), pglimits.create_limit('warm-up', 8)")
     diary, done = tmp_path / "diary", tmp_path / "done"
-    waiting = "select waiting from pglimits.limits where name = 'one'"
-    started = []
+    options = {"timeout_seconds": 60, "lease_duration": 60}
+    started = [
+        prefect.start("hold", str(diary), str(n), ["one"], str(done), options, str(tmp_path / f"go{n}"))
+        for n in range(8)
+    ]
+    in_it = "select held, waiting from pglimits.limits where name = 'one'"
+    wait_until(lambda: looks.execute("select held from pglimits.limits where name = 'warm-up'").fetchone() == (8,))
     for n in range(8):
-        options = {"timeout_seconds": 60, "lease_duration": 60}
-        started.append(prefect.start("hold", str(diary), str(n), ["one"], str(done), options))
-        if n:
-            wait_until(lambda: conn.execute(waiting).fetchone() == (n,))
-        else:
-            wait_until(lambda: any(note.what == "begins" for note in notes(diary)))
+        (tmp_path / f"go{n}").touch()
+        wait_until(lambda: looks.execute(in_it).fetchone() == (1, n))
     done.touch()
     for process in started:
         process.wait()
@@ -98,17 +99,17 @@ def test_those_who_wait_go_in_order_of_arrival(
     assert most_at_once(diary) == 1
 
 
-def test_a_rate_is_delivered_exactly(prefect: Prefect, conn: Connection, tmp_path: Path) -> None:
-    conn.execute("select pglimits.create_limit('ten', 2, 10), pglimits.create_limit('warm-up', 100, 100)")
+def test_a_rate_is_delivered_exactly(prefect: Prefect, looks: Connection, tmp_path: Path) -> None:
+    looks.execute("select pglimits.create_limit('ten', 2, 10), pglimits.create_limit('warm-up', 100, 100)")
     diary, until, warm = tmp_path / "diary", tmp_path / "until", tmp_path / "warm"
     started = [prefect.start("use_rate", str(diary), str(n), ["ten"], str(until), str(warm)) for n in range(8)]
     while len(notes(warm)) < 8:
         time.sleep(0.05)
     while len(notes(diary)) < 10:
         time.sleep(0.05)
-    begin = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()[0]
+    begin = looks.execute("select extract(epoch from clock_timestamp())::float8").fetchone()[0]
     time.sleep(10.5)
-    end = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()[0]
+    end = looks.execute("select extract(epoch from clock_timestamp())::float8").fetchone()[0]
     until.touch()
     for process in started:
         process.wait()
@@ -117,12 +118,12 @@ def test_a_rate_is_delivered_exactly(prefect: Prefect, conn: Connection, tmp_pat
     assert len({note.who for note in notes(diary)}) == 8
 
 
-def test_it_acts_as_prefect_documents(prefect: Prefect, conn: Connection) -> None:
-    conn.execute(
+def test_it_acts_as_prefect_documents(prefect: Prefect, looks: Connection) -> None:
+    looks.execute(
         """select pglimits.create_limit('one', 1), pglimits.create_limit('off', 1, active => false),
                   pglimits.create_limit('shut', 0), pglimits.create_limit('rate', 1, 0.01)"""
     )
-    conn.execute("select * from pglimits.acquire('one'); select * from pglimits.rate_limit('rate')")
+    looks.execute("select * from pglimits.acquire('one'); select * from pglimits.rate_limit('rate')")
     process = prefect.start(
         "try_each",
         {"names": ["none"]},
@@ -159,15 +160,15 @@ def test_it_acts_as_prefect_documents(prefect: Prefect, conn: Connection) -> Non
         "lease_duration: Input should be greater than or equal to 1",
     ]
     assert said[12].startswith(f"{refused}Unable to acquire concurrency slots on ['{{one,two}}']: 422")
-    assert conn.execute("select held, waiting from pglimits.limits where name in ('one', 'shut')").fetchall() == [
+    assert looks.execute("select held, waiting from pglimits.limits where name in ('one', 'shut')").fetchall() == [
         (1, 0), (0, 0),
     ]  # fmt: skip
 
 
 def test_leases_live_as_long_as_their_clients(
-    prefect: Prefect, conn: Connection, tmp_path: Path, wait_until: Callable[..., Any]
+    prefect: Prefect, looks: Connection, tmp_path: Path, wait_until: Callable[..., Any]
 ) -> None:
-    conn.execute(
+    looks.execute(
         """select pglimits.create_limit('renewed', 1), pglimits.create_limit('killed', 1),
                   pglimits.create_limit('lost', 1), pglimits.create_limit('lost-task', 1),
                   pglimits.create_limit('lost-and-on', 1)"""
@@ -195,15 +196,15 @@ def test_leases_live_as_long_as_their_clients(
 
     # A killed client's slot comes back at its lease's end, to who waits.
     killed.kill()
-    dead = conn.execute("select expires_at from pglimits.holders where name = 'killed'").fetchone()
+    dead = looks.execute("select expires_at from pglimits.holders where name = 'killed'").fetchone()
     heir, heir_diary = hold("killed", "heir")
     wait_until(lambda: begun(heir_diary))
-    took = conn.execute("select acquired_at from pglimits.holders where name = 'killed'").fetchone()
+    took = looks.execute("select acquired_at from pglimits.holders where name = 'killed'").fetchone()
     assert dead is not None
     assert took[0] >= dead[0]
 
     # A lease that somebody ends is lost: with strict, what runs under it is ended.
-    conn.execute("select pglimits.release(lease_id) from pglimits.holders where name like 'lost%'")
+    looks.execute("select pglimits.release(lease_id) from pglimits.holders where name like 'lost%'")
     wait_until(lambda: any(note.what == "cancelled" for note in notes(task_diary)))
     wait_until(lambda: any(note.what == "cancelled" for note in notes(strict_diary)))
     assert task.wait().code == strict.wait().code == 0
@@ -212,14 +213,14 @@ def test_leases_live_as_long_as_their_clients(
 
     # One that is renewed lives on.
     lasted = "select expires_at - acquired_at > interval '4 seconds' from pglimits.holders where name = 'renewed'"
-    wait_until(lambda: conn.execute(lasted).fetchone() == (True,))
+    wait_until(lambda: looks.execute(lasted).fetchone() == (True,))
     until.touch()
     for process in (renewed, heir, lax):
         assert process.wait().code == 0
-    assert conn.execute("select sum(held) from pglimits.limits").fetchone() == (0,)
+    assert looks.execute("select sum(held) from pglimits.limits").fetchone() == (0,)
 
 
-def test_methods_of_prefects_client(prefect: Prefect, conn: Connection) -> None:
+def test_methods_of_prefects_client(prefect: Prefect, looks: Connection) -> None:
     both = {"names": ["a", "b"], "slots": 2}
     process = prefect.run(
         "by_client",
@@ -252,4 +253,4 @@ def test_methods_of_prefects_client(prefect: Prefect, conn: Connection) -> None:
     assert "do not have a decay configured: 'a,b'" in rate
     assert one_more[0] == 200
     assert missing.startswith("ObjectNotFound")
-    assert conn.execute("select name, held from pglimits.limits").fetchall() == [("a", 1), ("b", 2)]
+    assert looks.execute("select name, held from pglimits.limits").fetchall() == [("a", 1), ("b", 2)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -165,6 +167,11 @@ def _run(settings: Settings, host: str, port: int) -> int:
                     f"Serving {_client.place(settings.dsn or '')} on http://{shown}:{bound[1]}{settings.root_path}/"
                 )
 
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # Not as uvicorn has it, which ends by the signal: this is how it is meant to end.
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             begin_closing(application)
             await super().shutdown(sockets)
@@ -175,7 +182,6 @@ def _run(settings: Settings, host: str, port: int) -> int:
             application,
             host=host,
             port=port,
-            root_path=settings.root_path,
             access_log=False,
             log_config=None,
             timeout_graceful_shutdown=4,
@@ -185,8 +191,8 @@ def _run(settings: Settings, host: str, port: int) -> int:
     )
     try:
         server.run()
-    except SystemExit as ended:
-        return int(ended.code or 0)
+    except SystemExit:
+        return _errors.ERROR  # it has said why
     return 0 if server.started else _errors.ERROR
 
 

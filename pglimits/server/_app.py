@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -110,6 +111,9 @@ class Outermost:
             return await self.app(scope, receive, send)
         began = False
         left = self.largest_body
+        root, path = scope.get("root_path", ""), scope["path"]
+        if root and path != root and not path.startswith(f"{root}/"):
+            scope["path"] = root + path  # the proxy has taken the prefix off
 
         async def send_on(message: Message) -> None:
             nonlocal began
@@ -142,8 +146,9 @@ class Outermost:
             await _problems.problem(error).response()(scope, receive, send_on)
 
 
-def _too_large(most: int) -> _problems.Problem:
-    return _problems.Problem(413, f"a request may have {most} bytes at most", headers={"Connection": "close"})
+def _too_large(most: int) -> HTTPException:
+    """One of Starlette's, which FastAPI lets through where it reads a body."""
+    return HTTPException(413, f"the body of a request may have {most} bytes at most", {"Connection": "close"})
 
 
 def _add_health(app: FastAPI) -> None:

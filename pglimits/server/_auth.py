@@ -199,17 +199,17 @@ def _who_are_you(scope: Scope, headers: Headers, path: str) -> Response:
     ).response()
 
 
-def reading(request: Request) -> Caller:
-    """For routes that look: who asks."""
+async def reading(request: Request) -> Caller:
+    """For routes that look: who asks. (Not a plain function, which FastAPI would call in a thread.)"""
     caller = getattr(request.state, "caller", None)
     if not isinstance(caller, Caller):
         raise Problem(401, "a token is needed", headers={"WWW-Authenticate": 'Bearer realm="pglimits"'})
     return caller
 
 
-def writing(request: Request) -> Caller:
+async def writing(request: Request) -> Caller:
     """For routes that take, give back or change: who asks. Tokens that may only read are refused."""
-    caller = reading(request)
+    caller = await reading(request)
     if not caller.full:
         raise Problem(403, f"the token {caller.name!r} may only read")
     return caller

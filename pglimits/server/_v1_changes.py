@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterable, Iterable
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,8 @@ from pydantic import AfterValidator
 from pydantic_core import to_json
 
 from ._auth import reading
-from ._live import Change, Live
+from ._changes import Change
+from ._live import Live
 from ._v1_models import _storable
 
 _Names = Annotated[list[Annotated[str, AfterValidator(_storable)]] | None, Query(max_length=100)]
@@ -22,10 +24,10 @@ def encode(value: Any) -> str:
     return to_json(value, inf_nan_mode="null").decode()
 
 
-def router() -> APIRouter:
-    routes = APIRouter(tags=["changes"])
+def add_to(routes: APIRouter) -> None:
+    """Add these routes."""
 
-    @routes.get("/changes", response_class=EventSourceResponse, dependencies=[Depends(reading)])
+    @routes.get("/changes", tags=["changes"], response_class=EventSourceResponse, dependencies=[Depends(reading)])
     async def changes(
         request: Request,
         name: Annotated[_Names, Query(description="Only these limits.")] = None,
@@ -43,11 +45,10 @@ def router() -> APIRouter:
         if last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit():
             after = min(int(last_event_id[:19]), 2**63 - 1)
         wanted = None if name is None else frozenset(name)
-        async for change in live.stream(after=after, events=only != "limits"):
-            for event in _events(change, wanted, only):
-                yield event
-
-    return routes
+        async with contextlib.aclosing(live.stream(after=after, events=only != "limits")) as stream:
+            async for change in stream:
+                for event in _events(change, wanted, only):
+                    yield event
 
 
 def _events(change: Change, wanted: frozenset[str] | None, only: str | None) -> Iterable[ServerSentEvent]:

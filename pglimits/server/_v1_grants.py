@@ -31,8 +31,8 @@ def grants(request: Request) -> Grants:
     return found
 
 
-def router(settings: Settings) -> APIRouter:
-    routes = APIRouter(tags=["slots"])
+def add_to(routes: APIRouter, settings: Settings) -> None:
+    """Add these routes."""
 
     async def ask(request: Request, caller: Caller, body: models.RateRequest, duration: float | None) -> Response:
         parts = body.parts
@@ -60,7 +60,7 @@ def router(settings: Settings) -> APIRouter:
         budgets = await request.app.state.budgets.of(names, keys)
         return _response(answer, names, budgets)
 
-    @routes.post("/acquire", responses=_ANSWERS)
+    @routes.post("/acquire", tags=["slots"], responses=_ANSWERS)
     async def acquire(request: Request, caller: Writer, body: models.AcquireRequest) -> Response:
         """Take slots until they are released or the lease ends.
 
@@ -69,12 +69,12 @@ def router(settings: Settings) -> APIRouter:
         """
         return await ask(request, caller, body, body.lease_duration)
 
-    @routes.post("/rate_limit", responses=_ANSWERS)
+    @routes.post("/rate_limit", tags=["slots"], responses=_ANSWERS)
     async def rate_limit(request: Request, caller: Writer, body: models.RateRequest) -> Response:
         """Take slots that come back by decay only. Granted means: go now."""
         return await ask(request, caller, body, None)
 
-    @routes.post("/peek", response_model=models.Peek)
+    @routes.post("/peek", tags=["slots"], response_model=models.Peek)
     async def peek(request: Request, _: Reader, body: models.Peeked) -> dict[str, Any]:
         """What a request would be answered now, without making it."""
         parts = body.parts
@@ -93,7 +93,7 @@ def router(settings: Settings) -> APIRouter:
         assert row is not None
         return row
 
-    @routes.post("/leases/{lease_id}/renew", response_model=models.RenewedLease)
+    @routes.post("/leases/{lease_id}/renew", tags=["slots"], response_model=models.RenewedLease)
     async def renew(request: Request, _: Writer, lease_id: UUID, body: models.Renewal | None = None) -> dict[str, Any]:
         """Move the end of a lease to so many seconds from now, never nearer. 410: it has ended."""
         renewed = await grants(request).renew(lease_id, None if body is None else body.lease_duration)
@@ -101,21 +101,19 @@ def router(settings: Settings) -> APIRouter:
             raise LeaseLost(f"the lease {lease_id} has ended")
         return {"lease_id": lease_id, "expires_at": renewed.expires_at}
 
-    @routes.delete("/leases/{lease_id}", response_model=models.Released)
+    @routes.delete("/leases/{lease_id}", tags=["slots"], response_model=models.Released)
     async def release(request: Request, _: Writer, lease_id: UUID) -> Response:
         """End a lease, or leave the line."""
         released = await grants(request).release(lease_id)
         return Response(b'{"released":true}' if released else b'{"released":false}', media_type="application/json")
 
-    @routes.post("/leases/{lease_id}/force-release", response_model=models.Released)
+    @routes.post("/leases/{lease_id}/force-release", tags=["slots"], response_model=models.Released)
     async def force_release(request: Request, caller: Writer, lease_id: UUID) -> dict[str, bool]:
         """End a lease, or a place in line, that is somebody else's. An event says who did it."""
         row = await database(request).row(
             "select pglimits.force_release(%s::uuid) as released", [lease_id], by=caller.name, writes=True
         )
         return {"released": row is not None and row["released"]}
-
-    return routes
 
 
 def _response(answer: Answer, names: list[str], budgets: list[fields.Budget]) -> Response:

@@ -60,10 +60,10 @@ def paged(rows: Rows, name: str) -> dict[str, Any]:
     return {name: rows, "total": total}
 
 
-def router() -> APIRouter:
-    routes = APIRouter(tags=["limits"])
+def add_to(routes: APIRouter) -> None:
+    """Add these routes."""
 
-    @routes.get("/limits", response_model=models.Limits)
+    @routes.get("/limits", tags=["limits"], response_model=models.Limits)
     async def list_limits(
         request: Request,
         _: Reader,
@@ -91,7 +91,7 @@ def router() -> APIRouter:
         )
         return paged(rows, "limits")
 
-    @routes.post("/limits", status_code=201, response_model=models.Limit)
+    @routes.post("/limits", tags=["limits"], status_code=201, response_model=models.Limit)
     async def create_limit(
         request: Request, response: Response, caller: Writer, body: models.NewLimit
     ) -> dict[str, Any]:
@@ -106,12 +106,12 @@ def router() -> APIRouter:
         response.headers["Location"] = f"{request.scope.get('root_path', '')}/v1/limits/{quote(body.name, safe='')}"
         return await the_limit(db, body.name)
 
-    @routes.get("/limits/{name}", response_model=models.Limit)
+    @routes.get("/limits/{name}", tags=["limits"], response_model=models.Limit)
     async def get_limit(request: Request, _: Reader, name: Name) -> dict[str, Any]:
         """One limit."""
         return await the_limit(database(request), name)
 
-    @routes.patch("/limits/{name}", response_model=models.Limit)
+    @routes.patch("/limits/{name}", tags=["limits"], response_model=models.Limit)
     async def update_limit(request: Request, caller: Writer, name: Name, body: models.LimitChange) -> dict[str, Any]:
         """Change what is sent, at once."""
         db = database(request)
@@ -132,13 +132,13 @@ def router() -> APIRouter:
         request.app.state.budgets.forget(name, sent.get("name", name))
         return await the_limit(db, sent.get("name", name))
 
-    @routes.delete("/limits/{name}", status_code=204)
+    @routes.delete("/limits/{name}", tags=["limits"], status_code=204)
     async def delete_limit(request: Request, caller: Writer, name: Name) -> None:
         """Delete a limit with its leases. Its waiters are told."""
         await database(request).run("select pglimits.delete_limit(%s)", [name], by=caller.name)
         request.app.state.budgets.forget(name)
 
-    @routes.post("/limits/{name}/reset")
+    @routes.post("/limits/{name}/reset", tags=["limits"])
     async def reset(request: Request, caller: Writer, name: Name, body: models.Key | None = None) -> dict[str, int]:
         """End every lease of a limit, or of one key, and set its level to zero."""
         row = await database(request).row(
@@ -149,7 +149,7 @@ def router() -> APIRouter:
         )
         return {"ended": 0 if row is None else row["ended"]}
 
-    @routes.post("/limits/{name}/adjust")
+    @routes.post("/limits/{name}/adjust", tags=["limits"])
     async def adjust(request: Request, caller: Writer, name: Name, body: models.Adjustment) -> dict[str, float]:
         """Correct the level of a rate limit after the fact: up, even past the limit, or down, never below zero."""
         row = await database(request).row(
@@ -159,5 +159,3 @@ def router() -> APIRouter:
             writes=True,
         )
         return {"level": 0.0 if row is None else row["level"]}
-
-    return routes

@@ -229,7 +229,7 @@ class Holders(BaseModel):
 
 
 class Waiter(BaseModel):
-    """Who waits. reason, blocked_by, earliest: with ``why=true`` of one limit."""
+    """A request that stands in line."""
 
     lease_id: UUID
     name: str
@@ -239,13 +239,33 @@ class Waiter(BaseModel):
     priority: int
     position: int
     waiting_since: datetime
-    blocked_by: str | None = None
-    reason: str | None = None
-    earliest: datetime | None = None
 
 
 class Waiters(BaseModel):
     waiters: list[Waiter]
+    total: int
+
+
+class Reason(BaseModel):
+    """Why a request waits.
+
+    blocked_by: the limit in whose line it stands. earliest: not before then; null where only a release can tell.
+    """
+
+    lease_id: UUID
+    key: str
+    position: int
+    blocked_by: str
+    reason: str
+    earliest: datetime | None
+    slots: int | None
+    holder: Any
+    priority: int | None
+    waiting_since: datetime | None
+
+
+class Waiting(BaseModel):
+    waiters: list[Reason]
     total: int
 
 
@@ -273,12 +293,12 @@ class Events(BaseModel):
 
 
 class Step(BaseModel):
-    """One step of a history."""
+    """One step of a history. at: its end. covered_seconds: what its samples cover. held: on average."""
 
     at: datetime
-    seconds: float
+    covered_seconds: float
     limit: int
-    held: float
+    held: float | None
     level: float
     waiting: int
     grants: int
@@ -286,7 +306,7 @@ class Step(BaseModel):
     releases: int
     expired_leases: int
     force_released_leases: int
-    waited_seconds: float
+    waited_seconds: float | None
     waited_p50: float | None
     waited_p95: float | None
 

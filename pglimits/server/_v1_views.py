@@ -32,10 +32,15 @@ _WAITERS = """
     order by w.name, w.key, w."position" limit %(limit)s offset %(offset)s
 """
 _WHY = """
-    select y.lease_id, y.blocked_by, y.reason, y.earliest from pglimits.why_waiting(%s, %s::text) y
+    select y.lease_id, y.key, y."position", y.blocked_by, y.reason, y.earliest, w.slots, w.holder, w.priority,
+           w.waiting_since, count(*) over ()::int as total
+    from pglimits.why_waiting(%(name)s)
+         with ordinality as y(lease_id, key, "position", blocked_by, reason, earliest, nth)
+    left join pglimits.waiters w on w.lease_id = y.lease_id
+    order by y.nth limit %(limit)s offset %(offset)s
 """
 _HISTORY = """
-    select h.at, h.seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
+    select h.at, h.covered_seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
            h.expired_leases, h.force_released_leases, h.waited_seconds, h.waited_p50, h.waited_p95
     from pglimits.history(%s, %s::float8, %s::int) h order by h.at
 """
@@ -46,17 +51,17 @@ EVENT = """
 """
 
 
-def router() -> APIRouter:
-    routes = APIRouter(tags=["views"])
+def add_to(routes: APIRouter) -> None:
+    """Add these routes."""
 
-    @routes.get("/limits/{name}/keys", response_model=models.Keys)
+    @routes.get("/limits/{name}/keys", tags=["views"], response_model=models.Keys)
     async def keys(request: Request, _: Reader, name: Name, limit: Most = 100, offset: Skip = 0) -> dict[str, Any]:
         """The keys of a limit that were used, the busiest first."""
         db = database(request)
         await the_limit(db, name)
         return paged(await db.rows(_KEYS, {"name": name, "limit": limit, "offset": offset}), "keys")
 
-    @routes.get("/holders", response_model=models.Holders)
+    @routes.get("/holders", tags=["views"], response_model=models.Holders)
     async def holders(
         request: Request,
         _: Reader,
@@ -69,26 +74,27 @@ def router() -> APIRouter:
         rows = await database(request).rows(_HOLDERS, {"name": name, "key": key, "limit": limit, "offset": offset})
         return paged(rows, "holders")
 
-    @routes.get("/waiters", response_model=models.Waiters)
+    @routes.get("/waiters", tags=["views"], response_model=models.Waiters)
     async def waiters(
         request: Request,
         _: Reader,
         name: NameFilter = None,
         key: NameFilter = None,
-        why: Annotated[bool, Query(description="Say why each waits. Needs name.")] = False,
         limit: Most = 100,
         offset: Skip = 0,
     ) -> dict[str, Any]:
         """Who waits, in order, for one limit or for all."""
-        db = database(request)
-        rows = await db.rows(_WAITERS, {"name": name, "key": key, "limit": limit, "offset": offset})
-        if why and name is not None and rows:
-            reasons = {row.pop("lease_id"): row for row in await db.rows(_WHY, [name, key])}
-            for row in rows:
-                row.update(reasons.get(row["lease_id"], {}))
+        rows = await database(request).rows(_WAITERS, {"name": name, "key": key, "limit": limit, "offset": offset})
         return paged(rows, "waiters")
 
-    @routes.get("/limits/{name}/history", response_model=models.History)
+    @routes.get("/limits/{name}/waiters", tags=["views"], response_model=models.Waiting)
+    async def why_waiting(
+        request: Request, _: Reader, name: Name, limit: Most = 100, offset: Skip = 0
+    ) -> dict[str, Any]:
+        """Who waits for a limit, and why. Those who stand in the line of another limit, and need this one too, last."""
+        return paged(await database(request).rows(_WHY, {"name": name, "limit": limit, "offset": offset}), "waiters")
+
+    @routes.get("/limits/{name}/history", tags=["views"], response_model=models.History)
     async def history(
         request: Request,
         _: Reader,
@@ -101,7 +107,7 @@ def router() -> APIRouter:
         await the_limit(db, name)
         return {"name": name, "steps": await db.rows(_HISTORY, [name, seconds, points])}
 
-    @routes.get("/events", response_model=models.Events)
+    @routes.get("/events", tags=["views"], response_model=models.Events)
     async def events(
         request: Request,
         _: Reader,
@@ -121,5 +127,3 @@ def router() -> APIRouter:
             {"name": name, "kinds": kind, "after": after, "before": before, "limit": limit},
         )
         return {"events": rows, "next": rows[-1]["event_id"] if len(rows) == limit else None}
-
-    return routes

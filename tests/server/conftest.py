@@ -11,8 +11,8 @@ import httpx
 import psycopg
 import pytest
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "faults")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "faults"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from psycopg.conninfo import conninfo_to_dict
 from servertest import TOKENS, Server

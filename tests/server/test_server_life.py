@@ -12,16 +12,15 @@ import httpx
 import psycopg
 import pytest
 from cluster import Cluster, cluster
-from conftest import binaries
 from servertest import Server, messages, until
 
-from pglimits import _install
+from pglimits import _embedded, _install
 
 
 @pytest.fixture
-def private() -> Iterator[Cluster]:
+def private(server: Any) -> Iterator[Cluster]:
     """A PostgreSQL of this test's own, to be stopped and started."""
-    with cluster(binaries(), {"shared_buffers": "16MB"}) as made:
+    with cluster(_embedded.Binaries(server.bin, server.version), {"shared_buffers": "16MB"}) as made:
         made.start()
         _install.install(made.dsn)
         yield made
@@ -176,11 +175,12 @@ def test_where_it_may_not_sweep_it_says_nothing(
 
 
 def test_bodies_are_bounded(shared: Server) -> None:
+    json = {"Content-Type": "application/json"}
     with shared.client() as http:
         for content in (b"x" * 1_000_001, iter([b"x" * 100_000] * 11)):
             assert http.post("/v1/acquire", content=content).status_code == 413
-        assert http.post("/v1/acquire", content=b"[" * 100_000).status_code == 400
-        assert http.post("/v1/acquire", content=b'{"name": "\xff"}').status_code == 400
+        assert http.post("/v1/acquire", content=b"[" * 100_000, headers=json).status_code == 400
+        assert http.post("/v1/acquire", content=b'{"name": "\xff"}', headers=json).status_code == 400
         assert http.post("/v1/acquire", json={"name": "missing"}).status_code == 200
 
 

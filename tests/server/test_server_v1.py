@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from servertest import Server, messages, until
+from servertest import FULL, Server, messages, until
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
@@ -233,3 +233,56 @@ def test_a_stream_tells_what_changes(http: httpx.Client, shared: Server) -> None
         assert (data["first"], data["limits"][0]["held"]) == (False, 1)
         http.delete("/v1/limits/one")
         assert next(data["gone"] for kind, _, data in stream if kind == "limits" and data["gone"]) == ["one"]
+
+
+def test_events_are_told_paged_and_streamed_from_the_last_one_seen(http: httpx.Client, shared: Server) -> None:
+    def ids(**params: Any) -> list[int]:
+        return [row["event_id"] for row in http.get("/v1/events", params={"name": "mine", **params}).json()["events"]]
+
+    made(http, "mine", 1)
+    http.patch("/v1/limits/mine", json={"limit": 2})
+    lease = http.post("/v1/acquire", json={"name": "mine", "holder": {"who": "me"}}).json()
+    assert http.post(f"/v1/leases/{lease['lease_id']}/force-release").json() == {"released": True}
+    newest, updated, created = http.get("/v1/events", params={"name": "mine", "limit": 3}).json()["events"]
+    assert (newest["kind"], newest["holder"]) == ("force_released", {"who": "me"})
+    assert (updated["kind"], updated["old"], updated["new"]) == ("updated", {"limit": 1}, {"limit": 2})
+    assert (created["kind"], created["by"]["application"]) == ("created", "pglimits serve")
+    all_ids = [newest["event_id"], updated["event_id"], created["event_id"]]
+    assert ids(before=all_ids[0], limit=1) == [all_ids[1]]
+    assert ids(after=all_ids[2]) == [all_ids[1], all_ids[0]]
+    assert ids(kind=["updated"], after=all_ids[2]) == [all_ids[1]]
+    headers = {"Last-Event-ID": str(all_ids[2])}
+    with shared.client() as other, other.stream("GET", "/v1/changes?name=mine", headers=headers) as response:
+        stream = ((kind, event_id, data) for kind, event_id, data in messages(response) if kind == "event")
+        told = [next(stream), next(stream)]
+        http.delete("/v1/limits/mine")
+        told.append(next(stream))
+    assert [data["kind"] for _, _, data in told] == ["updated", "force_released", "deleted"]
+    assert [event_id for _, event_id, _ in told][:2] == [str(all_ids[1]), str(all_ids[0])]
+
+
+def test_a_change_says_on_whose_behalf_it_was_made(guarded: Server) -> None:
+    with guarded.client(FULL) as http:
+        made(http, "mine", 1)
+        event = http.get("/v1/events", params={"name": "mine"}).json()["events"][0]
+    assert (event["kind"], event["by"]["for"]) == ("created", "ops")
+
+
+def test_why_somebody_waits_is_told(http: httpx.Client) -> None:
+    made(http, "one", 1)
+    http.post("/v1/acquire", json={"name": "one"})
+    queued = http.post("/v1/acquire", json={"name": "one", "timeout_seconds": 60, "holder": {"who": "me"}}).json()
+    (waiter,) = http.get("/v1/limits/one/waiters").json()["waiters"]
+    assert (waiter["lease_id"], waiter["blocked_by"], waiter["holder"]) == (queued["lease_id"], "one", {"who": "me"})
+    assert waiter["reason"]
+
+
+def test_a_history_and_keys_are_shown(http: httpx.Client) -> None:
+    made(http, "tenants", 5)
+    for key in ("a", "b", "b"):
+        http.post("/v1/acquire", json={"name": "tenants", "key": key})
+    history = http.get("/v1/limits/tenants/history", params={"seconds": 60, "points": 1}).json()
+    assert (history["name"], len(history["steps"]) <= 1) == ("tenants", True)
+    keys = http.get("/v1/limits/tenants/keys").json()
+    assert ([(row["key"], row["held"]) for row in keys["keys"]], keys["total"]) == ([("b", 2), ("a", 1)], 2)
+    assert http.get("/v1/limits/missing/history").status_code == 404

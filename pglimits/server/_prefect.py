@@ -22,7 +22,7 @@ from ..errors import LimiterUnavailable, PglimitsError
 from . import _prefect_slots
 from ._auth import Caller, reading, writing
 from ._database import Database
-from ._prefect_limits import find, set_active_slots, some
+from ._prefect_limits import Limits, find, set_active_slots, some
 from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Filter, GlobalLimit, Update
 from ._prefect_places import Places
 from ._problems import Problem, problem
@@ -63,8 +63,9 @@ def router() -> APIRouter:
     places = Places()
     _add_first(routes, places)
     limits = APIRouter(prefix="/v2/concurrency_limits", tags=["for Prefect's clients"], route_class=PrefectRoute)
-    _add_limits(limits)
-    _prefect_slots.add(limits, places)
+    known = Limits()
+    _add_limits(limits, known)
+    _prefect_slots.add(limits, places, known)
     routes.include_router(limits)
     return routes
 
@@ -123,7 +124,7 @@ def _add_first(routes: APIRouter, places: Places) -> None:
                 await websocket.receive_text()
 
 
-def _add_limits(routes: APIRouter) -> None:
+def _add_limits(routes: APIRouter, known: Limits) -> None:
     @routes.post("/", status_code=201, response_model=CreatedLimit)
     @routes.post("", status_code=201, include_in_schema=False, response_model=CreatedLimit)
     async def create(request: Request, body: Create, caller: Writes) -> CreatedLimit:
@@ -146,7 +147,8 @@ def _add_limits(routes: APIRouter) -> None:
                 raise
         if later:
             await db.run("select pglimits.update_limit(%s, active => false)", [body.name], by=caller.name)
-        return CreatedLimit.of(await find(db, body.name))  # type: ignore[return-value]
+        known.forget()
+        return CreatedLimit.model_validate(GlobalLimit.of(await find(db, body.name)).model_dump())
 
     @routes.post("/filter", response_model=list[GlobalLimit])
     async def list_some(request: Request, caller: Reads, body: Filter | None = None) -> list[GlobalLimit]:
@@ -178,6 +180,7 @@ def _add_limits(routes: APIRouter) -> None:
                 [row["name"], *changes],
                 by=caller.name,
             )
+            known.forget()
         if wanted is not None:
             row = await find(db, body.name or row["name"])
             await set_active_slots(db, request.app.state.grants, row, wanted, caller.name)
@@ -189,6 +192,7 @@ def _add_limits(routes: APIRouter) -> None:
         db: Database = request.app.state.db
         row = await find(db, id_or_name)
         await db.run("select pglimits.delete_limit(%s)", [row["name"]], by=caller.name)
+        known.forget()
         return Response(status_code=204)
 
 

@@ -17,30 +17,36 @@ WITHOUT_LEASE = {"prefect": "without lease"}
 """What the holder of slots says that were taken without a lease. They end when they are given back by number."""
 _FIRST = 1_000_000
 """The highest priority."""
-_REMEMBERED_FOR = 1.0
+_REMEMBERED_FOR = 5.0
 _REMEMBERED = 10_000
 
 _LIMIT = """
     select c.limit_id, l.name, l."limit", l.held, l.level, l.active, l.slot_decay_per_second, l.created_at, l.updated_at
-    from pglimits.limits l join pglimits.configs c on c.name = l.name
+    from pglimits.limits l join pglimits.counters c on c.name = l.name
 """
 
 
 class Limits:
-    """Looks limits up, and keeps what it needs of them for a second."""
+    """Which id and how many slots limits have. What is known is kept for some seconds: clients do nothing by it."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[float, int, int]] = {}
 
+    def forget(self) -> None:
+        """One was changed."""
+        self._known.clear()
+
     async def known(self, db: Database, names: list[str], *, surely: bool = False) -> list[tuple[int, str, int]]:
-        """(limit_id, name, limit) of those that there are. May be a second old; surely: is not."""
+        """(limit_id, name, limit) of those that there are. surely: as of now."""
         now = time.monotonic()
         found: dict[str, tuple[float, int, int]] = {}
         if not surely:
             found = {name: kept for name in names if (kept := self._known.get(name)) is not None and kept[0] > now}
         if asked := [name for name in names if name not in found]:
             rows = await db.rows(
-                'select c.limit_id, c.name, c."limit" from pglimits.configs c where c.name = any (%s)', [asked]
+                """select c.limit_id, l.name, l."limit"
+                   from pglimits.limits l join pglimits.counters c on c.name = l.name where l.name = any (%s)""",
+                [asked],
             )
             fresh = {row["name"]: (now + _REMEMBERED_FOR, row["limit_id"], row["limit"]) for row in rows}
             if len(self._known) + len(fresh) > _REMEMBERED:
@@ -61,7 +67,8 @@ async def find(db: Database, id_or_name: str) -> dict[str, Any]:
         limit_id = limit_id_of(UUID(id_or_name))
     row = None
     if limit_id is not None:
-        row = await db.row(f"{_LIMIT} where c.limit_id = %s", [limit_id])
+        named = await db.row("select c.name from pglimits.counters c where c.limit_id = %s", [limit_id])
+        row = named and await db.row(f"{_LIMIT} where l.name = %s", [named["name"]])
     if row is None and is_text(id_or_name):
         row = await db.row(f"{_LIMIT} where l.name = %s", [id_or_name])
     if row is None:
@@ -71,11 +78,8 @@ async def find(db: Database, id_or_name: str) -> dict[str, Any]:
 
 async def some(db: Database, limit: int, offset: int) -> list[dict[str, Any]]:
     """So many limits in the order of their names."""
-    return await db.rows(
-        f"""{_LIMIT} where l.name in (select x.name from pglimits.configs x order by x.name limit %s offset %s)
-            order by l.name""",
-        [limit, offset],
-    )
+    names = await db.rows("select c.name from pglimits.counters c order by c.name limit %s offset %s", [limit, offset])
+    return await db.rows(f"{_LIMIT} where l.name = any (%s) order by l.name", [[row["name"] for row in names]])
 
 
 async def set_active_slots(db: Database, grants: Grants, row: dict[str, Any], wanted: int, by: str | None) -> None:

@@ -47,9 +47,8 @@ _COMES_AGAIN = 1.0
 _LOCKED: dict[int | str, dict[str, Any]] = {423: {"description": "No slot is free. Ask again after Retry-After."}}
 
 
-def add(routes: APIRouter, places: Places) -> None:
+def add(routes: APIRouter, places: Places, limits: Limits) -> None:
     """Add the routes to those of the limits."""
-    limits = Limits()
 
     @routes.post("/increment", response_model=list[MinimalLimit], dependencies=[Depends(writing)], responses=_LOCKED)
     async def increment(request: Request, body: Increment) -> Response:

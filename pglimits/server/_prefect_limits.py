@@ -45,8 +45,9 @@ class Limits:
         if asked := [name for name in names if name not in found]:
             rows = await db.rows(
                 """select c.limit_id, l.name, l."limit"
-                   from pglimits.limits l join pglimits.counters c on c.name = l.name where l.name = any (%s)""",
-                [asked],
+                   from pglimits.limits l join pglimits.counters c on c.name = l.name
+                   where l.name = any (%s) and c.name = any (%s)""",
+                [asked, asked],
             )
             fresh = {row["name"]: (now + _REMEMBERED_FOR, row["limit_id"], row["limit"]) for row in rows}
             if len(self._known) + len(fresh) > _REMEMBERED:
@@ -78,8 +79,9 @@ async def find(db: Database, id_or_name: str) -> dict[str, Any]:
 
 async def some(db: Database, limit: int, offset: int) -> list[dict[str, Any]]:
     """So many limits in the order of their names."""
-    names = await db.rows("select c.name from pglimits.counters c order by c.name limit %s offset %s", [limit, offset])
-    return await db.rows(f"{_LIMIT} where l.name = any (%s) order by l.name", [[row["name"] for row in names]])
+    rows = await db.rows("select c.name from pglimits.counters c order by c.name limit %s offset %s", [limit, offset])
+    names = [row["name"] for row in rows]
+    return await db.rows(f"{_LIMIT} where l.name = any (%s) and c.name = any (%s) order by l.name", [names, names])
 
 
 async def set_active_slots(db: Database, grants: Grants, row: dict[str, Any], wanted: int, by: str | None) -> None:

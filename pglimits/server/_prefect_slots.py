@@ -89,8 +89,9 @@ def add(routes: APIRouter, places: Places, limits: Limits) -> None:
 
 async def _increment(request: Request, body: Increment, places: Places, limits: Limits) -> Response:
     """Ask for slots, and answer as Prefect's server would."""
-    db, grants = request.app.state.db, request.app.state.grants
+    state = request.app.state
     digest = digest_of(request, body.model_dump(mode="json"))
+    known = await limits.known(state.db, body.names)  # before anything is granted: it may fail
     with places.serving(request, digest) as place:
         try:
             answer = await _ask(request, body, place)
@@ -103,22 +104,24 @@ async def _increment(request: Request, body: Increment, places: Places, limits: 
         except SlotsExceedLimit as error:
             raise Problem(422, "Slots requested is greater than the limit", code="PL004") from error
         except NoSlotDecay as error:
-            raise await _no_decay(db, body.names) from error
+            raise await _no_decay(state.db, body.names) from error
         if answer.status in ("queued", "refused"):
-            return _locked(request, places, digest, place, _comes_again(request, place, answer))
-        holds = answer.status == "granted" and body.mode == "concurrency"
-        if holds and place is not None:
+            return _locked(request, places, digest, place, _comes_again(request, body, place, answer))
+        if answer.status == "unlimited":
+            known = await limits.known(state.db, body.names, surely=True)
+        lease_id = id_of_nothing()
+        if answer.status == "granted" and body.mode == "concurrency" and answer.lease_id is not None:
+            lease_id = answer.lease_id
             if await request.is_disconnected():
-                places.give_up(place)
-                await grants.release(place)
+                places.give_up(lease_id)
+                await state.grants.release(lease_id)
                 raise ClientGone
-            places.hand_out(place)
-        known = as_minimal(await limits.known(db, body.names, surely=answer.status == "unlimited"))
+            if place is not None:
+                places.hand_out(lease_id)
+        found: Any = as_minimal(known)
         if isinstance(body, IncrementWithLease):
-            lease_id = answer.lease_id if holds else id_of_nothing()
-            response = _json(200, {"lease_id": str(lease_id), "limits": known})
-        else:
-            response = _json(200, known)
+            found = {"lease_id": str(lease_id), "limits": found}
+        response = _json(200, found)
         places.drop(request, response, digest)
         return response
 
@@ -150,21 +153,22 @@ async def _ask(request: Request, body: Increment, place: UUID | None) -> Answer:
 
 def _holder(request: Request, body: Increment) -> dict[str, Any]:
     """What the views show of whoever has the slots."""
-    if not isinstance(body, IncrementWithLease):
-        return WITHOUT_LEASE
     program = "".join(char for char in request.headers.get("user-agent", "")[:200] if char.isprintable())
     holder: dict[str, Any] = {"program": program}
     if request.client is not None:
         holder["address"] = request.client.host
-    if body.holder is not None:
+    if not isinstance(body, IncrementWithLease):
+        holder |= WITHOUT_LEASE
+    elif body.holder is not None:
         holder |= body.holder.model_dump(mode="json")
     return holder
 
 
-def _comes_again(request: Request, place: UUID | None, answer: Answer) -> float:
+def _comes_again(request: Request, body: Increment, place: UUID | None, answer: Answer) -> float:
     """When the client is to ask again."""
     if place is not None:
-        return min(answer.retry_after or 0, _LONGEST_NAP)
+        # In line for a slot, it is held again at once: a release may come at any time. A rate has its moment.
+        return min(answer.retry_after or 0, _LONGEST_NAP) if body.mode == "rate_limit" else 0
     if keeps_cookies(request):
         return 0  # to stand in line
     return _COMES_AGAIN if answer.retry_after is None else answer.retry_after
@@ -173,7 +177,7 @@ def _comes_again(request: Request, place: UUID | None, answer: Answer) -> float:
 def _locked(request: Request, places: Places, digest: str, place: UUID | None, retry_after: float) -> Response:
     seconds = math.ceil(retry_after * 1000) / 1000  # never too early
     response = _json(423, {"detail": "Locked", "retry_after": seconds})
-    response.headers["Retry-After"] = f"{seconds:g}"
+    response.headers["Retry-After"] = f"{seconds:.3f}".rstrip("0").rstrip(".")
     places.keep(request, response, digest, place, seconds)
     return response
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -96,16 +98,20 @@ def _tokens(variable: str, file: Path | None, full: bool) -> list[Token]:
     """The tokens of a variable and of a file."""
     from pglimits.server._auth import parse_tokens
 
-    found = parse_tokens(os.environ.get(variable, ""), full, variable)
+    given = os.environ.get(variable)
+    found = [] if given is None else parse_tokens(given, full, variable)
+    if given is not None and not found:
+        raise _errors.usage(f"the environment variable {variable} is set but has no token: name one, or unset it")
     if file is not None:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise _errors.usage(f"cannot read {file}: {reason}") from None
-        found += parse_tokens(text, full, str(file))
-        if not found:
+        in_file = parse_tokens(text, full, str(file))
+        if not in_file:
             raise _errors.usage(f"there is no token in {file}")
+        found += in_file
     return found
 
 
@@ -160,6 +166,7 @@ def _run(settings: Settings, host: str, port: int) -> int:
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            gc.freeze()  # what is here now stays: the collector need not look at it again
             if self.started:
                 bound = self.servers[0].sockets[0].getsockname()
                 shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -176,7 +183,9 @@ def _run(settings: Settings, host: str, port: int) -> int:
             begin_closing(application)
             await super().shutdown(sockets)
 
+    _many_connections()
     logging.getLogger("uvicorn.error").addHandler(_OneLine(logging.ERROR))
+    _log_faults()
     server = Server(
         uvicorn.Config(
             application,
@@ -194,6 +203,27 @@ def _run(settings: Settings, host: str, port: int) -> int:
     except SystemExit:
         return _errors.ERROR  # it has said why
     return 0 if server.started else _errors.ERROR
+
+
+def _many_connections() -> None:
+    """Each stream is a connection: have as many as the system allows."""
+    try:
+        import resource
+    except ImportError:  # not everywhere
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _log_faults() -> None:
+    """Errors that nobody expected are logged as they are, for whoever mends them."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    log = logging.getLogger("pglimits.server")
+    log.addHandler(handler)
+    log.propagate = False
 
 
 class _OneLine(logging.Handler):

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pglimits")
 
+_WARNS_OF = 10_000
+"""Names of limits that are missing, of which each is told once."""
+
 
 class Errands:
     """The errands that the courier has taken on."""
@@ -305,9 +308,9 @@ class Errands:
         self._answered(query, problem, error)
 
     def warn_missing(self, missing: list[str]) -> None:
-        """Say once that there is no limit of a name."""
+        """Say once that there is no limit of a name, of so many names at most: a server is told any."""
         for name in missing:
-            if name not in self._warned:
+            if name not in self._warned and len(self._warned) < _WARNS_OF:
                 self._warned.add(name)
                 log.warning("there is no limit named %r: it is not enforced", name)
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from .._dsn import resolve
 from ..errors import PermissionDenied, PglimitsError
-from . import _auth, _prefect, _problems, _v1
+from . import _auth, _docs, _prefect, _problems, _v1
 from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
@@ -31,13 +30,15 @@ CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-_HEADERS = {
-    "Content-Security-Policy": CSP,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
+_HEADERS = [
+    (b"content-security-policy", CSP.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
 """What every answer has that says nothing else about it."""
+_FULL = 1000
+"""A sweep that removed so many may have left some."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -86,6 +87,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _problems.add_handlers(app)
     app.include_router(_v1.router(settings))
     app.include_router(_prefect.router())
+    app.include_router(_docs.router())
     _add_health(app)
     _add_login(app)
     app.add_middleware(_auth.AuthMiddleware, auth=auth, public=_prefect.PUBLIC)
@@ -119,9 +121,8 @@ class Outermost:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+                said = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in said)]
             await send(message)
 
         async def receive_on() -> Message:
@@ -133,8 +134,8 @@ class Outermost:
             return message
 
         try:
-            said = Headers(scope=scope).get("content-length", "")
-            if said.isascii() and said.isdigit() and int(said[:20]) > self.largest_body:
+            length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+            if length.isdigit() and int(length[:20]) > self.largest_body:
                 raise _too_large(self.largest_body)
             await self.app(scope, receive_on, send_on)
         except ClientGone:
@@ -195,10 +196,17 @@ async def _sweep_on(database: Database, every: float) -> None:
     """Sweep now and then. Nothing depends on it, so a role that may not leaves it to others."""
     while every > 0:
         try:
-            await database.run("select pglimits.sweep()")
+            while await _sweep(database) >= _FULL:
+                pass
         except PermissionDenied:
             log.info("the role of this server may not sweep: have pg_cron do it, or pglimits sweep --every 60")
             return
         except PglimitsError as error:
             log.debug("a sweep failed: %s", error)
         await asyncio.sleep(every)
+
+
+async def _sweep(database: Database) -> int:
+    """How much it removed."""
+    (swept,) = await database.rows("select s.leases, s.waiters, s.keys from pglimits.sweep() s", writes=True, within=60)
+    return int(swept["leases"] + swept["waiters"] + swept["keys"])

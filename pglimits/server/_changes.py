@@ -91,7 +91,6 @@ class Seen:
     version: int = -1
     down_since: datetime | None = None
     details: dict[str, Detail | None] = field(default_factory=dict)
-    sent: set[int] = field(default_factory=set)
 
 
 class KnownLimits:

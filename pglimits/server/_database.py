@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from ..errors import LimiterUnavailable
 Rows: TypeAlias = list[dict[str, Any]]
 Params: TypeAlias = Sequence[Any] | Mapping[str, Any]
 
-SIZE = 4
+SIZE = 5
 _CONNECTS_WITHIN = 3.0
 _ANSWERS_WITHIN = 15.0
 _LOOKS_AGAIN = 1.0
@@ -74,12 +75,21 @@ class Database:
     async def close(self) -> None:
         await self._pool.close(2.0)
 
-    async def rows(self, query: str, params: Params = (), *, by: str | None = None, writes: bool = False) -> Rows:
+    async def rows(
+        self,
+        query: str,
+        params: Params = (),
+        *,
+        by: str | None = None,
+        writes: bool = False,
+        within: float = _ANSWERS_WITHIN,
+    ) -> Rows:
         """The rows of one statement, in a transaction of its own.
 
         by: on whose behalf it is. Events say so.
         writes: it is not to be sent twice, where the connection breaks and nobody knows what became of it; and it is
             run in read committed. Implied by ``by``.
+        within: seconds that it may take.
 
         Raises:
             LimiterUnavailable: the database is gone.
@@ -92,20 +102,22 @@ class Database:
         while True:
             tries -= 1
             try:
-                async with asyncio.timeout(_ANSWERS_WITHIN):
+                async with asyncio.timeout(within):
                     found = await self._run(query, params, by, writes)
             except PoolTimeout:
                 if self._busy >= self._size:
                     raise LimiterUnavailable("the server has more to do than its database connections can") from None
                 raise self._gone("the database cannot be reached") from None
             except TimeoutError:
+                if not await self._answers():
+                    raise self._gone("the database does not answer") from None
                 raise LimiterUnavailable("the database has not answered in time") from None
             except psycopg.Error as error:
                 meant = translate(error)
                 if not is_lost(error, meant):
                     raise meant from error
                 if tries:
-                    await self._pool.check()
+                    await self._drop_dead()
                     continue
                 raise self._gone(str(meant)) from error
             self.down_since = None
@@ -136,6 +148,21 @@ class Database:
                     return await cursor.fetchall() if cursor.description else []
             finally:
                 self._busy -= 1
+
+    async def _drop_dead(self) -> None:
+        """One connection is dead: so may be the others."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CONNECTS_WITHIN):
+                await self._pool.check()
+
+    async def _answers(self) -> bool:
+        """Whether the database answers anything at all."""
+        try:
+            async with asyncio.timeout(_CONNECTS_WITHIN):
+                await self._run("select 1", (), None, False)
+        except (TimeoutError, PoolTimeout, psycopg.Error):
+            return False
+        return True
 
     def _gone(self, why: str) -> LimiterUnavailable:
         self._failed_at = time.monotonic()

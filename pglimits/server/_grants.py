@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from .. import _sql
 from .._arguments import holder as as_json
 from .._limiter import AsyncLimiter
 from .._requests import checked, new_id
-from ..errors import AcquireTimeout, InvalidArgument, LimitLocked, PglimitsError
+from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError
 from ._database import Database
 from ._listener import Listener
 
@@ -37,8 +37,12 @@ PLACE_LIVES = 10.0
 ASKS_EVERY = 3.0
 _MOMENT = 0.15
 """Who is granted as of a moment that is no further away is slept for, held or not."""
-_LOCK = "1s"
-"""How long one statement waits for a limit that somebody keeps locked."""
+_LOCK = "500ms"
+"""How long one statement waits for a limit that somebody keeps locked. It has a connection of the pool meanwhile."""
+_ASKS_AT_ONCE = 2
+"""So many connections of the pool are used for that at most: others are left for those who look on."""
+_PAUSE = 0.25
+"""Seconds until somebody who is held is asked for again where a limit is locked, or the database gone."""
 
 _ACQUIRE = """
     select a.status, a.lease_id, a.fences, a.expires_at, a.retry_after, a."position"
@@ -100,8 +104,8 @@ class Grants:
         self._db = database
         self._listener = listener
         self._limiter = AsyncLimiter(database.conninfo, durable=durable)
-        self._asking: dict[UUID, int] = {}
-        self._leaving: dict[UUID, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._asks = asyncio.Semaphore(_ASKS_AT_ONCE)
         self._closing = asyncio.Event()
 
     async def acquire(
@@ -127,7 +131,8 @@ class Grants:
             it is asked for again by its lease_id, and with the same arguments.
         lease_id: chosen by the client, so that it may repeat the request; or that of its place in line.
 
-        Cancelled, it gives back its place or what it was granted.
+        Cancelled, it gives up its place, or what it was granted. Under an id that the client knows, the place lapses
+        instead: the client may be asking again already, of another server.
 
         Raises:
             PglimitsError: as ``pglimits.acquire`` does.
@@ -154,7 +159,7 @@ class Grants:
             "strict": strict,
             "channel": self._listener.channel,
         }
-        return await self._in_line(_RATE_LIMIT if for_rate else _ACQUIRE, arguments, hold)
+        return await self._in_line(_RATE_LIMIT if for_rate else _ACQUIRE, arguments, hold, lease_id is None)
 
     async def _once(
         self,
@@ -179,10 +184,10 @@ class Grants:
             raise
         except AcquireTimeout as error:
             return Answer("refused", retry_after=error.retry_after)
+        if for_rate:  # nothing is held then: but what was granted has a duration
+            return Answer("granted" if lease._duration else "unlimited")
         if not lease.enforced:
             return Answer("unlimited")
-        if for_rate:
-            return Answer("granted")
         fences = dict(zip(lease.places, lease.fences, strict=True))
         return Answer(
             "granted",
@@ -191,39 +196,43 @@ class Grants:
             lease.expires_at,
         )
 
-    async def _in_line(self, query: str, arguments: dict[str, Any], hold: float) -> Answer:
+    async def _in_line(self, query: str, arguments: dict[str, Any], hold: float, is_new: bool) -> Answer:
         """Ask until there is an answer other than queued, or the hold is over."""
         lease_id: UUID = arguments["id"]
-        while (leaving := self._leaving.get(lease_id)) is not None:
-            await asyncio.wait([leaving])
-        self._asking[lease_id] = self._asking.get(lease_id, 0) + 1
         try:
             with self._listener.news_of(lease_id) if hold else contextlib.nullcontext() as news:
                 return await self._ask_on(query, arguments, hold, news)
         except asyncio.CancelledError:
-            if self._asking[lease_id] == 1:  # else the same request was sent again, and that one waits
-                self._leave_later(lease_id)
+            if is_new:
+                self.leave_later(lease_id)
             raise
-        finally:
-            self._asking[lease_id] -= 1
-            if not self._asking[lease_id]:
-                del self._asking[lease_id]
 
     async def _ask_on(self, query: str, arguments: dict[str, Any], hold: float, news: asyncio.Event | None) -> Answer:
         clock = asyncio.get_running_loop().time
         began = clock()
         timeout: float | None = arguments["timeout"]
+        heard_at = 0.0
         while True:
             if news is not None:
                 news.clear()
             if timeout is not None:
                 arguments["timeout"] = max(timeout - (clock() - began), 0.0)
             left = began + hold - clock()
+            is_over = left <= 0 or news is None or self._closing.is_set()
             try:
-                answer = Answer(**(await self._db.row(query, arguments) or {}))
+                async with self._asks:
+                    answer = Answer(**(await self._db.row(query, arguments) or {}))
+                heard_at = clock()
             except LimitLocked:
-                if left <= 0 or self._closing.is_set():
+                if is_over:
                     raise
+                await asyncio.sleep(_PAUSE)
+                continue
+            except LimiterUnavailable:
+                # A restart: the place is still there when it is asked for within its time.
+                if is_over or clock() - heard_at > PLACE_LIVES:
+                    raise
+                await asyncio.sleep(_PAUSE)
                 continue
             if answer.status != "queued":
                 return answer
@@ -232,7 +241,7 @@ class Grants:
                 nap = min(nap, answer.retry_after)
             if answer.position is None and nap <= _MOMENT:
                 await asyncio.sleep(nap)  # it is granted as of then
-            elif left <= 0 or news is None or self._closing.is_set():
+            elif is_over or news is None:
                 return answer
             else:
                 await self._news_or(news, min(nap, left))
@@ -262,16 +271,18 @@ class Grants:
         """Give up a place in line, or what was granted under that id meanwhile."""
         return await self._limiter.release(lease_id)
 
-    def _leave_later(self, lease_id: UUID) -> None:
+    def leave_later(self, lease_id: UUID) -> None:
+        """Give up a place in line, or what was granted, in the background: nobody is there to be told."""
+
         async def leave() -> None:
             try:
                 await self._limiter.release(lease_id)
             except PglimitsError as error:
                 log.debug("a place in line lapses by itself: %s", error)
-            finally:
-                del self._leaving[lease_id]
 
-        self._leaving[lease_id] = asyncio.create_task(leave())
+        task = asyncio.create_task(leave())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def begin_closing(self) -> None:
         """Have all that is held answered now. Places stay for 10 seconds, to be asked for again."""
@@ -280,12 +291,16 @@ class Grants:
 
     async def close(self) -> None:
         if self._leaving:
-            await asyncio.wait(list(self._leaving.values()), timeout=1.0)
+            await asyncio.wait(self._leaving, timeout=1.0)
         await self._limiter.close()
 
 
-async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(
+    request: Request, work: Coroutine[Any, Any, T], lost: Callable[[T], None] | None = None
+) -> T:
     """What the work returns; it is cancelled when the client closes its connection. The body has to be read by then.
+
+    lost: what to do with the result where it comes just as the client goes.
 
     Raises:
         ClientGone: the client has closed its connection.
@@ -294,15 +309,15 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     watching = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
+        if not watching.done():
             return working.result()
+        if working.done() and lost is not None and not working.cancelled() and working.exception() is None:
+            lost(working.result())
         raise ClientGone
     finally:
         for task in (working, watching):
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
+            task.cancel()
+        await asyncio.wait([working, watching])
 
 
 async def _gone(request: Request) -> None:

@@ -71,6 +71,7 @@ class Live:
         self.details: dict[str, Detail] = {}
         self.at: datetime | None = None
         self.polls = 0
+        self._begun = 0
         self._limits = KnownLimits()
         self._events = KnownEvents()
         self._names: dict[str, int] = {}
@@ -118,8 +119,8 @@ class Live:
         async with self._look(wanted):
             if self.at is None or any(name not in self.details for name in wanted):
                 await self._next_poll()
+            old, missed = await self._events_after(after) if events and after is not None else ([], False)
             seen = Seen(self._events.number, details=dict.fromkeys(wanted))
-            old, missed = await self._events_after(after, seen) if events and after is not None else ([], False)
             while not self._closing:
                 changed = self._changed
                 change = self._since(seen, old, missed, events)
@@ -130,9 +131,11 @@ class Live:
                     await changed.wait()
 
     async def _next_poll(self) -> None:
-        polled = self._polled
-        self._wake.set()
-        if not self._closing:
+        """Return when a poll is over that has begun from now on."""
+        wanted = self._begun + 1
+        while self.polls < wanted and not self._closing:
+            polled = self._polled
+            self._wake.set()
             await polled.wait()
 
     @contextlib.asynccontextmanager
@@ -160,9 +163,6 @@ class Live:
         """What a stream has not seen; None if there is nothing."""
         difference = self._limits.since(seen.version)
         news, lost = self._events.since(seen.number) if events else ([], False)
-        if news and seen.sent:
-            news = [row for row in news if row["event_id"] not in seen.sent]
-            seen.sent = set()
         details = {
             name: detail
             for name, had in seen.details.items()
@@ -176,19 +176,24 @@ class Live:
             return None
         return Change(self.at, difference, [*old, *news], missed or lost, details, down_since, changed)
 
-    async def _events_after(self, after: int, seen: Seen) -> tuple[list[Row], bool]:
-        """The events since one that a client has seen, and whether there were more."""
+    async def _events_after(self, after: int) -> tuple[list[Row], bool]:
+        """The events since one that a client has seen, up to the last poll, and whether there were more."""
+        before = self._events.number
         try:
             rows = await self._db.rows(EVENTS, [after, KEPT + 1])
         except PglimitsError:
             return [], True
-        seen.sent = {row["event_id"] for row in rows}
-        return rows[:KEPT], len(rows) > KEPT
+        await self._next_poll()
+        told = {row["event_id"] for row in rows}
+        news, lost = self._events.since(before)
+        meanwhile = [row for row in news if row["event_id"] > after and row["event_id"] not in told]
+        return [*rows[:KEPT], *meanwhile], lost or len(rows) > KEPT
 
     async def _poll_on(self) -> None:
         """Poll while somebody looks, and a little longer."""
         while self._looking or time.monotonic() - self._idle_since < _LINGERS:
             began = time.monotonic()
+            self._begun += 1
             self._wake.clear()
             before = self._limits.version, self._events.number, self._db.down_since
             try:
@@ -199,7 +204,7 @@ class Live:
             except Exception:
                 log.exception("a poll failed")
                 details_changed = False
-            self.polls += 1
+            self.polls = self._begun
             self._polled = _tell(self._polled)
             if details_changed or before != (self._limits.version, self._events.number, self._db.down_since):
                 self._changed = _tell(self._changed)

@@ -98,6 +98,7 @@ async def _increment(request: Request, body: Increment, places: Places, limits: 
         except ClientGone:
             if place is not None:
                 places.give_up(place)
+                state.grants.leave_later(place)
             raise
         except (LimitLocked, QueueFull):
             return _locked(request, places, digest, place, _COMES_AGAIN)
@@ -114,7 +115,7 @@ async def _increment(request: Request, body: Increment, places: Places, limits: 
             lease_id = answer.lease_id
             if await request.is_disconnected():
                 places.give_up(lease_id)
-                await state.grants.release(lease_id)
+                state.grants.leave_later(lease_id)
                 raise ClientGone
             if place is not None:
                 places.hand_out(lease_id)

@@ -150,7 +150,8 @@ def _invalid(error: RequestValidationError) -> Problem:
     said = []
     for one in found[:10]:
         place = ".".join(str(part) for part in one.get("loc", ()) if part not in ("body", "query", "path", "header"))
-        said.append(f"{place}: {one.get('msg', 'invalid')}" if place else str(one.get("msg", "invalid")))
+        what = str(one.get("msg", "invalid")).removeprefix("Value error, ")
+        said.append(f"{place}: {what}" if place else what)
     return Problem(422, "; ".join(said), code="PL001")
 
 

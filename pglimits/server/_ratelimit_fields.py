@@ -32,6 +32,8 @@ _USED = """
 _SETTINGS_LIVE = 2.0
 """Seconds for which the settings of a limit are remembered here. They are a hint: nothing is decided by them."""
 _MOST_SETTINGS = 10_000
+_PATIENCE = 0.5
+"""Seconds for which an answer waits for these fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,11 @@ class Budgets:
         self._asked.append((names, keys, found))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._answer())
-        return await found
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await found
+        except TimeoutError:
+            return []
 
     def forget(self, *names: str) -> None:
         """Their settings were changed here."""

@@ -43,6 +43,11 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             holder = {"address": request.client.host if request.client else None}
             if caller.name is not None:
                 holder["token"] = caller.name
+
+        def give_back(lost: Answer) -> None:
+            if lost.lease_id is not None and body.lease_id is None:
+                grants(request).leave_later(lost.lease_id)
+
         asking = grants(request).acquire(
             names,
             [part.slots for part in parts],
@@ -56,7 +61,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             lease_id=body.lease_id,
             strict=body.strict,
         )
-        answer = await (until_disconnect(request, asking) if hold else asking)
+        answer = await (until_disconnect(request, asking, give_back) if hold else asking)
         budgets = await request.app.state.budgets.of(names, keys)
         return _response(answer, names, budgets)
 

@@ -22,7 +22,7 @@ def _storable(text: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=2000), AfterValidator(_storable)]
-LimitName = Annotated[str, Field(max_length=200, description="The limit."), AfterValidator(_storable)]
+LimitName = Annotated[str, Field(min_length=1, max_length=200, description="The limit."), AfterValidator(_storable)]
 KeyText = Annotated[
     str, Field(max_length=200, description="Each key has the whole limit for itself."), AfterValidator(_storable)
 ]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, routing
-from servertest import FULL, PROGRAM, READ, TOKENS, Server
+from servertest import FULL, READ, TOKENS, Server
 
 from pglimits.server import Settings, create_app
 from pglimits.server._auth import reading, writing
@@ -29,7 +27,7 @@ def basic(secret: str) -> dict[str, str]:
 
 def test_every_route_says_whether_it_reads_or_writes(dsn: str) -> None:
     """But for those that have to be open: health, and the way in."""
-    open_to_all = {"/healthz", "/readyz", "/login", "/logout", "/openapi.json", "/docs"}
+    open_to_all = {"/healthz", "/readyz", "/login", "/logout", "/openapi.json"}
     app = create_app(Settings(dsn=dsn))
     seen = 0
     for path, methods, calls in _routes(app):
@@ -187,29 +185,34 @@ def test_without_tokens_it_is_called_by_names_of_this_machine_only(serve: Callab
             assert http.get("/v1/limits", headers={"Host": host}).status_code == status, host
 
 
-def refused(*arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [*PROGRAM, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2, done
-    return done.stderr
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, dsn: str) -> Callable[..., str]:
+    """refused("--host", "::", PGLIMITS_TOKENS="…"): what is said of a command line that is wrong."""
+    from pglimits_cli._app import app
+    from typer.testing import CliRunner
+
+    def call(*arguments: str, **environment: str) -> str:
+        result = CliRunner().invoke(app, ["serve", "--dsn", dsn, *arguments], env=environment)
+        assert result.exit_code == 2, result
+        return result.stderr
+
+    for name in ("PGLIMITS_TOKENS", "PGLIMITS_READ_TOKENS"):
+        monkeypatch.delenv(name, raising=False)
+    return call
 
 
-def test_elsewhere_than_on_this_machine_it_wants_tokens(dsn: str) -> None:
+def test_elsewhere_than_on_this_machine_it_wants_tokens(refused: Callable[..., str]) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
-        assert "PGLIMITS_TOKENS=name:secret" in refused("--host", host, PGLIMITS_DSN=dsn)
+        assert "PGLIMITS_TOKENS=name:secret" in refused("--host", host)
 
 
 @pytest.mark.parametrize(
     "tokens", ["onlyasecret0123456789", "a:short", ":nameless-secret-0123", "a:same-0123456789abc,a:same-0123456789abc"]
 )
-def test_tokens_that_are_written_wrong_are_an_error_that_does_not_repeat_them(dsn: str, tokens: str) -> None:
-    said = refused(PGLIMITS_DSN=dsn, PGLIMITS_TOKENS=tokens)
+def test_tokens_that_are_written_wrong_are_an_error_that_does_not_repeat_them(
+    refused: Callable[..., str], tokens: str
+) -> None:
+    said = refused(PGLIMITS_TOKENS=tokens)
     assert not [part for part in re.split(r"[: ]", tokens) if len(part) > 4 and part in said], said
 
 

@@ -32,7 +32,9 @@ def test_it_says_where_it_is_in_one_line(serve: Callable[..., Server], dsn: str)
     assert server.terminate() == (0, "")
 
 
-def test_sigterm_answers_what_is_held_and_ends_streams(serve: Callable[..., Server]) -> None:
+def test_sigterm_answers_what_is_held_and_ends_streams(
+    serve: Callable[..., Server], conn: psycopg.Connection[Any]
+) -> None:
     server = serve()
     answers: list[httpx.Response] = []
     streamed: list[str] = []
@@ -59,6 +61,8 @@ def test_sigterm_answers_what_is_held_and_ends_streams(serve: Callable[..., Serv
         for thread in threads:
             thread.join()
     assert [answer.json()["status"] for answer in answers] == ["queued", "queued"]
+    assert conn.execute("select count(*) from pglimits.holders").fetchone() == (1,)  # it lives on, as its holder does
+    assert conn.execute("select count(*) from pglimits.waiters").fetchone() == (2,)
 
 
 def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Server]) -> None:

@@ -144,12 +144,14 @@ def test_a_refusal_says_when_to_try_again(http: httpx.Client) -> None:
 def test_what_is_left_of_a_rate_limit_is_told(http: httpx.Client) -> None:
     made(http, "api", 5, slot_decay_per_second=5)
     response = http.post("/v1/rate_limit", json={"name": "api", "slots": 2})
+    assert response.json()["status"] == "granted"
     assert response.headers["RateLimit-Policy"] == '"api";q=5;w=1'
     assert response.headers["RateLimit"] in ('"api";r=3;t=1', '"api";r=4;t=1')
 
 
 def test_a_missing_limit_is_not_enforced_and_a_shut_one_admits_nobody(http: httpx.Client) -> None:
     assert http.post("/v1/acquire", json={"name": "missing"}).json()["status"] == "unlimited"
+    assert http.post("/v1/rate_limit", json={"name": "missing"}).json()["status"] == "unlimited"
     made(http, "shut", 0)
     assert http.post("/v1/acquire", json={"name": "shut"}).status_code in (422, 429)
 
@@ -286,3 +288,20 @@ def test_a_history_and_keys_are_shown(http: httpx.Client) -> None:
     keys = http.get("/v1/limits/tenants/keys").json()
     assert ([(row["key"], row["held"]) for row in keys["keys"]], keys["total"]) == ([("b", 2), ("a", 1)], 2)
     assert http.get("/v1/limits/missing/history").status_code == 404
+
+
+def test_the_api_is_described_on_a_page_without_scripts(http: httpx.Client) -> None:
+    page = http.get("/docs")
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text and "http://" not in page.text and "https://" not in page.text
+    for path in http.get("/openapi.json").json()["paths"]:
+        assert path.replace("<", "&lt;") in page.text
+    assert http.get("/docs.css").headers["content-type"].startswith("text/css")
+
+
+def test_who_waits_for_a_rate_goes_at_its_moment(http: httpx.Client) -> None:
+    made(http, "api", 1, slot_decay_per_second=4)
+    answers = [http.post("/v1/rate_limit", json={"name": "api", "wait": 20}).json()["status"] for _ in range(4)]
+    assert answers == ["granted"] * 4
+    (limit,) = http.get("/v1/limits").json()["limits"]
+    assert limit["level"] <= 1.0  # nobody went before its moment

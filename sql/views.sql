@@ -86,7 +86,7 @@ select
        else pglimits._sum_waits(c.waits || coalesce(array_agg(u.waits) filter (where u.waits is not null), '{}')) end as waits
 from pglimits.configs c
 left join pglimits._uses u on u.limit_id = c.limit_id
-group by c.limit_id;
+group by c.limit_id, c.name;
 
 comment on view pglimits._totals is 'Every limit with what is so now, and with what was counted since it was created.';
 

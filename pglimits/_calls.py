@@ -410,14 +410,14 @@ class Calls(Base):
     ) -> Course[builtins.list[Holder]]:
         """The live leases, of one limit or of all: at most ``count`` of them, from the one at ``offset`` on."""
         found = yield from self._ask(_sql.HOLDERS, _arguments.optional_text("name", name), *page(count, offset))
-        return [Holder(*_with_holder(row)) for row in found]
+        return [Holder(*with_holder(row)) for row in found]
 
     def waiters(
         self, name: str | None = None, *, count: int | None = None, offset: int = 0
     ) -> Course[builtins.list[Waiter]]:
         """Who waits, in order, for one limit or for all: at most ``count`` of them, from the one at ``offset`` on."""
         found = yield from self._ask(_sql.WAITERS, _arguments.optional_text("name", name), *page(count, offset))
-        return [Waiter(*_with_holder(row)) for row in found]
+        return [Waiter(*with_holder(row)) for row in found]
 
     def force_release(self, lease: UUID | str) -> Course[bool]:
         """End a lease that somebody else holds, or take a request out of its line. Whether it was still there.
@@ -494,7 +494,7 @@ def page(count: int | None, offset: int) -> tuple[int | None, int]:
     return _arguments.optional_whole("count", count, least=1), _arguments.whole("offset", offset, least=0)
 
 
-def _with_holder(row: Row) -> Row:
+def with_holder(row: Row) -> Row:
     return (*row[:4], as_holder(row[4]), *row[5:])
 
 

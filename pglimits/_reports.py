@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Literal, TypeAlias
 
 from . import _arguments, _sql
-from ._calls import Base, Course, as_holder, page
+from ._calls import Base, Course, as_holder, page, with_holder
 from ._codec import Row
 from .errors import InvalidArgument
-from .models import Counters, Event, Key, Reason, Step, Usage
+from .models import Counters, Event, Key, Reason, Step, Usage, Waiter
 
 Sort: TypeAlias = Literal["busiest", "name", "limit", "held", "level", "waiting", "oldest_wait", "given"]
 
@@ -100,6 +101,21 @@ class Reports(Base):
         """The mean of what was held, by limit; None where that is not known."""
         found = yield from self._ask(_sql.SPARKLINES, names, seconds, points)
         return {name: held for name, held in found if held is not None}
+
+    def _queue(self, name: str, count: int, offset: int) -> Course[builtins.list[tuple[Waiter, Reason | None]]]:
+        """Who waits, in order, and why."""
+        found = yield from self._ask(_sql.QUEUE, name, count, offset)
+        queue = []
+        for row in found:
+            waiter, (blocked_by, reason, earliest) = Waiter(*with_holder(row[:8])), row[8:]
+            why = Reason(waiter.lease_id, waiter.key, waiter.position, blocked_by, reason, earliest)
+            queue.append((waiter, None if reason is None else why))
+        return queue
+
+    def _grants(self, contains: str | None) -> Course[builtins.list[tuple[str, int, datetime]]]:
+        """How many grants each limit has made until now."""
+        found = yield from self._ask(_sql.GRANTS, contains)
+        return [(name, grants, now) for name, grants, now in found]
 
     def _busiest_keys(self, name: str, count: int, offset: int) -> Course[builtins.list[Key]]:
         found = yield from self._ask(_sql.BUSIEST_KEYS, name, count, offset)

@@ -108,11 +108,30 @@ WHY_WAITING = Statement(
     order by y.key, y."position" """
 )
 
+QUEUE = Statement(
+    b"""
+    select w.*, y.blocked_by, y.reason, y.earliest
+    from (
+      select lease_id, name, key, slots, holder::text, priority, "position", waiting_since
+      from pglimits.waiters where name = $1 order by key, "position" limit $2::int offset $3::int
+    ) w
+    left join pglimits.why_waiting($1) y(lease_id, key, "position", blocked_by, reason, earliest)
+      on y.lease_id = w.lease_id
+    order by w.key, w."position" """
+)
+
 COUNTERS = Statement(
     b"""
     select name, limit_id, grants, granted_slots, releases, expired_leases, force_released_leases, held_slot_seconds,
            waited_seconds, leases, keys, oldest_waiting_since
     from pglimits.counters where name = coalesce($1::text, name) order by name"""
+)
+
+GRANTS = Statement(
+    b"""
+    select c.name, c.grants, clock.now
+    from (select pglimits._now() as now) clock cross join pglimits.counters c
+    where $1::text is null or strpos(lower(c.name), lower($1)) > 0"""
 )
 
 _FULLNESS = """case when l.active and l."limit" > 0 then greatest(l.held, l.level) / l."limit" else 0 end"""

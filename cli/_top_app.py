@@ -30,8 +30,7 @@ class Top(App[None]):
     #trouble { background: $error-muted; color: $text-error; padding: 0 1; height: auto; max-height: 3; display: none; }
     #facts { height: auto; padding: 0 1; }
     #detail { height: 4; padding: 0 1; border-top: solid $panel; }
-    #filter { display: none; border: none; height: 1; padding: 0 1; background: $panel; }
-    #filter.open { display: block; }
+    #filter { border: none; height: 1; padding: 0 1; background: $panel; }
     DataTable { height: 1fr; background: $background; overflow: hidden hidden; scrollbar-size: 0 0; }
     DataTable:focus { background-tint: $foreground 0%; }
     DataTable > .datatable--header { background: $panel; color: $foreground; text-style: none; }

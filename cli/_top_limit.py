@@ -68,6 +68,10 @@ class LimitScreen(LiveScreen):
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        self.page = Page(id="rows")
+        self._facts = Static(id="facts")
+        self._tabs = Static(id="tabs", classes="line")
+        self._detail = Static(id="detail")
         self.limit_name = name
         self.tab = "holders"
         self._rates = Rates()
@@ -77,21 +81,17 @@ class LimitScreen(LiveScreen):
         self._keys: dict[str, Key] = {}
 
     def compose(self) -> ComposeResult:
-        yield Static(id="where", classes="line")
-        yield Static(id="trouble")
-        yield Static(id="facts")
-        yield Static(id="tabs", classes="line")
-        yield Page(id="rows")
-        yield Static(id="detail")
+        yield self._where
+        yield self._trouble
+        yield self._facts
+        yield self._tabs
+        yield self.page
+        yield self._detail
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         super().on_mount()
         self.page.focus()
-
-    @property
-    def page(self) -> Page:
-        return self.query_one("#rows", Page)
 
     async def look(self) -> None:
         limiter, name = self.top.limiter, self.limit_name
@@ -166,7 +166,7 @@ class LimitScreen(LiveScreen):
         width = self.app.size.width - 2
         for line in lines:
             line.truncate(width, overflow="ellipsis")
-        self.query_one("#facts", Static).update(Text("\n").join(lines))
+        self._facts.update(Text("\n").join(lines))
         self._show_tabs(usage)
 
     def _show_tabs(self, usage: Usage) -> None:
@@ -178,7 +178,7 @@ class LimitScreen(LiveScreen):
         first, here = self.page.first, self.page.row_count
         if 0 < here < self.page.of:
             words.append((f" {first + 1:,} to {first + here:,}", "dim"))
-        self.query_one("#tabs", Static).update(Text.assemble(*words))
+        self._tabs.update(Text.assemble(*words))
 
     def _of_holder(self, holder: Holder, usage: Usage) -> list[Text]:
         return [
@@ -237,7 +237,7 @@ class LimitScreen(LiveScreen):
                 lines.insert(0, why.reason + earliest)
         elif self.tab == "keys" and at in self._keys:
             lines = [self._keys[at].key or "the key without a name"]
-        self.query_one("#detail", Static).update(Text("\n".join(map(_output.one_line, lines)), no_wrap=True))
+        self._detail.update(Text("\n".join(map(_output.one_line, lines)), no_wrap=True))
 
     def failed(self, error: PglimitsError) -> None:
         if isinstance(error, LimitNotFound):

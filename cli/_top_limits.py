@@ -62,6 +62,9 @@ class LimitsScreen(LiveScreen):
 
     def __init__(self) -> None:
         super().__init__()
+        self.page = Limits(id="limits")
+        self._summary = Static(id="summary", classes="line")
+        self._field = Input(id="filter", placeholder="part of a name; enter keeps it, escape shows all", compact=True)
         self.sort: Sort = "busiest"
         self.filter = ""
         self._rates = Rates()
@@ -72,20 +75,17 @@ class LimitsScreen(LiveScreen):
         self._sparks_of: tuple[float, frozenset[str]] = (0.0, frozenset())
 
     def compose(self) -> ComposeResult:
-        yield Static(id="where", classes="line")
-        yield Static(id="trouble")
-        yield Static(id="summary", classes="line")
-        yield Limits(id="limits")
-        yield Input(id="filter", placeholder="part of a name; enter keeps it, escape shows all", compact=True)
+        yield self._where
+        yield self._trouble
+        yield self._summary
+        yield self.page
+        yield self._field
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         super().on_mount()
+        self._field.display = False
         self.page.focus()
-
-    @property
-    def page(self) -> Page:
-        return self.query_one("#limits", Page)
 
     async def look(self) -> None:
         page = self.page
@@ -157,7 +157,7 @@ class LimitsScreen(LiveScreen):
             words.append(f"with {self.filter!r} in the name")
         elif not of:
             words = ["There are no limits. Make one: pglimits create NAME --limit 10"]
-        self.query_one("#summary", Static).update(cell(" · ".join(words), "dim"))
+        self._summary.update(cell(" · ".join(words), "dim"))
 
     # Keys.
 
@@ -181,23 +181,21 @@ class LimitsScreen(LiveScreen):
         self.page.turn_to(0, 0)
 
     def action_filter(self) -> None:
-        field = self.query_one("#filter", Input)
-        field.add_class("open")
-        field.focus()
+        self._field.display = True
+        self.set_focus(self._field)  # at once: the next keys are meant for it
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self.filter = event.value
         self.page.turn_to(0, 0)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        self.query_one("#filter").set_class(bool(self.filter), "open")
-        self.page.focus()
+        self._field.display = bool(self.filter)
+        self.set_focus(self.page)
 
     def action_no_filter(self) -> None:
-        field = self.query_one("#filter", Input)
-        field.value = ""
-        field.remove_class("open")
-        self.page.focus()
+        self._field.value = ""
+        self._field.display = False
+        self.set_focus(self.page)
 
     def action_switch(self) -> None:
         if self.page.at is not None:

@@ -43,6 +43,8 @@ class LiveScreen(Screen[None]):
 
     def __init__(self) -> None:
         super().__init__()
+        self._where = Static(id="where", classes="line")
+        self._trouble = Static(id="trouble")
         self._wanted = asyncio.Event()
         self._asked_at = 0.0
         self._away_since: float | None = None
@@ -58,9 +60,12 @@ class LiveScreen(Screen[None]):
         raise NotImplementedError
 
     def on_mount(self) -> None:
-        self.run_worker(self._live(), name="live")
+        self._looking = self.run_worker(self._live(), name="live")
         self.set_interval(0.5, self._show_where)
         self._show_where()
+
+    def on_unmount(self) -> None:
+        self._looking.cancel()
 
     def on_screen_suspend(self) -> None:
         self._stopped = True
@@ -92,6 +97,8 @@ class LiveScreen(Screen[None]):
                 self.failed(error)
             else:
                 self._away_since, self._problem = None, ""
+            if not self.is_attached:  # it was left while the database was asked
+                return
             took = time.monotonic() - began
             self._asked_at = 0.0
             self._show_where()
@@ -112,13 +119,12 @@ class LiveScreen(Screen[None]):
         room = self.app.size.width - 2 - len(state)
         line = Text(_output.one_line(left))
         line.truncate(max(room - 1, 1), overflow="ellipsis", pad=True)
-        self.query_one("#where", Static).update(line + Text(" " + state))
-        trouble = self.query_one("#trouble", Static)
-        text = self._trouble()
-        trouble.update(Text(_output.one_line(text)))
-        trouble.display = bool(text)
+        self._where.update(line + Text(" " + state))
+        text = self._what_is_wrong()
+        self._trouble.update(Text(_output.one_line(text)))
+        self._trouble.display = bool(text)
 
-    def _trouble(self) -> str:
+    def _what_is_wrong(self) -> str:
         if self._away_since is not None:
             since = datetime.fromtimestamp(self._away_since).astimezone()
             gone = _output.duration(time.time() - self._away_since)

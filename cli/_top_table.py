@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.text import Text
+from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import DataTable
 
@@ -36,6 +37,11 @@ def cell(value: object, style: str = "") -> Text:
 
 class Page(DataTable[Text]):
     """The rows of one page."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("home", "scroll_top", show=False),
+        Binding("end", "scroll_bottom", show=False),
+    ]
 
     class Turned(Message):
         """Another page is wanted: from ``first`` on."""
@@ -101,8 +107,10 @@ class Page(DataTable[Text]):
         self._widths = [column.width or max(rest * column.share // shares, 10) for column in columns]
         self.clear(columns=True)
         for place, column in enumerate(columns):
-            title = column.title + ("▾" if sort and column.sort == sort else "")
-            self.add_column(self._fit(Text(title), place), width=self._widths[place] + self._gap)
+            title = Text(column.title)
+            if sort and column.sort == sort:
+                title.stylize("bold underline")
+            self.add_column(self._fit(title, place), width=self._widths[place] + self._gap)
         return True
 
     def _fit(self, text: Text, place: int) -> Text:

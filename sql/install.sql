@@ -30,8 +30,10 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \endif
 
 \ir functions/010_basics.sql
+\ir functions/015_events.sql
 \ir functions/020_virtual_time.sql
 \ir functions/030_state.sql
+\ir functions/035_counters.sql
 \ir functions/040_slots.sql
 \ir functions/050_line.sql
 \ir functions/055_several.sql
@@ -42,8 +44,10 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \ir functions/095_batches.sql
 \ir functions/100_leases.sql
 \ir functions/110_waiting.sql
+\ir functions/115_why_waiting.sql
 \ir functions/120_limits.sql
 \ir functions/130_sweep.sql
+\ir functions/135_history.sql
 \ir functions/140_cron.sql
 \ir views.sql
 \ir tidy.sql

@@ -13,7 +13,11 @@ select
        else 0 end as level,
   s.waiting - case when s.waiting > 0
                    then pglimits._dead_waiters(s.limit_id, s.key, s.head_rank, s.head_arrival, clock.now) else 0 end as waiting,
-  s.version as fence
+  s.version as fence, s.changed_at, s.grants, s.granted_slots, s.releases, s.expired_leases, s.force_released_leases,
+  s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, clock.now)
+  - case when s.held > 0 and s.next_expiry <= clock.now
+         then pglimits._ended_slot_seconds(s.limit_id, s.key, s.next_expiry, clock.now) else 0 end as held_slot_seconds,
+  s.waited_seconds, s.waits
 from (select pglimits._now() as now) clock
 cross join pglimits.states s;
 
@@ -66,3 +70,46 @@ order by c.name, q.key, "position";
 
 comment on view pglimits.waiters is
   'Every live waiter, in the order in which they go on. A request over several limits has one row, where it stands in line.';
+
+create or replace view pglimits._totals as
+select
+  c.limit_id, c.name, c."limit", coalesce(sum(u.held), 0)::bigint as held, coalesce(sum(u.level), 0) as level,
+  coalesce(sum(u.waiting), 0)::bigint as waiting, count(u.key) as keys, greatest(max(u.changed_at), c.updated_at) as changed_at,
+  (c.grants + coalesce(sum(u.grants), 0))::bigint as grants,
+  (c.granted_slots + coalesce(sum(u.granted_slots), 0))::bigint as granted_slots,
+  (c.releases + coalesce(sum(u.releases), 0))::bigint as releases,
+  (c.expired_leases + coalesce(sum(u.expired_leases), 0))::bigint as expired_leases,
+  (c.force_released_leases + coalesce(sum(u.force_released_leases), 0))::bigint as force_released_leases,
+  c.held_slot_seconds + coalesce(sum(u.held_slot_seconds), 0) as held_slot_seconds,
+  c.waited_seconds + coalesce(sum(u.waited_seconds), 0) as waited_seconds,
+  case when c.waits is null then pglimits._sum_waits(array_agg(u.waits) filter (where u.waits is not null))
+       else pglimits._sum_waits(c.waits || coalesce(array_agg(u.waits) filter (where u.waits is not null), '{}')) end as waits
+from pglimits.configs c
+left join pglimits._uses u on u.limit_id = c.limit_id
+group by c.limit_id;
+
+comment on view pglimits._totals is 'Every limit with what is so now, and with what was counted since it was created.';
+
+create or replace view pglimits.counters as
+select
+  t.name, t.limit_id, t.grants, t.granted_slots, t.releases, t.expired_leases, t.force_released_leases, t.held_slot_seconds,
+  t.waited_seconds, coalesce(h.leases, 0) as leases, t.keys, w.oldest_waiting_since
+from pglimits._totals t
+left join (select x.name, count(*) as leases from pglimits.holders x group by x.name) h on h.name = t.name
+left join (select x.name, min(x.waiting_since) as oldest_waiting_since from pglimits.waiters x group by x.name) w on w.name = t.name
+order by t.name;
+
+comment on view pglimits.counters is
+  'What was counted of every limit since it was created, over all its keys. Expired leases are counted when they are taken out. '
+  'held_slot_seconds: slots times how long they were held, until now. waited_seconds: of those who were granted. leases and keys: now.';
+
+create or replace view pglimits.events as
+select
+  e.event_id, e.at, e.kind, e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, e.old, e.new,
+  pglimits._as_holder(e.session) || case when e.on_behalf_of is null then '{}' else jsonb_build_object('for', e.on_behalf_of) end as by
+from pglimits.event_log e
+order by e.event_id;
+
+comment on view pglimits.events is
+  'What happened to limits and leases. kind: created, updated, deleted, reset, expired, lost, force_released. old and new: what was '
+  'changed. held_seconds: for how long the lease was held. by: whose session did it, or found it, and whom that acted for.';

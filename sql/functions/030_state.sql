@@ -72,6 +72,13 @@ begin
   state.head_arrival := timestamptz '-infinity';
   state.last_arrival := timestamptz '-infinity';
   state.next_look := timestamptz 'infinity';
+  state.grants := 0;
+  state.granted_slots := 0;
+  state.releases := 0;
+  state.expired_leases := 0;
+  state.force_released_leases := 0;
+  state.held_slot_seconds := 0;
+  state.waited_seconds := 0;
   return state;
 end $$;
 
@@ -159,7 +166,11 @@ begin
   set version = greatest(state.version, s.version + 1), generation = greatest(state.version, s.version + 1) / 16,
       held = state.held, booked = state.booked, next_expiry = state.next_expiry, waiting = state.waiting,
       waiting_slots = state.waiting_slots, head_rank = state.head_rank, head_arrival = state.head_arrival,
-      last_arrival = state.last_arrival, next_look = state.next_look, changed_at = now
+      last_arrival = state.last_arrival, next_look = state.next_look, changed_at = now, grants = state.grants,
+      granted_slots = state.granted_slots, releases = state.releases, expired_leases = state.expired_leases,
+      force_released_leases = state.force_released_leases,
+      held_slot_seconds = state.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now),
+      waited_seconds = state.waited_seconds, waits = state.waits
   where s.limit_id = state.limit_id and s.key = state.key and s.generation = state.generation;
 end $$;
 

@@ -11,7 +11,7 @@ language plpgsql
 volatile
 as $$
 declare
-  freed bigint;
+  freed record;
 begin
   with ended as (
     select l.lease_id from pglimits.leases l
@@ -22,10 +22,13 @@ begin
     delete from pglimits.leases l using ended e
     where l.lease_id = e.lease_id
       and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
-    returning l.slots
+    returning l as lease
   )
-  select coalesce(sum(g.slots), 0) into freed from gone g;
-  state.held := state.held - freed;
+  select sum((g.lease).slots) as slots, array_agg(g.lease) as leases into freed from gone g;
+  if freed.slots is not null then
+    state.held := state.held - freed.slots;
+    state := pglimits._count_expired(state, freed.leases, now);
+  end if;
   state.next_expiry := coalesce((
     select l.expires_at from pglimits.leases l
     where l.limit_id = state.limit_id and l.key = state.key and l.expires_at >= state.next_expiry
@@ -57,10 +60,11 @@ comment on function pglimits._ended_slots(bigint, text, timestamptz, timestamptz
   'How many slots of a (limit, key) still count as held by leases that have ended.';
 
 -- Takes slots under a lease, as of a moment: with the level that goes with it, this is the one place where a waiter, or a request
--- that had to look closely, gets what it asked for. lease_duration null: a rate_limit, whose row only tells its caller.
+-- that had to look closely, gets what it asked for. lease_duration null: a rate_limit, whose row only tells its caller. arrival:
+-- since when it has waited.
 create or replace function pglimits._take(
   state pglimits.states, lease_id uuid, slots integer, rank integer, lease_duration double precision, holder jsonb, parts integer,
-  moment timestamptz, claimed boolean, ends timestamptz)
+  moment timestamptz, claimed boolean, ends timestamptz, arrival timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
@@ -74,6 +78,11 @@ begin
   if lease_duration is not null then
     state.held := state.held + slots;
   end if;
+  state.grants := state.grants + 1;
+  state.granted_slots := state.granted_slots + slots;
+  if arrival < moment then
+    state := pglimits._count_wait(state, date_part('epoch', moment - arrival));
+  end if;
   insert into pglimits.leases (
     lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
   values (
@@ -83,7 +92,7 @@ begin
 end $$;
 
 comment on function pglimits._take(
-  pglimits.states, uuid, integer, integer, double precision, jsonb, integer, timestamptz, boolean, timestamptz) is
+  pglimits.states, uuid, integer, integer, double precision, jsonb, integer, timestamptz, boolean, timestamptz, timestamptz) is
   'Records a lease and returns the state with its slots held and booked; the fence is the state''s new version.';
 
 -- What somebody who waits for several limits keeps of this one until then, in case the others come free before.

@@ -18,6 +18,21 @@ return case when channel is not null then pg_notify(channel, message) end;
 
 comment on function pglimits._tell(text, text) is 'Notifies a waiting process about one of its requests.';
 
+-- Whoever is granted by another's transaction, and goes as soon as it is told, goes by what is on disk: whatever the one that frees the
+-- slots wants for itself (Limiter(durable=False), the procedures), a crash must not forget that they are taken again.
+create or replace function pglimits._be_durable()
+returns void
+language plpgsql
+volatile
+as $$
+begin
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+end $$;
+
+comment on function pglimits._be_durable() is 'Has the transaction that calls it commit with synchronous_commit = on.';
+
 -- How many stand before a place in a line, which may be taken, and what they wait for. Who is last, or comes last, need not count.
 create or replace function pglimits._before(
   state pglimits.states, rank integer, arrival timestamptz, out waiters integer, out slots bigint)
@@ -283,7 +298,11 @@ begin
                    else least(head.lives_until, ready_at + head.lease_duration * interval '1 second') end;
       state := pglimits._leave(state, head.lease_id);
       state := pglimits._take(state, head.lease_id, head.slots, head.rank, head.lease_duration, head.holder, 1, ready_at, false,
-                              ends);
+                              ends, head.arrival);
+      -- A lease is claimed, in a transaction of its waiter's, before that is told by plain SQL.
+      if head.channel is not null or head.lease_duration is null then
+        perform pglimits._be_durable();
+      end if;
       if head.channel is not null then
         channels := channels || head.channel;
         messages := messages || format('%s %s %s %s', head.lease_id, state.version,

@@ -111,8 +111,11 @@ begin
       states[p] := pglimits._take(
         states[p], mine.lease_id, part.slots, mine.rank, mine.lease_duration, mine.holder, enforced, joint, false,
         case when mine.lease_duration is null then joint + pglimits._liveness()
-             else least(lives_until, joint + mine.lease_duration * interval '1 second') end);
+             else least(lives_until, joint + mine.lease_duration * interval '1 second') end, mine.arrival);
     end loop;
+    if mine.lease_duration is null then
+      perform pglimits._be_durable();  -- a lease is claimed first
+    end if;
     perform pglimits._tell(mine.channel, mine.lease_id::text);
   elsif target is null then
     states[here] := pglimits._time_out(states[here], mine.lease_id, now);

@@ -74,7 +74,7 @@ begin
       state := pglimits._take(
         state, lease_ids[1], slots, request.rank, case when not request.for_rate then request.lease_duration end,
         holders -> 0, 1, now + seconds[1] * interval '1 second', false,
-        now + seconds[1] * interval '1 second' + pglimits._liveness());
+        now + seconds[1] * interval '1 second' + pglimits._liveness(), now);
     else
       if not request.for_rate then
         insert into pglimits.leases (
@@ -88,6 +88,14 @@ begin
         state.next_expiry := least(state.next_expiry, outcome.expires_at);
       end if;
       state.version := state.version + granted;
+      state.grants := state.grants + granted;
+      state.granted_slots := state.granted_slots + slots::bigint * granted;
+      if seconds[granted] > 0 then
+        for i in 1 .. granted loop
+          continue when seconds[i] = 0;
+          state := pglimits._count_wait(state, seconds[i]);
+        end loop;
+      end if;
       if rate > 0 then
         state.booked := booked + pglimits._millionths(slots::bigint * granted);
       end if;
@@ -194,10 +202,12 @@ begin
     for p in 1 .. many loop
       if request.for_rate then
         states[p].booked := pglimits._book(states[p], request.slots[p], now);
+        states[p].grants := (states[p]).grants + 1;
+        states[p].granted_slots := (states[p]).granted_slots + request.slots[p];
       else
         states[p] := pglimits._take(
           states[p], lease_id, request.slots[p], request.rank, request.lease_duration, holders -> 0, many, now, true,
-          now + request.lease_duration * interval '1 second');
+          now + request.lease_duration * interval '1 second', null);
       end if;
       perform pglimits._save(states[p], now);
     end loop;

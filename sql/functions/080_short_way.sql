@@ -49,7 +49,9 @@ begin
     if seen.may_go then
       update pglimits.states s
       set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held + slots,
-          next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now()
+          next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now(),
+          grants = s.grants + 1, granted_slots = s.granted_slots + slots,
+          held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
       where s.limit_id = seen.limit_id and s.key = _take_at_once.key and s.generation >= seen.generation
         and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots <= s."limit"
         and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
@@ -103,7 +105,9 @@ begin
   end if;
   update pglimits.states s
   set version = s.version + many, generation = (s.version + many) / 16, held = s.held + slots * many,
-      next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now()
+      next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now(),
+      grants = s.grants + many, granted_slots = s.granted_slots + slots * many,
+      held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
   where s.limit_id = seen.limit_id and s.key = _take_many_at_once.key and s.generation >= seen.generation
     and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots * many <= s."limit"
     and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
@@ -159,7 +163,9 @@ begin
     return null;
   end if;
   update pglimits.states s
-  set version = seen.version + 1, generation = (seen.version + 1) / 16, booked = used, changed_at = now
+  set version = seen.version + 1, generation = (seen.version + 1) / 16, booked = used, changed_at = now,
+      grants = s.grants + many, granted_slots = s.granted_slots + slots::bigint * many,
+      held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now)
   where s.ctid = seen.place and s.xmin = seen.written_by;
   if not found then
     return null;
@@ -204,12 +210,14 @@ begin
   cross join lateral (
     select x.generation, x.waiting from pglimits.states x
     where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
-  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and s.waiting = 0;
+  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and l.expires_at > pglimits._now() and s.waiting = 0;
   if not found then
     return null;
   end if;
   update pglimits.states s
-  set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now()
+  set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
+      releases = s.releases + 1,
+      held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
   where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
   if not found then
     return null;
@@ -220,7 +228,7 @@ begin
   returning l.expires_at > pglimits._now() into live;
   if not found then
     -- Somebody else ended it before its state was locked.
-    update pglimits.states s set held = s.held + seen.slots
+    update pglimits.states s set held = s.held + seen.slots, releases = s.releases - 1
     where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation;
   end if;
   return live;
@@ -241,16 +249,19 @@ declare
   ended record;
 begin
   select count(*) as leases, sum(l.slots) as slots, min(l.limit_id) as limit_id, min(l.key) as key,
-         min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key) and min(l.fence) > 0 and max(l.parts) = 1 as is_one_place,
+         min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key) and min(l.fence) > 0 and max(l.parts) = 1
+         and min(l.expires_at) > pglimits._now() as is_simple,
          array_agg(l.lease_id) as ids, array_agg(l.fence) as fences
   into seen from pglimits.leases l where l.lease_id = any (lease_ids);
-  if (seen.leases = cardinality(lease_ids) and seen.is_one_place) is not true then
+  if (seen.leases = cardinality(lease_ids) and seen.is_simple) is not true then
     return null;
   end if;
   select s.generation, s.waiting into place from pglimits.states s
   where s.limit_id = seen.limit_id and s.key = seen.key order by s.generation desc limit 1;
   update pglimits.states s
-  set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now()
+  set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
+      releases = s.releases + seen.leases,
+      held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
   where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation and s.waiting = 0;
   if not found then
     return null;
@@ -266,12 +277,12 @@ begin
       and l.limit_id is not distinct from seen.limit_id and l.key is not distinct from seen.key
     returning l.lease_id, l.slots, l.expires_at
   )
-  select coalesce(sum(g.slots), 0) as slots,
+  select count(*) as leases, coalesce(sum(g.slots), 0) as slots,
          coalesce(array_agg(g.lease_id) filter (where g.expires_at > pglimits._now()), '{}') as live
   into ended from gone g;
   if ended.slots < seen.slots then
     -- Somebody else ended some of them before their state was locked.
-    update pglimits.states s set held = s.held + (seen.slots - ended.slots)
+    update pglimits.states s set held = s.held + (seen.slots - ended.slots), releases = s.releases - (seen.leases - ended.leases)
     where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation;
   end if;
   return ended.live;

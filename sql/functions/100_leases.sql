@@ -41,11 +41,44 @@ begin
   from (select distinct u.id from unnest(lease_ids) as u(id)) asked
   left join later on later.lease_id = asked.id
   group by asked.id;
+  perform pglimits._note_lost(lease_ids, now);
 end $$;
 
 comment on function pglimits.renew_all(uuid[], double precision) is
   'Moves the ends of live leases to lease_duration seconds from now (null: the duration they were taken with), never nearer. A row for '
   'each id: whether it was still live (on all its limits), and its new end. Safe to repeat. PL001 for a duration below 1 second.';
+
+-- Those of some leases that somebody wanted to renew too late: told once, by what is left of them, or by the event of their end.
+create or replace function pglimits._note_lost(lease_ids uuid[], now timestamptz)
+returns void
+language plpgsql
+volatile
+as $$
+declare
+  lost uuid[];
+begin
+  lost := array(
+    select u.id from unnest(lease_ids) as u(id)
+    where not exists (select from pglimits.leases l where l.lease_id = u.id and l.expires_at > now)
+      and not exists (select from pglimits.event_log e where e.lease_id = u.id and e.kind = 'lost'));
+  if cardinality(lost) = 0 then
+    return;
+  end if;
+  perform pglimits._note_leases('lost', x.name, x.leases, now)
+  from (select c.name, array_agg(l) as leases from pglimits.leases l join pglimits.configs c on c.limit_id = l.limit_id
+        where l.lease_id = any (lost) group by c.name order by c.name) x;
+  insert into pglimits.event_log (at, kind, name, key, lease_id, slots, fence, holder, held_seconds, session, on_behalf_of)
+  select now, 'lost', e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, pglimits._session(),
+         pglimits._on_behalf_of()
+  from pglimits.event_log e
+  where e.lease_id = any (lost) and e.kind in ('expired', 'force_released') and e.slots is not null and e.fence is not null
+  order by e.event_id;
+  if found then
+    perform pg_notify('pglimits_events', '');
+  end if;
+end $$;
+
+comment on function pglimits._note_lost(uuid[], timestamptz) is 'Writes an event about each of some leases that had ended when it was to be renewed.';
 
 create or replace function pglimits.renew(lease_id uuid, lease_duration double precision default null)
 returns boolean
@@ -137,11 +170,17 @@ begin
     delete from pglimits.leases l
     where l.lease_id = any (lease_ids)
       and l.limit_id is not distinct from state.limit_id and l.key is not distinct from state.key
-    returning l.lease_id, l.slots, l.fence, l.expires_at
+    returning l.lease_id, l.slots, l.fence, l.expires_at, case when l.expires_at <= now then l end as late
   )
-  select coalesce(sum(e.slots), 0) as slots, array_agg(e.lease_id) filter (where e.expires_at > now and e.fence > 0) as live
+  select coalesce(sum(e.slots), 0) as slots, array_agg(e.lease_id) filter (where e.expires_at > now and e.fence > 0) as live,
+         count(*) filter (where e.expires_at > now and e.fence > 0 and e.slots > 0) as leases,
+         array_agg(e.late) filter (where e.expires_at <= now) as late
   into gone from ended e;
   state.held := state.held - gone.slots;
+  state.releases := state.releases + gone.leases;
+  if gone.late is not null then
+    state := pglimits._count_expired(state, gone.late, now);
+  end if;
   if state.waiting > 0 then
     with leaving as (
       delete from pglimits.queue q
@@ -208,3 +247,56 @@ end $$;
 
 comment on function pglimits.release_all(uuid[]) is
   'Ends leases, and takes waiting requests out of their lines. A row for each id: true if it was live, false if it had ended already.';
+
+-- For an operator: as release, but told as what it is.
+create or replace function pglimits.force_release(lease_id uuid)
+returns boolean
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  ended pglimits.leases[];
+  waiter record;
+  place record;
+  now timestamptz;
+begin
+  perform pglimits._check(case when lease_id is null then 'lease_id must not be null' end);
+  if pg_is_in_recovery() then
+    perform pglimits._refuse_standby();
+  end if;
+  -- States first, as everywhere.
+  perform pglimits._lock_used(l.limit_id, l.key)
+  from (select x.limit_id, x.key from pglimits.leases x where x.lease_id = force_release.lease_id and x.fence > 0 order by 1, 2) l;
+  now := pglimits._now();
+  ended := array(
+    select l from pglimits.leases l
+    where l.lease_id = force_release.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > now
+    order by l.limit_id, l.key);
+  select c.name, q.key, q.slots, q.holder, date_part('epoch', now - q.arrival) as waited into waiter
+  from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id where q.lease_id = force_release.lease_id;
+  if cardinality(pglimits._release(array[lease_id], false)) = 0 then
+    return false;
+  end if;
+  for place in
+    select e.limit_id, e.key, c.name, array_agg(e) as leases
+    from unnest(ended) e join pglimits.configs c on c.limit_id = e.limit_id group by e.limit_id, e.key, c.name
+    order by e.limit_id, e.key
+  loop
+    update pglimits.states s set releases = s.releases - 1, force_released_leases = s.force_released_leases + 1
+    where s.limit_id = place.limit_id and s.key = place.key;
+    perform pglimits._note_leases('force_released', place.name, place.leases, now);
+  end loop;
+  if cardinality(ended) = 0 and waiter.name is not null then
+    insert into pglimits.event_log (at, kind, name, key, lease_id, slots, holder, session, on_behalf_of)
+    values (now, 'force_released', waiter.name, waiter.key, lease_id, waiter.slots, waiter.holder, pglimits._session(),
+            pglimits._on_behalf_of());
+    perform pg_notify('pglimits_events', '');
+  end if;
+  return true;
+end $$;
+
+comment on function pglimits.force_release(uuid) is
+$$Ends somebody else's lease, or takes somebody else's request out of its line. As release, but it is told as an event and counted by
+itself. The holder is not stopped: it finds out when it next renews. True if it was live. Errors: PL001 a bad argument.$$;

@@ -64,6 +64,8 @@ begin
     insert into pglimits.meta default values on conflict do nothing;
     perform setval(pg_get_serial_sequence('pglimits.configs', 'limit_id'), (select max(c.limit_id) from pglimits.configs c));
   end loop;
+  perform pglimits._note('created', name, null, (
+    select pglimits._as_event(c) from pglimits.configs c where c.name = create_limit.name));
 end $$;
 
 comment on function pglimits.create_limit(text, integer, double precision, boolean, integer, text) is
@@ -156,7 +158,9 @@ begin
     with kept as (
       delete from pglimits.leases l where l.limit_id = old.limit_id and l.fence = 0 and l.slots > 0 returning l.key, l.slots
     )
-    update pglimits.states s set held = s.held - k.slots
+    update pglimits.states s
+    set held = s.held - k.slots, changed_at = now,
+        held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now)
     from (select x.key, sum(x.slots) as slots from kept x group by x.key) k
     where s.limit_id = old.limit_id and s.key = k.key;
   end if;
@@ -167,6 +171,10 @@ begin
     perform pglimits._serve(pglimits._send_away(state), now, false);
   end loop;
   perform pglimits._tell_elsewhere(old.limit_id);
+  if pglimits._as_event(new) <> pglimits._as_event(old) then
+    perform pglimits._note('updated', new.name, pglimits._differing(pglimits._as_event(old), pglimits._as_event(new)),
+                           pglimits._differing(pglimits._as_event(new), pglimits._as_event(old)));
+  end if;
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
@@ -251,8 +259,10 @@ begin
   delete from pglimits.states s where s.limit_id = gone.limit_id;
   delete from pglimits.known_keys k where k.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
+  delete from pglimits.samples s where s.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
   perform pglimits._tell_elsewhere(gone.limit_id);
+  perform pglimits._note('deleted', gone.name, pglimits._as_event(gone), null);
 end $$;
 
 comment on function pglimits.delete_limit(text) is
@@ -340,6 +350,9 @@ begin
     state := pglimits._lock_used(of_limit, used_key);
     continue when state.limit_id is null;
     now := pglimits._now();
+    if now >= state.next_expiry then
+      state := pglimits._take_expired(state, now);
+    end if;
     -- In the order in which renew locks them.
     perform from pglimits.leases l
     where l.limit_id = state.limit_id and l.key = used_key order by l.lease_id for update;
@@ -349,6 +362,7 @@ begin
     )
     select count(*) filter (where g.expires_at > now and g.fence > 0 and g.slots > 0) into here from gone g;
     ended := ended + here;
+    state.force_released_leases := state.force_released_leases + here;
     state.held := 0;
     state.next_expiry := timestamptz 'infinity';
     state.booked := least(state.booked, pglimits._decayed(state.decayed, state.slot_decay_per_second, state.decayed_at, now));
@@ -358,6 +372,7 @@ begin
       perform pglimits._save(state, now);
     end if;
   end loop;
+  perform pglimits._note('reset', name, null, jsonb_build_object('leases', ended), key);
   return ended;
 end $$;
 

@@ -57,12 +57,14 @@ begin
   delete from pglimits.processes p
   where p.expires_at <= now - interval '1 minute' and not exists (select from pglimits.queue q where q.channel = p.channel);
   keys := pglimits._sweep_idle_keys(max_keys, now - idle_seconds * interval '1 second', now);
+  perform pglimits._keep_history(now);
   return next;
 end $$;
 
 comment on function pglimits.sweep(integer, double precision) is
 $$Tidies: removes ended leases that nobody wanted, dead waiters, and keys that have been idle for so many seconds; at most max_keys of
-each at a time. Returns how many slots, waiters and keys it freed. Nothing depends on it but the size of the tables.
+each at a time. Returns how many slots, waiters and keys it freed. Samples every limit that was used, at most once a minute, and forgets
+old samples and events. Nothing depends on it but the history and the size of the tables.
 Errors: PL001 a bad argument.$$;
 
 -- Forgets keys with nothing in them. Waits for no lock: it holds the config's, which comes before the states'.
@@ -73,8 +75,7 @@ volatile
 as $$
 declare
   config pglimits.configs;
-  highest bigint;
-  removed integer;
+  removed record;
   total integer := 0;
 begin
   for config in
@@ -92,14 +93,27 @@ begin
     ), gone as (
       delete from pglimits.states s using unused u
       where s.limit_id = u.limit_id and s.key = u.key and s.generation = u.generation
-      returning s.limit_id, s.key, s.version
+      returning s.*
     ), forgotten as (
       delete from pglimits.known_keys k using gone g where k.limit_id = g.limit_id and k.key = g.key
     )
-    select count(*), max(g.version) into removed, highest from gone g;
-    if removed > 0 then
-      update pglimits.configs c set fence_floor = greatest(c.fence_floor, highest) where c.limit_id = config.limit_id;
-      total := total + removed;
+    select count(*)::integer as keys, max(g.version) as fence, sum(g.grants) as grants, sum(g.granted_slots) as granted_slots,
+           sum(g.releases) as releases, sum(g.expired_leases) as expired_leases, sum(g.force_released_leases) as force_released_leases,
+           sum(g.held_slot_seconds) as held_slot_seconds, sum(g.waited_seconds) as waited_seconds,
+           pglimits._sum_waits(array_agg(g.waits) filter (where g.waits is not null)) as waits
+    into removed from gone g;
+    if removed.keys > 0 then
+      update pglimits.configs c
+      set fence_floor = greatest(c.fence_floor, removed.fence), grants = c.grants + removed.grants,
+          granted_slots = c.granted_slots + removed.granted_slots, releases = c.releases + removed.releases,
+          expired_leases = c.expired_leases + removed.expired_leases,
+          force_released_leases = c.force_released_leases + removed.force_released_leases,
+          held_slot_seconds = c.held_slot_seconds + removed.held_slot_seconds,
+          waited_seconds = c.waited_seconds + removed.waited_seconds,
+          waits = case when c.waits is null or removed.waits is null then coalesce(c.waits, removed.waits)
+                       else pglimits._sum_waits(array[c.waits, removed.waits]) end
+      where c.limit_id = config.limit_id;
+      total := total + removed.keys;
     end if;
     exit when total >= max_keys;
   end loop;
@@ -107,4 +121,4 @@ begin
 end $$;
 
 comment on function pglimits._sweep_idle_keys(integer, timestamptz, timestamptz) is
-  'Deletes the states of keys that nothing uses; remembers their fences. Returns how many.';
+  'Deletes the states of keys that nothing uses; remembers their fences, and what they had counted. Returns how many.';

@@ -26,13 +26,22 @@ create table pglimits.configs (
   decayed_at timestamptz not null,
   fence_floor bigint not null,
   created_at timestamptz not null,
-  updated_at timestamptz not null
+  updated_at timestamptz not null,
+  grants bigint not null default 0,
+  granted_slots bigint not null default 0,
+  releases bigint not null default 0,
+  expired_leases bigint not null default 0,
+  force_released_leases bigint not null default 0,
+  held_slot_seconds double precision not null default 0,
+  waited_seconds double precision not null default 0,
+  waits bigint[]
 );
 comment on table pglimits.configs is
   'One row per limit: what its owner decided. Each of its states has a copy of what decisions need, so that whoever has locked that has it.';
 comment on column pglimits.configs.decayed is 'Virtual time at decayed_at. See _decayed().';
 comment on column pglimits.configs.fence_floor is
   'No key that was swept away ever gave a higher fence; a key starts above it when it is used again.';
+comment on column pglimits.configs.grants is 'With the seven that follow: what the states of keys had counted that were swept away.';
 
 create table pglimits.known_keys (
   limit_id bigint not null,
@@ -65,6 +74,14 @@ create table pglimits.states (
   last_arrival timestamptz not null,
   next_look timestamptz not null,
   changed_at timestamptz not null,
+  grants bigint not null,
+  granted_slots bigint not null,
+  releases bigint not null,
+  expired_leases bigint not null,
+  force_released_leases bigint not null,
+  held_slot_seconds double precision not null,
+  waited_seconds double precision not null,
+  waits bigint[],
   primary key (limit_id, key, generation)
 ) with (
   fillfactor = 50,
@@ -91,6 +108,13 @@ comment on column pglimits.states.head_rank is 'With head_arrival: no waiter sta
 comment on column pglimits.states.last_arrival is 'Nobody arrived later. Makes arrivals differ.';
 comment on column pglimits.states.next_look is
   'When time alone may let the head of the line go: then the line has to be served by whoever comes by.';
+
+comment on column pglimits.states.grants is 'With the seven that follow, counted since the key was used first: they ride on writes that are made anyway.';
+comment on column pglimits.states.held_slot_seconds is
+  'What was held, times how long, until changed_at; less what leases that had ended were counted for until they were taken out.';
+comment on column pglimits.states.waited_seconds is 'How long those who were granted had waited, together.';
+comment on column pglimits.states.waits is
+  'How many waited how long before they were granted: see _wait_class(). Null: nobody had to. Who was granted at once is not in it.';
 
 create table pglimits.leases (
   lease_id uuid not null,
@@ -174,6 +198,61 @@ create table pglimits.processes (
 );
 comment on table pglimits.processes is 'The heartbeats of processes that wait, by the channels on which they listen.';
 comment on column pglimits.processes.expires_at is 'The process is dead after this, and all that waits in it, unless it calls in.';
+
+-- What is remembered: events, and samples of what was used. sweep() keeps both short.
+
+create table pglimits.event_log (
+  event_id bigint generated always as identity primary key,
+  at timestamptz not null,
+  kind text not null,
+  name text collate "C" not null,
+  key text collate "C",
+  lease_id uuid,
+  slots integer,
+  fence bigint,
+  holder jsonb,
+  held_seconds double precision,
+  old jsonb,
+  new jsonb,
+  session text[],
+  on_behalf_of text
+);
+create index event_log_lease on pglimits.event_log (lease_id) where lease_id is not null;
+create index event_log_name on pglimits.event_log (name, event_id);
+comment on table pglimits.event_log is 'What happened to limits and leases, written in the transaction in which it did.';
+comment on column pglimits.event_log.held_seconds is 'For how long the lease was held.';
+comment on column pglimits.event_log.old is 'What was changed, as it was; new: as it is since.';
+comment on column pglimits.event_log.on_behalf_of is 'Whom the session acted for: its setting pglimits.by.';
+
+create table pglimits.samples (
+  limit_id bigint not null,
+  at timestamptz not null,
+  "limit" integer not null,
+  held bigint not null,
+  level double precision not null,
+  waiting bigint not null,
+  grants bigint not null,
+  granted_slots bigint not null,
+  releases bigint not null,
+  expired_leases bigint not null,
+  force_released_leases bigint not null,
+  held_slot_seconds double precision not null,
+  waited_seconds double precision not null,
+  waits bigint[],
+  primary key (limit_id, at)
+);
+create index samples_at on pglimits.samples (at);
+comment on table pglimits.samples is
+  'Every limit that was used, once a minute: what was held and waited for at that moment, and what had been counted until then. '
+  'Samples between two others may go without a loss: what was counted is in the later one.';
+
+create table pglimits.upkeep (
+  only_row boolean primary key default true check (only_row),
+  history_seconds double precision not null default 691200,
+  swept_at timestamptz not null default '-infinity',
+  sampled_at timestamptz not null default '-infinity'
+);
+comment on table pglimits.upkeep is 'One row about the sweep: when it was called and when it sampled last, and for how long events and samples are kept.';
 
 -- What travels between the functions.
 

@@ -16,22 +16,29 @@ USE = {
     "release", "release_all", "release_wait", "peek", "peek_all", "version", "errors",
 }  # fmt: skip
 CHANGE = {
-    "create_limit", "update_limit", "delete_limit", "adjust", "reset", "sweep", "cron_enable", "cron_disable",
+    "create_limit", "update_limit", "delete_limit", "adjust", "reset", "force_release", "sweep", "keep_history",
+    "cron_enable", "cron_disable",
 }  # fmt: skip
+READ = {"history", "sparklines", "why_waiting", "last_sweep"}
 WRAPPER = {"_acquire_batch", "_release_batch", "_watch", "_beat", "_locked_by"}
 PROCEDURES = {"acquire_wait", "rate_limit_wait", "release_wait", "_wait", "_refuse_transaction"}
 QUALIFIED = {"_can_commit", "_remaining", "_flush"}
 """They run as whoever calls them, and name nothing that a search_path could change."""
 OF_PROCEDURES = {"_wait", "_refuse_transaction", "_sleep", "_stay", "_cannot_commit"} | QUALIFIED
 """What the procedures call, which run as whoever calls them."""
-OF_VIEWS = {"_now", "_decayed", "_as_holder", "_ended_slots", "_dead_waiters"}
+OF_VIEWS = {
+    "_now", "_decayed", "_as_holder", "_ended_slots", "_ended_slot_seconds", "_slot_seconds", "_sum_waits",
+    "_dead_waiters",
+}  # fmt: skip
 GRANTED = {
     "pglimits_user": USE | WRAPPER | OF_PROCEDURES,
-    "pglimits_reader": {"version", "errors"} | OF_VIEWS,
-    "pglimits_admin": USE | WRAPPER | OF_PROCEDURES | OF_VIEWS | CHANGE,
+    "pglimits_reader": {"version", "errors"} | OF_VIEWS | READ,
+    "pglimits_admin": USE | WRAPPER | OF_PROCEDURES | OF_VIEWS | CHANGE | READ,
 }
-VIEWS = {"limits", "keys", "holders", "waiters"}
-TABLES = {"meta", "configs", "known_keys", "states", "leases", "queue", "processes"}
+VIEWS = {"limits", "keys", "holders", "waiters", "counters", "events"}
+TABLES = {
+    "meta", "configs", "known_keys", "states", "leases", "queue", "processes", "event_log", "samples", "upkeep",
+}  # fmt: skip
 
 
 def routines(s: Session) -> list[Any]:
@@ -49,8 +56,8 @@ def test_what_callers_call_pins_its_search_path_and_is_of_the_owner_and_nothing_
     """A procedure that commits can do neither, so what it calls does; and what the views call, if it reads a table."""
     pinned = {row.name for row in routines(s) if "search_path=pg_catalog, pg_temp" in row.config}
     definers = {row.name for row in routines(s) if row.definer}
-    functions = (USE | WRAPPER | CHANGE | OF_PROCEDURES) - PROCEDURES - QUALIFIED
-    assert pinned == functions | {"_ended_slots", "_dead_waiters"}
+    functions = (USE | WRAPPER | CHANGE | READ | OF_PROCEDURES) - PROCEDURES - QUALIFIED
+    assert pinned == functions | {"_ended_slots", "_ended_slot_seconds", "_dead_waiters"}
     assert definers == pinned - {"version", "errors"}
     assert {row.name for row in routines(s) if row.kind == "p"} == PROCEDURES
 
@@ -80,6 +87,7 @@ def test_everything_has_a_comment_that_is_a_sentence(s: Session) -> None:
 def test_all_arguments_are_named_and_all_but_the_names_have_defaults(s: Session) -> None:
     needed = {
         "create_limit": 2, "adjust": 2, "sweep": 0, "version": 0, "errors": 0, "cron_enable": 0, "cron_disable": 0,
+        "keep_history": 0, "last_sweep": 0,
     }  # fmt: skip
     for row in routines(s):
         if row.name in USE | CHANGE:

@@ -548,3 +548,36 @@ def test_a_call_reads_no_more_of_a_long_line_than_of_a_short_one(s: Session) -> 
     assert reads(lambda: s.beat("pglimits_t")) < 20
     assert reads(lambda: s.release(holder)) < 20
     assert reads(lambda: s.release(last)) < 20
+
+
+# What a waiter goes by is on disk.
+
+
+def committing(s: Session, what: str, *parameters: Any) -> str:
+    """How a transaction commits that does that, and wanted to commit with synchronous_commit = off."""
+    with s.transaction():
+        s.run("set local synchronous_commit = off")
+        s.run(what, *parameters)
+        return str(s.value("show synchronous_commit"))
+
+
+def test_a_hand_over_to_whoever_goes_when_it_is_told_is_durable_whatever_the_releaser_wants(s: Session) -> None:
+    first, second = full(s, limit=2)
+    s.queue("database", channel="pglimits_t")
+    s.queue("database")  # in plain SQL it claims its lease first, in a transaction of its own
+    assert committing(s, "select pglimits.release(%s)", first) == "on"
+    assert committing(s, "select pglimits.release(%s)", second) == "off"
+    assert committing(s, "select pglimits.acquire('database')") == "off"
+
+
+def test_a_turn_of_a_rate_limit_that_another_has_served_is_durable(clock: Clock, s: Session) -> None:
+    s.create("api", 1, 1)
+    clock.freeze()
+    s.rate_limit("api")
+    first = s.rate_limit("api", timeout_seconds=FOREVER)
+    s.rate_limit("api", timeout_seconds=FOREVER)
+    clock.advance(2.5)
+    assert (
+        committing(s, "select pglimits.rate_limit('api', timeout_seconds => null, lease_id => %s)", first.lease_id)
+        == "on"
+    )

@@ -28,19 +28,17 @@ def _lease(event: Event) -> str:
 
 
 def _change(old: Any, new: Any) -> str:
-    """``limit 10 -> 20``: only what is new, where there was nothing before."""
+    """``limit 10 → 20``; of a limit that was created, what is worth a word."""
     if not isinstance(new, dict):
         return ""
-    before = old if isinstance(old, dict) else {}
-    return ", ".join(
-        f"{field} {_value(before[field])} → {_value(value)}" if field in before else f"{field} {_value(value)}"
-        for field, value in new.items()
-        if field in before or value not in (None, 0, "", event_defaults.get(field))
-    )
+    if not isinstance(old, dict):
+        said = {field: value for field, value in new.items() if field != "name" and value not in _nothing(field)}
+        return ", ".join(f"{field} {_value(value)}" for field, value in said.items())
+    return ", ".join(f"{field} {_value(old.get(field))} → {_value(value)}" for field, value in new.items())
 
 
-event_defaults = {"active": True}
-"""What is not worth a word of a limit that was created."""
+def _nothing(field: str) -> tuple[Any, ...]:
+    return {"active": (True,), "slot_decay_per_second": (0,)}.get(field, (None,))
 
 
 def _value(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _BAR = 20
 _SPARKS = 60
+_PAST_EVERY = 20.0
+"""Seconds for which the last hour is not asked for again: a sample comes once a minute."""
 
 HOLDERS = (
     Column("Key", 14),
@@ -75,9 +79,11 @@ class LimitScreen(LiveScreen):
         self.limit_name = name
         self.tab = "holders"
         self._rates = Rates()
+        self._past: list[float | None] = []
+        self._past_at = -math.inf
         self._usage: Usage | None = None
         self._holders: dict[str, Holder] = {}
-        self._queue: dict[str, tuple[Waiter, Reason | None]] = {}
+        self._queue: dict[str, tuple[Waiter, Reason]] = {}
         self._keys: dict[str, Key] = {}
 
     def compose(self) -> ComposeResult:
@@ -100,7 +106,9 @@ class LimitScreen(LiveScreen):
             raise LimitNotFound(f"there is no limit named {name!r} any longer")
         self._usage = usage = found[0]
         rate = self._rates.look(found).get(name)
-        past = (await limiter._sparklines([name], 3600, _SPARKS)).get(name, [])
+        if time.monotonic() > self._past_at + _PAST_EVERY:
+            self._past = (await limiter._sparklines([name], 3600, _SPARKS)).get(name, [])
+            self._past_at = time.monotonic()
         tab, page = self.tab, self.page
         page.of = {"holders": usage.leases, "queue": usage.waiting, "keys": usage.keys}[tab]
         rows, columns = await self._list(tab, usage)
@@ -111,7 +119,7 @@ class LimitScreen(LiveScreen):
             rows, columns = await self._list(tab, usage)
         keyed = tab == "keys" or usage.keys > 1 or any(key for key in self._own_keys())
         page.show(columns if keyed else columns[1:], rows if keyed else [(at, cells[1:]) for at, cells in rows])
-        self._show_facts(usage, rate, past)
+        self._show_facts(usage, rate, self._past)
         self._show_detail()
 
     async def _list(self, tab: str, usage: Usage) -> tuple[list[tuple[str, list[Text]]], tuple[Column, ...]]:
@@ -122,7 +130,7 @@ class LimitScreen(LiveScreen):
             self._holders = {str(holder.lease_id): holder for holder in found}
             return [(at, self._of_holder(holder, usage)) for at, holder in self._holders.items()], HOLDERS
         if tab == "queue":
-            queue = await limiter._queue(name, count, first)
+            self.page.of, queue = await limiter._queue(name, count, first)
             self._queue = {str(waiter.lease_id): (waiter, why) for waiter, why in queue}
             return [(at, self._of_waiter(waiter, why, usage)) for at, (waiter, why) in self._queue.items()], QUEUE
         keys = await limiter._busiest_keys(name, count, first)
@@ -170,11 +178,11 @@ class LimitScreen(LiveScreen):
         self._show_tabs(usage)
 
     def _show_tabs(self, usage: Usage) -> None:
-        counts = (usage.leases, usage.waiting, usage.keys)
+        counts = {"holders": usage.leases, "queue": usage.waiting, "keys": usage.keys, self.tab: self.page.of}
         words: list[tuple[str, str]] = []
-        for nth, (tab, count) in enumerate(zip(TABS, counts, strict=True), 1):
+        for nth, tab in enumerate(TABS, 1):
             style = "bold reverse" if tab == self.tab else "dim"
-            words += [(f" {nth} {tab.capitalize()} {_output.number(count)} ", style), (" ", "")]
+            words += [(f" {nth} {tab.capitalize()} {_output.number(counts[tab])} ", style), (" ", "")]
         first, here = self.page.first, self.page.row_count
         if 0 < here < self.page.of:
             words.append((f" {first + 1:,} to {first + here:,}", "dim"))
@@ -191,7 +199,7 @@ class LimitScreen(LiveScreen):
             cell(holder.fence, "dim"),
         ]
 
-    def _of_waiter(self, waiter: Waiter, why: Reason | None, usage: Usage) -> list[Text]:
+    def _of_waiter(self, waiter: Waiter, why: Reason, usage: Usage) -> list[Text]:
         return [
             cell(waiter.key, self.top.colour("text-primary")),
             cell(waiter.position),
@@ -199,7 +207,7 @@ class LimitScreen(LiveScreen):
             cell(waiter.priority or "-"),
             cell(_output.duration((usage.now - waiter.waiting_since).total_seconds())),
             cell(_output.who(waiter.holder)),
-            cell("" if why is None else why.reason),
+            cell(why.reason),
         ]
 
     def _of_key(self, key: Key, usage: Usage) -> list[Text]:
@@ -231,10 +239,8 @@ class LimitScreen(LiveScreen):
             ]
         elif self.tab == "queue" and at in self._queue:
             waiter, why = self._queue[at]
-            lines = [_output.who(waiter.holder), f"request {waiter.lease_id}"]
-            if why is not None:
-                earliest = "" if why.earliest is None else f" At the earliest {_output.moment(why.earliest)}."
-                lines.insert(0, why.reason + earliest)
+            earliest = "" if why.earliest is None else f"; at the earliest {_output.moment(why.earliest)}"
+            lines = [why.reason + earliest, _output.who(waiter.holder), f"request {waiter.lease_id}"]
         elif self.tab == "keys" and at in self._keys:
             lines = [self._keys[at].key or "the key without a name"]
         self._detail.update(Text("\n".join(map(_output.one_line, lines)), no_wrap=True))

@@ -209,8 +209,8 @@ def history(
 ) -> None:
     """Show how a limit was used: in the last hour, unless --seconds says otherwise.
 
-    Each row is a step: its mean of held slots, its greatest level and line, and what happened in it. `pglimits sweep`
-    or pg_cron writes the history down, once a minute; a step in which neither ran is missing.
+    Each row is a step that ends then: slots held on average, the level and the line at its end, and what happened in
+    it. `pglimits sweep` or pg_cron takes the samples, one a minute; a step without one is missing.
 
     Example: pglimits history database --seconds 86400 --points 24
     """
@@ -232,11 +232,11 @@ def _table(steps: list[Step], *, rated: bool) -> None:
     most = max(*(max(step.limit, step.held, step.level) for step in steps), 1)
     longest = timedelta(days=1) < steps[-1].at - steps[0].at
     numbers = ["Held", "Limit", *(["Level"] if rated else []), "Waiting", "Grants", "Expired", "Wait p50", "p95"]
-    table = _output.table("From", *([""] if bars else []), *numbers, numbers=numbers, whole=["From"])
+    table = _output.table("Until", *([""] if bars else []), *numbers, numbers=numbers, whole=["Until"])
     for step in steps:
-        from_ = step.at.astimezone()
+        at = step.at.astimezone()
         table.add_row(
-            f"{from_:%m-%d %H:%M}" if longest else f"{from_:%H:%M:%S}",
+            f"{at:%m-%d %H:%M}" if longest else f"{at:%H:%M:%S}",
             *([_output.text(_output.bar(max(step.held, step.level), most, 10))] if bars else []),
             _output.number(step.held),
             _output.number(step.limit),

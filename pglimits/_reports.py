@@ -19,11 +19,12 @@ Sort: TypeAlias = Literal["busiest", "name", "limit", "held", "level", "waiting"
 class Reports(Base):
     """What a limiter can tell."""
 
-    def why_waiting(self, name: str, key: str | None = None) -> Course[builtins.list[Reason]]:
-        """Why each waiter of a limit, or of one key, waits, in the order of the line. Raises LimitNotFound."""
-        found = yield from self._ask(
-            _sql.WHY_WAITING, _arguments.text("name", name), _arguments.optional_text("key", key)
-        )
+    def why_waiting(self, name: str) -> Course[builtins.list[Reason]]:
+        """Why each waiter of a limit waits, in the order of the line. Raises LimitNotFound.
+
+        Those that need this limit but stand in the line of another come last.
+        """
+        found = yield from self._ask(_sql.WHY_WAITING, _arguments.text("name", name))
         return [Reason(*row) for row in found]
 
     def counters(self, name: str | None = None) -> Course[builtins.list[Counters]]:
@@ -85,7 +86,7 @@ class Reports(Base):
     def history(self, name: str, seconds: float = 3600, points: int = 60) -> Course[builtins.list[Step]]:
         """How a limit was used in the last so many seconds, in so many steps, oldest first. Raises LimitNotFound.
 
-        ``sweep`` writes it down, at most once a minute. A step in which it did not run is left out.
+        ``sweep`` takes samples, at most once a minute. A step without a sample is left out.
         """
         found = yield from self._ask(
             _sql.HISTORY,
@@ -102,15 +103,14 @@ class Reports(Base):
         found = yield from self._ask(_sql.SPARKLINES, names, seconds, points)
         return {name: held for name, held in found if held is not None}
 
-    def _queue(self, name: str, count: int, offset: int) -> Course[builtins.list[tuple[Waiter, Reason | None]]]:
-        """Who waits, in order, and why."""
+    def _queue(self, name: str, count: int, offset: int) -> Course[tuple[int, builtins.list[tuple[Waiter, Reason]]]]:
+        """Who waits, in order, and why: how many there are, and a page of them."""
         found = yield from self._ask(_sql.QUEUE, name, count, offset)
         queue = []
-        for row in found:
-            waiter, (blocked_by, reason, earliest) = Waiter(*with_holder(row[:8])), row[8:]
-            why = Reason(waiter.lease_id, waiter.key, waiter.position, blocked_by, reason, earliest)
-            queue.append((waiter, None if reason is None else why))
-        return queue
+        for _, *row in found:
+            waiter = Waiter(*with_holder(tuple(row[:8])))
+            queue.append((waiter, Reason(waiter.lease_id, waiter.key, waiter.position, *row[8:])))
+        return found[0][0] if found else 0, queue
 
     def _grants(self, contains: str | None) -> Course[builtins.list[tuple[str, int, datetime]]]:
         """How many grants each limit has made until now."""

@@ -104,21 +104,18 @@ WAITERS = Statement(
 WHY_WAITING = Statement(
     b"""
     select y.lease_id, y.key, y."position", y.blocked_by, y.reason, y.earliest
-    from pglimits.why_waiting($1, $2::text) y(lease_id, key, "position", blocked_by, reason, earliest)
-    order by y.key, y."position" """
+    from pglimits.why_waiting($1) y order by y.blocked_by <> $1, y.blocked_by, y.key, y."position" """
 )
 
 QUEUE = Statement(
     b"""
-    select w.*, y.blocked_by, y.reason, y.earliest
-    from (
-      select lease_id, name, key, slots, holder::text, priority, "position", waiting_since
-      from pglimits.waiters where name = $1 order by key, "position" limit $2::int offset $3::int
-    ) w
-    left join pglimits.why_waiting($1) y(lease_id, key, "position", blocked_by, reason, earliest)
-      on y.lease_id = w.lease_id
-    order by w.key, w."position" """
+    select count(*) over (), w.lease_id, w.name, w.key, w.slots, w.holder::text, w.priority, w."position",
+           w.waiting_since, y.blocked_by, y.reason, y.earliest
+    from pglimits.why_waiting($1) y
+    join pglimits.waiters w on w.lease_id = y.lease_id
+    order by y.blocked_by <> $1, y.blocked_by, y.key, y."position" limit $2::int offset $3::int"""
 )
+"""Who stands in the line of a limit, and who needs it and stands in another one."""
 
 COUNTERS = Statement(
     b"""
@@ -202,10 +199,9 @@ NEWS = Statement(
 
 HISTORY = Statement(
     b"""
-    select h.* from pglimits.history($1, $2::float8, $3::int) h(
-      at, seconds, "limit", held, level, waiting, grants, granted_slots, releases, expired_leases,
-      force_released_leases, waited_seconds, waited_p50, waited_p95)
-    order by h.at"""
+    select h.at, h.covered_seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
+           h.expired_leases, h.force_released_leases, h.waited_seconds, h.waited_p50, h.waited_p95
+    from pglimits.history($1, $2::float8, $3::int) h order by h.at"""
 )
 SPARKLINES = Statement(b"select s.name, s.held from pglimits.sparklines($1::text[], $2::float8, $3::int) s(name, held)")
 FORCE_RELEASE = Statement(b"select pglimits.force_release($1::uuid)")

@@ -140,14 +140,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a limit's history, which begins at ``at`` and takes ``seconds``.
+    """A step of a limit's history, which ends at ``at``; its samples cover ``covered_seconds``.
 
-    ``held`` is the mean. ``waited_p50`` and ``waited_p95``: how many seconds half, and 95 of 100, of those that were
-    granted had waited at most; None where nobody was granted.
+    ``held`` is the mean; limit, level and waiting are those at the end. ``waited_p50`` and ``waited_p95``: half, and
+    95 of 100, of those that were granted had waited for so many seconds at most; None where nobody was granted.
     """
 
     at: datetime
-    seconds: float
+    covered_seconds: float
     limit: int
     held: float
     level: float
@@ -164,9 +164,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a waiter waits: for which limit, in a sentence, and when its turn can come at the earliest.
+    """Why a waiter waits: in the line of which limit, in words, and when its turn can come at the earliest.
 
-    ``earliest`` is None where only a release can tell.
+    ``earliest`` is None where only a release can tell. ``key`` and ``position`` are those of that line.
     """
 
     lease_id: UUID

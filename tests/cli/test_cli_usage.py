@@ -38,7 +38,8 @@ def test_every_command_of_the_design_is_there(pglimits: Cli) -> None:
     assert names >= {
         "install", "upgrade", "uninstall", "doctor", "ls", "inspect", "create", "update", "delete", "enable", "disable",
         "reset", "holders", "waiters", "release", "acquire", "renew", "rate", "run", "sweep", "cron enable",
-        "cron disable", "top", "watch", "events", "history", "embedded start", "embedded stop", "embedded status", "sql",
+        "cron disable", "embedded start", "embedded stop", "embedded status", "sql", "top", "watch", "events",
+        "history",
     }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -40,8 +39,9 @@ class Reader:
 
     def until(self, *texts: str) -> str:
         """The next line that has all this in it."""
-        while not all(text in (line := self.line()) for text in texts):
-            pass
+        line = self.line()
+        while not all(text in line for text in texts):
+            line = self.line()
         return line
 
     def rest(self) -> list[str]:
@@ -103,8 +103,8 @@ def test_watch_prints_json_lines_and_a_level_that_decays(start: Start, conn: Con
     watching = Reader(start("watch", "api", "-o", "json"))
     first, second = watching.object(), watching.object()
     assert set(first) == {
-        "at", "name", "limit", "active", "slot_decay_per_second", "held", "waiting", "level", "leases", "keys", "grants",
-        "oldest_wait", "grants_per_second", "state", "reason",
+        "at", "name", "limit", "active", "slot_decay_per_second", "held", "waiting", "level", "leases", "keys",
+        "grants", "oldest_wait", "grants_per_second", "state", "reason",
     }  # fmt: skip
     assert first["grants_per_second"] is None and (first["name"], first["limit"]) == ("api", 5)
     assert second["level"] < first["level"] and second["at"] > first["at"]
@@ -196,7 +196,7 @@ def test_a_lease_that_nobody_gave_back_is_an_event_that_names_its_holder(
     assert "2 slots for 1m" in line and "job.py\\n on worker" in line and str(lease) in line
 
 
-def test_follow_shows_what_was_and_goes_on(start: Start, conn: Connection, wait_until: Wait) -> None:
+def test_follow_shows_what_was_and_goes_on(start: Start, conn: Connection) -> None:
     following = Reader(start("events", "--follow", "--limit", "1", "-o", "json"))
     assert following.object()["name"] == "api"
     conn.execute("select pglimits.update_limit('database', n) from generate_series(3, 6) n")
@@ -207,10 +207,9 @@ def test_follow_shows_what_was_and_goes_on(start: Start, conn: Connection, wait_
     assert following.process.wait(20) == 130
 
 
-def test_follow_shows_only_what_was_asked_for(start: Start, conn: Connection) -> None:
+def test_follow_shows_only_what_was_asked_for(start: Start, conn: Connection, wait_until: Wait) -> None:
     following = Reader(start("events", "-f", "--name", "database", "--kind", "updated", "--limit", "0"))
-    while not _listeners(conn):
-        pass
+    wait_until(lambda: is_listening(conn))
     conn.execute("select pglimits.update_limit('api', 7), pglimits.update_limit('database', 8)")
     conn.execute("select pglimits.delete_limit('database')")
     conn.execute("select pglimits.create_limit('database', 1)")
@@ -219,18 +218,19 @@ def test_follow_shows_only_what_was_asked_for(start: Start, conn: Connection) ->
     assert "limit 1 → 9" in following.line()
 
 
-def _listeners(conn: Connection) -> list[Any]:
-    return conn.execute(
-        "select pid from pg_stat_activity where query = 'listen pglimits_events' and datname = current_database()"
+def is_listening(conn: Connection) -> bool:
+    """Whether somebody listens, and has read what there was."""
+    queries = conn.execute(
+        "select query from pg_stat_activity where state = 'idle' and datname = current_database()"
     ).fetchall()
+    return ("listen pglimits_events",) in queries and any("pg_current_snapshot" in query for (query,) in queries)
 
 
 def test_follow_misses_no_event_whose_transaction_ends_after_a_later_one(
-    start: Start, conn: Connection, connect: Callable[..., Connection]
+    start: Start, conn: Connection, connect: Callable[..., Connection], wait_until: Wait
 ) -> None:
     following = Reader(start("events", "--follow", "--limit", "0", "-o", "json"))
-    while not _listeners(conn):
-        pass
+    wait_until(lambda: is_listening(conn))
     slow, rolled_back = connect(autocommit=False), connect(autocommit=False)
     slow.execute("select pglimits.update_limit('database', 3)")
     rolled_back.execute("select pglimits.update_limit('api', 3)")
@@ -266,12 +266,11 @@ def test_a_gap_is_waited_for_as_long_as_its_transaction_may_still_end(
 
 
 def test_follow_goes_on_where_it_was_when_the_connection_was_lost(
-    start: Start, conn: Connection, server: Any, server_dsn: str
+    start: Start, conn: Connection, server: Any, server_dsn: str, wait_until: Wait
 ) -> None:
     following = Reader(start("events", "--follow", "--limit", "0", "-o", "json", "--dsn", server_dsn))
     said = Reader(following.process, following.process.stderr)
-    while not _listeners(conn):
-        pass
+    wait_until(lambda: is_listening(conn))
     conn.execute("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
     conn.execute("select pglimits.create_limit('first', 1)")
     assert following.object()["name"] == "first"
@@ -280,8 +279,7 @@ def test_follow_goes_on_where_it_was_when_the_connection_was_lost(
     with psycopg.connect(server_dsn, autocommit=True) as again:
         again.execute("select pglimits.create_limit(name, 1) from unnest('{second,third}'::text[]) name")
         assert [following.object()["name"] for _ in range(2)] == ["second", "third"]
-        while not _listeners(again):
-            pass
+        wait_until(lambda: is_listening(again))
         again.execute("select pglimits.create_limit('fourth', 1)")
     assert following.object()["name"] == "fourth"
     assert following.rest() == []
@@ -292,7 +290,7 @@ def test_follow_polls_behind_a_pooler(start: Start, conn: Connection, pooled: Ca
     following.until("created", "api")
     conn.execute("select pglimits.delete_limit('api')")
     following.until("deleted", "api")
-    assert _listeners(conn) == []
+    assert not is_listening(conn)
 
 
 # history
@@ -305,13 +303,13 @@ def test_history_is_a_table_with_bars_or_json(pglimits: Cli, process: Cli, conn:
         clock.advance(61)
     steps = pglimits("history", "database", "--points", "60", "-o", "json").json
     assert steps and {step["limit"] for step in steps} == {2}
-    assert sum(step["grants"] for step in steps) <= 1 and steps[-1]["held"] == pytest.approx(1)
+    assert sum(step["grants"] for step in steps) <= 1 and steps[-1]["held"] == pytest.approx(1, rel=0.05)
     assert [step["at"] for step in steps] == sorted(step["at"] for step in steps)
     table = pglimits("history", "database", "--points", "60").out
     assert table.split("\n")[0].split() == [
-        "From", "Held", "Limit", "Waiting", "Grants", "Expired", "Wait", "p50", "p95",
+        "Until", "Held", "Limit", "Waiting", "Grants", "Expired", "Wait", "p50", "p95",
     ]  # fmt: skip
-    assert "█████ " in table and "Level" in pglimits("history", "api").out + "Level"
+    assert "█████ " in table
     assert "█" not in process("history", "database", PYTHONIOENCODING="ascii").out
 
 
@@ -336,7 +334,6 @@ def test_release_by_force_is_an_event_and_a_plain_one_is_not(pglimits: Cli, conn
     (event,) = pglimits("events", "--kind", "force_released", "-o", "json").json
     assert (event["lease_id"], event["name"], event["holder"]["program"]) == (theirs, "database", "pglimits acquire")
     assert event["by"]["user"] == conn.info.user
-    assert os.getpid() == event["holder"]["pid"]
 
 
 def test_only_an_administrator_releases_by_force(process: Cli, conn: Connection, server_dsn: str) -> None:

@@ -95,8 +95,19 @@ select
   t.name, t.limit_id, t.grants, t.granted_slots, t.releases, t.expired_leases, t.force_released_leases, t.held_slot_seconds,
   t.waited_seconds, coalesce(h.leases, 0) as leases, t.keys, w.oldest_waiting_since
 from pglimits._totals t
-left join (select x.name, count(*) as leases from pglimits.holders x group by x.name) h on h.name = t.name
-left join (select x.name, min(x.waiting_since) as oldest_waiting_since from pglimits.waiters x group by x.name) w on w.name = t.name
+left join (
+  select l.limit_id, count(*) as leases
+  from (select pglimits._now() as now) clock
+  join pglimits.leases l on l.expires_at > clock.now
+  where l.slots > 0 and l.fence > 0
+  group by l.limit_id) h on h.limit_id = t.limit_id
+left join (
+  select q.limit_id, min(q.arrival) as oldest_waiting_since
+  from (select pglimits._now() as now) clock
+  cross join pglimits.queue q
+  left join pglimits.processes p on p.channel = q.channel
+  where greatest(q.expires_at, p.expires_at) > clock.now
+  group by q.limit_id) w on w.limit_id = t.limit_id
 order by t.name;
 
 comment on view pglimits.counters is

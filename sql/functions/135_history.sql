@@ -31,9 +31,11 @@ begin
   end if;
   delete from pglimits.samples s where s.at < now - last.history_seconds * interval '1 second';
   delete from pglimits.event_log e
-  where e.event_id <= (select max(m.event_id) - 100000 from pglimits.event_log m)
-     or e.event_id < (select min(m.event_id) from pglimits.event_log m where m.at >= now - last.history_seconds * interval '1 second')
-     or last.history_seconds = 0 and e.at < now;
+  where e.event_id < (
+    select greatest(max(m.event_id) - 99999, coalesce((
+      select min(y.event_id) from pglimits.event_log y where y.at >= now - last.history_seconds * interval '1 second'),
+      max(m.event_id) + 1))
+    from pglimits.event_log m);
 end $$;
 
 comment on function pglimits._keep_history(timestamptz) is 'Samples every limit that was used, at most once a minute, and forgets what is old.';

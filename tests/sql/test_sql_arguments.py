@@ -98,6 +98,10 @@ SWEEPS = {
     "max_keys": {"null": "null::int", "zero": "0", "negative": "-1"},
     "idle_seconds": {"null": "null::float8", **TIMEOUTS},
 }
+STEPS = {
+    "seconds": {"null": "null::float8", "zero": "0", **TIMEOUTS},
+    "points": {"null": "null::int", "zero": "0", "negative": "-1", "too many": "10001"},
+}
 REQUEST = {
     "timeout_seconds": TIMEOUTS, "priority": PRIORITIES, "holder": HOLDERS, "strict": BOOLEANS, "channel": CHANNELS,
 }  # fmt: skip
@@ -146,6 +150,11 @@ FUNCTIONS: dict[str, tuple[dict[str, str], dict[str, dict[str, str]]]] = {
     "adjust": ({"name": "'api'", "slots": "1"}, {"name": NAMES, "slots": {"null": "null::int"}, "key": KEYS}),
     "reset": ({"name": "'api'"}, {"name": NAMES, "key": {**KEYS, "null": ""}}),
     "sweep": ({}, SWEEPS),
+    "force_release": ({"lease_id": ID}, {"lease_id": IDS}),
+    "keep_history": ({}, {"seconds": {"null": "null::float8", **TIMEOUTS}}),
+    "history": ({"name": "'api'"}, {"name": NAMES, **STEPS}),
+    "sparklines": ({"names": TWO}, {"names": {"null": "null::text[]"}, **STEPS}),
+    "why_waiting": ({"name": "'api'"}, {"name": NAMES}),
     "cron_enable": ({}, {"every_seconds": {"null": "null::float8", "zero": "0", "negative": "-60", "long": "2e5"}}),
 }  # fmt: skip
 

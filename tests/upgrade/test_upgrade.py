@@ -48,8 +48,8 @@ alter table pglimits.configs add column note text;
 comment on column pglimits.configs.note is 'What comes next.';
 alter table pglimits.states set (fillfactor = 60);
 create index leases_acquired on pglimits.leases (acquired_at);
-create table pglimits.samples (limit_id bigint primary key, taken_at timestamptz not null);
-comment on table pglimits.samples is 'What comes next.';
+create table pglimits.notes (limit_id bigint primary key, taken_at timestamptz not null);
+comment on table pglimits.notes is 'What comes next.';
 alter type pglimits._request add attribute remark text;
 """
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 _PANEL = "Limits"
 _LOOKS_EVERY = 0.5
+_RESTS = 4.0
+"""It rests at least as often as long as a look took: a look must not become the load."""
 _NAPS = 0.25
 """Seconds that it sleeps in one go: a signal in the moment before a sleep does not end that one."""
 
@@ -72,10 +74,13 @@ def watch(
     with _client.ended_by_signals(), _client.limiter(dsn, _rights.READER, name) as limiter:
         look(limiter)
         reach = _Reach()
+        took = 0.0
         while True:
-            _sleep(every or _LOOKS_EVERY)
+            _sleep(max(every or _LOOKS_EVERY, took * _RESTS))
+            began = time.monotonic()
             with reach.tried():
                 look(limiter)
+            took = time.monotonic() - began
 
 
 def _facts(usage: Usage) -> tuple[object, ...]:
@@ -137,7 +142,7 @@ def events(
 ) -> None:
     """Show what happened, oldest first: limits that were changed, and by whom; leases that ended by themselves.
 
-    expired: a holder never came back, and its slots went to somebody else. lost: its limit was deleted or reset.
+    expired: a holder never came back, and its lease ended. lost: it came back too late.
 
     With --follow none is missed and none comes twice, also where the database is away for a while. With -o json each
     line is then an object.

@@ -207,8 +207,12 @@ def test_follow_shows_what_was_and_goes_on(start: Start, conn: Connection) -> No
     assert following.process.wait(20) == 130
 
 
-def test_follow_shows_only_what_was_asked_for(start: Start, conn: Connection, wait_until: Wait) -> None:
-    following = Reader(start("events", "-f", "--name", "database", "--kind", "updated", "--limit", "0"))
+def test_follow_shows_only_what_was_asked_for(
+    start: Start, conn: Connection, wait_until: Wait, server_dsn: str
+) -> None:
+    following = Reader(
+        start("events", "-f", "--name", "database", "--kind", "updated", "--limit", "0", "--dsn", server_dsn)
+    )
     wait_until(lambda: is_listening(conn))
     conn.execute("select pglimits.update_limit('api', 7), pglimits.update_limit('database', 8)")
     conn.execute("select pglimits.delete_limit('database')")
@@ -227,9 +231,9 @@ def is_listening(conn: Connection) -> bool:
 
 
 def test_follow_misses_no_event_whose_transaction_ends_after_a_later_one(
-    start: Start, conn: Connection, connect: Callable[..., Connection], wait_until: Wait
+    start: Start, conn: Connection, connect: Callable[..., Connection], wait_until: Wait, server_dsn: str
 ) -> None:
-    following = Reader(start("events", "--follow", "--limit", "0", "-o", "json"))
+    following = Reader(start("events", "--follow", "--limit", "0", "-o", "json", "--dsn", server_dsn))
     wait_until(lambda: is_listening(conn))
     slow, rolled_back = connect(autocommit=False), connect(autocommit=False)
     slow.execute("select pglimits.update_limit('database', 3)")

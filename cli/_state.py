@@ -20,25 +20,34 @@ OFF, SHUT, BACKLOGGED, AT_CAPACITY, ACTIVE, IDLE = "off", "shut", "backlogged", 
 
 def state(usage: Usage) -> tuple[str, str]:
     """The word for what a limit does right now, and why it is this one."""
-    waiting = _output.count(usage.waiting, "request waits", "requests wait")
+    slots, free = room(usage), room(usage) - usage.held
+    keyed = f" in {_output.count(usage.keys, 'key')}" if usage.keys > 1 else ""
+    waiting = f"{_output.number(usage.waiting)} waiting" if usage.waiting else ""
     if not usage.active:
-        return OFF, "it is not enforced"
+        return OFF, "not enforced: every request goes through"
     if usage.limit == 0:
-        return SHUT, "its limit is 0: nobody is let in" + (f"; {waiting}" if usage.waiting else "")
+        return SHUT, "its limit is 0: nobody gets in" + (f", {waiting}" if waiting else "")
     if usage.waiting:
         oldest = "" if usage.oldest_wait is None else f", the oldest for {_output.duration(usage.oldest_wait)}"
-        return BACKLOGGED, waiting + oldest
-    if usage.full_keys:
-        if usage.keys <= 1:
-            return AT_CAPACITY, "there is no room for one more slot"
-        return AT_CAPACITY, f"{_output.number(usage.full_keys)} of {_output.count(usage.keys, 'key')} have no room"
-    if usage.held or usage.level:
-        return ACTIVE, "it is in use, and has room"
-    return IDLE, "nobody uses it"
+        return BACKLOGGED, f"{waiting}{keyed}{oldest}"
+    if free <= 0:
+        return AT_CAPACITY, f"every slot is held{keyed}"
+    if usage.slot_decay_per_second and usage.level > slots - 1:
+        return AT_CAPACITY, f"no whole slot is left{keyed}, {_output.rate(usage.slot_decay_per_second)} come back"
+    if usage.held:
+        return ACTIVE, f"{_output.number(free)} of {_output.count(slots, 'slot')} free{keyed}"
+    if usage.level:
+        return ACTIVE, f"{_output.number(usage.level)} used and not decayed yet{keyed}"
+    return IDLE, "nobody holds or waits"
+
+
+def room(usage: Usage) -> int:
+    """Slots of all keys together: each has the whole limit."""
+    return usage.limit * max(usage.keys, 1)
 
 
 def used(usage: Usage) -> float:
-    """What counts against the limit: slots that are held, or a rate limit's level."""
+    """What counts against that: slots that are held, or a rate limit's level."""
     return max(usage.held, usage.level)
 
 

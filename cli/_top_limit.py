@@ -13,7 +13,7 @@ from textual.widgets import DataTable, Footer, Static
 from pglimits.errors import LimitNotFound, PglimitsError
 
 from . import _output
-from ._state import Rates, used
+from ._state import Rates, room, used
 from ._top_live import LiveScreen
 from ._top_table import Column, Page, cell
 
@@ -146,8 +146,7 @@ class LimitScreen(LiveScreen):
 
     def _show_facts(self, usage: Usage, rate: float | None, past: list[float | None]) -> None:
         word, reason, style = self.of_state(usage)
-        whole = usage.limit * max(usage.keys, 1)
-        filled = _output.bar(used(usage), whole, _BAR)
+        filled = _output.bar(used(usage), room(usage), _BAR)
         budget = _output.count(usage.limit, "slot")
         if usage.slot_decay_per_second:
             budget += f", {_output.rate(usage.slot_decay_per_second)} come back"

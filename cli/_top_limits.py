@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
 from . import _output
-from ._state import Rates, used
+from ._state import Rates, room, used
 from ._top_limit import LimitScreen
 from ._top_live import LiveScreen
 from ._top_table import Column, Page, cell
@@ -128,13 +128,12 @@ class LimitsScreen(LiveScreen):
 
     def _cells(self, usage: Usage, rate: float | None) -> list[Text]:
         word, reason, style = self.of_state(usage)
-        whole = usage.limit * max(usage.keys, 1)
         several = f"\N{MULTIPLICATION SIGN}{_output.short(usage.keys)}" if usage.keys > 1 else ""
         sparks = self._sparks.get(usage.name, [])
         most = max(usage.limit, *(value or 0.0 for value in sparks), 1.0)
         return [
             cell(usage.name),
-            self._bar(used(usage), whole, style),
+            self._bar(used(usage), room(usage), style),
             cell(f"{_output.short(usage.held)}/{_output.short(usage.limit)}{several}"),
             cell(_output.short(usage.level) if usage.slot_decay_per_second else "-"),
             cell(_output.short(usage.waiting), style if usage.waiting else "dim"),

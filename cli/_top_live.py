@@ -128,7 +128,7 @@ class LiveScreen(Screen[None]):
         if self._away_since is not None:
             since = datetime.fromtimestamp(self._away_since).astimezone()
             gone = _output.duration(time.time() - self._away_since)
-            return f"No database since {since:%H:%M:%S} ({gone}), what is shown is older. Trying again. {self._problem}"
+            return f"No database since {since:%H:%M:%S} ({gone}), what is shown is older. Trying again: {self._problem}"
         waits = time.monotonic() - self._asked_at if self._asked_at else 0.0
         if waits > _OVERDUE:
             return f"The database has not answered for {_output.duration(waits)}; what is shown is older."

@@ -131,19 +131,25 @@ GRANTS = Statement(
     where $1::text is null or strpos(lower(c.name), lower($1)) > 0"""
 )
 
-_FULLNESS = """case when l.active and l."limit" > 0 then greatest(l.held, l.level) / l."limit" else 0 end"""
+_ROOM = 'l."limit" * greatest(c.keys, 1)'
+_STATE = f"""
+      case when not l.active then 5 when l."limit" = 0 then 4 when l.waiting > 0 then 0
+           when l.held >= {_ROOM} or l.level > {_ROOM} - 1 then 1 when l.held > 0 or l.level > 0 then 2 else 3 end"""
 _ORDERS = {
-    "busiest": f"l.waiting desc, {_FULLNESS} desc, l.held desc",
+    # Rounded, so that they do not change places over trifles.
+    "busiest": f"{_STATE}, l.waiting desc, round(10 * greatest(l.held, l.level) / nullif({_ROOM}, 0)) desc",
     "name": "",
     "limit": 'l."limit" desc',
-    "held": f"l.held desc, {_FULLNESS} desc",
+    "held": "l.held desc",
     "level": "l.level desc",
     "waiting": "l.waiting desc, c.oldest_waiting_since",
     "oldest_wait": "c.oldest_waiting_since nulls last",
     "given": "array_position($2::text[], l.name)",
 }
 _USAGE = """
-    with page as materialized (
+    select u.name, u."limit", u.held, u.waiting, u.active, u.slot_decay_per_second, u.level, u.max_waiters,
+           u.description, u.grants, u.leases, u.keys, u.oldest_wait, u.now, u.of
+    from (
       select l.*, c.grants, c.leases, c.keys, clock.now,
              extract(epoch from clock.now - c.oldest_waiting_since)::float8 as oldest_wait,
              count(*) over () as of, row_number() over (order by {order}) as nth
@@ -151,19 +157,8 @@ _USAGE = """
       cross join pglimits.limits l
       join pglimits.counters c on c.name = l.name
       where ($1::text is null or strpos(lower(l.name), lower($1)) > 0) and ($2::text[] is null or l.name = any ($2))
-      order by nth limit $3::int offset $4::int
-    ), crowded as (
-      select p.name, count(*) as full_keys
-      from page p
-      join pglimits.keys k on k.name = p.name and (k.held >= p."limit" or k.level > p."limit" - 1)
-      where p.active and (p.held >= p."limit" or p.level > p."limit" - 1)
-      group by p.name
-    )
-    select p.name, p."limit", p.held, p.waiting, p.active, p.slot_decay_per_second, p.level, p.max_waiters,
-           p.description, p.grants, p.leases, p.keys, coalesce(f.full_keys, 0), p.oldest_wait, p.now, p.of
-    from page p
-    left join crowded f on f.name = p.name
-    order by p.nth"""
+    ) u
+    order by u.nth limit $3::int offset $4::int"""
 USAGE = {
     sort: Statement(_USAGE.format(order=", ".join(filter(None, (order, "l.name")))).encode())
     for sort, order in _ORDERS.items()

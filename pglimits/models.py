@@ -93,7 +93,7 @@ class Counters:
 class Usage:
     """A limit and how it is used, as of ``now``; ``of``: how many limits there are that were asked for.
 
-    ``full_keys``: how many keys have no room for one more slot. ``oldest_wait``: seconds.
+    ``keys``: each of them has the whole limit. ``oldest_wait``: seconds.
     """
 
     name: str
@@ -108,7 +108,6 @@ class Usage:
     grants: int
     leases: int
     keys: int
-    full_keys: int
     oldest_wait: float | None
     now: datetime
     of: int

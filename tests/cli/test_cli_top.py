@@ -125,11 +125,13 @@ def test_every_limit_has_its_state_and_the_busiest_come_first(dsn: str) -> None:
 @pytest.mark.usefixtures("busy")
 def test_a_wide_screen_has_the_reason_and_the_last_hour(dsn: str) -> None:
     async def test(screen: Screen) -> None:
-        await screen.until("because", "Last hour", "2 requests wait, the oldest for", "it is not enforced")
+        await screen.until("because", "Last hour", "2 waiting, the oldest for", "not enforced")
         await screen.pilot.resize_terminal(80, 24)
         await screen.until("7 limits", "backlogged", gone="because")
         await screen.pilot.resize_terminal(160, 24)
-        await screen.until("3 of 3 keys have no room", "there is no room for one more slot", "nobody is let in")
+        await screen.until(
+            "every slot is held in 3 keys", "no whole slot is left, 0.001/s", "nobody gets in", "6 of 10 slots free"
+        )
 
     show(dsn, test, (160, 40))
 
@@ -233,7 +235,7 @@ def test_a_limit_shows_its_holders_its_queue_with_the_reasons_and_its_keys(dsn: 
     async def test(screen: Screen) -> None:
         await screen.until("backlogged")
         await screen.press("enter")
-        await screen.until("database  backlogged: 2 requests wait", "2 slots · Orders", "2 held · 2 waiting")
+        await screen.until("database  backlogged: 2 waiting", "2 slots · Orders", "2 held · 2 waiting")
         await screen.until("1 Holders 1", "2 Queue 2", "3 Keys 1", "loader.py (pid 17) on worker-1", f"lease {busy}")
         await screen.press("tab")
         await screen.until("Place", "first.py", "second.py", "request ")
@@ -297,7 +299,7 @@ def test_a_lease_is_released_once_that_is_confirmed(dsn: str, busy: UUID, conn: 
         for no in ("n", "escape", "enter"):
             await screen.press("r")
             await screen.until(
-                "Release 2 slots of 'database'?", "by loader.py (pid 17) on worker-1.", "2 requests wait"
+                "Release 2 slots of 'database'?", "by loader.py (pid 17) on worker-1.", "requests wait now"
             )
             await screen.press(no)
             await screen.until("1 Holders 1", gone="Release 2 slots")
@@ -347,11 +349,11 @@ def test_a_limit_is_disabled_and_enabled_from_both_screens(dsn: str, conn: Conne
         await screen.press("slash", *"data", "enter")
         await screen.until("1 limit ")
         await screen.press("enter")
-        await screen.until("database  off: it is not enforced")
+        await screen.until("database  off: not enforced")
         await screen.press("e")
         await screen.until("Enable limit 'database'?")
         await screen.press("y")
-        await screen.until("Enabled limit 'database'.", gone="off: it is not enforced")
+        await screen.until("Enabled limit 'database'.", gone="off: not enforced")
         assert one(conn, "select active from pglimits.limits where name = 'database'") is True
 
     show(dsn, test)

@@ -13,7 +13,7 @@ import typer
 
 from . import _client, _errors, _output, _rights
 from ._commands import command
-from ._options import Dsn, Format, Name, Output
+from ._options import Dsn, Format, Name, OfName, Output
 
 if TYPE_CHECKING:
     from pglimits import Event, Limiter, Step, Usage
@@ -124,9 +124,7 @@ def events(
     limit: Annotated[
         int, typer.Option("--limit", "-l", metavar="N", min=0, max=100_000, help="How many at most: the newest.")
     ] = 50,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", show_default=False, help="Only of this limit.")
-    ] = None,
+    name: OfName = None,
     kind: Annotated[
         str | None,
         typer.Option(

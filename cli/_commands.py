@@ -19,6 +19,8 @@ FAMILIES = {
     "demo": ("demo",),
     "limits": ("ls", "inspect", "create", "update", "delete", "enable", "disable", "reset"),
     "leases": ("holders", "waiters", "release", "acquire", "renew", "rate"),
+    "top": ("top",),
+    "watch": ("watch", "events", "history"),
     "run": ("run",),
     "sweep": ("sweep",),
     "metrics": ("metrics",),

@@ -57,7 +57,7 @@ def test_every_command_that_connects_takes_a_dsn_and_prints_json(pglimits: Cli) 
     for command in commands(pglimits):
         said = pglimits(*command, "--help").out
         assert ("--dsn" in said) is (command[0] not in ("sql", "embedded")), command
-        assert ("--output" in said) is (command[0] not in ("sql", "run", "top")), command
+        assert ("--output" in said) is (command[0] not in ("sql", "run", "top", "serve")), command
 
 
 def test_without_a_command_there_is_help(pglimits: Cli) -> None:

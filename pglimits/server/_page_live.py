@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -21,6 +22,8 @@ _LOOKS_ANYWAY = 10.0
 """Seconds after which a page is told to look although no figure has changed: a lease may have been renewed."""
 _BEATS = 5.0
 """Seconds between two signs of life of a stream."""
+_SHARE = 5
+"""An answer that took long is kept so many times as long."""
 _MOST_KEPT = 200
 _SPARKLINE_KEEPS = 30.0
 """Seconds for which a sparkline is shown again without a look: samples come once a minute."""
@@ -35,28 +38,42 @@ where l.name = any (%(names)s::text[])
 """
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A question: since when, and how long the answer took."""
+
+    began: float
+    task: asyncio.Task[Any]
+    took: float = 0.0
+
+
 class Shared:
     """Answers that all who ask within a moment share, so that a hundred pages of one limit ask the database once."""
 
     def __init__(self) -> None:
-        self._asked: dict[Hashable, tuple[float, asyncio.Task[Any]]] = {}
+        self._asked: dict[Hashable, _Asked] = {}
         self._last: OrderedDict[Hashable, Any] = OrderedDict()
 
     async def get(self, key: Hashable, seconds: float, make: Callable[[], Awaitable[T]]) -> T:
-        """What ``make`` returns, or has returned not more than so many seconds ago."""
-        began, task = self._asked.get(key, (0.0, None))
-        if task is not None and task.done() and (time.monotonic() - began > seconds or task.exception() is not None):
-            task = None
-        if task is None:
+        """What ``make`` returns, or has returned not more than so many seconds ago; longer ago if it took long."""
+        asked = self._asked.get(key)
+        if asked is not None and asked.task.done():
+            age = time.monotonic() - asked.began
+            if asked.task.exception() is not None or age > max(seconds, asked.took * _SHARE):
+                asked = None
+        if asked is None:
             if len(self._asked) >= _MOST_KEPT:
-                self._asked = {each: asked for each, asked in self._asked.items() if not asked[1].done()}
-            task = asyncio.ensure_future(self._make(key, make))
-            self._asked[key] = (time.monotonic(), task)
-        found: T = await asyncio.shield(task)
+                self._asked = {each: kept for each, kept in self._asked.items() if not kept.task.done()}
+            asked = self._asked[key] = _Asked(time.monotonic(), asyncio.ensure_future(self._make(key, make)))
+            asked.task.add_done_callback(_look_at)
+        found: T = await asyncio.shield(asked.task)
         return found
 
     async def _make(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        began = time.monotonic()
         found = await make()
+        if key in self._asked:
+            self._asked[key].took = time.monotonic() - began
         self._last[key] = found
         self._last.move_to_end(key)
         if len(self._last) > _MOST_KEPT:
@@ -70,6 +87,12 @@ class Shared:
     def clear(self) -> None:
         """Whoever asks next gets a new answer: something was changed here."""
         self._asked = {}
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """An error is no news for asyncio, also where whoever asked has gone meanwhile."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Hub:

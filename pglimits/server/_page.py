@@ -19,10 +19,11 @@ from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 
+from .._words import STATES
 from ..errors import LimiterUnavailable, PglimitsError
 from . import _page_actions
 from ._auth import local_path, reading
-from ._page_data import SORTS, STATES, Query, pick
+from ._page_data import SORTS, Query, pick
 from ._page_limit import CHARTS, SPANS, history, view
 from ._page_live import hub_of, news
 from ._page_render import limit_url, render, static, url_of

@@ -58,7 +58,7 @@ def a(name: str = "one", **changed: Any) -> Row:
         ({"held": 10, "waiting": 4}, "backlogged", "4 waiting"),
         ({"limit": 0}, "shut", "its limit is 0: nobody gets in"),
         ({"active": False, "waiting": 3}, "off", "not enforced: every request goes through"),
-        ({"slot_decay_per_second": 2.0, "level": 9.5}, "at capacity", "no whole slot is left, 2 come back a second"),
+        ({"slot_decay_per_second": 2.0, "level": 9.5}, "at capacity", "no whole slot is left, 2/s come back"),
         ({"slot_decay_per_second": 2.0, "level": 4.0}, "active", "4 used and not decayed yet"),
     ],
 )
@@ -119,8 +119,8 @@ def test_numbers_durations_and_holders_are_short() -> None:
         "3",
         "0.50",
         "4.25",
-        "100.0",
-        "12,346",
+        "99.96",
+        "12,345.60",
     ]
     assert [duration(value) for value in (0.4, 59.9, 61, 3600, 7325, 90000)] == [
         "0s",

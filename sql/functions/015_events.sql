@@ -4,37 +4,44 @@
 -- table short. Whoever listens on the channel pglimits_events hears that there are new ones; ids may become visible out of order.
 -- Called by: whatever changes a limit, ends a lease that its holder did not end, or finds that one came back too late.
 
-create or replace function pglimits._note(kind text, name text, old jsonb, new jsonb, key text default null)
+-- lease: whose event it is, as its row is or was; null: the limit's. old and new: what was changed.
+create or replace function pglimits._note(
+  kind text, name text, key text, lease pglimits.leases, old jsonb, new jsonb, now timestamptz)
 returns void
 language plpgsql
 volatile
 as $$
 begin
-  insert into pglimits.event_log (at, kind, name, key, old, new, session, on_behalf_of)
-  values (pglimits._now(), kind, name, key, old, new, pglimits._session(), pglimits._on_behalf_of());
+  loop
+    insert into pglimits.event_log (
+      at, kind, name, key, lease_id, slots, fence, holder, held_seconds, old, new, session, on_behalf_of)
+    values (
+      now, kind, name, key, lease.lease_id, lease.slots, lease.fence, coalesce(lease.holder, pglimits._as_holder(lease.session)),
+      date_part('epoch', least(lease.expires_at, now) - lease.acquired_at), old, new, pglimits._session(),
+      pglimits._on_behalf_of())
+    on conflict (event_id) do nothing;
+    exit when found;
+    -- A restore, or logical replication, has brought events without the sequence that numbers them.
+    perform setval(pg_get_serial_sequence('pglimits.event_log', 'event_id'), (select max(e.event_id) from pglimits.event_log e));
+  end loop;
   perform pg_notify('pglimits_events', '');
 end $$;
 
-comment on function pglimits._note(text, text, jsonb, jsonb, text) is 'Writes an event about a limit.';
+comment on function pglimits._note(text, text, text, pglimits.leases, jsonb, jsonb, timestamptz) is
+  'Writes an event about a limit, or about a lease.';
 
--- Events about leases on one limit. ended: rows of leases, which may be gone by now.
+-- Rows that are no leases (what became of a request, what is kept for one) are passed over.
 create or replace function pglimits._note_leases(kind text, name text, ended pglimits.leases[], now timestamptz)
 returns void
 language plpgsql
 volatile
 as $$
+declare
+  lease pglimits.leases;
 begin
-  insert into pglimits.event_log (
-    at, kind, name, key, lease_id, slots, fence, holder, held_seconds, session, on_behalf_of)
-  select now, _note_leases.kind, _note_leases.name, e.key, e.lease_id, e.slots, e.fence,
-         coalesce(e.holder, pglimits._as_holder(e.session)),
-         date_part('epoch', least(e.expires_at, now) - e.acquired_at), pglimits._session(), pglimits._on_behalf_of()
-  from unnest(ended) e
-  where e.fence > 0 and e.slots > 0
-  order by e.expires_at;
-  if found then
-    perform pg_notify('pglimits_events', '');
-  end if;
+  for lease in select e.* from unnest(ended) e where e.fence > 0 and e.slots > 0 order by e.expires_at loop
+    perform pglimits._note(kind, name, lease.key, lease, null, null, now);
+  end loop;
 end $$;
 
 comment on function pglimits._note_leases(text, text, pglimits.leases[], timestamptz) is 'Writes an event about each of some leases.';

@@ -56,6 +56,8 @@ volatile
 as $$
 declare
   lost uuid[];
+  told pglimits.event_log;
+  lease pglimits.leases;
 begin
   lost := array(
     select u.id from unnest(lease_ids) as u(id)
@@ -67,15 +69,18 @@ begin
   perform pglimits._note_leases('lost', x.name, x.leases, now)
   from (select c.name, array_agg(l) as leases from pglimits.leases l join pglimits.configs c on c.limit_id = l.limit_id
         where l.lease_id = any (lost) group by c.name order by c.name) x;
-  insert into pglimits.event_log (at, kind, name, key, lease_id, slots, fence, holder, held_seconds, session, on_behalf_of)
-  select now, 'lost', e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, pglimits._session(),
-         pglimits._on_behalf_of()
-  from pglimits.event_log e
-  where e.lease_id = any (lost) and e.kind in ('expired', 'force_released') and e.slots is not null and e.fence is not null
-  order by e.event_id;
-  if found then
-    perform pg_notify('pglimits_events', '');
-  end if;
+  for told in
+    select e.* from pglimits.event_log e
+    where e.lease_id = any (lost) and e.kind in ('expired', 'force_released') and e.fence is not null order by e.event_id
+  loop
+    lease.lease_id := told.lease_id;
+    lease.slots := told.slots;
+    lease.fence := told.fence;
+    lease.holder := told.holder;
+    lease.expires_at := now;
+    lease.acquired_at := now - told.held_seconds * interval '1 second';
+    perform pglimits._note('lost', told.name, told.key, lease, null, null, now);
+  end loop;
 end $$;
 
 comment on function pglimits._note_lost(uuid[], timestamptz) is 'Writes an event about each of some leases that had ended when it was to be renewed.';
@@ -258,7 +263,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   ended pglimits.leases[];
-  waiter record;
+  waiting record;
+  waiter pglimits.leases;
   place record;
   now timestamptz;
 begin
@@ -274,8 +280,12 @@ begin
     select l from pglimits.leases l
     where l.lease_id = force_release.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > now
     order by l.limit_id, l.key);
-  select c.name, q.key, q.slots, q.holder, date_part('epoch', now - q.arrival) as waited into waiter
+  select c.name, q.key, q.slots, q.holder into waiting
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id where q.lease_id = force_release.lease_id;
+  waiter.lease_id := lease_id;
+  waiter.key := waiting.key;
+  waiter.slots := waiting.slots;
+  waiter.holder := waiting.holder;
   if cardinality(pglimits._release(array[lease_id], false)) = 0 then
     return false;
   end if;
@@ -288,11 +298,8 @@ begin
     where s.limit_id = place.limit_id and s.key = place.key;
     perform pglimits._note_leases('force_released', place.name, place.leases, now);
   end loop;
-  if cardinality(ended) = 0 and waiter.name is not null then
-    insert into pglimits.event_log (at, kind, name, key, lease_id, slots, holder, session, on_behalf_of)
-    values (now, 'force_released', waiter.name, waiter.key, lease_id, waiter.slots, waiter.holder, pglimits._session(),
-            pglimits._on_behalf_of());
-    perform pg_notify('pglimits_events', '');
+  if cardinality(ended) = 0 and waiting.name is not null then
+    perform pglimits._note('force_released', waiting.name, waiter.key, waiter, null, null, now);
   end if;
   return true;
 end $$;

@@ -70,6 +70,10 @@ READING = [
     "version()",
     "errors()",
     "cron_disable()",
+    "history('free')",
+    "sparklines('{free}')",
+    "why_waiting('full')",
+    "last_sweep()",
     "_locked_by('{free}', '{\"\"}')",
 ]
 WRITING = [
@@ -104,6 +108,8 @@ WRITING = [
     "reset('full')",
     "reset('free')",
     "sweep()",
+    f"force_release('{HELD}')",
+    "keep_history(60)",
 ]
 
 

@@ -23,7 +23,7 @@ from . import _prefect_slots
 from ._auth import Caller, reading, writing
 from ._database import Database
 from ._prefect_limits import Limits, find, set_active_slots, some
-from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Filter, GlobalLimit, Update
+from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Failure, Filter, GlobalLimit, Update
 from ._prefect_places import Places
 from ._problems import Problem, problem
 
@@ -62,7 +62,13 @@ def router() -> APIRouter:
     routes = APIRouter(prefix="/api", route_class=PrefectRoute)
     places = Places()
     _add_first(routes, places)
-    limits = APIRouter(prefix="/v2/concurrency_limits", tags=["for Prefect's clients"], route_class=PrefectRoute)
+    failure: dict[str, Any] = {"model": Failure}
+    limits = APIRouter(
+        prefix="/v2/concurrency_limits",
+        tags=["for Prefect's clients"],
+        route_class=PrefectRoute,
+        responses={"4XX": failure, "5XX": failure},
+    )
     known = Limits()
     _add_limits(limits, known)
     _prefect_slots.add(limits, places, known)

@@ -24,6 +24,7 @@ from ._prefect_models import (
     Decrement,
     Increment,
     IncrementWithLease,
+    Locked,
     MinimalLimit,
     OfLease,
     Renew,
@@ -44,7 +45,9 @@ _LONGEST_NAP = 8.0
 _COMES_AGAIN = 1.0
 """Seconds after which a client comes again where only a release can tell, and it may not keep cookies."""
 
-_LOCKED: dict[int | str, dict[str, Any]] = {423: {"description": "No slot is free. Ask again after Retry-After."}}
+_LOCKED: dict[int | str, dict[str, Any]] = {
+    423: {"model": Locked, "description": "No slot is free. Ask again after Retry-After."}
+}
 
 
 def add(routes: APIRouter, places: Places, limits: Limits) -> None:

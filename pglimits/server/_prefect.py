@@ -26,6 +26,7 @@ from ._prefect_limits import Limits, find, set_active_slots, some
 from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Failure, Filter, GlobalLimit, Update
 from ._prefect_places import Places
 from ._problems import Problem, problem
+from ._routing import PrefixRouter
 
 PUBLIC = ("/api/health", "/api/ready")
 """Paths that need no token, as in Prefect's server."""
@@ -57,35 +58,33 @@ class PrefectRoute(APIRoute):
         return handle_errors
 
 
-def router() -> APIRouter:
+def routers() -> list[APIRouter]:
     """All routes under /api."""
-    routes = APIRouter(prefix="/api", route_class=PrefectRoute)
-    places = Places()
-    _add_first(routes, places)
+    places, known = Places(), Limits()
     failure: dict[str, Any] = {"model": Failure}
-    limits = APIRouter(
-        prefix="/v2/concurrency_limits",
+    limits = PrefixRouter(
+        prefix="/api/v2/concurrency_limits",
         tags=["for Prefect's clients"],
         route_class=PrefectRoute,
         responses={"4XX": failure, "5XX": failure},
     )
-    known = Limits()
-    _add_limits(limits, known)
+    # What is called most stands first.
     _prefect_slots.add(limits, places, known)
-    routes.include_router(limits)
-    return routes
+    _add_limits(limits, known)
+    first = PrefixRouter(prefix="/api", tags=["for Prefect's clients"], route_class=PrefectRoute)
+    _add_first(first, places)
+    return [limits, first]
 
 
 def _add_first(routes: APIRouter, places: Places) -> None:
     """What a client asks before it asks for anything, and where it sends its events."""
-    tags: list[Any] = ["for Prefect's clients"]
 
-    @routes.get("/health", tags=tags)
+    @routes.get("/health")
     async def health() -> bool:
         """Whether this process lives."""
         return True
 
-    @routes.get("/ready", tags=tags)
+    @routes.get("/ready")
     async def ready(request: Request) -> JSONResponse:
         """Whether the database answers."""
         try:
@@ -94,23 +93,23 @@ def _add_first(routes: APIRouter, places: Places) -> None:
             return JSONResponse({"message": "Database is not available"}, 503)
         return JSONResponse({"message": "OK"})
 
-    @routes.get("/hello", tags=tags, dependencies=[Depends(reading)])
+    @routes.get("/hello", dependencies=[Depends(reading)])
     async def hello() -> str:
         """Say hello."""
         return "👋"
 
-    @routes.get("/version", tags=tags, dependencies=[Depends(reading)])
+    @routes.get("/version", dependencies=[Depends(reading)])
     async def version() -> str:
         """Which version of Prefect's API this is."""
         return _API_VERSION
 
-    @routes.get("/admin/version", tags=tags, dependencies=[Depends(reading)])
+    @routes.get("/admin/version", dependencies=[Depends(reading)])
     async def release(request: Request) -> str:
         """The client's own version: a client refuses a server of another major version, and warns of an older one."""
         client = _CLIENT.match(request.headers.get("user-agent", ""))
         return client[1] if client else _RELEASE
 
-    @routes.get("/csrf-token", tags=tags, status_code=422, dependencies=[Depends(reading)])
+    @routes.get("/csrf-token", status_code=422, dependencies=[Depends(reading)])
     async def csrf_token(request: Request) -> JSONResponse:
         """Tells a client that it needs none, and learns whether it keeps cookies."""
         response = JSONResponse({"detail": "CSRF protection is disabled."}, 422)

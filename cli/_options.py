@@ -49,6 +49,10 @@ NewName = Annotated[str, typer.Argument(metavar="NAME", help="The new limit.", s
 SomeName = Annotated[
     str | None, typer.Argument(metavar="NAME", help="Only this limit.", show_default=False, autocompletion=_complete)
 ]
+OfName = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Only of this limit.", show_default=False, autocompletion=_complete),
+]
 Names = Annotated[
     list[str],
     typer.Argument(metavar="NAME", help="The limits: all or none.", show_default=False, autocompletion=_complete),

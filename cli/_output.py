@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -174,6 +175,34 @@ def text(value: object, style: str = "") -> Text:
     return Text(_visible(str(value)), style=style)
 
 
+def one_line(value: str) -> str:
+    """A text that is printed as it is, but for what could steer a terminal or begin another line."""
+    return _visible(value.replace("\n", "\\n"))
+
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def bar(value: float, most: float, width: int) -> str:
+    """A bar of blocks, as long as a value is of the greatest one."""
+    eighths = round(min(max(value / most, 0.0), 1.0) * width * 8) if most else 0
+    if value > 0:
+        eighths = max(eighths, 1)
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+_HEIGHTS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Iterable[float | None], most: float) -> str:
+    """A character for each value; a gap where it is not known."""
+    last = len(_HEIGHTS) - 1
+    return "".join(
+        " " if value is None else _HEIGHTS[min(max(math.ceil(value / most * 8) - 1, 0), last) if most else 0]
+        for value in values
+    )
+
+
 def moment(at: datetime) -> str:
     """A timestamp as people here read it."""
     return f"{at.astimezone():%Y-%m-%d %H:%M:%S %z}"
@@ -182,6 +211,14 @@ def moment(at: datetime) -> str:
 def number(value: float) -> str:
     """A number without a tail of zeros."""
     return f"{value:,.0f}" if abs(value - round(value)) < 0.005 else f"{value:,.2f}"
+
+
+def short(value: float) -> str:
+    """A number in five characters or so: ``1234``, ``12.3k``, ``4.5M``."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 10_000):
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
 
 
 def rate(per_second: float) -> str:

@@ -132,15 +132,26 @@ def _must_exist(limiter: Limiter, name: str | None, seen: bool) -> None:
 
 
 @command(app, _LOOK)
-def release(lease_ids: LeaseIds, dsn: Dsn = None, output: Output = Format.table) -> None:
+def release(
+    lease_ids: LeaseIds,
+    force: Annotated[
+        bool, typer.Option("--force", help="It is somebody else's: the events tell of it. For administrators.")
+    ] = False,
+    dsn: Dsn = None,
+    output: Output = Format.table,
+) -> None:
     """End leases, or take requests out of the line.
 
     Safe to repeat: a lease that has ended already is no error.
 
+    Without --force it is what a script does with the id that acquire gave it, and no event. A holder that is still
+    at work is not stopped either way: it finds out when it next renews.
+
     Example: pglimits release "$lease"
     """
-    with _client.limiter(dsn, _rights.USER) as limiter:
-        done = [(lease_id, limiter.release(lease_id)) for lease_id in lease_ids]
+    with _client.limiter(dsn, _rights.ADMIN if force else _rights.USER) as limiter:
+        end = limiter.force_release if force else limiter.release
+        done = [(lease_id, end(lease_id)) for lease_id in lease_ids]
     _output.show(
         output,
         [{"lease_id": lease_id, "released": released} for lease_id, released in done],

@@ -33,7 +33,7 @@ from .errors import (
     SlotsExceedLimit,
     VersionMismatch,
 )
-from .models import Holder, Key, Limit, Peek, Swept, Waiter
+from .models import Counters, Event, Holder, Key, Limit, Peek, Reason, Step, Swept, Usage, Waiter
 
 if TYPE_CHECKING:
     from ._install import Installed, install
@@ -42,8 +42,10 @@ __all__ = [
     "AcquireTimeout",
     "AsyncLimiter",
     "CommitFirst",
+    "Counters",
     "CronUnavailable",
     "EmbeddedUnavailable",
+    "Event",
     "Holder",
     "Installed",
     "InvalidArgument",
@@ -63,8 +65,11 @@ __all__ = [
     "PglimitsError",
     "QueueFull",
     "ReadOnlyServer",
+    "Reason",
     "SlotsExceedLimit",
+    "Step",
     "Swept",
+    "Usage",
     "VersionMismatch",
     "Waiter",
     "install",

@@ -69,11 +69,11 @@ def optional_text(argument: str, value: object) -> str | None:
     return None if value is None else text(argument, value)
 
 
-def whole(argument: str, value: object, *, least: int = -_MAX_INT) -> int:
+def whole(argument: str, value: object, *, least: int = -_MAX_INT, most: int = _MAX_INT) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidArgument(f"{argument} must be a whole number, not {value!r}")
-    if not least <= value <= _MAX_INT:
-        raise InvalidArgument(f"{argument} must be from {least} to {_MAX_INT}, not {value!r}")
+    if not least <= value <= most:
+        raise InvalidArgument(f"{argument} must be from {least} to {most}, not {value!r}")
     return int(value)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import psycopg
 from psycopg.pq.abc import PGresult
 
-from . import _codec, _sql
+from . import _codec, _observer, _sql
 from ._codec import Row
 from ._database import TRIES, Busy, Connection, is_lost, may_go_again
 from ._leases import Place
@@ -174,6 +174,8 @@ class Outbox:
         self.sent_at = batch.sent_at = now
         for lane in batch.lanes:
             self._places.update(lane.places)
+        if _observer.is_on and batch.requests:
+            _observer.sent(len(batch.requests))
         return batch
 
     def _may_go(self, lane: Lane, now: float, apart: int) -> bool:

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from psycopg.pq.abc import PGresult
 
-from . import _arguments, _codec, _sql
+from . import _arguments, _codec, _observer, _sql
 from ._arguments import Names
 from ._codec import Row, Value
 from ._courier import Courier, courier_for, forget
@@ -124,6 +124,8 @@ class Base:
             waker=waker,
             user=self._user,
         )
+        if _observer.is_on:
+            _observer.asked(request, now)
         leaves_by = 0.0
         # The last resort: an interrupt can strike in the handler of another.
         anchor = _Anchor()
@@ -405,15 +407,30 @@ class Calls(Base):
         )
         return float(found[0][0])
 
-    def holders(self, name: str | None = None) -> Course[builtins.list[Holder]]:
-        """The live leases, of one limit or of all."""
-        found = yield from self._ask(_sql.HOLDERS, _arguments.optional_text("name", name))
-        return [Holder(*_with_holder(row)) for row in found]
+    def holders(
+        self, name: str | None = None, *, count: int | None = None, offset: int = 0
+    ) -> Course[builtins.list[Holder]]:
+        """The live leases, of one limit or of all: at most ``count`` of them, from the one at ``offset`` on."""
+        found = yield from self._ask(_sql.HOLDERS, _arguments.optional_text("name", name), *page(count, offset))
+        return [Holder(*with_holder(row)) for row in found]
 
-    def waiters(self, name: str | None = None) -> Course[builtins.list[Waiter]]:
-        """Who waits, in order, for one limit or for all."""
-        found = yield from self._ask(_sql.WAITERS, _arguments.optional_text("name", name))
-        return [Waiter(*_with_holder(row)) for row in found]
+    def waiters(
+        self, name: str | None = None, *, count: int | None = None, offset: int = 0
+    ) -> Course[builtins.list[Waiter]]:
+        """Who waits, in order, for one limit or for all: at most ``count`` of them, from the one at ``offset`` on."""
+        found = yield from self._ask(_sql.WAITERS, _arguments.optional_text("name", name), *page(count, offset))
+        return [Waiter(*with_holder(row)) for row in found]
+
+    def force_release(self, lease: UUID | str) -> Course[bool]:
+        """End a lease that somebody else holds, or take a request out of its line. Whether it was still there.
+
+        The events tell of it. Its holder is not stopped: it finds out when it next renews.
+
+        Raises:
+            PermissionDenied: the role is no pglimits_admin.
+        """
+        found = yield from self._ask(_sql.FORCE_RELEASE, _lease_id(lease))
+        return bool(found[0][0])
 
     def renew(self, lease: Lease | UUID | str, lease_duration: float | None = None) -> Course[bool]:
         """Renew a lease that is not renewed by itself. Whether it was still live."""
@@ -474,11 +491,16 @@ def _lease_id(lease: Lease | UUID | str) -> UUID:
         raise InvalidArgument(f"lease must be a Lease or the UUID of one, not {lease!r}") from None
 
 
-def _with_holder(row: Row) -> Row:
-    return (*row[:4], _holder(row[4]), *row[5:])
+def page(count: int | None, offset: int) -> tuple[int | None, int]:
+    """Which rows: at most so many, from the one at this offset on."""
+    return _arguments.optional_whole("count", count, least=1), _arguments.whole("offset", offset, least=0)
 
 
-def _holder(text: str | None) -> Any:
+def with_holder(row: Row) -> Row:
+    return (*row[:4], as_holder(row[4]), *row[5:])
+
+
+def as_holder(text: str | None) -> Any:
     """A holder from its JSON. What is too much for Python, numbers of thousands of digits for instance, stays text."""
     if text is None:
         return None

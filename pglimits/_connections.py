@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.pq.abc import PGresult
 
+from . import _observer
 from ._batches import ANSWERS_WITHIN
 from ._database import Connection, NoAnswer, Source, mismatch, translate
 from ._errands import Question
@@ -50,6 +51,8 @@ class Connections:
         self._opening = False
         self._opening_since = 0.0
         self._has_failed = False
+        # One has broken, and none was opened since.
+        self._has_broken = False
         # The threads in which connections are opened.
         self.openers: set[int] = set()
         self._listens_after = 0.0
@@ -227,6 +230,7 @@ class Connections:
             problem = mismatch(connection.version, f" ({error.diag.message_primary})")
         goes_stale = isinstance(problem, (LimiterUnavailable, VersionMismatch)) and not error.sqlstate
         if isinstance(error, NoAnswer) or not connection.is_usable() or _is_stale(problem):
+            self._has_broken = True
             self._drop(connection)
         if goes_stale or _is_stale(problem):
             # If one connection has gone stale, so have the others.
@@ -254,6 +258,10 @@ class Connections:
             self._all[connection.fd] = connection
             self._poll.register(connection.fd, select.POLLIN)
             self._has_failed = False
+            if self._has_broken:
+                self._has_broken = False
+                if _observer.is_on:
+                    _observer.reconnected()
             if polls:
                 self._begin_to_poll()
             elif connection.listens:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from . import _observer
 from ._batches import Batch, Outbox
 from ._connections import Connections
 from ._database import Source, translate
@@ -310,6 +311,7 @@ class Courier(Errands):
         for lease in self.leases.all():
             if user is None or lease._user is user:
                 self.leases.remove(lease.id)
+                _observer.ended(lease.id)
                 lease._given_back = lease._lost = True
                 leases.append(lease)
                 releases.append(Release(lease.id, lease.places))

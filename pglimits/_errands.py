@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.pq.abc import PGresult
 
-from . import _codec, _sql
+from . import _codec, _observer, _sql
 from ._batches import Outbox
 from ._database import TRIES, Connection, may_go_again
 from ._leases import Lease, Leases
@@ -75,10 +75,18 @@ class Errands:
         if errand.waker is not None:
             self.to_wake.append(errand.waker)
 
-    def _settle(self, request: Request, error: PglimitsError | None = None, cause: BaseException | None = None) -> None:
+    def _settle(
+        self,
+        request: Request,
+        error: PglimitsError | None = None,
+        cause: BaseException | None = None,
+        result: _observer.Result = "granted",
+    ) -> None:
         self.asking.discard(request)
         if not request.answered:
             self._answered(request, error, cause)
+            if request.asked is not None:
+                _observer.answered(request, error, result)
 
     def ask(self, request: Request) -> None:
         """Send a request, or send it again."""
@@ -137,6 +145,8 @@ class Errands:
         )
         if enforced and request.renew:
             self.leases.add(lease, ends - duration if claimed else time.monotonic())
+            if request.asked is not None:
+                _observer.granted(request, lease)
         request.lease = lease
         request.goes_at = goes_at
         self._settle(request)
@@ -152,18 +162,18 @@ class Errands:
         if request.given_up or request.answered:
             return
         if status == "unlimited":
-            self._let_in(request)
+            self._let_in(request, "unlimited")
         elif status == "full":
             self._settle(request, QueueFull(f"the line of {request.kind.named} is as long as its max_waiters allows"))
         else:
             self._settle(request, _refusal(request, seconds))
 
-    def _let_in(self, request: Request) -> None:
+    def _let_in(self, request: Request, result: _observer.Result) -> None:
         kind = request.kind
         request.lease = Lease(
             request.lease_id, kind.places, (None,) * len(kind.places), False, self.pid, _task=request.task
         )
-        self._settle(request)
+        self._settle(request, result=result)
 
     def unavailable(self, request: Request, problem: PglimitsError, cause: BaseException | None = None) -> None:
         """A request has failed, as the database says so or could not be asked."""
@@ -176,7 +186,7 @@ class Errands:
             return
         if isinstance(problem, LimiterUnavailable) and request.on_unavailable == "allow":
             log.warning("%s not enforced: %s", request.kind.named, problem)
-            self._let_in(request)
+            self._let_in(request, "unavailable")
         else:
             self._settle(request, problem, cause)
         self._give_back(request, 1.0 if isinstance(problem, LimiterUnavailable) else 0.0)
@@ -191,6 +201,8 @@ class Errands:
     def give_up(self, request: Request) -> None:
         """Nobody waits for a request any longer. If it is under way, what it gets is given back then."""
         request.given_up = True
+        if request.asked is not None:
+            _observer.answered(request, request.late() if request.leaving else None, "cancelled")
         self.asking.discard(request)
         self.waiting.remove(request)
         if request.lease is not None:
@@ -253,6 +265,8 @@ class Errands:
             # Its time is over, and the renewal may not have noticed yet.
             self.leases.lose(lease, "it was not renewed in time")
         self.leases.remove(release.lease_id, lease._pause if lease is not None else None)
+        if _observer.held:
+            _observer.ended(release.lease_id)
         if release.again_after:
             again = Release(release.lease_id, release.places)
             self.later(release.again_after, lambda: self.release(again))
@@ -263,6 +277,8 @@ class Errands:
         # Where this is a repetition, and nothing else speaks against it, the first time has released it.
         lost = release.lease is not None and release.lease._lost
         release.live = live or (release.unheard and not lost)
+        if release.lease is not None and not release.live and not lost:
+            _observer.lost(release.lease)
         self._answered(release)
         if release.then is not None:
             release.then()

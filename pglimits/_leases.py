@@ -16,6 +16,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from . import _observer
+
 if TYPE_CHECKING:
     from ._requests import User
 
@@ -287,4 +289,5 @@ class Leases:
         if not lease._on_lost:
             log.warning("the lease %s on %s was lost: %s", lease.id, ", ".join(lease.names), why)
         lease._lost = True
+        _observer.lost(lease)
         lease._tell()

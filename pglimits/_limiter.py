@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ._calls import Base, Calls, Course
 from ._concurrency import AsyncConcurrency, Concurrency, _Hold
+from ._reports import Reports
 from ._wake import TaskWaker, ThreadWaker
 
 P = ParamSpec("P")
@@ -122,6 +123,18 @@ class Limiter(_Either):
     adjust = _in_thread(Calls.adjust)
     holders = _in_thread(Calls.holders)
     waiters = _in_thread(Calls.waiters)
+    usage = _in_thread(Reports.usage)
+    counters = _in_thread(Reports.counters)
+    why_waiting = _in_thread(Reports.why_waiting)
+    events = _in_thread(Reports.events)
+    history = _in_thread(Reports.history)
+    force_release = _in_thread(Calls.force_release)
+    _news = _in_thread(Reports._news)
+    _sparklines = _in_thread(Reports._sparklines)
+    _busiest_keys = _in_thread(Reports._busiest_keys)
+    _grants = _in_thread(Reports._grants)
+    _queue = _in_thread(Reports._queue)
+    _may = _in_thread(Reports._may)
     renew = _in_thread(Calls.renew)
     sweep = _in_thread(Calls.sweep)
     version = _in_thread(Calls.version)
@@ -175,6 +188,18 @@ class AsyncLimiter(_Either):
     adjust = _in_task(Calls.adjust)
     holders = _in_task(Calls.holders)
     waiters = _in_task(Calls.waiters)
+    usage = _in_task(Reports.usage)
+    counters = _in_task(Reports.counters)
+    why_waiting = _in_task(Reports.why_waiting)
+    events = _in_task(Reports.events)
+    history = _in_task(Reports.history)
+    force_release = _in_task(Calls.force_release)
+    _news = _in_task(Reports._news)
+    _sparklines = _in_task(Reports._sparklines)
+    _busiest_keys = _in_task(Reports._busiest_keys)
+    _grants = _in_task(Reports._grants)
+    _queue = _in_task(Reports._queue)
+    _may = _in_task(Reports._may)
     renew = _in_task(Calls.renew)
     sweep = _in_task(Calls.sweep)
     version = _in_task(Calls.version)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from psycopg.pq.abc import PGresult
@@ -24,6 +24,9 @@ from ._leases import Lease, Orphan, Place
 from ._sql import Statement
 from ._wake import Waker
 from .errors import AcquireTimeout, LimiterUnavailable, PglimitsError
+
+if TYPE_CHECKING:
+    from ._observer import Asked
 
 OnUnavailable = Literal["raise", "wait", "allow"]
 
@@ -51,6 +54,7 @@ class Kind:
         timeout: seconds, None for ever.
         lease_duration: seconds.
         for_rate: whether it is a rate_limit.
+        limits, slots: each limit, and how many slots of all its keys.
         head, tail: the parameters of a statement, before and behind the timeout and the ids.
     """
 
@@ -61,6 +65,8 @@ class Kind:
     strict: bool
     head: Params
     between: Params
+    limits: tuple[str, ...]
+    slots: tuple[int, ...]
 
     @property
     def named(self) -> str:
@@ -92,6 +98,7 @@ class Request(Errand):
         began_at, asked_at: when it was sent first, and last: an answer is of no earlier moment.
         sent: before. unheard: nobody knows what became of that. maybe_there: the database may have something of it.
         alone: it goes by itself, as it has met an error that may be another's. locked: it has met a lock.
+        asked: somebody wants to know what becomes of it.
     """
 
     kind: Kind
@@ -121,6 +128,7 @@ class Request(Errand):
     tries: int = field(default=0, init=False)
     pause: float = field(default=0.05, init=False)
     orphan: Orphan | None = field(default=None, init=False)
+    asked: Asked | None = field(default=None, init=False)
 
     def late(self) -> PglimitsError:
         """Its time is over. Whether there was room nobody knows where one that tries once has had no answer."""
@@ -207,7 +215,11 @@ def _kind(
     between = (encode(duration), encode(_arguments.whole("priority", priority)))
     places = tuple((part.name, part.key) for part in parts)
     timeout = _arguments.timeout(timeout_seconds, max_retries)
-    return _same(places, timeout, duration, for_rate, _arguments.flag("strict", strict), head, between)
+    slots: dict[str, int] = {}
+    for part in parts:
+        slots[part.name] = slots.get(part.name, 0) + part.slots
+    is_strict = _arguments.flag("strict", strict)
+    return _same(places, timeout, duration, for_rate, is_strict, head, between, tuple(slots), tuple(slots.values()))
 
 
 # One object for all that are alike: requests of one kind travel together.

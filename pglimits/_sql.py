@@ -81,17 +81,131 @@ KEYS = Statement(
     from pglimits.keys where name = coalesce($1::text, name) order by name, key"""
 )
 
+BUSIEST_KEYS = Statement(
+    b"""
+    select name, key, held, level, waiting, fence
+    from pglimits.keys where name = $1 order by waiting desc, held desc, level desc, key limit $2::int offset $3::int"""
+)
+
 HOLDERS = Statement(
     b"""
     select lease_id, name, key, slots, holder::text, fence, priority, acquired_at, expires_at
-    from pglimits.holders where name = coalesce($1::text, name) order by name, key, acquired_at, lease_id"""
+    from pglimits.holders where name = coalesce($1::text, name)
+    order by name, key, acquired_at, lease_id limit $2::int offset $3::int"""
 )
 
 WAITERS = Statement(
     b"""
     select lease_id, name, key, slots, holder::text, priority, "position", waiting_since
-    from pglimits.waiters where name = coalesce($1::text, name) order by name, key, "position" """
+    from pglimits.waiters where name = coalesce($1::text, name)
+    order by name, key, "position" limit $2::int offset $3::int"""
 )
+
+WHY_WAITING = Statement(
+    b"""
+    select y.lease_id, y.key, y."position", y.blocked_by, y.reason, y.earliest
+    from pglimits.why_waiting($1) y order by y.blocked_by <> $1, y.blocked_by, y.key, y."position" """
+)
+
+QUEUE = Statement(
+    b"""
+    select count(*) over (), w.lease_id, w.name, w.key, w.slots, w.holder::text, w.priority, w."position",
+           w.waiting_since, y.blocked_by, y.reason, y.earliest
+    from pglimits.why_waiting($1) y
+    join pglimits.waiters w on w.lease_id = y.lease_id
+    order by y.blocked_by <> $1, y.blocked_by, y.key, y."position" limit $2::int offset $3::int"""
+)
+"""Who stands in the line of a limit, and who needs it and stands in another one."""
+
+COUNTERS = Statement(
+    b"""
+    select name, limit_id, grants, granted_slots, releases, expired_leases, force_released_leases, held_slot_seconds,
+           waited_seconds, leases, keys, oldest_waiting_since
+    from pglimits.counters where name = coalesce($1::text, name) order by name"""
+)
+
+GRANTS = Statement(
+    b"""
+    select c.name, c.grants, clock.now
+    from (select pglimits._now() as now) clock cross join pglimits.counters c
+    where $1::text is null or strpos(lower(c.name), lower($1)) > 0"""
+)
+
+_ROOM = 'l."limit" * greatest(c.keys, 1)'
+_STATE = f"""
+      case when not l.active then 5 when l."limit" = 0 then 4 when l.waiting > 0 then 0
+           when l.held >= {_ROOM} or l.level > {_ROOM} - 1 then 1 when l.held > 0 or l.level > 0 then 2 else 3 end"""
+_ORDERS = {
+    # Rounded, so that they do not change places over trifles.
+    "busiest": f"{_STATE}, l.waiting desc, round(10 * greatest(l.held, l.level) / nullif({_ROOM}, 0)) desc",
+    "name": "",
+    "limit": 'l."limit" desc',
+    "held": "l.held desc",
+    "level": "l.level desc",
+    "waiting": "l.waiting desc, c.oldest_waiting_since",
+    "oldest_wait": "c.oldest_waiting_since nulls last",
+    "given": "array_position($2::text[], l.name)",
+}
+_USAGE = """
+    select u.name, u."limit", u.held, u.waiting, u.active, u.slot_decay_per_second, u.level, u.max_waiters,
+           u.description, u.grants, u.leases, u.keys, u.oldest_wait, u.now, u.of
+    from (
+      select l.*, c.grants, c.leases, c.keys, clock.now,
+             extract(epoch from clock.now - c.oldest_waiting_since)::float8 as oldest_wait,
+             count(*) over () as of, row_number() over (order by {order}) as nth
+      from (select pglimits._now() as now) clock
+      cross join pglimits.limits l
+      join pglimits.counters c on c.name = l.name
+      where ($1::text is null or strpos(lower(l.name), lower($1)) > 0) and ($2::text[] is null or l.name = any ($2))
+    ) u
+    order by u.nth limit $3::int offset $4::int"""
+USAGE = {
+    sort: Statement(_USAGE.format(order=", ".join(filter(None, (order, "l.name")))).encode())
+    for sort, order in _ORDERS.items()
+}
+"""Limits and how they are used, the rows of one page, by how they are sorted."""
+
+_EVENT = """
+    e.event_id, e.at, e.kind, e.name, e.key, e.lease_id, e.slots, e.fence, e.holder::text, e.held_seconds,
+    e.old::text, e.new::text, e.by::text"""
+_WANTED = "($1::text is null or e.name = $1) and ($2::text is null or e.kind = $2)"
+EVENTS_AFTER = Statement(
+    f"""
+    select {_EVENT} from pglimits.events e
+    where {_WANTED} and e.event_id > $3::bigint order by e.event_id limit $4::int""".encode()
+)
+NEWEST_EVENTS = Statement(
+    f"""
+    select * from (
+      select {_EVENT} from pglimits.events e where {_WANTED} order by e.event_id desc limit $3::int
+    ) newest order by event_id""".encode()
+)
+NEWS = Statement(
+    f"""
+    select pg_snapshot_xmin(s.seen)::text::bigint, pg_snapshot_xmax(s.seen)::text::bigint, {_EVENT}
+    from (select pg_current_snapshot() as seen) s
+    left join lateral (
+      select * from pglimits.events e
+      where e.event_id > $1::bigint or e.event_id = any ($2::bigint[]) order by e.event_id limit $3::int
+    ) e on true
+    order by e.event_id""".encode()
+)
+"""Events, and which transactions had ended: ids are drawn before a commit, so that a lower one may show later."""
+
+HISTORY = Statement(
+    b"""
+    select h.at, h.covered_seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
+           h.expired_leases, h.force_released_leases, h.waited_seconds, h.waited_p50, h.waited_p95
+    from pglimits.history($1, $2::float8, $3::int) h order by h.at"""
+)
+SPARKLINES = Statement(b"select s.name, s.held from pglimits.sparklines($1::text[], $2::float8, $3::int) s(name, held)")
+FORCE_RELEASE = Statement(b"select pglimits.force_release($1::uuid)")
+MAY = Statement(
+    b"""
+    select p.proname::text, has_function_privilege(p.oid, 'execute') and not pg_is_in_recovery()
+    from pg_proc p where p.pronamespace = 'pglimits'::regnamespace and p.proname = any ($1::text[])"""
+)
+"""Which of these functions the role may call, on a server that can be written to."""
 
 CREATE = Statement(b"select pglimits.create_limit($1, $2::int, $3::float8, $4::bool, $5::int, $6::text)")
 UPDATE = Statement(b"select pglimits.update_limit($1, $2::int, $3::float8, $4::bool, $5::int, $6::text, $7::text)")

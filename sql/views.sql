@@ -93,21 +93,14 @@ comment on view pglimits._totals is 'Every limit with what is so now, and with w
 create or replace view pglimits.counters as
 select
   t.name, t.limit_id, t.grants, t.granted_slots, t.releases, t.expired_leases, t.force_released_leases, t.held_slot_seconds,
-  t.waited_seconds, coalesce(h.leases, 0) as leases, t.keys, w.oldest_waiting_since
-from pglimits._totals t
-left join (
-  select l.limit_id, count(*) as leases
-  from (select pglimits._now() as now) clock
-  join pglimits.leases l on l.expires_at > clock.now
-  where l.slots > 0 and l.fence > 0
-  group by l.limit_id) h on h.limit_id = t.limit_id
-left join (
-  select q.limit_id, min(q.arrival) as oldest_waiting_since
-  from (select pglimits._now() as now) clock
-  cross join pglimits.queue q
-  left join pglimits.processes p on p.channel = q.channel
-  where greatest(q.expires_at, p.expires_at) > clock.now
-  group by q.limit_id) w on w.limit_id = t.limit_id
+  t.waited_seconds,
+  (select count(*) from pglimits.leases l
+   where l.limit_id = t.limit_id and l.expires_at > clock.now and l.slots > 0 and l.fence > 0) as leases,
+  t.keys,
+  (select min(q.arrival) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
+   where q.limit_id = t.limit_id and greatest(q.expires_at, p.expires_at) > clock.now) as oldest_waiting_since
+from (select pglimits._now() as now) clock
+cross join pglimits._totals t
 order by t.name;
 
 comment on view pglimits.counters is

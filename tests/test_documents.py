@@ -17,6 +17,7 @@ import pglimits
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+TERMINAL = ROOT / "docs" / "terminal.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
@@ -85,6 +86,27 @@ def test_an_example_of_the_shell_runs(dsn: str, script: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "the work, under a slot" in done.stdout
+
+
+def masked(printed: str) -> str:
+    """What a command prints, but for moments, ids, numbers, bars and who it was."""
+    for what, by in (
+        (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID"), (r"by \S+", "by"), (r"on [^\s,]+", "on"),
+        (r"[█▏▎▍▌▋▊▉]+", ""), (r"[\d.]+", "0"), (r"─+", "-"), (r"[ ]+", " "),
+    ):  # fmt: skip
+        printed = re.sub(what, by, printed)
+    return printed
+
+
+def test_the_commands_of_the_terminal_print_what_the_document_says(dsn: str) -> None:
+    examples = blocks(TERMINAL, "bash")
+    assert len(examples) == 3
+    script = "; echo; ".join(f"{{ {code}}}" for code, _ in examples)  # one after the other, in one shell
+    done = subprocess.run(
+        ["bash", "-euc", script], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert masked(done.stdout) == masked("\n".join(str(prints) for _, prints in examples))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

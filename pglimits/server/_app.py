@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from .._dsn import resolve
 from ..errors import PermissionDenied, PglimitsError
-from . import _auth, _docs, _prefect, _problems, _v1
+from . import _auth, _docs, _metrics, _openapi, _page, _prefect, _problems, _v1
 from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
@@ -83,11 +83,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    _openapi.describe(app)
     app.state.settings, app.state.auth, app.state.db = settings, auth, database
     _problems.add_handlers(app)
     for routes in _prefect.routers():
         app.include_router(routes)
     app.include_router(_v1.router(settings))
+    app.include_router(_page.router(settings))
+    app.include_router(_metrics.router())
     app.include_router(_docs.router())
     _add_health(app)
     _add_login(app)

@@ -16,7 +16,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from .._calls import _holder
+from .._calls import as_holder
 from .._database import is_lost, numbers, translate
 from ..errors import LimiterUnavailable
 
@@ -193,4 +193,4 @@ async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
 
 def _loads(text: str | bytes) -> Any:
     """JSON as the limiter reads it: what is too much for Python stays text."""
-    return _holder(text if isinstance(text, str) else text.decode())
+    return as_holder(text if isinstance(text, str) else text.decode())

@@ -23,7 +23,9 @@ POLLS_EVERY = 1.0
 _AT_MOST_EVERY = 0.2
 """Seconds between two polls where events come by the hundred."""
 _SHARE = 10
-"""A poll that takes long is repeated later: it takes one tenth of the time at most."""
+"""A poll that takes long is repeated later: it takes one tenth of the time, if that is not too seldom."""
+_AT_LEAST_EVERY = 3.0
+"""Seconds between two polls at most: also one that fails takes long, and the database may be back."""
 _LINGERS = 5.0
 """Seconds for which it polls on when nobody looks any longer: a page that is loaded anew finds it running."""
 _AGAIN = 100
@@ -130,6 +132,11 @@ class Live:
                 elif not self._closing:
                     await changed.wait()
 
+    async def refresh(self) -> None:
+        """Look again now, if anybody looks: something was changed here."""
+        if self._looking:
+            await self._next_poll()
+
     async def _next_poll(self) -> None:
         """Return when a poll is over that has begun from now on."""
         wanted = self._begun + 1
@@ -208,7 +215,7 @@ class Live:
             self._polled = _tell(self._polled)
             if details_changed or before != (self._limits.version, self._events.number, self._db.down_since):
                 self._changed = _tell(self._changed)
-            pause = max(POLLS_EVERY, (time.monotonic() - began) * _SHARE)
+            pause = min(max(POLLS_EVERY, (time.monotonic() - began) * _SHARE), _AT_LEAST_EVERY)
             await asyncio.sleep(min(_AT_MOST_EVERY, pause))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause - _AT_MOST_EVERY):

@@ -165,7 +165,15 @@ def _phrase(status: int) -> str:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    return problem(error).response()
+    found = problem(error)
+    if found.status == 405:
+        from ._openapi import allowed
+
+        root = request.scope.get("root_path", "")
+        methods = allowed(request.app, request.scope["path"].removeprefix(root))
+        if methods:
+            found.headers = {"Allow": ", ".join(sorted(methods))}
+    return found.response()
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -6,13 +6,11 @@ from fastapi import APIRouter
 
 from . import _v1_changes, _v1_grants, _v1_limits, _v1_views
 from ._settings import Settings
-from ._v1_models import ProblemDetails
 
 
 def router(settings: Settings) -> APIRouter:
     """All routes under /v1."""
-    problem = {"model": ProblemDetails, "content": {"application/problem+json": {}}}
-    routes = APIRouter(prefix="/v1", responses=dict.fromkeys(("4XX", "5XX"), problem))
+    routes = APIRouter(prefix="/v1")
     _v1_grants.add_to(routes, settings)  # first, as they are asked for most
     _v1_limits.add_to(routes)
     _v1_views.add_to(routes)

@@ -21,7 +21,7 @@ from ._v1_limits import Reader, Writer, database
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": models.Granted, "description": "Go now."},
     202: {"model": models.Granted, "description": "Queued: ask again within retry_after, by the same lease_id."},
-    429: {"model": models.ProblemDetails, "description": "No slot is free, or none came free in time."},
+    429: {"description": "No slot is free, or none came free in time."},
 }
 
 

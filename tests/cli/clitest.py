@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
 import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,3 +55,62 @@ def recorder(diary: Path, *words: str) -> list[str]:
 
 def lines(diary: Path) -> list[str]:
     return diary.read_text().splitlines()
+
+
+class Terminal:
+    """A command on a terminal of its own, 80 columns wide."""
+
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        self.shown = ""
+        self.code: int | None = None
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execvpe(PROGRAM[0], [*PROGRAM, *arguments], {**environment, "TERM": "xterm-256color"})
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def read_until(self, text: str) -> str:
+        """Read until a text has been shown."""
+        while text not in self.plain:
+            self.shown += os.read(self.fd, 4096).decode()
+        return self.plain
+
+    def interrupt(self) -> None:
+        """Press ctrl-C until the command ends: Python misses one that comes right before it begins to read.
+
+        Not before it has had time to end: one that comes while Python itself is on its way out is not the command's.
+        """
+        with contextlib.suppress(OSError):  # Linux, when the last process on the terminal is gone
+            while True:
+                self.type("\x03")
+                while select.select([self.fd], [], [], 10)[0]:
+                    piece = os.read(self.fd, 4096)
+                    if not piece:
+                        return
+                    self.shown += piece.decode()
+
+    def wait(self) -> int:
+        """Read to the end."""
+        while True:
+            try:
+                piece = os.read(self.fd, 4096)
+            except OSError:  # Linux, when the last process on the terminal is gone
+                break
+            if not piece:
+                break
+            self.shown += piece.decode()
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    @property
+    def plain(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown).replace("\r\n", "\n")
+
+    def close(self) -> None:
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)

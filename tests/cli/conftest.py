@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clitest import PROGRAM, Result
+from clitest import PROGRAM, Result, Terminal
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -101,3 +101,17 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Pope
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
+    """terminal("delete", "database"): a command on a terminal."""
+    opened: list[Terminal] = []
+
+    def begin(*arguments: str) -> Terminal:
+        opened.append(Terminal(arguments, environment))
+        return opened[-1]
+
+    yield begin
+    for one in opened:
+        one.close()

@@ -38,7 +38,8 @@ def test_every_command_of_the_design_is_there(pglimits: Cli) -> None:
     assert names >= {
         "install", "upgrade", "uninstall", "doctor", "ls", "inspect", "create", "update", "delete", "enable", "disable",
         "reset", "holders", "waiters", "release", "acquire", "renew", "rate", "run", "sweep", "cron enable",
-        "cron disable", "embedded start", "embedded stop", "embedded status", "sql",
+        "cron disable", "embedded start", "embedded stop", "embedded status", "sql", "top", "watch", "events",
+        "history",
     }  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def test_every_command_that_connects_takes_a_dsn_and_prints_json(pglimits: Cli) 
     for command in commands(pglimits):
         said = pglimits(*command, "--help").out
         assert ("--dsn" in said) is (command[0] not in ("sql", "embedded")), command
-        assert ("--output" in said) is (command[0] not in ("sql", "run")), command
+        assert ("--output" in said) is (command[0] not in ("sql", "run", "top", "serve")), command
 
 
 def test_without_a_command_there_is_help(pglimits: Cli) -> None:
@@ -234,18 +235,18 @@ def test_heavy_modules_are_not_loaded_before_they_are_needed(environment: dict[s
     assert done.stdout == "[]\n"
 
 
-HEAVY = {"pydantic", "rich", "asyncio", "importlib.metadata", "psycopg", "pglimits", "pglimits_cli.demo"}
+HEAVY = {"pydantic", "rich", "asyncio", "importlib.metadata", "psycopg", "pglimits", "pglimits_cli.demo", "textual"}
 
 
 @pytest.mark.parametrize(
     ("command", "needed"),
     [
         (["--version"], {"importlib.metadata"}),
-        (["sql", "--uninstall"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo"}),
-        (["create", "x", "-l", "1"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo"}),
-        (["ls", "-o", "json"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo"}),
-        (["run", "x", "--slots", "1", "--", "true"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo"}),
-        (["ls"], HEAVY - {"pydantic", "pglimits_cli.demo"}),
+        (["sql", "--uninstall"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo", "textual"}),
+        (["create", "x", "-l", "1"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo", "textual"}),
+        (["ls", "-o", "json"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo", "textual"}),
+        (["run", "x", "--slots", "1", "--", "true"], HEAVY - {"pydantic", "rich", "pglimits_cli.demo", "textual"}),
+        (["ls"], HEAVY - {"pydantic", "pglimits_cli.demo", "textual"}),
     ],
 )
 def test_a_command_loads_only_what_it_needs(environment: dict[str, str], command: list[str], needed: set[str]) -> None:

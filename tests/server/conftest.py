@@ -25,7 +25,7 @@ def serve(dsn: str) -> Iterator[Callable[..., Server]]:
     """serve("--root-path", "/x", PGLIMITS_TOKENS="…"): a process of this test's own, on its own database."""
     started: list[Server] = []
 
-    def begin(*arguments: str, on: str = dsn, **environment: str) -> Server:
+    def begin(*arguments: str, on: str | None = dsn, **environment: str) -> Server:
         server = Server(on, arguments, environment)
         started.append(server)
         server.wait()

@@ -22,15 +22,19 @@ TOKENS = {"PGLIMITS_TOKENS": f"ops:{FULL}", "PGLIMITS_READ_TOKENS": f"eyes:{READ
 class Server:
     """A process of ``pglimits serve``. ``url``: without a slash at its end."""
 
-    def __init__(self, dsn: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, dsn: str | None, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name not in ("DATABASE_URL", "PGLIMITS_TOKENS", "PGLIMITS_READ_TOKENS")
+            if name not in ("PGLIMITS_DSN", "DATABASE_URL", "PGLIMITS_TOKENS", "PGLIMITS_READ_TOKENS")
         }
+        if dsn is not None:
+            kept["PGLIMITS_DSN"] = dsn
         self.process = subprocess.Popen(
             [*PROGRAM, *arguments],
-            env={**kept, "PGLIMITS_DSN": dsn, **(environment or {})},
+            env={**kept, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

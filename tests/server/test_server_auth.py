@@ -45,7 +45,7 @@ def _routes(app: FastAPI) -> Iterator[tuple[str, set[str], set[Any]]]:
     walk = getattr(routing, "iter_route_contexts", iter)
     for route in walk(app.routes):
         dependant = getattr(route, "dependant", None)
-        if dependant is not None:
+        if dependant is not None and getattr(route, "methods", None):  # else a web socket
             yield route.path, set(route.methods), set(_calls(dependant))
 
 

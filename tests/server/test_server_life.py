@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -83,6 +87,47 @@ def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Serve
         assert granted.json()["status"] == "granted"
 
 
+def test_killed_under_load_it_neither_loses_nor_doubles_a_lease(
+    serve: Callable[..., Server], dsn: str, conn: psycopg.Connection[Any]
+) -> None:
+    """Clients repeat what was not answered, under the id that they chose."""
+    conn.execute("select pglimits.create_limit('many', 100000)")
+    server = serve()
+    url, port = server.url, str(server.port)
+    ends = threading.Event()
+    told: list[str] = []
+
+    def work() -> None:
+        while not ends.is_set():
+            lease_id = str(uuid.uuid4())
+            while True:
+                try:
+                    answer = httpx.post(f"{url}/v1/acquire", json={"name": "many", "lease_id": lease_id}, timeout=30)
+                except httpx.HTTPError:
+                    time.sleep(0.02)
+                    continue
+                assert answer.json()["status"] == "granted"
+                told.append(lease_id)
+                break
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        before = len(told)
+        until(lambda before=before: len(told) >= before + 50, "for some grants")
+        server.kill()
+        server = serve("--port", port)
+    before = len(told)
+    until(lambda: len(told) >= before + 20, "for some grants after the last start")
+    ends.set()
+    for thread in threads:
+        thread.join()
+    there = [str(row[0]) for row in conn.execute("select lease_id from pglimits.holders").fetchall()]
+    assert sorted(there) == sorted(told)
+    assert conn.execute("select held from pglimits.limits").fetchone() == (len(told),)
+
+
 def test_the_database_gone_is_said_and_it_comes_back_by_itself(private: Cluster, serve: Callable[..., Server]) -> None:
     server = serve(on=private.dsn)
     with server.client() as http, server.client() as other, other.stream("GET", "/v1/changes?only=limits") as response:
@@ -134,6 +179,28 @@ def test_a_held_request_outlasts_a_restart_of_the_database(private: Cluster, ser
     assert answers[0].json()["status"] == "granted", answers[0].text
 
 
+def test_behind_a_pooler_in_transaction_mode_it_works_without_listening(
+    serve: Callable[..., Server], pooled: Callable[..., str]
+) -> None:
+    server = serve(on=pooled("transaction", size=4))
+    answers: list[httpx.Response] = []
+    with server.client() as http:
+        http.post("/v1/limits", json={"name": "one", "limit": 1})
+        lease = http.post("/v1/acquire", json={"name": "one"}).json()
+
+        def hold() -> None:
+            with server.client() as held:
+                answers.append(held.post("/v1/acquire", json={"name": "one", "wait": 60}))
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        until(lambda: http.get("/v1/waiters").json()["waiters"], "for it to stand in line")
+        http.delete(f"/v1/leases/{lease['lease_id']}")
+        thread.join()
+    assert answers[0].json()["status"] == "granted"
+    assert server.terminate() == (0, "")
+
+
 def test_it_may_be_started_before_its_database(private: Cluster, serve: Callable[..., Server]) -> None:
     private.stop()
     server = serve(on=private.dsn)
@@ -142,6 +209,23 @@ def test_it_may_be_started_before_its_database(private: Cluster, serve: Callable
         private.start()
         until(lambda: http.get("/readyz").status_code == 200, "for it to be ready")
     assert "Warning: the database cannot be reached" in server.terminate()[1]
+
+
+def test_where_no_database_is_named_it_serves_the_embedded_one(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    home.chmod(0o711)
+    monkeypatch.setenv("PGLIMITS_HOME", str(home / "home"))
+    try:
+        server = serve(on=None)
+        with server.client() as http:
+            assert http.get("/readyz").status_code == 200
+            assert http.post("/v1/limits", json={"name": "one", "limit": 1}).status_code == 201
+        assert server.terminate()[0] == 0
+    finally:
+        _embedded.stop()
+        shutil.rmtree(home)
 
 
 def test_a_database_without_pglimits_is_an_error_at_once(bare_dsn: str) -> None:

@@ -305,3 +305,9 @@ def test_who_waits_for_a_rate_goes_at_its_moment(http: httpx.Client) -> None:
     assert answers == ["granted"] * 4
     (limit,) = http.get("/v1/limits").json()["limits"]
     assert limit["level"] <= 1.0  # nobody went before its moment
+
+
+def test_a_method_that_is_not_there_is_told_which_are(http: httpx.Client) -> None:
+    for path, allow in (("/v1/limits", "GET, POST"), ("/v1/limits/a", "DELETE, GET, PATCH")):
+        response = http.put(path)
+        assert (response.status_code, response.headers["Allow"]) == (405, allow)

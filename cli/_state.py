@@ -1,0 +1,73 @@
+"""How a limit is doing: one word, and the reason for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from . import _output
+
+if TYPE_CHECKING:
+    from pglimits import Usage
+
+_LOOKS = 8
+"""Over how many looks a rate is taken: of a slow one, most seconds see no grant."""
+
+OFF, SHUT, BACKLOGGED, AT_CAPACITY, ACTIVE, IDLE = "off", "shut", "backlogged", "at capacity", "active", "idle"
+
+
+def state(usage: Usage) -> tuple[str, str]:
+    """The word for what a limit does right now, and why it is this one."""
+    slots, free = room(usage), room(usage) - usage.held
+    keyed = f" in {_output.count(usage.keys, 'key')}" if usage.keys > 1 else ""
+    waiting = f"{_output.number(usage.waiting)} waiting" if usage.waiting else ""
+    if not usage.active:
+        return OFF, "not enforced: every request goes through"
+    if usage.limit == 0:
+        return SHUT, "its limit is 0: nobody gets in" + (f", {waiting}" if waiting else "")
+    if usage.waiting:
+        oldest = "" if usage.oldest_wait is None else f", the oldest for {_output.duration(usage.oldest_wait)}"
+        return BACKLOGGED, f"{waiting}{keyed}{oldest}"
+    if free <= 0:
+        return AT_CAPACITY, f"every slot is held{keyed}"
+    if usage.slot_decay_per_second and usage.level > slots - 1:
+        return AT_CAPACITY, f"no whole slot is left{keyed}, {_output.rate(usage.slot_decay_per_second)} come back"
+    if usage.held:
+        return ACTIVE, f"{_output.number(free)} of {_output.count(slots, 'slot')} free{keyed}"
+    if usage.level:
+        return ACTIVE, f"{_output.number(usage.level)} used and not decayed yet{keyed}"
+    return IDLE, "nobody holds or waits"
+
+
+def room(usage: Usage) -> int:
+    """Slots of all keys together: each has the whole limit."""
+    return usage.limit * max(usage.keys, 1)
+
+
+def used(usage: Usage) -> float:
+    """What counts against that: slots that are held, or a rate limit's level."""
+    return max(usage.held, usage.level)
+
+
+class Rates:
+    """Grants per second, over the last few looks at limits."""
+
+    def __init__(self) -> None:
+        self._looks: deque[dict[str, tuple[float, int]]] = deque(maxlen=_LOOKS)
+
+    def look(self, found: Iterable[Usage]) -> dict[str, float]:
+        """The rate of each limit that was seen before."""
+        return self.look_at([(usage.name, usage.grants, usage.now) for usage in found])
+
+    def look_at(self, counted: Iterable[tuple[str, int, datetime]]) -> dict[str, float]:
+        """The same from what was counted until when."""
+        seen = {name: (now.timestamp(), grants) for name, grants, now in counted}
+        rates = {}
+        for name, (at, grants) in seen.items():
+            since, had = next((look[name] for look in self._looks if name in look), (at, grants))
+            if at > since and grants >= had:  # one that was deleted and created anew starts from nothing
+                rates[name] = (grants - had) / (at - since)
+        self._looks.append(seen)
+        return rates

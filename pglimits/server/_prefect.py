@@ -22,7 +22,7 @@ from ..errors import LimiterUnavailable, PglimitsError
 from . import _prefect_slots
 from ._auth import Caller, reading, writing
 from ._database import Database
-from ._prefect_limits import Limits, find, set_active_slots, some
+from ._prefect_limits import Limits, find, find_by_name, set_active_slots, some
 from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Failure, Filter, GlobalLimit, Update
 from ._prefect_places import Places
 from ._problems import Problem, problem
@@ -143,7 +143,7 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
             by=caller.name,
         )
         if body.active_slots:
-            row = await find(db, body.name)
+            row = await find_by_name(db, body.name)
             try:
                 await set_active_slots(db, request.app.state.grants, row, body.active_slots, caller.name)
             except PglimitsError as error:
@@ -153,7 +153,7 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
         if later:
             await db.run("select pglimits.update_limit(%s, active => false)", [body.name], by=caller.name)
         known.forget()
-        return CreatedLimit.model_validate(GlobalLimit.of(await find(db, body.name)).model_dump())
+        return CreatedLimit.model_validate(GlobalLimit.of(await find_by_name(db, body.name)).model_dump())
 
     @routes.post("/filter", response_model=list[GlobalLimit])
     async def list_some(request: Request, caller: Reads, body: Filter | None = None) -> list[GlobalLimit]:
@@ -187,7 +187,7 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
             )
             known.forget()
         if wanted is not None:
-            row = await find(db, body.name or row["name"])
+            row = await find_by_name(db, body.name or row["name"])
             await set_active_slots(db, request.app.state.grants, row, wanted, caller.name)
         return Response(status_code=204)
 

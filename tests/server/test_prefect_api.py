@@ -66,7 +66,11 @@ def test_a_limit_from_its_creation_to_its_end(client: httpx.Client, looks: Conne
 def test_a_name_that_is_a_uuid(client: httpx.Client) -> None:
     name = str(uuid.uuid4())
     client.post("/", json={"name": name, "limit": 3})
-    assert client.get(f"/{name}").json()["name"] == name
+    limit = client.get(f"/{name}").json()
+    assert limit["name"] == name
+    other = client.post("/", json={"name": limit["id"], "limit": 4, "active_slots": 1}).json()
+    assert (other["name"], other["active_slots"]) == (limit["id"], 1)
+    assert client.get(f"/{limit['id']}").json() == limit
 
 
 def test_a_filter_lists_by_name_with_offset_and_limit(client: httpx.Client, looks: Connection) -> None:
@@ -209,6 +213,12 @@ def test_slots_without_a_lease_are_given_back_by_number(client: httpx.Client, lo
     )
     assert asked.fetchone() == ("granted",)
     assert looks.execute("select held from pglimits.limits").fetchall() == [(5,), (3,)]
+    # A part of a lease on two limits: the rest stays.
+    third = client.post("/increment", json={"names": ["b"], "slots": 1})
+    assert third.status_code == 200
+    client.post("/decrement", json={"names": ["b"], "slots": 2})
+    assert looks.execute("select held from pglimits.limits").fetchall() == [(5,), (2,)]
+    client.post("/increment", json={"names": ["b"], "slots": 1})
     # More than there is, and of limits that are not there.
     client.post("/decrement", json={"names": ["a", "b", "none"], "slots": 9})
     assert looks.execute("select held from pglimits.limits").fetchall() == [(4,), (0,)]

@@ -315,7 +315,7 @@ class Grants:
     def begin_closing(self) -> None:
         """Have all that is held answered now. Places stay for 10 seconds, to be asked for again."""
         self._closing.set()
-        self._listener._all()
+        self._listener.tell_all()
 
     async def close(self) -> None:
         if self._leaving:

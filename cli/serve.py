@@ -196,6 +196,7 @@ def _run(settings: Settings, host: str, port: int) -> int:
             timeout_graceful_shutdown=4,
             timeout_keep_alive=75,
             server_header=False,
+            ws_max_size=1_000_000,
         )
     )
     try:

@@ -86,10 +86,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _openapi.describe(app)
     app.state.settings, app.state.auth, app.state.db = settings, auth, database
     _problems.add_handlers(app)
+    for routes in _prefect.routers():
+        app.include_router(routes)
     app.include_router(_v1.router(settings))
     app.include_router(_page.router(settings))
     app.include_router(_metrics.router())
-    app.include_router(_prefect.router())
     app.include_router(_docs.router())
     _add_health(app)
     _add_login(app)

@@ -157,12 +157,20 @@ class AuthMiddleware:
         self.app, self.auth, self.public = app, auth, (*_PUBLIC, *public)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not self._is_ours(Headers(scope=scope)):
+            return await send({"type": "websocket.close", "code": 1008, "reason": "another site has opened that"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refused = self._check(scope)
         if refused is None:
             return await self.app(scope, receive, send)
         return await refused(scope, receive, send)
+
+    def _is_ours(self, headers: Headers) -> bool:
+        """Whether a socket was not opened by the page of another site. Who it is, its first message says."""
+        return is_same_site(headers, needs_proof=False) and (
+            self.auth.required or self.auth.is_known_host(headers.get("host"))
+        )
 
     def _check(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)

@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
-from fastapi import Request
 from psycopg.types.json import Jsonb
 
 from .. import _sql
@@ -27,10 +26,12 @@ from .._limiter import AsyncLimiter
 from .._requests import checked, new_id
 from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError
 from ._database import Database
+from ._disconnect import ClientGone, until_disconnect
 from ._listener import Listener
 
+__all__ = ["Answer", "ClientGone", "Grants", "Renewed", "until_disconnect"]
+
 log = logging.getLogger("pglimits.server")
-T = TypeVar("T")
 
 PLACE_LIVES = 10.0
 """Seconds that a place in line lives after it was asked for last."""
@@ -39,6 +40,10 @@ _MOMENT = 0.15
 """Who is granted as of a moment that is no further away is slept for, held or not."""
 _LOCK = "500ms"
 """How long one statement waits for a limit that somebody keeps locked. It has a connection of the pool meanwhile."""
+_LOCK_AGAIN = "50ms"
+"""The same of one that was found locked before."""
+_LOOKS_AGAIN = 1.0
+"""Seconds until it is looked whether a limit is locked still."""
 _ASKS_AT_ONCE = 2
 """So many connections of the pool are used for that at most: others are left for those who look on."""
 _PAUSE = 0.25
@@ -59,10 +64,6 @@ _RATE_LIMIT = """
            case when patience <> '' then %(names)s::text[] end, %(slots)s::int[], %(keys)s::text[], %(timeout)s::float8,
            %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean, %(channel)s::text) a
 """
-
-
-class ClientGone(Exception):
-    """The client whose request was held has closed its connection. Nobody is there to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Grants:
         self._limiter = AsyncLimiter(database.conninfo, durable=durable)
         self._leaving: set[asyncio.Task[None]] = set()
         self._asks = asyncio.Semaphore(_ASKS_AT_ONCE)
+        self._locked: dict[str, float] = {}
         self._closing = asyncio.Event()
 
     async def acquire(
@@ -143,11 +145,15 @@ class Grants:
         slots = list(slots) if len(slots) == many else list(slots) * many
         keys = list(keys) if len(keys) == many else list(keys) * many
         if lease_id is None:
-            answer = await self._once(names, slots, keys, for_rate, lease_duration, priority, holder, strict)
-            if answer.status != "refused" or timeout == 0:
-                return answer
+            try:
+                answer = await self._once(names, slots, keys, for_rate, lease_duration, priority, holder, strict)
+            except LimitLocked:
+                if not hold:
+                    raise
+            else:
+                if answer.status != "refused" or timeout == 0:
+                    return answer
         arguments = {
-            "lock": _LOCK,
             "names": list(names),
             "slots": slots,
             "keys": keys,
@@ -220,8 +226,7 @@ class Grants:
             left = began + hold - clock()
             is_over = left <= 0 or news is None or self._closing.is_set()
             try:
-                async with self._asks:
-                    answer = Answer(**(await self._db.row(query, arguments) or {}))
+                answer = await self._ask(query, arguments)
                 heard_at = clock()
             except LimitLocked:
                 if is_over:
@@ -245,6 +250,29 @@ class Grants:
                 return answer
             else:
                 await self._news_or(news, min(nap, left))
+
+    async def _ask(self, query: str, arguments: dict[str, Any]) -> Answer:
+        """Ask once. Of limits that somebody keeps locked, one request a second finds out whether that is over.
+
+        Else those who ask for such a limit would keep all connections from those who ask for others.
+        """
+        now = asyncio.get_running_loop().time()
+        names = arguments["names"]
+        suspect = [name for name in names if name in self._locked]
+        if any(self._locked[name] > now for name in suspect):
+            raise LimitLocked(f"somebody keeps one of these limits locked: {', '.join(map(repr, suspect))}")
+        for name in suspect:
+            self._locked[name] = now + _LOOKS_AGAIN
+        try:
+            async with self._asks:
+                arguments["lock"] = _LOCK_AGAIN if suspect else _LOCK
+                row = await self._db.row(query, arguments)
+        except LimitLocked:
+            self._locked.update(dict.fromkeys(names, now + _LOOKS_AGAIN))
+            raise
+        for name in suspect:
+            self._locked.pop(name, None)
+        return Answer(**(row or {}))
 
     async def _news_or(self, news: asyncio.Event, seconds: float) -> None:
         """Sleep until there is news, or the server closes."""
@@ -287,39 +315,9 @@ class Grants:
     def begin_closing(self) -> None:
         """Have all that is held answered now. Places stay for 10 seconds, to be asked for again."""
         self._closing.set()
-        self._listener._all()
+        self._listener.tell_all()
 
     async def close(self) -> None:
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=1.0)
         await self._limiter.close()
-
-
-async def until_disconnect(
-    request: Request, work: Coroutine[Any, Any, T], lost: Callable[[T], None] | None = None
-) -> T:
-    """What the work returns; it is cancelled when the client closes its connection. The body has to be read by then.
-
-    lost: what to do with the result where it comes just as the client goes.
-
-    Raises:
-        ClientGone: the client has closed its connection.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if not watching.done():
-            return working.result()
-        if working.done() and lost is not None and not working.cancelled() and working.exception() is None:
-            lost(working.result())
-        raise ClientGone
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.wait([working, watching])
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

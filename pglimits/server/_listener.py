@@ -10,7 +10,7 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psycopg
 
@@ -52,11 +52,16 @@ class Listener:
     def done(self) -> None:
         """Somebody waits no longer."""
         self._wanted -= 1
-        if not self._wanted and self._task is not None:
-            self._idle = asyncio.get_running_loop().call_later(_LINGERS, self._task.cancel)
+        if not self._wanted:
+            self._idle = asyncio.get_running_loop().call_later(_LINGERS, self._stop)
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None  # whoever wants it in this very moment starts another
 
     @contextlib.contextmanager
-    def news_of(self, lease_id: object):  # type: ignore[no-untyped-def]
+    def news_of(self, lease_id: object) -> Iterator[asyncio.Event]:
         """An event that is set when there may be news of that request."""
         event = asyncio.Event()
         key = str(lease_id)
@@ -107,7 +112,7 @@ class Listener:
             await connection.execute(f'listen "{self.channel}"'.encode())
             await connection.execute(f"listen {EVENTS}".encode())
             self.hears = True
-            self._all()
+            self.tell_all()
             async for notice in connection.notifies():
                 if notice.channel == EVENTS:
                     self._tell_events()
@@ -118,8 +123,8 @@ class Listener:
             with contextlib.suppress(psycopg.Error, asyncio.CancelledError):
                 await connection.close()
 
-    def _all(self) -> None:
-        """What was told before is lost: everybody is to look."""
+    def tell_all(self) -> None:
+        """Have everybody look: what was told before may be lost."""
         for events in self._by_id.values():
             for event in events:
                 event.set()

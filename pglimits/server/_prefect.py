@@ -22,10 +22,11 @@ from ..errors import LimiterUnavailable, PglimitsError
 from . import _prefect_slots
 from ._auth import Caller, reading, writing
 from ._database import Database
-from ._prefect_limits import Limits, find, set_active_slots, some
-from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Filter, GlobalLimit, Update
+from ._prefect_limits import Limits, find, find_by_name, set_active_slots, some
+from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Failure, Filter, GlobalLimit, Update
 from ._prefect_places import Places
 from ._problems import Problem, problem
+from ._routing import PrefixRouter
 
 PUBLIC = ("/api/health", "/api/ready")
 """Paths that need no token, as in Prefect's server."""
@@ -57,29 +58,33 @@ class PrefectRoute(APIRoute):
         return handle_errors
 
 
-def router() -> APIRouter:
+def routers() -> list[APIRouter]:
     """All routes under /api."""
-    routes = APIRouter(prefix="/api", route_class=PrefectRoute)
-    places = Places()
-    _add_first(routes, places)
-    limits = APIRouter(prefix="/v2/concurrency_limits", tags=["for Prefect's clients"], route_class=PrefectRoute)
-    known = Limits()
-    _add_limits(limits, known)
+    places, known = Places(), Limits()
+    failure: dict[str, Any] = {"model": Failure}
+    limits = PrefixRouter(
+        prefix="/api/v2/concurrency_limits",
+        tags=["for Prefect's clients"],
+        route_class=PrefectRoute,
+        responses={"4XX": failure, "5XX": failure},
+    )
+    # What is called most stands first.
     _prefect_slots.add(limits, places, known)
-    routes.include_router(limits)
-    return routes
+    _add_limits(limits, known)
+    first = PrefixRouter(prefix="/api", tags=["for Prefect's clients"], route_class=PrefectRoute)
+    _add_first(first, places)
+    return [limits, first]
 
 
 def _add_first(routes: APIRouter, places: Places) -> None:
     """What a client asks before it asks for anything, and where it sends its events."""
-    tags: list[Any] = ["for Prefect's clients"]
 
-    @routes.get("/health", tags=tags)
+    @routes.get("/health")
     async def health() -> bool:
         """Whether this process lives."""
         return True
 
-    @routes.get("/ready", tags=tags)
+    @routes.get("/ready")
     async def ready(request: Request) -> JSONResponse:
         """Whether the database answers."""
         try:
@@ -88,23 +93,23 @@ def _add_first(routes: APIRouter, places: Places) -> None:
             return JSONResponse({"message": "Database is not available"}, 503)
         return JSONResponse({"message": "OK"})
 
-    @routes.get("/hello", tags=tags, dependencies=[Depends(reading)])
+    @routes.get("/hello", dependencies=[Depends(reading)])
     async def hello() -> str:
         """Say hello."""
         return "👋"
 
-    @routes.get("/version", tags=tags, dependencies=[Depends(reading)])
+    @routes.get("/version", dependencies=[Depends(reading)])
     async def version() -> str:
         """Which version of Prefect's API this is."""
         return _API_VERSION
 
-    @routes.get("/admin/version", tags=tags, dependencies=[Depends(reading)])
+    @routes.get("/admin/version", dependencies=[Depends(reading)])
     async def release(request: Request) -> str:
         """The client's own version: a client refuses a server of another major version, and warns of an older one."""
         client = _CLIENT.match(request.headers.get("user-agent", ""))
         return client[1] if client else _RELEASE
 
-    @routes.get("/csrf-token", tags=tags, status_code=422, dependencies=[Depends(reading)])
+    @routes.get("/csrf-token", status_code=422, dependencies=[Depends(reading)])
     async def csrf_token(request: Request) -> JSONResponse:
         """Tells a client that it needs none, and learns whether it keeps cookies."""
         response = JSONResponse({"detail": "CSRF protection is disabled."}, 422)
@@ -138,7 +143,7 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
             by=caller.name,
         )
         if body.active_slots:
-            row = await find(db, body.name)
+            row = await find_by_name(db, body.name)
             try:
                 await set_active_slots(db, request.app.state.grants, row, body.active_slots, caller.name)
             except PglimitsError as error:
@@ -148,7 +153,7 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
         if later:
             await db.run("select pglimits.update_limit(%s, active => false)", [body.name], by=caller.name)
         known.forget()
-        return CreatedLimit.model_validate(GlobalLimit.of(await find(db, body.name)).model_dump())
+        return CreatedLimit.model_validate(GlobalLimit.of(await find_by_name(db, body.name)).model_dump())
 
     @routes.post("/filter", response_model=list[GlobalLimit])
     async def list_some(request: Request, caller: Reads, body: Filter | None = None) -> list[GlobalLimit]:
@@ -182,7 +187,7 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
             )
             known.forget()
         if wanted is not None:
-            row = await find(db, body.name or row["name"])
+            row = await find_by_name(db, body.name or row["name"])
             await set_active_slots(db, request.app.state.grants, row, wanted, caller.name)
         return Response(status_code=204)
 

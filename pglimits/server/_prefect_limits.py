@@ -66,12 +66,16 @@ async def find(db: Database, id_or_name: str) -> dict[str, Any]:
     limit_id = None
     with contextlib.suppress(ValueError):
         limit_id = limit_id_of(UUID(id_or_name))
-    row = None
     if limit_id is not None:
         named = await db.row("select c.name from pglimits.counters c where c.limit_id = %s", [limit_id])
-        row = named and await db.row(f"{_LIMIT} where l.name = %s", [named["name"]])
-    if row is None and is_text(id_or_name):
-        row = await db.row(f"{_LIMIT} where l.name = %s", [id_or_name])
+        if named is not None:
+            return await find_by_name(db, named["name"])
+    return await find_by_name(db, id_or_name)
+
+
+async def find_by_name(db: Database, name: str) -> dict[str, Any]:
+    """The same, where it is no id: a name may look like one."""
+    row = await db.row(f"{_LIMIT} where l.name = %s", [name]) if is_text(name) else None
     if row is None:
         raise Problem(404, "Concurrency Limit not found")
     return row
@@ -92,7 +96,8 @@ async def set_active_slots(db: Database, grants: Grants, row: dict[str, Any], wa
     if row["slot_decay_per_second"] > 0:
         # Whole slots, so that the level, rounded up as it is shown, is what is wanted.
         await db.run(
-            """select pglimits.adjust(l.name, %s - ceil(l.level)::int) from pglimits.limits l where l.name = %s""",
+            """select pglimits.adjust(l.name, %s::int - least(ceil(l.level), 2147483647)::int)
+               from pglimits.limits l where l.name = %s""",
             [wanted, row["name"]],
             by=by,
         )
@@ -139,7 +144,7 @@ async def give_back(db: Database, grants: Grants, names: list[str], slots: int, 
         rest = {name: more for name, count in held.items() if (more := count - left.get(name, 0)) > 0}
         if await _end(db, grants, lease_id, rest, by):  # else somebody else has ended it meanwhile
             for name, count in held.items():
-                left[name] = left.get(name, 0) - count
+                left[name] = max(left.get(name, 0) - count, 0)
 
 
 def _choose(leases: dict[UUID, dict[str, int]], left: dict[str, int]) -> UUID | None:

@@ -195,6 +195,30 @@ class WithLease(BaseModel):
     limits: list[MinimalLimit]
 
 
+class What(BaseModel):
+    """What is wrong with a part of a request."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class Failure(BaseModel):
+    """Why a request has failed, in the two forms that Prefect's clients read."""
+
+    detail: str | None = None
+    exception_message: str | None = None
+    exception_detail: list[What] | None = None
+    code: str | None = None
+
+
+class Locked(BaseModel):
+    """No slot is free."""
+
+    detail: str
+    retry_after: float
+
+
 def active_slots(row: dict[str, Any]) -> int:
     """What Prefect calls so: slots that are held, or used and not decayed yet, a broken one counting as whole."""
     held: int = row["held"]

@@ -35,6 +35,8 @@ _KEPT_BY_CLIENTS = 60
 _AT_ONCE = 0.5
 """Seconds within which a client comes again that is told to come at once. If it comes later, it is another request:
 one that tries once must not be held, only because one before it was refused."""
+_NEARLY_AT_ONCE = 2.0
+"""The same for one that came too late for that: its network may be slow."""
 _REPEATS = (1.0, 60.0)
 """A request that was granted already, and comes again so many seconds later, is one whose answer was lost."""
 _REMEMBERED = 100_000
@@ -101,10 +103,11 @@ class Places:
 
     def keep(self, request: Request, response: Response, digest: str, place: UUID | None, retry_after: float) -> None:
         """Have the client bring its place when it asks again; without one, a new one."""
-        at_once = place is None and keeps_cookies(request)
-        lives = retry_after + (_AT_ONCE if at_once else PLACE_LIVES)
-        value = f"{place or uuid4()}_{time.time():.3f}_{lives:.3f}"
-        self._set(request, response, _PLACE + digest, value, math.ceil(retry_after) + _KEPT_BY_CLIENTS)
+        name, late = _PLACE + digest, PLACE_LIVES
+        if place is None and keeps_cookies(request):
+            late = _NEARLY_AT_ONCE if _age(request.cookies.get(name, "")) < _NEARLY_AT_ONCE else _AT_ONCE
+        value = f"{place or uuid4()}_{time.time():.3f}_{retry_after + late:.3f}"
+        self._set(request, response, name, value, math.ceil(retry_after) + _KEPT_BY_CLIENTS)
         self.mark(request, response)
 
     def drop(self, request: Request, response: Response, digest: str) -> None:
@@ -128,6 +131,13 @@ class Places:
             httponly=True,
             samesite="strict",
         )
+
+
+def _age(cookie: str) -> float:
+    """Seconds since a place was given out."""
+    with contextlib.suppress(ValueError, IndexError):
+        return time.time() - float(cookie.split("_")[1])
+    return math.inf
 
 
 def digest_of(request: Request, body: Any) -> str:

@@ -24,6 +24,7 @@ from ._prefect_models import (
     Decrement,
     Increment,
     IncrementWithLease,
+    Locked,
     MinimalLimit,
     OfLease,
     Renew,
@@ -44,30 +45,18 @@ _LONGEST_NAP = 8.0
 _COMES_AGAIN = 1.0
 """Seconds after which a client comes again where only a release can tell, and it may not keep cookies."""
 
-_LOCKED: dict[int | str, dict[str, Any]] = {423: {"description": "No slot is free. Ask again after Retry-After."}}
+_LOCKED: dict[int | str, dict[str, Any]] = {
+    423: {"model": Locked, "description": "No slot is free. Ask again after Retry-After."}
+}
 
 
 def add(routes: APIRouter, places: Places, limits: Limits) -> None:
     """Add the routes to those of the limits."""
 
-    @routes.post("/increment", response_model=list[MinimalLimit], dependencies=[Depends(writing)], responses=_LOCKED)
-    async def increment(request: Request, body: Increment) -> Response:
-        """Take slots that end when they are given back by number; of rate limits, slots that come back by decay."""
-        return await _increment(request, body, places, limits)
-
     @routes.post("/increment-with-lease", response_model=WithLease, dependencies=[Depends(writing)], responses=_LOCKED)
     async def increment_with_lease(request: Request, body: IncrementWithLease) -> Response:
         """Take slots under a lease."""
         return await _increment(request, body, places, limits)
-
-    @routes.post("/decrement", response_model=list[MinimalLimit], dependencies=[Depends(writing)])
-    async def decrement(request: Request, body: Decrement) -> Response:
-        """Give slots back that were taken without a lease. What a rate limit has used comes back by decay only."""
-        state = request.app.state
-        known = await limits.known(state.db, body.names, surely=True)
-        if known:
-            await give_back(state.db, state.grants, [name for _, name, _ in known], body.slots)
-        return _json(200, as_minimal(known))
 
     @routes.post("/decrement-with-lease", status_code=204, response_class=Response, dependencies=[Depends(writing)])
     async def decrement_with_lease(request: Request, body: OfLease) -> Response:
@@ -85,6 +74,20 @@ def add(routes: APIRouter, places: Places, limits: Limits) -> None:
         if not is_of_nothing(lease_id) and not (await request.app.state.grants.renew(lease_id, duration)).live:
             raise Problem(410, "Lease not found - it may have expired or been revoked")
         return Response(status_code=204)
+
+    @routes.post("/increment", response_model=list[MinimalLimit], dependencies=[Depends(writing)], responses=_LOCKED)
+    async def increment(request: Request, body: Increment) -> Response:
+        """Take slots that end when they are given back by number; of rate limits, slots that come back by decay."""
+        return await _increment(request, body, places, limits)
+
+    @routes.post("/decrement", response_model=list[MinimalLimit], dependencies=[Depends(writing)])
+    async def decrement(request: Request, body: Decrement) -> Response:
+        """Give slots back that were taken without a lease. What a rate limit has used comes back by decay only."""
+        state = request.app.state
+        known = await limits.known(state.db, body.names, surely=True)
+        if known:
+            await give_back(state.db, state.grants, [name for _, name, _ in known], body.slots)
+        return _json(200, as_minimal(known))
 
 
 async def _increment(request: Request, body: Increment, places: Places, limits: Limits) -> Response:

@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from prefecttest import LIMITS, Prefect, _prefect, client, looks, prefect
 from servertest import FULL, READ, Server
 
@@ -64,7 +66,11 @@ def test_a_limit_from_its_creation_to_its_end(client: httpx.Client, looks: Conne
 def test_a_name_that_is_a_uuid(client: httpx.Client) -> None:
     name = str(uuid.uuid4())
     client.post("/", json={"name": name, "limit": 3})
-    assert client.get(f"/{name}").json()["name"] == name
+    limit = client.get(f"/{name}").json()
+    assert limit["name"] == name
+    other = client.post("/", json={"name": limit["id"], "limit": 4, "active_slots": 1}).json()
+    assert (other["name"], other["active_slots"]) == (limit["id"], 1)
+    assert client.get(f"/{limit['id']}").json() == limit
 
 
 def test_a_filter_lists_by_name_with_offset_and_limit(client: httpx.Client, looks: Connection) -> None:
@@ -207,6 +213,12 @@ def test_slots_without_a_lease_are_given_back_by_number(client: httpx.Client, lo
     )
     assert asked.fetchone() == ("granted",)
     assert looks.execute("select held from pglimits.limits").fetchall() == [(5,), (3,)]
+    # A part of a lease on two limits: the rest stays.
+    third = client.post("/increment", json={"names": ["b"], "slots": 1})
+    assert third.status_code == 200
+    client.post("/decrement", json={"names": ["b"], "slots": 2})
+    assert looks.execute("select held from pglimits.limits").fetchall() == [(5,), (2,)]
+    client.post("/increment", json={"names": ["b"], "slots": 1})
     # More than there is, and of limits that are not there.
     client.post("/decrement", json={"names": ["a", "b", "none"], "slots": 9})
     assert looks.execute("select held from pglimits.limits").fetchall() == [(4,), (0,)]
@@ -269,3 +281,45 @@ def test_answers_are_what_prefects_own_models_say(prefect: Prefect, client: http
         "validate", [["created", created], ["limit", read], ["leased", leased], ["minimal", leased["limits"][0]]]
     )
     assert process.said == [created, read, leased, leased["limits"][0]]
+
+
+FIELDS = st.sampled_from(
+    [
+        *("name", "names", "slots", "mode", "limit", "offset", "active", "active_slots", "slot_decay_per_second"),
+        *("lease_duration", "lease_id", "holder", "occupancy_seconds"),
+    ]
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=10)
+    | st.sampled_from(["one", "rate", "\ud800", "\0", "9" * 400, "{a}", 2**31, 1e308, "rate_limit"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "id"]), inner, max_size=2),
+    max_leaves=4,
+)
+PATHS = ["/", "/filter", "/one", "/rate", "/increment", "/increment-with-lease", "/decrement", "/decrement-with-lease"]
+
+
+def test_nonsense_is_never_a_500(client: httpx.Client, looks: Connection) -> None:
+    looks.execute("select pglimits.create_limit('one', 1), pglimits.create_limit('rate', 5, 1)")
+    typical = {"name": "one", "names": ["one", "rate"], "slots": 1, "limit": 5}
+
+    @settings(max_examples=150, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+    @given(
+        st.sampled_from(["POST", "PATCH"]),
+        st.sampled_from(PATHS),
+        st.dictionaries(FIELDS, VALUES, max_size=4),
+        st.booleans(),
+        st.sampled_from(["", "x", f"{uuid.UUID(int=1)}_1_1", f"{uuid.UUID(int=1)}_nan_inf"]),
+    )
+    def ask(method: str, path: str, body: dict[str, Any], is_typical: bool, cookie: str) -> None:
+        content = json.dumps({**(typical if is_typical else {}), **body})
+        headers = {"Content-Type": "application/json", "Cookie": f"pglimits_place_x={cookie}"}
+        answer = client.request(method, path, content=content, headers=headers)
+        assert answer.status_code < 500, answer.text
+        if answer.status_code >= 400:
+            assert answer.json()
+
+    ask()

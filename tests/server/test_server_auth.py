@@ -15,6 +15,7 @@ from servertest import FULL, READ, TOKENS, Server
 
 from pglimits.server import Settings, create_app
 from pglimits.server._auth import reading, writing
+from pglimits.server._prefect import PUBLIC
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -27,7 +28,7 @@ def basic(secret: str) -> dict[str, str]:
 
 def test_every_route_says_whether_it_reads_or_writes(dsn: str) -> None:
     """But for those that have to be open: health, and the way in."""
-    open_to_all = {"/healthz", "/readyz", "/login", "/logout", "/openapi.json"}
+    open_to_all = {"/healthz", "/readyz", "/login", "/logout", "/openapi.json", *PUBLIC}
     app = create_app(Settings(dsn=dsn))
     seen = 0
     for path, methods, calls in _routes(app):
@@ -45,7 +46,7 @@ def _routes(app: FastAPI) -> Iterator[tuple[str, set[str], set[Any]]]:
     walk = getattr(routing, "iter_route_contexts", iter)
     for route in walk(app.routes):
         dependant = getattr(route, "dependant", None)
-        if dependant is not None:
+        if dependant is not None and route.methods is not None:  # a socket only takes in what is thrown away
             yield route.path, set(route.methods), set(_calls(dependant))
 
 
@@ -167,6 +168,18 @@ def test_the_page_of_another_site_changes_nothing(guarded: Server, serve: Callab
         assert http.post("/v1/limits", json=body, headers={"Origin": "http://evil.example"}).status_code == 403
         assert http.post("/v1/limits", json=body, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
         assert http.post("/v1/acquire", json={"name": "b"}).status_code == 200
+
+
+def test_a_socket_of_another_site_is_refused(shared: Server) -> None:
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    url = shared.url.replace("http://", "ws://") + "/api/events/in"
+    with connect(url):
+        pass
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        with pytest.raises(InvalidStatus), connect(url, additional_headers=headers):
+            pass
 
 
 def test_without_tokens_it_is_called_by_names_of_this_machine_only(serve: Callable[..., Server]) -> None:

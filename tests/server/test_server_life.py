@@ -201,6 +201,39 @@ def test_behind_a_pooler_in_transaction_mode_it_works_without_listening(
     assert server.terminate() == (0, "")
 
 
+def test_those_who_wait_for_a_locked_limit_keep_nobody_from_others(
+    serve: Callable[..., Server], connect: Callable[..., psycopg.Connection[Any]]
+) -> None:
+    server = serve()
+    locker = connect(autocommit=False)
+    locker.execute("select pglimits.create_limit('stuck', 6)")
+    locker.execute("select pglimits.create_limit('other', 20)")
+    locker.commit()
+    locker.execute("select pglimits.acquire('stuck')")
+    answers: list[httpx.Response] = []
+
+    def hold(nth: int) -> None:
+        wanted: dict[str, Any] = {"name": "stuck", "wait": 60}
+        if nth % 2:
+            wanted["lease_id"] = str(uuid.uuid4())
+        with server.client() as http:
+            answers.append(http.post("/v1/acquire", json=wanted))
+
+    threads = [threading.Thread(target=hold, args=[nth]) for nth in range(6)]
+    for thread in threads:
+        thread.start()
+    with server.client() as http:
+        until(lambda: http.post("/v1/acquire", json={"name": "stuck"}).json().get("code") == "PL009", "for the lock")
+        for _ in range(10):
+            asked = http.post("/v1/acquire", json={"name": "other", "lease_id": str(uuid.uuid4())})
+            assert asked.json()["status"] == "granted"
+        assert not answers
+    locker.rollback()
+    for thread in threads:
+        thread.join()
+    assert [answer.json()["status"] for answer in answers] == ["granted"] * 6
+
+
 def test_it_may_be_started_before_its_database(private: Cluster, serve: Callable[..., Server]) -> None:
     private.stop()
     server = serve(on=private.dsn)

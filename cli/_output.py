@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from pglimits._words import count as count
+    from pglimits._words import number as number
+    from pglimits._words import rate as rate
+
 _INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What could steer a terminal or turn a line around: control characters but the line feed, and marks of direction. And
 bytes of a path that are no text."""
@@ -208,22 +212,12 @@ def moment(at: datetime) -> str:
     return f"{at.astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
-def number(value: float) -> str:
-    """A number without a tail of zeros."""
-    return f"{value:,.0f}" if abs(value - round(value)) < 0.005 else f"{value:,.2f}"
-
-
 def short(value: float) -> str:
     """A number in five characters or so: ``1234``, ``12.3k``, ``4.5M``."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= max(size, 10_000):
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
-
-
-def rate(per_second: float) -> str:
-    """A decay rate, exact; none for a concurrency limit."""
-    return f"{per_second:,.10g}/s" if per_second else "-"
 
 
 def duration(seconds: float) -> str:
@@ -236,31 +230,17 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def count(how_many: float, singular: str, plural: str | None = None) -> str:
-    """``1 slot``, ``2 slots``."""
-    return f"{number(how_many)} {singular if how_many == 1 else plural or singular + 's'}"
-
-
 def who(holder: Any) -> str:
-    """A holder as one short line: host, program, pid; else its JSON."""
-    return _who(holder).replace("\n", "\\n")
+    """A holder as one short line; nobody is a dash."""
+    from pglimits import _words
+
+    return "-" if holder is None else _words.who(holder).replace("\n", "\\n")
 
 
-def _who(holder: Any) -> str:
-    if holder is None:
-        return "-"
-    if isinstance(holder, str):
-        return holder
-    if not isinstance(holder, dict):
-        return json.dumps(holder, ensure_ascii=False)
-    rest = dict(holder)
-    host, program, pid = (rest.pop(name, None) for name in ("host", "program", "pid"))
-    if rest.get("thread") == "MainThread":
-        del rest["thread"]
-    words = [] if program is None else [str(program)]
-    if pid is not None:
-        words.append(f"(pid {pid})")
-    if host is not None:
-        words.append(f"on {host}")
-    words += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in rest.items()]
-    return " ".join(words) or "{}"
+def __getattr__(name: str) -> Any:
+    """What the wrapper has words for: a command that shows nothing starts sooner without it."""
+    if name in ("count", "number", "rate"):
+        from pglimits import _words
+
+        return getattr(_words, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from pglimits import _words
+
 from . import _output
 
 if TYPE_CHECKING:
@@ -15,35 +17,10 @@ if TYPE_CHECKING:
 _LOOKS = 8
 """Over how many looks a rate is taken: of a slow one, most seconds see no grant."""
 
-OFF, SHUT, BACKLOGGED, AT_CAPACITY, ACTIVE, IDLE = "off", "shut", "backlogged", "at capacity", "active", "idle"
-
 
 def state(usage: Usage) -> tuple[str, str]:
     """The word for what a limit does right now, and why it is this one."""
-    slots, free = room(usage), room(usage) - usage.held
-    keyed = f" in {_output.count(usage.keys, 'key')}" if usage.keys > 1 else ""
-    waiting = f"{_output.number(usage.waiting)} waiting" if usage.waiting else ""
-    if not usage.active:
-        return OFF, "not enforced: every request goes through"
-    if usage.limit == 0:
-        return SHUT, "its limit is 0: nobody gets in" + (f", {waiting}" if waiting else "")
-    if usage.waiting:
-        oldest = "" if usage.oldest_wait is None else f", the oldest for {_output.duration(usage.oldest_wait)}"
-        return BACKLOGGED, f"{waiting}{keyed}{oldest}"
-    if free <= 0:
-        return AT_CAPACITY, f"every slot is held{keyed}"
-    if usage.slot_decay_per_second and usage.level > slots - 1:
-        return AT_CAPACITY, f"no whole slot is left{keyed}, {_output.rate(usage.slot_decay_per_second)} come back"
-    if usage.held:
-        return ACTIVE, f"{_output.number(free)} of {_output.count(slots, 'slot')} free{keyed}"
-    if usage.level:
-        return ACTIVE, f"{_output.number(usage.level)} used and not decayed yet{keyed}"
-    return IDLE, "nobody holds or waits"
-
-
-def room(usage: Usage) -> int:
-    """Slots of all keys together: each has the whole limit."""
-    return usage.limit * max(usage.keys, 1)
+    return _words.state(usage, "" if usage.oldest_wait is None else _output.duration(usage.oldest_wait))
 
 
 def used(usage: Usage) -> float:

@@ -10,10 +10,11 @@ from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Static
 
+from pglimits._words import room
 from pglimits.errors import LimitNotFound, PglimitsError
 
 from . import _output
-from ._state import Rates, room, used
+from ._state import Rates, used
 from ._top_live import LiveScreen
 from ._top_table import Column, Page, cell
 

@@ -9,8 +9,10 @@ from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
+from pglimits._words import room
+
 from . import _output
-from ._state import Rates, room, used
+from ._state import Rates, used
 from ._top_limit import LimitScreen
 from ._top_live import LiveScreen
 from ._top_table import Column, Page, cell

@@ -14,10 +14,11 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Button, Static
 
+from pglimits._words import ACTIVE, AT_CAPACITY, BACKLOGGED, SHUT
 from pglimits.errors import LimiterUnavailable, PglimitsError
 
 from . import _output
-from ._state import ACTIVE, AT_CAPACITY, BACKLOGGED, SHUT, state
+from ._state import state
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -18,10 +19,11 @@ from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 
+from .._words import STATES
 from ..errors import LimiterUnavailable, PglimitsError
 from . import _page_actions
 from ._auth import local_path, reading
-from ._page_data import SORTS, STATES, Query, pick
+from ._page_data import SORTS, Query, pick
 from ._page_limit import CHARTS, SPANS, history, view
 from ._page_live import hub_of, news
 from ._page_render import limit_url, render, static, url_of
@@ -29,7 +31,7 @@ from ._problems import Problem, problem
 from ._settings import Settings
 
 KINDS = ("created", "updated", "deleted", "reset", "expired", "lost", "force_released")
-_HEADINGS = {403: "You may not do that", 404: "There is nothing here", 503: "The database does not answer"}
+_HEADINGS = {403: "You may not do that", 404: "There is nothing here"}
 _EVENTS = 50
 _SHARED = 0.5
 """Seconds for which all pages that show the same share one look at it."""
@@ -42,7 +44,7 @@ _COLUMNS = (
     ("waiting", "Waiting", "num", "Requests in line"),
     ("oldest", "Oldest wait", "num", "How long the one that came first has waited"),
     ("rate", "Rate", "num", "Slots granted a second, lately; for a rate limit, of how many"),
-    ("", "Last hour", "hour", "Slots held in the last hour"),
+    ("", "Last hour", "hour", "Slots held in the last hour; of a rate limit its level"),
 )
 _FIND_EVENTS = """
 select * from pglimits.events e
@@ -60,6 +62,8 @@ class PageRoute(APIRoute):
 
         async def handled(request: Request) -> Response:
             try:
+                if any("\0" in text for text in (*request.path_params.values(), *request.query_params.values())):
+                    raise Problem(404, "nothing here has a name with such a character")
                 return await handle(request)
             except (Problem, PglimitsError, HTTPException) as error:
                 return failed(request, error)
@@ -73,12 +77,9 @@ def failed(request: Request, error: Exception) -> Response:
     if said.status == 401:
         return RedirectResponse(url_of(request, "/login"), 303)
     down = down_of(request) if isinstance(error, LimiterUnavailable) else None
-    heading = (
-        "" if down else {403: "You may not do that", 404: "There is nothing here"}.get(said.status, "That did not work")
-    )
-    return render(
-        request, "message.html", said.status, down=down, heading=heading, text=said.detail, stream=_stream(request)
-    )
+    heading = "" if down else _HEADINGS.get(said.status, "That did not work")
+    shown = {"down": down, "heading": heading, "text": said.detail, "stream": _stream(request)}
+    return render(request, "message.html", said.status, **shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,12 @@ class Down:
     """That the database is gone."""
 
     since: datetime
-    reason: str
+    now: datetime
 
 
 def down_of(request: Request) -> Down:
-    db = request.app.state.db
-    return Down(db.down_since or datetime.now(UTC), db.why)
+    now = datetime.now(UTC)
+    return Down(request.app.state.db.down_since or now, now)
 
 
 def _number(text: str | None, most: int = 2**62) -> int | None:
@@ -122,7 +123,7 @@ async def limits(request: Request) -> Response:
     try:
         picture = await overview.now()
         page = pick(picture, query)
-        sparklines = await hub.sparklines(request.app.state.db, [row.name for row in page.rows])
+        sparklines = await hub.sparklines(request.app.state.db, page.rows)
     except LimiterUnavailable:
         picture, down = overview.last, down_of(request)
         page = pick(picture, query)
@@ -159,6 +160,7 @@ async def limit(request: Request, name: str) -> Response:
     """The page of one limit."""
     given = request.query_params
     span = given.get("span", "")
+    span = span if span in SPANS else "hour"
     key = given.get("key")
     pages = {part: _number(given.get(part), 10**9) or 1 for part in ("holders", "waiters", "keys")}
     hub = hub_of(request)
@@ -181,15 +183,14 @@ async def limit(request: Request, name: str) -> Response:
         down, context = down_of(request), hub.shared.last(asked)
 
     def here(**changed: Any) -> str:
-        now = {
-            "span": span,
-            "key": key,
-            **{part: number if number > 1 else "" for part, number in pages.items()},
-            **changed,
-        }
-        empty_key = now["key"] == ""  # a key of its own, and no absence
-        link = limit_url(request, name, **{part: "" if value in (1, "hour") else value for part, value in now.items()})
-        return link + (("&" if "?" in link else "?") + "key=" if empty_key else "")
+        now: dict[str, Any] = {"span": span, "key": key, **pages, **changed}
+        shown = {part: now[part] for part in pages if now[part] > 1}
+        if now["span"] != "hour":
+            shown["span"] = now["span"]
+        link = limit_url(request, name, **shown)
+        if now["key"] is None:
+            return link
+        return link + ("&" if "?" in link else "?") + urlencode({"key": now["key"]}, quote_via=quote)
 
     return render(
         request,
@@ -199,7 +200,7 @@ async def limit(request: Request, name: str) -> Response:
         stream=_stream(request, name),
         name=name,
         key=key,
-        span=span if span in SPANS else "hour",
+        span=span,
         spans=tuple(SPANS),
         charts=CHARTS,
         here=here,

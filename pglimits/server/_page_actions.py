@@ -10,11 +10,12 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from .._words import count
 from ..errors import InvalidArgument, LimitExists
 from ._auth import writing
 from ._page_forms import LABELS, confirm, do, done, fields, rate, show, the_limit, whole, whom
 from ._page_render import limit_url, render, url_of
-from ._page_text import count, exact, number
+from ._page_text import exact, number
 
 _LEASE = """
 select true as holds, h.name, h.key, h.slots, h.holder, h.acquired_at as since, h.expires_at, h.fence

@@ -14,14 +14,12 @@ from dataclasses import MISSING, dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ._page_text import count, number
+from .._words import STATES, room, state
 
 if TYPE_CHECKING:
     from ._live import Live
 
 PER_PAGE = 50
-STATES = ("backlogged", "at capacity", "active", "idle", "shut", "off")
-"""In the order in which they want attention."""
 SORTS = ("busiest", "name", "held", "level", "waiting", "oldest", "rate")
 _RATE_OVER = 10.0
 """Seconds over which the rate of grants is measured."""
@@ -66,7 +64,7 @@ class Row:
     @property
     def room(self) -> int:
         """Slots of all keys together: each has the whole limit."""
-        return self.limit * max(self.keys, 1)
+        return room(self)
 
     @property
     def used(self) -> float:
@@ -86,34 +84,12 @@ def make_row(of: dict[str, Any], now: datetime, rate: float | None) -> Row:
     return row
 
 
-def state(row: Row) -> tuple[str, str]:
-    """One word, and why it is that one."""
-    keyed = f" in {count(row.keys, 'key')}" if row.keys > 1 else ""
-    waits = f"{number(row.waiting)} waiting" if row.waiting else ""
-    if not row.active:
-        return "off", "not enforced: every request goes through"
-    if row.limit == 0:
-        return "shut", f"its limit is 0: nobody gets in{f', {waits}' if waits else ''}"
-    if row.waiting:
-        return "backlogged", f"{waits}{keyed}"
-    if row.held >= row.room:
-        return "at capacity", f"every slot is held{keyed}"
-    if row.is_rate_limit and row.level > row.room - 1:
-        return "at capacity", f"no whole slot is left, {number(row.slot_decay_per_second)} come back a second"
-    if row.held:
-        return "active", f"{number(row.room - row.held)} of {count(row.room, 'slot')} free{keyed}"
-    if row.level > 0:
-        return "active", f"{number(row.level)} used and not decayed yet{keyed}"
-    return "idle", "nobody holds or waits"
-
-
 @dataclass(slots=True)
 class Picture:
     """All limits at one moment. ``now``: the database's clock; None where it was never reached."""
 
     now: datetime | None
     rows: list[Row]
-    by_name: dict[str, Row]
 
 
 @dataclass(slots=True)
@@ -189,7 +165,7 @@ class Overview:
         self._source: dict[str, Any] | None = None
         self._before: deque[tuple[float, dict[str, int]]] = deque()
         self._rates: dict[str, float] = {}
-        self.last = Picture(None, [], {})
+        self.last = Picture(None, [])
         """The last picture that there was, however old."""
 
     async def now(self) -> Picture:
@@ -204,7 +180,7 @@ class Overview:
             self._measure(time.monotonic(), {name: each["granted_slots"] for name, each in source.items()})
             rows = [make_row(each, live.at, self._rates.get(name)) for name, each in source.items()]
             self._source = source
-            self.last = Picture(live.at, rows, {row.name: row for row in rows})
+            self.last = Picture(live.at, rows)
         return self.last
 
     def rate(self, name: str) -> float | None:

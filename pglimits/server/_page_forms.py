@@ -127,4 +127,7 @@ def rate(form: dict[str, str]) -> float:
 async def fields(request: Request) -> dict[str, str]:
     async with request.form(max_files=0, max_fields=30) as form:
         # A browser sends line ends as CR LF; names and descriptions may have no control character.
-        return {name: str(value).replace("\r\n", "\n") for name, value in form.items()}
+        found = {name: str(value).replace("\r\n", "\n") for name, value in form.items()}
+    if any("\0" in value for value in found.values()):
+        raise InvalidArgument("no text may have a character of code 0")
+    return found

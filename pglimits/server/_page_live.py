@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -13,7 +14,7 @@ from fastapi import Request
 from ._changes import Change
 from ._database import Database
 from ._live import Live
-from ._page_data import Overview
+from ._page_data import Overview, Row
 
 T = TypeVar("T")
 
@@ -21,34 +22,58 @@ _LOOKS_ANYWAY = 10.0
 """Seconds after which a page is told to look although no figure has changed: a lease may have been renewed."""
 _BEATS = 5.0
 """Seconds between two signs of life of a stream."""
+_SHARE = 5
+"""An answer that took long is kept so many times as long."""
 _MOST_KEPT = 200
 _SPARKLINE_KEEPS = 30.0
 """Seconds for which a sparkline is shown again without a look: samples come once a minute."""
-_SPARKLINES = "select name, held from pglimits.sparklines(%(names)s::text[], 3600, 30)"
+_POINTS = 30
+_SPARKLINES = f"select name, held from pglimits.sparklines(%(names)s::text[], 3600, {_POINTS})"
+_LEVELS = """
+select l.name, h.level, %(points)s - round(date_part('epoch', n.now - h.at) * %(points)s / 3600)::integer as nth
+from (select pglimits._now() as now) n
+cross join pglimits.limits l
+cross join lateral pglimits.history(l.name, 3600, %(points)s) h
+where l.name = any (%(names)s::text[])
+"""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A question: since when, and how long the answer took."""
+
+    began: float
+    task: asyncio.Task[Any]
+    took: float = 0.0
 
 
 class Shared:
     """Answers that all who ask within a moment share, so that a hundred pages of one limit ask the database once."""
 
     def __init__(self) -> None:
-        self._asked: dict[Hashable, tuple[float, asyncio.Task[Any]]] = {}
+        self._asked: dict[Hashable, _Asked] = {}
         self._last: OrderedDict[Hashable, Any] = OrderedDict()
 
     async def get(self, key: Hashable, seconds: float, make: Callable[[], Awaitable[T]]) -> T:
-        """What ``make`` returns, or has returned not more than so many seconds ago."""
-        began, task = self._asked.get(key, (0.0, None))
-        if task is not None and task.done() and (time.monotonic() - began > seconds or task.exception() is not None):
-            task = None
-        if task is None:
+        """What ``make`` returns, or has returned not more than so many seconds ago; longer ago if it took long."""
+        asked = self._asked.get(key)
+        if asked is not None and asked.task.done():
+            age = time.monotonic() - asked.began
+            if asked.task.exception() is not None or age > max(seconds, asked.took * _SHARE):
+                asked = None
+        if asked is None:
             if len(self._asked) >= _MOST_KEPT:
-                self._asked = {each: asked for each, asked in self._asked.items() if not asked[1].done()}
-            task = asyncio.ensure_future(self._make(key, make))
-            self._asked[key] = (time.monotonic(), task)
-        found: T = await asyncio.shield(task)
+                self._asked = {each: kept for each, kept in self._asked.items() if not kept.task.done()}
+            asked = self._asked[key] = _Asked(time.monotonic(), asyncio.ensure_future(self._make(key, make)))
+            asked.task.add_done_callback(_look_at)
+        found: T = await asyncio.shield(asked.task)
         return found
 
     async def _make(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        began = time.monotonic()
         found = await make()
+        if key in self._asked:
+            self._asked[key].took = time.monotonic() - began
         self._last[key] = found
         self._last.move_to_end(key)
         if len(self._last) > _MOST_KEPT:
@@ -64,6 +89,12 @@ class Shared:
         self._asked = {}
 
 
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """An error is no news for asyncio, also where whoever asked has gone meanwhile."""
+    if not task.cancelled():
+        task.exception()
+
+
 class Hub:
     """What all open pages share."""
 
@@ -73,18 +104,24 @@ class Hub:
         self.shared = Shared()
         self._sparklines: dict[str, tuple[float, list[float | None]]] = {}
 
-    async def sparklines(self, db: Database, names: list[str]) -> dict[str, list[float | None]]:
-        """What was held in the last hour, of each name."""
+    async def sparklines(self, db: Database, rows: list[Row]) -> dict[str, list[float | None]]:
+        """Of each limit what was held in the last hour; of a rate limit its level."""
         now = time.monotonic()
         kept = self._sparklines
-        missing = [name for name in names if name not in kept or now - kept[name][0] > _SPARKLINE_KEEPS]
-        if missing:
-            if len(kept) > _MOST_KEPT * 25:
-                kept.clear()
-            found = {row["name"]: row["held"] for row in await db.rows(_SPARKLINES, {"names": missing})}
-            for name in missing:
-                kept[name] = (now, found.get(name) or [])
-        return {name: kept[name][1] if name in kept else [] for name in names}
+        missing = [row for row in rows if row.name not in kept or now - kept[row.name][0] > _SPARKLINE_KEEPS]
+        if len(kept) > _MOST_KEPT * 25:
+            kept.clear()
+        names = [row.name for row in missing if not row.is_rate_limit]
+        if names:
+            found = {each["name"]: each["held"] for each in await db.rows(_SPARKLINES, {"names": names})}
+            kept.update({name: (now, found.get(name) or []) for name in names})
+        rates = [row.name for row in missing if row.is_rate_limit]
+        if rates:
+            levels: dict[str, list[float | None]] = {name: [None] * _POINTS for name in rates}
+            for each in await db.rows(_LEVELS, {"names": rates, "points": _POINTS}):
+                levels[each["name"]][min(max(each["nth"], 1), _POINTS) - 1] = each["level"]
+            kept.update({name: (now, levels[name]) for name in rates})
+        return {row.name: kept[row.name][1] if row.name in kept else [] for row in rows}
 
     async def forget(self) -> None:
         """Something was changed here: whoever asks from now on is to see it."""

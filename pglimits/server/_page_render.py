@@ -14,6 +14,7 @@ import jinja2
 from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 
+from .. import _words
 from . import _page_text
 from ._auth import Caller
 
@@ -72,9 +73,10 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "value"):
+    for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "sentence", "value"):
         made.filters[name] = getattr(_page_text, name)
-    for name in ("count", "share", "sparkline"):
+    made.globals["count"] = _words.count
+    for name in ("share", "sparkline"):
         made.globals[name] = getattr(_page_text, name)
     made.globals["macros"] = made.get_template("macros.html").module
     return made

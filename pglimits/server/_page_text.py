@@ -8,17 +8,15 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from .. import _words
+
 _NOTHING = "\u2013"
 _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s"))
 
 
 def number(value: float | None) -> str:
     """A number without a tail of zeros; nothing is a dash."""
-    if value is None:
-        return _NOTHING
-    if abs(value - round(value)) < 0.005 or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
+    return _NOTHING if value is None else _words.number(value)
 
 
 def exact(value: float) -> str:
@@ -47,32 +45,9 @@ def iso(at: datetime) -> str:
     return at.astimezone(UTC).isoformat()
 
 
-def count(how_many: float, singular: str, plural: str | None = None) -> str:
-    """``1 slot``, ``2 slots``."""
-    return f"{number(how_many)} {singular if how_many == 1 else plural or singular + 's'}"
-
-
 def who(holder: Any) -> str:
-    """A holder as one short line: program, pid, host; else its JSON."""
-    if holder is None:
-        return "unknown"
-    if isinstance(holder, str):
-        return holder
-    if not isinstance(holder, dict):
-        return json.dumps(holder, ensure_ascii=False)
-    rest = dict(holder)
-    if "application" in rest and "program" not in rest:
-        rest["program"] = rest.pop("application") or None
-    host, program, pid = (rest.pop(name, None) for name in ("host", "program", "pid"))
-    if rest.get("thread") == "MainThread":
-        del rest["thread"]
-    words = [] if program is None else [str(program)]
-    if pid is not None:
-        words.append(f"(pid {pid})")
-    if host is not None:
-        words.append(f"on {host}")
-    words += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in rest.items()]
-    return " ".join(words) or "{}"
+    """A holder as one short line."""
+    return "unknown" if holder is None else _words.who(holder)
 
 
 def by_whom(by: Any) -> str:
@@ -82,6 +57,11 @@ def by_whom(by: Any) -> str:
     name = by.get("for") or by.get("user") or "unknown"
     rest = [str(by[each]) for each in ("application", "address") if by.get(each)]
     return f"{name} ({', '.join(rest)})" if rest else str(name)
+
+
+def sentence(text: str | None) -> str:
+    """A sentence that begins with a capital; nothing is a dash."""
+    return text[:1].upper() + text[1:] if text else _NOTHING
 
 
 def value(of: Any) -> str:
@@ -128,9 +108,9 @@ def sparkline(values: Sequence[float | None] | None, top: float) -> dict[str, st
             run.append((round(index * step, 1), round(23 - value / highest * 22, 1)))
             continue
         if run:
-            points = " ".join(
-                f"{x:g},{y:g}" for x, y in (run if len(run) > 1 else [run[0], (run[0][0] + 1, run[0][1])])
-            )
+            if len(run) == 1:
+                run.insert(0, (round(run[0][0] - 4, 1), run[0][1]))  # one moment alone is a short line
+            points = " ".join(f"{x:g},{y:g}" for x, y in run)
             line.append(f"M{points}")
             area.append(f"M{run[0][0]:g},24 L{points} L{run[-1][0]:g},24 Z")
         run = []

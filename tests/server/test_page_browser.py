@@ -345,6 +345,43 @@ def test_ten_thousand_limits_are_filtered_sorted_and_paged_on_the_server(
     expect(tab.locator("td.name")).to_have_text(["limit-07777"])
 
 
+def test_charts_show_the_history_under_one_cursor(serve: Any, connect: Any, clock: Any, browse: Browse) -> None:
+    connection = connect()
+    connection.execute("select pglimits.create_limit('api', 3)")
+    clock.advance(-2400)
+    for held in range(40):
+        if held % 2:
+            connection.execute("select pglimits.acquire('api', lease_duration => 90)")
+        connection.execute("select pglimits.sweep()")
+        clock.advance(60)
+    tab = browse()
+    tab.goto(f"{serve('--sweep-every', '0').url}/limits/api")
+    expect(tab.locator(".chart canvas")).to_have_count(4)
+    assert "held" in (tab.locator("#chart-held canvas").get_attribute("aria-label") or "")
+    box = tab.locator("#chart-held .u-over").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    times = tab.locator(".u-legend .u-series:first-child .u-value")
+    expect(times.first).to_have_text(re.compile(r"\d\d:\d\d:\d\d"))
+    assert len(set(times.all_text_contents())) == 1
+    tab.get_by_role("link", name="week").click()
+    expect(times.first).to_have_text("now")
+    assert "span=week" in tab.url
+
+
+def test_a_request_over_several_limits_names_the_one_that_it_waits_for(
+    shared: Server, sql: Any, browse: Browse
+) -> None:
+    sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('licence', 1)")
+    holds(sql, "licence")
+    sql("select pglimits.acquire_all('{gpu,licence}', timeout_seconds => null, holder => '\"both\"')")
+    tab = browse()
+    tab.goto(f"{shared.url}/limits/gpu")
+    row = tab.locator("tr", has_text="both")
+    expect(row).to_contain_text("licence")
+    row.get_by_role("link", name="licence").click()
+    expect(tab.locator("tr", has_text="both").locator(".why")).to_contain_text("It needs 1 slot")
+
+
 def test_a_database_that_is_gone_is_said_with_since_when_and_comes_back_by_itself(
     serve: Any, server_dsn: str, connect: Any, browse: Browse
 ) -> None:
@@ -426,6 +463,15 @@ def test_a_token_signs_in_and_one_that_may_only_look_sees_no_action(guarded: Ser
     tab.expected = ["403"]
     tab.goto(f"{guarded.url}/delete?name=api")
     expect(tab.get_by_text("You may not do that")).to_be_visible()
+    tab.goto(f"{guarded.url}/limits/api")
+    is_live(tab)
+    tab.context.clear_cookies()
+    sql("select pglimits.update_limit('api', 6)")
+    expect(tab.get_by_label("Token")).to_be_visible()
+    assert "next=%2Flimits%2Fapi" in tab.url
+    tab.get_by_label("Token").fill(READ)
+    tab.get_by_role("button", name="Sign in").click()
+    expect(tab.locator(".huge")).to_contain_text("of 6 held")
     tab.get_by_role("button", name="Sign out").click()
     tab.get_by_label("Token").fill(FULL)
     tab.get_by_role("button", name="Sign in").click()

@@ -21,7 +21,7 @@ const charts = (() => {
 
   // What each chart draws: name in the data, label, colour, and how.
   const LINES = {
-    held: { format: number, lines: [["held", "held", "accent", { fill: true }], ["level", "level", "violet", { unless: "decay" }], ["limit", "limit", "quiet", { dash: [4, 4] }]] },
+    held: { format: number, lines: [["held", "held", "accent", { fill: true }], ["level", "level", "violet", { unless: "decay" }], ["limit", "limit", "quiet", { dash: [4, 4], stepped: true }]] },
     waiting: { format: number, lines: [["waiting", "waiting", "warm", { fill: true }]] },
     granted: { format: (value) => (value == null ? "–" : `${number(value)}/s`), lines: [["grants", "granted", "accent", { fill: true }], ["expiries", "expired", "bad", {}]] },
     wait: { format: seconds, lines: [["p95", "p95", "warm", {}], ["p50", "p50", "accent", {}]] },
@@ -53,8 +53,9 @@ const charts = (() => {
           stroke: colour(paint),
           width: how.dash ? 1.25 : 1.75,
           dash: how.dash,
+          paths: how.stepped ? uPlot.paths.stepped({ align: -1 }) : undefined,
           fill: how.fill ? faded(paint) : undefined,
-          points: { show: false },
+          points: { show: data.at.length < 3, size: 5 },
           spanGaps: false,
           value: (_, value, __, index) => format(index == null ? last(key) : value),
         })),

@@ -38,8 +38,11 @@
 
   const tick = () => {
     const now = Date.now() / 1000 + ahead;
-    for (const each of document.querySelectorAll("time[data-since]")) setText(each, duration(now - each.dataset.since));
-    for (const each of document.querySelectorAll("time[data-until]")) setText(each, duration(each.dataset.until - now));
+    const counts = (each) => !each.closest(".stale") || each.closest(".notice"); // what is as of then stands still
+    for (const each of document.querySelectorAll("time[data-since]"))
+      if (counts(each)) setText(each, duration(now - each.dataset.since));
+    for (const each of document.querySelectorAll("time[data-until]"))
+      if (counts(each)) setText(each, duration(each.dataset.until - now));
     for (const each of document.querySelectorAll("time[data-at]")) setText(each, moment(new Date(each.dataset.at * 1000)));
   };
 
@@ -121,8 +124,8 @@
     const ctx = event.detail.ctx;
     const response = ctx?.response?.raw;
     if (response?.redirected && ctx.request.method === "GET") {
-      event.preventDefault(); // the login ended
-      location.assign(response.url);
+      event.preventDefault();
+      location.reload(); // the login has ended: the server asks for it, and leads back here
       return;
     }
     const active = document.activeElement;
@@ -223,15 +226,14 @@
       filter(form);
     } else if ("act" in form.dataset && dialog.contains(form)) {
       event.preventDefault();
-      for (const button of form.querySelectorAll("button")) button.setAttribute("aria-disabled", "true");
+      if (form.getAttribute("aria-busy")) return; // sent already
+      form.setAttribute("aria-busy", "true");
       htmx.ajax("POST", form.action, { source: form, event, headers: inDialog, target: "#dialog-body", swap: "innerHTML" });
     }
   });
 
   document.addEventListener("htmx:finally:request", (event) => {
-    const form = event.detail.ctx?.sourceElement;
-    if (form?.matches?.("form[data-act]"))
-      for (const button of form.querySelectorAll("button")) button.removeAttribute("aria-disabled");
+    event.detail.ctx?.sourceElement?.removeAttribute?.("aria-busy");
   });
 
   document.addEventListener("done", (event) => {

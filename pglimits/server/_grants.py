@@ -1,9 +1,10 @@
 """Grants for clients that come by HTTP.
 
-Who tries once goes by the wrapper's courier: requests that arrive together share their statements. Who may wait stands
-in line by plain SQL, under the id of its request. Its place lives for 10 seconds from when it was asked for last. While
-a request is held, the server asks for it: when there is news of it, and every few seconds. A client that polls asks for
-itself, by the same id. The server keeps nothing in between: killed and started again, it has lost nothing.
+Who tries once goes by the wrapper's courier, or under an id of its own by ``_batches``: requests that arrive together
+share their statements. Who may wait stands in line by plain SQL, under the id of its request. Its place lives for 10
+seconds from when it was asked for last. While a request is held, the server asks for it: when there is news of it, and
+every few seconds. A client that polls asks for itself, by the same id. The server keeps nothing in between: killed and
+started again, it has lost nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .._arguments import holder as as_json
 from .._limiter import AsyncLimiter
 from .._requests import checked, new_id
 from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError
+from ._batches import Alike, Answer, Batches
 from ._database import Database
 from ._disconnect import ClientGone, until_disconnect
 from ._listener import Listener
@@ -44,7 +46,7 @@ _LOCK_AGAIN = "50ms"
 """The same of one that was found locked before."""
 _LOOKS_AGAIN = 1.0
 """Seconds until it is looked whether a limit is locked still."""
-_ASKS_AT_ONCE = 2
+_ASKS_AT_ONCE = 3
 """So many connections of the pool are used for that at most: others are left for those who look on."""
 _PAUSE = 0.25
 """Seconds until somebody who is held is asked for again where a limit is locked, or the database gone."""
@@ -57,6 +59,15 @@ _ACQUIRE = """
            %(duration)s::float8, %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean,
            %(channel)s::text) a
 """
+_ACQUIRE_ONE = """
+    select a.status, a.lease_id, array[a.fence] as fences, a.expires_at, a.retry_after, a."position"
+    from set_config('lock_timeout', %(lock)s, true) as patience,
+         pglimits.acquire(
+           case when patience <> '' then %(name)s::text end, %(count)s::int, %(key)s::text, %(timeout)s::float8,
+           %(duration)s::float8, %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean,
+           %(channel)s::text) a
+"""
+"""The same of one limit, which has a shorter way."""
 _RATE_LIMIT = """
     select a.status, a.lease_id, null::bigint[] as fences, null::timestamptz as expires_at, a.retry_after, a."position"
     from set_config('lock_timeout', %(lock)s, true) as patience,
@@ -64,30 +75,6 @@ _RATE_LIMIT = """
            case when patience <> '' then %(names)s::text[] end, %(slots)s::int[], %(keys)s::text[], %(timeout)s::float8,
            %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean, %(channel)s::text) a
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a request was answered.
-
-    Attributes:
-        status: ``granted``, ``queued``, ``refused``, or ``unlimited``.
-        lease_id: of the lease or the place in line; None if there is neither.
-        fences: one for each name; None where the limit is not enforced, and for rate limits.
-        retry_after: seconds; of ``queued``: ask again within that. None: only a release can tell.
-    """
-
-    status: str
-    lease_id: UUID | None = None
-    fences: list[int | None] | None = None
-    expires_at: datetime | None = None
-    retry_after: float | None = None
-    position: int | None = None
-
-    @property
-    def fence(self) -> int | None:
-        """The first fence there is."""
-        return next((fence for fence in self.fences or () if fence is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +95,7 @@ class Grants:
         self._leaving: set[asyncio.Task[None]] = set()
         self._asks = asyncio.Semaphore(_ASKS_AT_ONCE)
         self._locked: dict[str, float] = {}
+        self._batches = Batches(database, self._asks)
         self._closing = asyncio.Event()
 
     async def acquire(
@@ -153,6 +141,10 @@ class Grants:
             else:
                 if answer.status != "refused" or timeout == 0:
                     return answer
+        elif timeout == 0:
+            duration = 1.0 if for_rate else lease_duration
+            alike = Alike(tuple(names), tuple(slots), tuple(keys), for_rate, duration, priority, strict)
+            return await self._batches.ask(alike, lease_id, "null" if holder is None else as_json(holder))
         arguments = {
             "names": list(names),
             "slots": slots,
@@ -163,9 +155,13 @@ class Grants:
             "holder": None if holder is None else Jsonb(holder, dumps=as_json),
             "id": lease_id or new_id(),
             "strict": strict,
-            "channel": self._listener.channel,
+            "channel": self._listener.channel if timeout != 0 else None,  # who tries once has nothing to be told
         }
-        return await self._in_line(_RATE_LIMIT if for_rate else _ACQUIRE, arguments, hold, lease_id is None)
+        query = _RATE_LIMIT if for_rate else _ACQUIRE
+        if many == 1 and not for_rate:
+            query = _ACQUIRE_ONE
+            arguments.update(name=names[0], count=slots[0], key=keys[0])
+        return await self._in_line(query, arguments, hold, lease_id is None)
 
     async def _once(
         self,

@@ -98,17 +98,19 @@ def test_killed_under_load_it_neither_loses_nor_doubles_a_lease(
     told: list[str] = []
 
     def work() -> None:
-        while not ends.is_set():
-            lease_id = str(uuid.uuid4())
-            while True:
-                try:
-                    answer = httpx.post(f"{url}/v1/acquire", json={"name": "many", "lease_id": lease_id}, timeout=30)
-                except httpx.HTTPError:
+        with httpx.Client(timeout=30) as client:
+            while not ends.is_set():
+                wanted = {"name": "many", "lease_id": str(uuid.uuid4())}
+                while (answer := ask(client, wanted)) is None:
                     time.sleep(0.02)
-                    continue
                 assert answer.json()["status"] == "granted"
-                told.append(lease_id)
-                break
+                told.append(wanted["lease_id"])
+
+    def ask(client: httpx.Client, wanted: dict[str, str]) -> httpx.Response | None:
+        try:
+            return client.post(f"{url}/v1/acquire", json=wanted)
+        except httpx.HTTPError:
+            return None
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

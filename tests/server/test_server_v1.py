@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import uuid
 from typing import Any
@@ -311,3 +312,35 @@ def test_a_method_that_is_not_there_is_told_which_are(http: httpx.Client) -> Non
     for path, allow in (("/v1/limits", "GET, POST"), ("/v1/limits/a", "DELETE, GET, PATCH")):
         response = http.put(path)
         assert (response.status_code, response.headers["Allow"]) == (405, allow)
+
+
+def test_requests_that_share_a_statement_are_answered_each_for_itself(http: httpx.Client, shared: Server) -> None:
+    made(http, "some", 30)
+    wanted: list[dict[str, Any]] = [
+        {"name": "some", "lease_id": str(uuid.uuid4()), "holder": {"nth": nth}} for nth in range(50)
+    ]
+    wanted[7]["holder"] = "x" * 9000
+    wanted.append(wanted[0])  # one is sent twice
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=shared.url, timeout=30) as client:
+            return list(await asyncio.gather(*(client.post("/v1/acquire", json=body) for body in wanted)))
+
+    answers = asyncio.run(ask_all())
+    assert (answers[7].status_code, answers[7].json()["code"]) == (422, "PL001")
+    granted = {answer.json()["lease_id"]: answer.json()["fence"] for answer in answers if answer.status_code == 200}
+    assert (len(granted), len(set(granted.values()))) == (30, 30)
+    assert {answer.status_code for answer in answers} == {200, 422, 429}
+    holders = http.get("/v1/holders", params={"name": "some"}).json()["holders"]
+    nth_of = {body["lease_id"]: body["holder"] for body in wanted}
+    assert {row["lease_id"]: row["fence"] for row in holders} == granted
+    assert all(nth_of[row["lease_id"]] == row["holder"] for row in holders)
+
+
+def test_an_id_that_is_in_use_for_another_request_is_an_error_of_that_request_alone(http: httpx.Client) -> None:
+    made(http, "a", 5)
+    made(http, "b", 5)
+    lease_id = str(uuid.uuid4())
+    assert http.post("/v1/acquire", json={"name": "a", "lease_id": lease_id}).status_code == 200
+    refused = http.post("/v1/acquire", json={"name": "b", "lease_id": lease_id})
+    assert (refused.status_code, refused.json()["code"]) == (422, "PL001")

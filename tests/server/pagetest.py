@@ -37,9 +37,9 @@ NASTY = (
 NAMES = (*(text.translate(str.maketrans("", "", "/%&<>")) for text in NASTY), ".", "..", "x" * 200)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def chromium() -> Iterator[Any]:
-    """A browser of the test session."""
+    """A browser, for one test: Playwright runs an event loop in this thread, where the other tests could run none."""
     if CHROMIUM is None:
         pytest.skip("the tests of the page need chromium")
     with playwright.sync_playwright() as driver:

@@ -133,7 +133,7 @@ def test_samples_grow_coarser_with_age_and_what_was_counted_is_not_lost(clock: C
         int(s.value("select count(*) from pglimits.samples where at <= %s - interval '3 hours'", clock.now())),
     )
     assert 175 <= young <= 186
-    assert 34 <= old <= 40
+    assert 34 <= old <= 44
     assert sum(row.grants for row in history(s, seconds=7 * 3600)) == grants
 
 

@@ -57,10 +57,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-def exposition(rows: Sequence[Row] | None) -> str:
-    """What ``QUERY`` has returned, or None if the database could not be asked, in the text format of Prometheus."""
+def exposition(rows: Sequence[Row] | None, refusals: Mapping[tuple[str, str], int] | None = None) -> str:
+    """What ``QUERY`` has returned, or None if the database could not be asked, in the text format of Prometheus.
+
+    refusals: of a server, by limit and operation.
+    """
     lines = []
-    for name, kind, text, samples in _metrics(rows, _written):
+    for name, kind, text, samples in (*_metrics(rows, _written), *_refusals(refusals)):
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{labels} {value}" for labels, value in samples]
     return "\n".join(lines) + "\n"
@@ -103,6 +106,16 @@ def _metrics(rows: Sequence[Row] | None, labelled: Callable[[Mapping[str, str]],
         yield f"pglimits_{name}", "gauge", text, [(labels, _number(row[column])) for labels, row in limits]
     for name, (column, text) in COUNTERS.items():
         yield f"pglimits_{name}_total", "counter", text, [(labels, _number(row[column])) for labels, row in limits]
+
+
+def _refusals(refusals: Mapping[tuple[str, str], int] | None) -> Iterator[_Metric]:
+    if refusals is not None:
+        text = "Requests that this server has refused since it started: the database writes nothing of refusals."
+        found: list[tuple[Any, Any]] = [
+            (_written({"limit": limit, "operation": operation}), count)
+            for (limit, operation), count in sorted(refusals.items())
+        ]
+        yield "pglimits_server_refusals_total", "counter", text, found
 
 
 def _number(value: Any) -> float | int:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +26,7 @@ from .. import _sql
 from .._arguments import holder as as_json
 from .._limiter import AsyncLimiter
 from .._requests import checked, new_id
-from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError
+from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError, QueueFull
 from ._batches import Alike, Answer, Batches
 from ._database import Database
 from ._disconnect import ClientGone, until_disconnect
@@ -97,6 +98,9 @@ class Grants:
         self._locked: dict[str, float] = {}
         self._batches = Batches(database, self._asks)
         self._closing = asyncio.Event()
+        self.refusals: Counter[tuple[str, str]] = Counter()
+        """How often this server has refused slots of each limit, to acquire and to rate_limit. The database does not
+        know: a refusal writes nothing."""
 
     async def acquire(
         self,
@@ -127,6 +131,32 @@ class Grants:
         Raises:
             PglimitsError: as ``pglimits.acquire`` does.
         """
+        operation = "rate_limit" if for_rate else "acquire"
+        try:
+            answer = await self._acquire(
+                names, slots, keys, for_rate, timeout, hold, lease_duration, priority, holder, lease_id, strict
+            )
+        except QueueFull:
+            self.refusals.update((name, operation) for name in names)
+            raise
+        if answer.status == "refused":
+            self.refusals.update((name, operation) for name in names)
+        return answer
+
+    async def _acquire(
+        self,
+        names: Sequence[str],
+        slots: Sequence[int],
+        keys: Sequence[str],
+        for_rate: bool,
+        timeout: float | None,  # noqa: ASYNC109
+        hold: float,
+        lease_duration: float,
+        priority: int,
+        holder: Any,
+        lease_id: UUID | None,
+        strict: bool,
+    ) -> Answer:
         many = len(names)
         if len(slots) not in (1, many) or len(keys) not in (1, many):
             raise InvalidArgument("slots and keys must be one for all names, or one for each")

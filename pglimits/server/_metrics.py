@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -31,13 +32,13 @@ class _Scrapes:
         self._looked_at = -_KEEPS
         self._was_up = True
 
-    async def body(self, database: Database) -> bytes:
+    async def body(self, database: Database, refusals: Mapping[tuple[str, str], int]) -> bytes:
         async with self._one:
             now = time.monotonic()
             if now - self._looked_at >= _KEEPS:
                 rows = await self._rows(database)
                 # In a thread: of ten thousand limits it takes a while, and others are waiting for their answers.
-                self._body = (await asyncio.to_thread(exposition, rows)).encode()
+                self._body = (await asyncio.to_thread(exposition, rows, dict(refusals))).encode()
                 self._looked_at = now
             return self._body
 
@@ -66,6 +67,9 @@ def router() -> APIRouter:
     )
     async def metrics(request: Request) -> Response:
         """Metrics of all limits, as Prometheus reads them. Without its database it says ``pglimits_up 0``."""
-        return Response(await scrapes.body(request.app.state.db), headers={"Content-Type": CONTENT_TYPE})
+        return Response(
+            await scrapes.body(request.app.state.db, request.app.state.grants.refusals),
+            headers={"Content-Type": CONTENT_TYPE},
+        )
 
     return routes

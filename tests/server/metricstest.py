@@ -20,6 +20,7 @@ OF_A_LIMIT = {
     "pglimits_releases_total", "pglimits_expired_leases_total", "pglimits_force_released_leases_total",
     "pglimits_held_slot_seconds_total", "pglimits_waited_seconds_total",
 }  # fmt: skip
+REFUSALS = "pglimits_server_refusals_total"
 OF_THE_SERVER = OF_A_LIMIT | {"pglimits_info", "pglimits_last_sweep_timestamp_seconds", "pglimits_up"}
 _TIMES = [f"pglimits_client_{what}" for what in ("wait_seconds", "hold_seconds", "batch_requests")]
 OF_A_CLIENT = {

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from metricstest import OF_A_LIMIT, OF_THE_SERVER, PROMTOOL, Scraped, needs_promtool
+from metricstest import OF_A_LIMIT, OF_THE_SERVER, PROMTOOL, REFUSALS, Scraped, needs_promtool
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 from servertest import READ, Server, until
@@ -57,11 +57,29 @@ def command(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 # What it says.
 
 
+def test_the_server_counts_what_it_has_refused_as_the_database_cannot(http: httpx.Client) -> None:
+    http.post("/v1/limits", json={"name": "often full", "limit": 1})
+    http.post("/v1/limits", json={"name": "slow", "limit": 1, "slot_decay_per_second": 0.001})
+    http.post("/v1/acquire", json={"name": "often full"})
+    http.post("/v1/rate_limit", json={"name": "slow"})
+    for _ in range(3):
+        assert http.post("/v1/acquire", json={"name": "often full"}).status_code == 429
+    assert http.post("/v1/rate_limit", json={"name": "slow"}).status_code == 429
+    assert http.post("/v1/acquire", json={"name": "not there"}).status_code == 200
+
+    def counted() -> dict[tuple[str, str], float]:
+        names = ("often full", "slow", "not there")
+        found = [each for each in scrape(http).samples if each.name == REFUSALS and each.labels["limit"] in names]
+        return {(each.labels["limit"], each.labels["operation"]): each.value for each in found}
+
+    until(lambda: counted() == {("often full", "acquire"): 3, ("slow", "rate_limit"): 1}, "for a scrape of its own")
+
+
 def test_all_metrics_are_there_under_their_names_with_texts_and_no_label_but_limit(conn: Connection) -> None:
     conn.execute("select pglimits.create_limit('x', 5)")
     conn.execute("select pglimits.sweep()")
     found = look(conn)
-    assert found.names == OF_THE_SERVER
+    assert found.names - {REFUSALS} == OF_THE_SERVER
     assert set(found.of("x")) == {name.removeprefix("pglimits_") for name in OF_A_LIMIT}
     assert all(family.documentation.endswith(".") for family in found.families)
     for sample in found.samples:

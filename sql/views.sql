@@ -82,8 +82,8 @@ select
   (c.force_released_leases + coalesce(sum(u.force_released_leases), 0))::bigint as force_released_leases,
   c.held_slot_seconds + coalesce(sum(u.held_slot_seconds), 0) as held_slot_seconds,
   c.waited_seconds + coalesce(sum(u.waited_seconds), 0) as waited_seconds,
-  case when c.waits is null then pglimits._sum_waits(array_agg(u.waits) filter (where u.waits is not null))
-       else pglimits._sum_waits(c.waits || coalesce(array_agg(u.waits) filter (where u.waits is not null), '{}')) end as waits
+  pglimits._sum_waits(
+    array_agg(u.waits) filter (where u.waits is not null) || case when c.waits is not null then array[c.waits] end) as waits
 from pglimits.configs c
 left join pglimits._uses u on u.limit_id = c.limit_id
 group by c.limit_id, c.name;

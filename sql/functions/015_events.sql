@@ -4,47 +4,62 @@
 -- table short. Whoever listens on the channel pglimits_events hears that there are new ones; ids may become visible out of order.
 -- Called by: whatever changes a limit, ends a lease that its holder did not end, or finds that one came back too late.
 
--- lease: whose event it is, as its row is or was; null: the limit's. old and new: what was changed.
-create or replace function pglimits._note(
-  kind text, name text, key text, lease pglimits.leases, old jsonb, new jsonb, now timestamptz)
+-- old and new: what was changed.
+create or replace function pglimits._note(kind text, name text, key text, old jsonb, new jsonb, now timestamptz)
 returns void
 language plpgsql
 volatile
 as $$
 begin
-  loop
-    insert into pglimits.event_log (
-      at, kind, name, key, lease_id, slots, fence, holder, held_seconds, old, new, session, on_behalf_of)
-    values (
-      now, kind, name, key, lease.lease_id, lease.slots, lease.fence, coalesce(lease.holder, pglimits._as_holder(lease.session)),
-      date_part('epoch', least(lease.expires_at, now) - lease.acquired_at), old, new, pglimits._session(),
-      pglimits._on_behalf_of())
-    on conflict (event_id) do nothing;
-    exit when found;
-    -- A restore, or logical replication, has brought events without the sequence that numbers them.
-    perform setval(pg_get_serial_sequence('pglimits.event_log', 'event_id'), (select max(e.event_id) from pglimits.event_log e));
-  end loop;
+  perform pglimits._number_events();
+  insert into pglimits.event_log (at, kind, name, key, old, new, session, on_behalf_of)
+  values (now, kind, name, key, old, new, pglimits._session(), pglimits._on_behalf_of());
   perform pg_notify('pglimits_events', '');
 end $$;
 
-comment on function pglimits._note(text, text, text, pglimits.leases, jsonb, jsonb, timestamptz) is
-  'Writes an event about a limit, or about a lease.';
+comment on function pglimits._note(text, text, text, jsonb, jsonb, timestamptz) is 'Writes an event about a limit.';
 
--- Rows that are no leases (what became of a request, what is kept for one) are passed over.
+-- ended: rows of leases, which may be gone by now. Those that are no leases (what became of a request, what is kept for one) are passed over.
 create or replace function pglimits._note_leases(kind text, name text, ended pglimits.leases[], now timestamptz)
 returns void
 language plpgsql
 volatile
 as $$
-declare
-  lease pglimits.leases;
 begin
-  for lease in select e.* from unnest(ended) e where e.fence > 0 and e.slots > 0 order by e.expires_at loop
-    perform pglimits._note(kind, name, lease.key, lease, null, null, now);
-  end loop;
+  perform pglimits._number_events();
+  insert into pglimits.event_log (
+    at, kind, name, key, lease_id, slots, fence, holder, held_seconds, session, on_behalf_of)
+  select now, _note_leases.kind, _note_leases.name, e.key, e.lease_id, e.slots, e.fence,
+         coalesce(e.holder, pglimits._as_holder(e.session)),
+         case when e.acquired_at < now then date_part('epoch', least(e.expires_at, now) - e.acquired_at) end, pglimits._session(),
+         pglimits._on_behalf_of()
+  from unnest(ended) e
+  where e.fence is distinct from 0 and e.slots > 0
+  order by e.expires_at;
+  if found then
+    perform pg_notify('pglimits_events', '');
+  end if;
 end $$;
 
-comment on function pglimits._note_leases(text, text, pglimits.leases[], timestamptz) is 'Writes an event about each of some leases.';
+comment on function pglimits._note_leases(text, text, pglimits.leases[], timestamptz) is
+  'Writes an event about each of some leases, or (without a fence) of some requests in line.';
+
+-- A restore, or logical replication, brings events without the sequence that numbers them.
+create or replace function pglimits._number_events()
+returns void
+language plpgsql
+volatile
+as $$
+begin
+  if (select max(e.event_id) from pglimits.event_log e) > (select n.last_value from pglimits.event_log_event_id_seq n) then
+    -- One at a time: who comes second finds that it has been done.
+    perform pg_advisory_xact_lock(7210911204761543);
+    perform setval('pglimits.event_log_event_id_seq', greatest(
+      (select max(e.event_id) from pglimits.event_log e), (select n.last_value from pglimits.event_log_event_id_seq n)));
+  end if;
+end $$;
+
+comment on function pglimits._number_events() is 'Has the numbers of events go on where those end that there are.';
 
 -- A session that acts for somebody else, as a server does, says so: set pglimits.by = 'name'.
 create or replace function pglimits._on_behalf_of()

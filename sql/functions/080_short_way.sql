@@ -210,7 +210,8 @@ begin
   cross join lateral (
     select x.generation, x.waiting from pglimits.states x
     where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
-  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and l.expires_at > pglimits._now() and s.waiting = 0;
+  where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and l.slots > 0 and l.expires_at > pglimits._now()
+    and s.waiting = 0;
   if not found then
     return null;
   end if;
@@ -250,7 +251,7 @@ declare
 begin
   select count(*) as leases, sum(l.slots) as slots, min(l.limit_id) as limit_id, min(l.key) as key,
          min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key) and min(l.fence) > 0 and max(l.parts) = 1
-         and min(l.expires_at) > pglimits._now() as is_simple,
+         and min(l.slots) > 0 and min(l.expires_at) > pglimits._now() as is_simple,
          array_agg(l.lease_id) as ids, array_agg(l.fence) as fences
   into seen from pglimits.leases l where l.lease_id = any (lease_ids);
   if (seen.leases = cardinality(lease_ids) and seen.is_simple) is not true then

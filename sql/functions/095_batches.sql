@@ -11,7 +11,8 @@ language plpgsql
 volatile
 as $$
 begin
-  if not durable then
+  -- Where this transaction has written before, that has decided: it may have granted somebody who goes by it.
+  if not durable and pg_current_xact_id_if_assigned() is null then
     perform set_config('synchronous_commit', 'off', true);
   end if;
   if patience is not null then

@@ -55,14 +55,18 @@ language plpgsql
 volatile
 as $$
 declare
+  live uuid[];
   lost uuid[];
+  told_before uuid[];
   told pglimits.event_log;
   lease pglimits.leases;
 begin
-  lost := array(
-    select u.id from unnest(lease_ids) as u(id)
-    where not exists (select from pglimits.leases l where l.lease_id = u.id and l.expires_at > now)
-      and not exists (select from pglimits.event_log e where e.lease_id = u.id and e.kind = 'lost'));
+  live := array(select l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now);
+  lost := array(select u.id from unnest(lease_ids) as u(id) where u.id <> all (live));
+  if cardinality(lost) > 0 then
+    told_before := array(select e.lease_id from pglimits.event_log e where e.lease_id = any (lost) and e.kind = 'lost');
+    lost := array(select u.id from unnest(lost) as u(id) where u.id <> all (told_before));
+  end if;
   if cardinality(lost) = 0 then
     return;
   end if;
@@ -79,7 +83,8 @@ begin
     lease.holder := told.holder;
     lease.expires_at := now;
     lease.acquired_at := now - told.held_seconds * interval '1 second';
-    perform pglimits._note('lost', told.name, told.key, lease, null, null, now);
+    lease.key := told.key;
+    perform pglimits._note_leases('lost', told.name, array[lease], now);
   end loop;
 end $$;
 
@@ -291,7 +296,9 @@ begin
   end if;
   for place in
     select e.limit_id, e.key, c.name, array_agg(e) as leases
-    from unnest(ended) e join pglimits.configs c on c.limit_id = e.limit_id group by e.limit_id, e.key, c.name
+    from unnest(ended) e join pglimits.configs c on c.limit_id = e.limit_id
+    where e.expires_at > pglimits._now()  -- else it has just expired, and was counted so
+    group by e.limit_id, e.key, c.name
     order by e.limit_id, e.key
   loop
     update pglimits.states s set releases = s.releases - 1, force_released_leases = s.force_released_leases + 1
@@ -299,7 +306,7 @@ begin
     perform pglimits._note_leases('force_released', place.name, place.leases, now);
   end loop;
   if cardinality(ended) = 0 and waiting.name is not null then
-    perform pglimits._note('force_released', waiting.name, waiter.key, waiter, null, null, now);
+    perform pglimits._note_leases('force_released', waiting.name, array[waiter], now);
   end if;
   return true;
 end $$;

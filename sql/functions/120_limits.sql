@@ -64,7 +64,7 @@ begin
     insert into pglimits.meta default values on conflict do nothing;
     perform setval(pg_get_serial_sequence('pglimits.configs', 'limit_id'), (select max(c.limit_id) from pglimits.configs c));
   end loop;
-  perform pglimits._note('created', name, null, null, null, (
+  perform pglimits._note('created', name, null, null, (
     select pglimits._as_event(c) from pglimits.configs c where c.name = create_limit.name), now);
 end $$;
 
@@ -173,7 +173,7 @@ begin
   perform pglimits._tell_elsewhere(old.limit_id);
   if pglimits._as_event(new) <> pglimits._as_event(old) then
     perform pglimits._note(
-      'updated', new.name, null, null, pglimits._differing(pglimits._as_event(old), pglimits._as_event(new)),
+      'updated', new.name, null, pglimits._differing(pglimits._as_event(old), pglimits._as_event(new)),
       pglimits._differing(pglimits._as_event(new), pglimits._as_event(old)), now);
   end if;
 end $$;
@@ -263,7 +263,7 @@ begin
   delete from pglimits.samples s where s.limit_id = gone.limit_id;
   update pglimits.meta m set fence_floor = greatest(m.fence_floor, gone.fence_floor);
   perform pglimits._tell_elsewhere(gone.limit_id);
-  perform pglimits._note('deleted', gone.name, null, null, pglimits._as_event(gone), null, pglimits._now());
+  perform pglimits._note('deleted', gone.name, null, pglimits._as_event(gone), null, pglimits._now());
 end $$;
 
 comment on function pglimits.delete_limit(text) is
@@ -373,7 +373,7 @@ begin
       perform pglimits._save(state, now);
     end if;
   end loop;
-  perform pglimits._note('reset', name, key, null, null, jsonb_build_object('leases', ended), pglimits._now());
+  perform pglimits._note('reset', name, key, null, jsonb_build_object('leases', ended), pglimits._now());
   return ended;
 end $$;
 

@@ -26,6 +26,7 @@ begin
     when idle_seconds between 0 and 1e9 is not true
       then format('idle_seconds must be from 0 to 1000000000, not %s', coalesce(idle_seconds::text, 'null'))
   end);
+  perform pglimits._keep_history(now);  -- before anything is locked that others need
   leases := 0;
   waiters := 0;
   select array_agg(p.limit_id), array_agg(p.key) into limit_ids, due_keys
@@ -57,7 +58,6 @@ begin
   delete from pglimits.processes p
   where p.expires_at <= now - interval '1 minute' and not exists (select from pglimits.queue q where q.channel = p.channel);
   keys := pglimits._sweep_idle_keys(max_keys, now - idle_seconds * interval '1 second', now);
-  perform pglimits._keep_history(now);
   return next;
 end $$;
 

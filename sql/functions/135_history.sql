@@ -26,10 +26,16 @@ begin
   update pglimits.upkeep u set swept_at = now, sampled_at = case when is_due then now else u.sampled_at end;
   if is_due then
     perform pglimits._sample(last.sampled_at, now);
-    perform pglimits._thin(now - interval '3 hours', last.sampled_at - interval '3 hours', interval '5 minutes');
-    perform pglimits._thin(now - interval '1 day', last.sampled_at - interval '1 day', interval '30 minutes');
   end if;
-  delete from pglimits.samples s where s.at < now - last.history_seconds * interval '1 second';
+  -- The oldest first, as whoever deletes a limit does. Of each limit the last one stays: what is counted from then on is told by it.
+  delete from pglimits.samples s
+  where s.at < now - last.history_seconds * interval '1 second'
+    and (exists (select from pglimits.samples n where n.limit_id = s.limit_id and n.at > s.at)
+         or not exists (select from pglimits.configs c where c.limit_id = s.limit_id));
+  if is_due then
+    perform pglimits._thin(now - interval '1 day', last.sampled_at - interval '1 day', interval '30 minutes');
+    perform pglimits._thin(now - interval '3 hours', last.sampled_at - interval '3 hours', interval '5 minutes');
+  end if;
   delete from pglimits.event_log e
   where e.event_id < (
     select greatest(max(m.event_id) - 99999, coalesce((
@@ -49,18 +55,22 @@ volatile
 as $$
 begin
   with used as (
-    select t.* from pglimits._totals t
+    select t.*, s as before
+    from pglimits._totals t
+    left join lateral (
+      select x.* from pglimits.samples x where x.limit_id = t.limit_id order by x.at desc limit 1) s on true
     where t.changed_at >= last or t.held > 0 or t.waiting > 0 or t.level > 0
+       or t.grants + t.releases + t.expired_leases + t.force_released_leases
+          > coalesce(s.grants + s.releases + s.expired_leases + s.force_released_leases, 0)
   ), idle as (
     insert into pglimits.samples
-    select u.limit_id, greatest(last, c.created_at), u."limit", 0, 0, 0, coalesce(s.grants, 0), coalesce(s.granted_slots, 0),
-           coalesce(s.releases, 0), coalesce(s.expired_leases, 0), coalesce(s.force_released_leases, 0),
-           coalesce(s.held_slot_seconds, 0), coalesce(s.waited_seconds, 0), s.waits
+    select u.limit_id, least(greatest(last, c.created_at), now), u."limit", 0, 0, 0, coalesce((u.before).grants, 0),
+           coalesce((u.before).granted_slots, 0), coalesce((u.before).releases, 0), coalesce((u.before).expired_leases, 0),
+           coalesce((u.before).force_released_leases, 0), coalesce((u.before).held_slot_seconds, 0),
+           coalesce((u.before).waited_seconds, 0), (u.before).waits
     from used u
     join pglimits.configs c on c.limit_id = u.limit_id
-    left join lateral (
-      select x.* from pglimits.samples x where x.limit_id = u.limit_id order by x.at desc limit 1) s on true
-    where s.at is null or s.at < last
+    where (u.before).at is null or (u.before).at < last
     on conflict do nothing
   )
   insert into pglimits.samples
@@ -214,7 +224,7 @@ begin
            s.held_slot_seconds - lag(s.held_slot_seconds) over w as new_held_slot_seconds,
            s.waited_seconds - lag(s.waited_seconds) over w as new_waited_seconds,
            pglimits._waits_since(lag(s.waits) over w, s.waits) as new_waits,
-           least(ceil(date_part('epoch', s.at - since) / width), history.points)::integer as nth
+           greatest(least(ceil(date_part('epoch', s.at - since) / width), history.points), 0)::integer as nth
     from pglimits._samples_since(of_limit, since, now) s
     window w as (order by s.at)
   )
@@ -245,15 +255,18 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  now constant timestamptz := pglimits._now();
 begin
   perform pglimits._check(coalesce(
     case when names is null then 'names must not be null' end, pglimits._steps_fault(sparklines.seconds, sparklines.points)));
   return query
   select c.name::text, (
-    select array_agg(h.held order by n) from generate_series(1, sparklines.points) n
+    select array_agg(h.held order by n)
+    from generate_series(1, sparklines.points) n
     left join (
-      select row_number() over () as nth, x.at, x.held from pglimits.history(c.name, sparklines.seconds, sparklines.points) x) h
-      on round(date_part('epoch', pglimits._now() - h.at) / (sparklines.seconds / sparklines.points)) = sparklines.points - n)
+      select sparklines.points - round(date_part('epoch', now - x.at) / (sparklines.seconds / sparklines.points))::integer as nth, x.held
+      from pglimits.history(c.name, sparklines.seconds, sparklines.points) x offset 0) h on h.nth = n)
   from pglimits.configs c where c.name = any (sparklines.names) order by c.name;
 end $$;
 

@@ -156,6 +156,18 @@ def test_batches_count_each_of_their_requests(s: Session) -> None:
     assert counted(s) == (5, 10, 3, 0, 0)
 
 
+def test_giving_back_a_turn_of_a_rate_limit_is_no_release_of_a_lease(clock: Clock, s: Session) -> None:
+    s.create("api", 1, 1)
+    clock.freeze()
+    s.rate_limit("api")
+    turns = [s.rate_limit("api", timeout_seconds=FOREVER).lease_id for _ in range(2)]
+    clock.advance(1)
+    assert s.watch_one(turns[0]).status == "granted"
+    s.release(turns[0])
+    s.run("select pglimits._release_batch(%s::uuid[])", turns)
+    assert counted(s, "api") == (2, 2, 0, 0, 0)
+
+
 def test_an_operator_who_ends_leases_is_counted_apart(s: Session) -> None:
     s.create("database", 5)
     leases = [answer.lease_id for answer in s.serves("database", 4)]

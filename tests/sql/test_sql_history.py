@@ -150,6 +150,55 @@ def test_samples_go_when_they_are_older_than_what_is_kept(clock: Clock, s: Sessi
     assert s.value("select count(*) from pglimits.samples where at < %s - interval '8 days'", clock.now()) == 0
 
 
+def test_a_limit_that_was_idle_for_longer_than_samples_are_kept_tells_only_what_is_new(
+    clock: Clock, s: Session
+) -> None:
+    clock.freeze()
+    s.create("database", 4)
+    for _ in range(7):
+        s.release(s.acquire("database").lease_id)
+    s.sweep()
+    clock.advance(9 * 86400)
+    s.sweep(idle_seconds=1e9)
+    clock.advance(60)
+    assert sum(row.grants for row in history(s)) == 0
+    s.serves("database", 2)
+    clock.advance(60)
+    s.sweep()
+    assert sum(row.grants for row in history(s)) == 2
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_a_key_had_counted_that_is_swept_at_once_is_sampled_once(clock: Clock, s: Session, waits: bool) -> None:
+    clock.freeze()
+    s.create("database", 1)
+    s.sweep()
+    holder = s.acquire("database", key="k").lease_id
+    waiter = s.queue("database", key="k") if waits else None
+    clock.advance(3)
+    s.release(holder)
+    if waiter:
+        s.release(waiter)
+    clock.advance(7200)
+    assert s.sweep(idle_seconds=60).keys == 1
+    clock.advance(60)
+    s.acquire("database", key="other")
+    clock.advance(60)
+    s.sweep()
+    assert sum(row.grants for row in history(s, seconds=86400)) == (3 if waits else 2)
+    (last,) = history(s, seconds=100, points=1)
+    assert (last.grants, last.waited_p95) == (1, 0)
+
+
+def test_history_in_steps_that_are_shorter_than_anything_is_no_error(clock: Clock, s: Session) -> None:
+    clock.freeze()
+    s.create("database", 1)
+    s.acquire("database")
+    s.sweep()
+    clock.advance(5 * 86400)
+    assert len(history(s, seconds=1, points=10000)) == 1
+
+
 def test_deleting_a_limit_takes_its_samples_along(clock: Clock, s: Session) -> None:
     s.create("database", 4)
     s.acquire("database")

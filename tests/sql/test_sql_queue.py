@@ -581,3 +581,22 @@ def test_a_turn_of_a_rate_limit_that_another_has_served_is_durable(clock: Clock,
         committing(s, "select pglimits.rate_limit('api', timeout_seconds => null, lease_id => %s)", first.lease_id)
         == "on"
     )
+
+
+def test_what_is_taken_with_a_release_does_not_undo_that_its_hand_over_is_durable(s: Session) -> None:
+    (holder,) = full(s)
+    s.create("api", 5)
+    s.queue("database", channel="pglimits_t")
+    with s.transaction():
+        s.run("select pglimits._release_batch(%s::uuid[], false)", [holder])
+        s.run(
+            "select * from pglimits._acquire_batch('{api}', '{1}', '{\"\"}', false, 0, 300, 0,"
+            " array[gen_random_uuid()], '[null]', false, false, null, false)"
+        )
+        assert s.value("show synchronous_commit") == "on"
+    with s.transaction():
+        s.run(
+            "select * from pglimits._acquire_batch('{api}', '{1}', '{\"\"}', false, 0, 300, 0,"
+            " array[gen_random_uuid()], '[null]', false, false, null, false)"
+        )
+        assert s.value("show synchronous_commit") == "off"

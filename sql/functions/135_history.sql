@@ -147,7 +147,8 @@ declare
 begin
   if before is null then
     -- Nothing was counted before it was created; nor since, if it was never sampled.
-    select c.limit_id, c.created_at, c."limit", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, null
+    select c.limit_id, c.created_at, c."limit", 0::bigint, 0::double precision, 0::bigint, 0::bigint, 0::bigint, 0::bigint,
+           0::bigint, 0::bigint, 0::double precision, 0::double precision, null::bigint[]
     into last from pglimits.configs c
     where c.limit_id = of_limit and (c.created_at >= since or sampled_at > '-infinity' and not exists (
       select from pglimits.samples s where s.limit_id = of_limit));

@@ -137,6 +137,16 @@ def test_who_goes_away_while_held_gives_the_place_up(
     assert waiters(looks) == []
 
 
+def test_a_client_brings_a_bounded_number_of_places(poller: Callable[[], httpx.Client], looks: Connection) -> None:
+    take(looks, 50)
+    client = poller()
+    for slots in range(1, 41):
+        before = set(client.cookies)
+        assert client.post("/increment-with-lease", json={**BODY, "slots": slots}).status_code == 423
+        assert set(client.cookies) - before, "the newest place is kept"
+    assert len(client.cookies) == 32 + 1
+
+
 def test_two_requests_with_one_cookie_never_share_a_lease(
     poller: Callable[[], httpx.Client], looks: Connection, pool: ThreadPoolExecutor, wait_until: Any
 ) -> None:

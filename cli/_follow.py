@@ -34,21 +34,23 @@ class Follower:
 
     def __init__(self, seen: list[Event]) -> None:
         self._last = 0
+        # What was read and not handed over yet: a later page may fail.
+        self._unread: list[Event] = []
         # Those that are not there: since when, and the transactions below which number must have ended.
         self._missing: dict[int, tuple[float, int | None]] = {}
         self._take([event.event_id for event in seen], from_start=bool(seen))
 
     def read(self, limiter: Limiter) -> list[Event]:
         """What is new. Raises LimiterUnavailable: it may be asked again, and goes on from here."""
-        news: list[Event] = []
         while True:
             oldest, following, found = limiter._news(self._last, self._missing, _AT_ONCE)
             for event in found:
                 self._missing.pop(event.event_id, None)
             self._settle(oldest, following)
             self._take([event.event_id for event in found])
-            news += found
+            self._unread += found
             if len(found) < _AT_ONCE:
+                news, self._unread = self._unread, []
                 return news
 
     def _take(self, ids: list[int], from_start: bool = False) -> None:

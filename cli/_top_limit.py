@@ -86,6 +86,7 @@ class LimitScreen(LiveScreen):
         self._holders: dict[str, Holder] = {}
         self._queue: dict[str, tuple[Waiter, Reason]] = {}
         self._keys: dict[str, Key] = {}
+        self._gone = False
 
     def compose(self) -> ComposeResult:
         yield self._where
@@ -246,9 +247,12 @@ class LimitScreen(LiveScreen):
         self._detail.update(Text("\n".join(map(_output.one_line, lines)), no_wrap=True))
 
     def failed(self, error: PglimitsError) -> None:
-        if isinstance(error, LimitNotFound):
+        if not isinstance(error, LimitNotFound):
+            return
+        if not self._gone:
             self.top.say(error, "warning")
-            self.action_back()
+        self._gone = True
+        self.action_back()  # or as soon as a question is answered that stands before it
 
     # Keys.
 
@@ -282,7 +286,9 @@ class LimitScreen(LiveScreen):
         if usage is None:
             return
         if self.tab == "holders":
-            holder = self._holders[at]
+            holder = self._holders.get(at)
+            if holder is None:  # it has ended since the key was pressed
+                return
             held = _output.duration((usage.now - holder.acquired_at).total_seconds())
             waiting = _output.count(usage.waiting, "request waits now", "requests wait now")
             question = (
@@ -293,7 +299,10 @@ class LimitScreen(LiveScreen):
             )
             done, gone = f"Released {holder.lease_id}.", f"{holder.lease_id} had ended already."
         else:
-            waiter, _ = self._queue[at]
+            queued = self._queue.get(at)
+            if queued is None:
+                return
+            waiter, _ = queued
             waits = _output.duration((usage.now - waiter.waiting_since).total_seconds())
             question = (
                 f"Take this request for {_output.count(waiter.slots, 'slot')} out of the line of {name!r}?\n\n"

@@ -208,13 +208,13 @@ def enable(
         if _arguments == arguments:
             return
         _disable()
-        _arguments = arguments
         if with_metrics:
             _enabled.append(_Metrics(meter_provider))
         if with_traces:
             _enabled.append(_Traces(tracer_provider))
         for each in _enabled:
             _observer.add(each)
+        _arguments = arguments
 
 
 def disable() -> None:

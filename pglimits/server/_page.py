@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -65,7 +66,7 @@ class PageRoute(APIRoute):
                 if any("\0" in text for text in (*request.path_params.values(), *request.query_params.values())):
                     raise Problem(404, "nothing here has a name with such a character")
                 return await handle(request)
-            except (Problem, PglimitsError, HTTPException) as error:
+            except (Problem, PglimitsError, HTTPException, RequestValidationError) as error:
                 return failed(request, error)
 
         return handled

@@ -18,14 +18,14 @@ from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import LimiterUnavailable, PglimitsError
+from ..errors import PglimitsError
 from . import _prefect_slots
 from ._auth import Caller, reading, writing
 from ._database import Database
 from ._prefect_limits import Limits, find, find_by_name, set_active_slots, some
 from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Failure, Filter, GlobalLimit, Update
 from ._prefect_places import Places
-from ._problems import Problem, problem
+from ._problems import Problem, problem, whole_seconds
 from ._routing import PrefixRouter
 
 PUBLIC = ("/api/health", "/api/ready")
@@ -142,16 +142,16 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
             [body.name, body.limit, body.slot_decay_per_second or 0, body.active is not False or later],
             by=caller.name,
         )
-        if body.active_slots:
-            row = await find_by_name(db, body.name)
-            try:
+        try:
+            if body.active_slots:
+                row = await find_by_name(db, body.name)
                 await set_active_slots(db, request.app.state.grants, row, body.active_slots, caller.name)
-            except PglimitsError as error:
-                if not isinstance(error, LimiterUnavailable):
-                    await db.run("select pglimits.delete_limit(%s)", [body.name], by=caller.name)
-                raise
-        if later:
-            await db.run("select pglimits.update_limit(%s, active => false)", [body.name], by=caller.name)
+            if later:
+                await db.run("select pglimits.update_limit(%s, active => false)", [body.name], by=caller.name)
+        except (Problem, PglimitsError):
+            with contextlib.suppress(PglimitsError):
+                await db.run("select pglimits.delete_limit(%s)", [body.name], by=caller.name)
+            raise
         known.forget()
         return CreatedLimit.model_validate(GlobalLimit.of(await find_by_name(db, body.name)).model_dump())
 
@@ -177,7 +177,12 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
         rate = row["slot_decay_per_second"] if body.slot_decay_per_second is None else body.slot_decay_per_second
         if wanted is not None and wanted > max(limit, row["held"]) and rate == 0:
             raise Problem(422, "active_slots is greater than the limit")
-        changes = [body.limit, body.slot_decay_per_second, body.active, body.name]
+        active = row["active"] if body.active is None else body.active
+        if wanted not in (None, row["held"]) and rate == 0 and not row["active"] and not active:
+            raise Problem(422, "active_slots of an inactive limit cannot be changed: enable it first")
+        # Slots are taken of an active limit: of another, nothing is recorded.
+        later = wanted is not None and row["active"] and not active
+        changes = [body.limit, body.slot_decay_per_second, None if later else body.active, body.name]
         if any(change is not None for change in changes):
             await db.run(
                 """select pglimits.update_limit(%s::text, "limit" => %s::int, slot_decay_per_second => %s::float8,
@@ -189,6 +194,9 @@ def _add_limits(routes: APIRouter, known: Limits) -> None:
         if wanted is not None:
             row = await find_by_name(db, body.name or row["name"])
             await set_active_slots(db, request.app.state.grants, row, wanted, caller.name)
+        if later:
+            await db.run("select pglimits.update_limit(%s, active => false)", [row["name"]], by=caller.name)
+            known.forget()
         return Response(status_code=204)
 
     @routes.delete("/{id_or_name}", status_code=204, response_class=Response)
@@ -220,7 +228,7 @@ def _failed(error: Problem | PglimitsError) -> Response:
         body["code"] = meant.code
     headers = dict(meant.headers)
     if meant.retry_after is not None:
-        headers["Retry-After"] = str(meant.retry_after)
+        headers["Retry-After"] = whole_seconds(meant.retry_after)
     return _json(meant.status, body, headers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from typing import Any
@@ -17,6 +18,8 @@ WITHOUT_LEASE = {"prefect": "without lease"}
 """What the holder of slots says that were taken without a lease. They end when they are given back by number."""
 _FIRST = 1_000_000
 """The highest priority."""
+_REST_WAITS = 60.0
+"""Seconds for which the rest of a lease stands in line, before everybody else, where more is held than is allowed."""
 _REMEMBERED_FOR = 5.0
 _REMEMBERED = 10_000
 
@@ -115,6 +118,8 @@ async def set_active_slots(db: Database, grants: Grants, row: dict[str, Any], wa
         )
         if answer.status == "refused":
             raise Problem(503, "somebody has taken these slots meanwhile", retry_after=1)
+        if answer.status == "unlimited":
+            raise Problem(503, "somebody has disabled the limit meanwhile", retry_after=1)
 
 
 async def give_back(db: Database, grants: Grants, names: list[str], slots: int, by: str | None = None) -> None:
@@ -124,6 +129,7 @@ async def give_back(db: Database, grants: Grants, names: list[str], slots: int, 
     and is granted as the lease ends.
     """
     left = dict.fromkeys(names, slots)
+    ended: set[UUID] = set()
     while True:
         rows = await db.rows(
             """
@@ -136,12 +142,15 @@ async def give_back(db: Database, grants: Grants, names: list[str], slots: int, 
         )
         leases: dict[UUID, dict[str, int]] = {}
         for row in rows:
+            if row["lease_id"] in ended:
+                continue
             leases.setdefault(row["lease_id"], {})[row["name"]] = row["slots"]
         lease_id = _choose(leases, left)
         if lease_id is None:
             return
         held = leases[lease_id]
         rest = {name: more for name, count in held.items() if (more := count - left.get(name, 0)) > 0}
+        ended.add(lease_id)  # whatever the view says next: each is tried once
         if await _end(db, grants, lease_id, rest, by):  # else somebody else has ended it meanwhile
             for name, count in held.items():
                 left[name] = max(left.get(name, 0) - count, 0)
@@ -161,7 +170,7 @@ async def _end(db: Database, grants: Grants, lease_id: UUID, rest: dict[str, int
         return await grants.acquire(
             [name],
             [rest[name]],
-            timeout=60,
+            timeout=_REST_WAITS,
             hold=hold,
             lease_duration=LONGEST_LEASE,
             priority=_FIRST,
@@ -169,13 +178,22 @@ async def _end(db: Database, grants: Grants, lease_id: UUID, rest: dict[str, int
             lease_id=anew[name],
         )
 
-    for name in rest:
-        await take(name, 0)
-    ended = await db.row("select pglimits.release(%s) as live", [lease_id], by=by, writes=True)
-    if ended is None or not ended["live"]:
+    try:
         for name in rest:
-            await grants.leave(anew[name])
-        return False
-    for name in rest:
-        await take(name, 5)
-    return True
+            await take(name, 0)
+        ended = await db.row("select pglimits.release(%s) as live", [lease_id], by=by, writes=True)
+        live = ended is not None and bool(ended["live"])
+        if not live:
+            for taken in anew.values():
+                await grants.leave(taken)
+    except BaseException:  # what was taken, or stands in line, would be nobody's
+        for taken in anew.values():
+            grants.leave_later(taken)
+        raise
+    # From here on, the rest is what is left of it. What one limit refuses, the others keep.
+    answers = await asyncio.gather(*(take(name, _REST_WAITS) for name in rest if live))
+    if any(answer.status in ("queued", "refused") for answer in answers):
+        for taken in (anew[name] for name, answer in zip(rest, answers, strict=True) if answer.status == "queued"):
+            grants.leave_later(taken)
+        raise Problem(409, "more was given back than was asked for: a limit is lower than what is held of it")
+    return live

@@ -40,6 +40,8 @@ _NEARLY_AT_ONCE = 2.0
 _REPEATS = (1.0, 60.0)
 """A request that was granted already, and comes again so many seconds later, is one whose answer was lost."""
 _REMEMBERED = 100_000
+_MOST_COOKIES = 32
+"""Places that one client brings at most: proxies bound the size of headers, many to 4 KB."""
 
 
 class Places:
@@ -108,6 +110,10 @@ class Places:
             late = _NEARLY_AT_ONCE if _age(request.cookies.get(name, "")) < _NEARLY_AT_ONCE else _AT_ONCE
         value = f"{place or uuid4()}_{time.time():.3f}_{retry_after + late:.3f}"
         self._set(request, response, name, value, math.ceil(retry_after) + _KEPT_BY_CLIENTS)
+        others = [each for each in request.cookies if each.startswith(_PLACE) and each != name]
+        others.sort(key=lambda each: _age(request.cookies[each]))
+        for oldest in others[_MOST_COOKIES - 1 :]:
+            self._set(request, response, oldest, "", 0)
         self.mark(request, response)
 
     def drop(self, request: Request, response: Response, digest: str) -> None:
@@ -127,7 +133,7 @@ class Places:
             value,
             max_age=seconds,
             path=f"{request.scope.get('root_path', '')}/api",
-            secure=request.url.scheme == "https",
+            secure=request.scope["scheme"] == "https",
             httponly=True,
             samesite="strict",
         )

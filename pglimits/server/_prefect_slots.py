@@ -18,6 +18,7 @@ from ..errors import InvalidArgument, LimitLocked, NoSlotDecay, QueueFull, Slots
 from ._auth import writing
 from ._database import Database
 from ._grants import Answer, ClientGone, Grants, until_disconnect
+from ._prefect_gone import Gone
 from ._prefect_limits import WITHOUT_LEASE, Limits, give_back
 from ._prefect_models import (
     LONGEST_LEASE,
@@ -52,11 +53,12 @@ _LOCKED: dict[int | str, dict[str, Any]] = {
 
 def add(routes: APIRouter, places: Places, limits: Limits) -> None:
     """Add the routes to those of the limits."""
+    gone = Gone()
 
     @routes.post("/increment-with-lease", response_model=WithLease, dependencies=[Depends(writing)], responses=_LOCKED)
     async def increment_with_lease(request: Request, body: IncrementWithLease) -> Response:
         """Take slots under a lease."""
-        return await _increment(request, body, places, limits)
+        return await _increment(request, body, places, limits, gone)
 
     @routes.post("/decrement-with-lease", status_code=204, response_class=Response, dependencies=[Depends(writing)])
     async def decrement_with_lease(request: Request, body: OfLease) -> Response:
@@ -78,7 +80,7 @@ def add(routes: APIRouter, places: Places, limits: Limits) -> None:
     @routes.post("/increment", response_model=list[MinimalLimit], dependencies=[Depends(writing)], responses=_LOCKED)
     async def increment(request: Request, body: Increment) -> Response:
         """Take slots that end when they are given back by number; of rate limits, slots that come back by decay."""
-        return await _increment(request, body, places, limits)
+        return await _increment(request, body, places, limits, gone)
 
     @routes.post("/decrement", response_model=list[MinimalLimit], dependencies=[Depends(writing)])
     async def decrement(request: Request, body: Decrement) -> Response:
@@ -90,7 +92,7 @@ def add(routes: APIRouter, places: Places, limits: Limits) -> None:
         return _json(200, as_minimal(known))
 
 
-async def _increment(request: Request, body: Increment, places: Places, limits: Limits) -> Response:
+async def _increment(request: Request, body: Increment, places: Places, limits: Limits, gone: Gone) -> Response:
     """Ask for slots, and answer as Prefect's server would."""
     state = request.app.state
     digest = digest_of(request, body.model_dump(mode="json"))
@@ -101,7 +103,7 @@ async def _increment(request: Request, body: Increment, places: Places, limits: 
         except ClientGone:
             if place is not None:
                 places.give_up(place)
-                state.grants.leave_later(place)
+                gone.leave_line(state.db, place)
             raise
         except (LimitLocked, QueueFull):
             return _locked(request, places, digest, place, _COMES_AGAIN)
@@ -140,7 +142,7 @@ async def _ask(request: Request, body: Increment, place: UUID | None) -> Answer:
     if place is not None:
         asking = grants.acquire(body.names, [body.slots], timeout=None, hold=HOLD, lease_id=place, **options)
         try:
-            return await until_disconnect(request, asking)
+            return await until_disconnect(request, asking, lambda lost: _give_back(grants, lost))
         except InvalidArgument:
             pass  # that id is of something else: as without
     answer = await grants.acquire(body.names, [body.slots], **options)
@@ -153,6 +155,12 @@ async def _ask(request: Request, body: Increment, place: UUID | None) -> Answer:
         asking = grants.acquire(body.names, [body.slots], timeout=_MOMENT, hold=_MOMENT, **options)
         answer = await until_disconnect(request, asking)
     return answer
+
+
+def _give_back(grants: Grants, lost: Answer) -> None:
+    """What this very request was granted just as its client went."""
+    if lost.status == "granted" and lost.lease_id is not None:
+        grants.leave_later(lost.lease_id)
 
 
 def _holder(request: Request, body: Increment) -> dict[str, Any]:

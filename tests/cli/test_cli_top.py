@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from clitest import Terminal
 from pglimits_cli._top_app import Top
+from pglimits_cli._top_limit import LimitScreen
 from psycopg.conninfo import make_conninfo
 
 Connection = psycopg.Connection[Any]
@@ -422,6 +423,53 @@ def test_a_limit_that_is_deleted_meanwhile_leads_back_to_all(dsn: str, conn: Con
         await screen.until("1 Holders 1")
         conn.execute("select pglimits.delete_limit('database')")
         await screen.until("6 limits", "there is no limit named 'database' any longer")
+
+    show(dsn, test)
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_limit_that_is_deleted_below_a_question_is_told_once(dsn: str, conn: Connection) -> None:
+    async def test(screen: Screen) -> None:
+        await screen.until("backlogged")
+        await screen.press("enter")
+        await screen.until("1 Holders 1")
+        below = screen.app.screen
+        assert isinstance(below, LimitScreen)
+        await screen.press("r")
+        await screen.until("Release 2 slots of 'database'?")
+        failures: list[object] = []
+        failed = below.failed
+
+        def count(error: Any) -> None:
+            failed(error)
+            failures.append(error)
+
+        below.failed = count  # type: ignore[method-assign]
+        conn.execute("select pglimits.delete_limit('database')")
+        for nth in range(1, 4):
+            below.look_now()
+            await screen.when(lambda n=nth: len(failures) >= n)
+        await screen.press("n")
+        await screen.until("6 limits")
+        assert [toast.message for toast in screen.app._notifications] == [
+            "there is no limit named 'database' any longer"
+        ]
+
+    show(dsn, test)
+
+
+def test_a_lease_that_ends_as_its_release_is_asked_for_is_no_error(dsn: str, busy: UUID, conn: Connection) -> None:
+    async def test(screen: Screen) -> None:
+        await screen.until("backlogged")
+        await screen.press("enter")
+        await screen.until(str(busy))
+        shown = screen.app.screen
+        assert isinstance(shown, LimitScreen)
+        await shown._release(str(uuid4()))
+        await screen.press("2")
+        await screen.until("second.py")
+        await shown._release(str(uuid4()))
+        assert screen.app.screen is shown
 
     show(dsn, test)
 

@@ -269,6 +269,32 @@ def test_a_gap_is_waited_for_as_long_as_its_transaction_may_still_end(
         wait_until(lambda: not follower.read(limiter) and not follower._missing)
 
 
+def test_what_was_read_before_the_database_went_is_handed_over_later(
+    conn: Connection, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pglimits_cli import _follow
+
+    from pglimits import Limiter, LimiterUnavailable
+
+    monkeypatch.setattr(_follow, "_AT_ONCE", 2)
+    with Limiter(dsn) as limiter:
+        follower = _follow.Follower(limiter.events())
+        conn.execute("select pglimits.create_limit('n' || n, 1) from generate_series(1, 3) n")
+        pages = iter([limiter._news])
+        with monkeypatch.context() as patched:
+
+            def once(*arguments: Any) -> Any:
+                for page in pages:
+                    return page(*arguments)
+                raise LimiterUnavailable("away")
+
+            patched.setattr(limiter, "_news", once)
+            with pytest.raises(LimiterUnavailable):
+                follower.read(limiter)
+        assert [event.name for event in follower.read(limiter)] == ["n1", "n2", "n3"]
+        assert follower.read(limiter) == []
+
+
 def test_follow_goes_on_where_it_was_when_the_connection_was_lost(
     start: Start, conn: Connection, server: Any, server_dsn: str, wait_until: Wait
 ) -> None:

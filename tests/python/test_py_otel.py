@@ -194,6 +194,19 @@ def test_nothing_is_recorded_that_was_not_asked_for_and_nothing_after_the_end(
     assert not _observer.is_on
 
 
+def test_what_could_not_be_enabled_is_enabled_by_the_next_call(limiter: Limiter, recorded: Recorded) -> None:
+    otel.disable()
+    providers: dict[str, Any] = {"meter_provider": recorded.meters, "tracer_provider": recorded.tracers}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(otel.trace, "get_tracer", None)
+        with pytest.raises(TypeError):
+            otel.enable(**providers)
+    otel.enable(**providers)
+    limiter.create("x", 1)
+    limiter.release(limiter.acquire("x"))
+    assert sorted(recorded.spans()) == ["acquire x", "hold x"]
+
+
 def test_both_kinds_of_metrics_count_side_by_side(
     limiter: Limiter, recorded: Recorded, request: pytest.FixtureRequest
 ) -> None:

@@ -250,7 +250,9 @@ def test_forms_work_without_a_script(http: httpx.Client) -> None:
     for path in ("/edit", "/delete", "/reset", "/enable", "/disable"):
         assert http.get(f"{path}?name=a+b%3F").status_code == 404
     assert http.get("/release?lease=9a9e3c1e-0b52-4f0e-9d0a-5a3d1c2b4e6f").status_code == 404
-    assert http.get("/release?lease=nonsense").status_code == 422
+    odd = http.get("/release?lease=nonsense")
+    assert (odd.status_code, odd.headers["content-type"]) == (422, "text/html; charset=utf-8")
+    assert "lease: Input should be a valid UUID" in odd.text
 
 
 def test_a_token_that_may_only_look_changes_nothing(guarded: Server) -> None:

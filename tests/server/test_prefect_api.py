@@ -240,6 +240,16 @@ def test_active_slots_of_an_inactive_limit(client: httpx.Client, looks: Connecti
     client.post("/", json={"name": "off", "limit": 5, "active": False, "active_slots": 4})
     limit = client.get("/off").json()
     assert (limit["active"], limit["active_slots"]) == (False, 4)
+    refused = client.patch("/off", json={"active_slots": 5})
+    assert (refused.status_code, "inactive" in refused.json()["detail"]) == (422, True)
+    assert client.patch("/off", json={"active_slots": 5, "active": False}).status_code == 422
+    assert client.patch("/off", json={"active_slots": 4}).status_code == 204
+    assert client.patch("/off", json={"active_slots": 5, "active": True}).status_code == 204
+    assert client.get("/off").json()["active_slots"] == 5
+    body = {"active_slots": 7, "limit": 8, "active": False, "name": "new"}
+    assert client.patch("/off", json=body).status_code == 204
+    limit = client.get("/new").json()
+    assert (limit["active"], limit["active_slots"], limit["limit"]) == (False, 7, 8)
 
 
 def test_a_limit_of_zero_refuses_until_it_is_opened(client: httpx.Client, looks: Connection) -> None:

@@ -137,6 +137,33 @@ def test_who_goes_away_while_held_gives_the_place_up(
     assert waiters(looks) == []
 
 
+def test_who_waits_as_told_has_a_rate_at_its_moment_and_asks_seldom(shared: Server, looks: Connection) -> None:
+    looks.execute("select pglimits.create_limit('rate', 1, 0.5)")
+    body = {"names": ["rate"], "slots": 1, "mode": "rate_limit"}
+    said: list[tuple[int, float]] = []
+    with shared.client(base_url=shared.url + LIMITS) as client:
+        for _ in range(3):
+            while (answer := client.post("/increment-with-lease", json=body)).status_code == 423:
+                said.append((423, float(answer.headers["Retry-After"])))
+                time.sleep(said[-1][1])
+            said.append((answer.status_code, 0))
+    # The first refusal tells the exact time. The next one finds that the client keeps cookies, and has it held.
+    assert [status for status, _ in said[:4]] == [200, 423, 200, 423]
+    assert 0 < said[1][1] <= 2
+    assert said[3][1] == 0
+    assert len(said) < 9
+
+
+def test_a_client_brings_a_bounded_number_of_places(poller: Callable[[], httpx.Client], looks: Connection) -> None:
+    take(looks, 50)
+    client = poller()
+    for slots in range(1, 41):
+        before = set(client.cookies)
+        assert client.post("/increment-with-lease", json={**BODY, "slots": slots}).status_code == 423
+        assert set(client.cookies) - before, "the newest place is kept"
+    assert len(client.cookies) == 32 + 1
+
+
 def test_two_requests_with_one_cookie_never_share_a_lease(
     poller: Callable[[], httpx.Client], looks: Connection, pool: ThreadPoolExecutor, wait_until: Any
 ) -> None:

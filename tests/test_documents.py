@@ -20,6 +20,8 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 TERMINAL = ROOT / "docs" / "terminal.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = ("by",)
+"""Of a session."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
@@ -127,7 +129,7 @@ def test_what_a_document_links_to_and_names_is_there(
     for name in re.findall(
         r"\bpglimits\.(\w+)(?=[(;`, ])", re.sub(r"```(?:python|text).*?```", "", text, flags=re.DOTALL)
     ):
-        assert (name,) in there or name in pglimits.__all__ or (ROOT / "pglimits" / f"{name}.py").exists(), name
+        assert (name,) in there or name in (*SETTINGS, *pglimits.__all__) or (ROOT / "pglimits" / f"{name}.py").exists(), name
 
 
 def test_the_architecture_names_every_file_of_the_functions() -> None:

@@ -129,7 +129,9 @@ def test_what_a_document_links_to_and_names_is_there(
     for name in re.findall(
         r"\bpglimits\.(\w+)(?=[(;`, ])", re.sub(r"```(?:python|text).*?```", "", text, flags=re.DOTALL)
     ):
-        assert (name,) in there or name in (*SETTINGS, *pglimits.__all__) or (ROOT / "pglimits" / f"{name}.py").exists(), name
+        assert (
+            (name,) in there or name in (*SETTINGS, *pglimits.__all__) or (ROOT / "pglimits" / f"{name}.py").exists()
+        ), name
 
 
 def test_the_architecture_names_every_file_of_the_functions() -> None:

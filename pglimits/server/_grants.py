@@ -248,7 +248,9 @@ class Grants:
         try:
             with self._listener.news_of(lease_id) if hold else contextlib.nullcontext() as news:
                 return await self._ask_on(query, arguments, hold, news)
-        except BaseException:
+        except QueueFull:
+            raise  # it has no place
+        except (Exception, asyncio.CancelledError):
             if is_new:  # its client does not know the id, so it cannot
                 self.leave_later(lease_id)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from uuid import UUID
 
@@ -66,7 +67,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             answer = await asking
             try:
                 return answer, await request.app.state.budgets.of(names, keys)
-            except BaseException:  # the client goes in this moment
+            except (Exception, asyncio.CancelledError):  # the client goes in this moment
                 give_back(answer)
                 raise
 

@@ -13,6 +13,7 @@ import pytest
 from pglimits._database import Busy
 from pglimits.errors import LimiterUnavailable, LimitLocked
 from pglimits.server import _database
+from pglimits.server._app import _close, _sweep_on
 from pglimits.server._batches import Alike, Batches
 from pglimits.server._grants import Grants
 from pglimits.server._listener import Listener
@@ -192,3 +193,31 @@ def test_the_listener_goes_on_whatever_happens(dsn: str) -> None:
         await listener.close()
 
     asyncio.run(work())
+
+
+def test_a_sweep_that_fails_is_not_the_last(dsn: str, conn: psycopg.Connection[Any]) -> None:
+    conn.execute("select pglimits.create_limit('one', 1)")
+    conn.execute("select pglimits.acquire('one', lease_duration => 1)")
+
+    async def work(database: Database, _: Batches) -> None:
+        database.before = (RuntimeError("nobody expects that"),)
+        sweeper = asyncio.create_task(_sweep_on(database, 0.05))
+        while not sweeper.done() and conn.execute("select from pglimits.leases").fetchall():
+            await asyncio.sleep(0.05)
+        assert not sweeper.done()
+        sweeper.cancel()
+
+    with_batches(dsn, work)
+
+
+def test_what_cannot_be_closed_does_not_keep_the_rest_open() -> None:
+    closed: list[str] = []
+
+    async def fails() -> None:
+        raise RuntimeError("nobody expects that")
+
+    async def closes() -> None:
+        closed.append("it")
+
+    asyncio.run(_close(fails, closes))
+    assert closed == ["it"]

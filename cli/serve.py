@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _NEEDS = ("fastapi", "uvicorn", "psycopg_pool")
+_ENDS_WITHIN = 4.7
+"""Seconds from when it is told to end. What is at work in the database then ends by itself."""
 
 
 @command(app, "Set up and look after")
@@ -127,7 +130,7 @@ def _is_loopback(host: str) -> bool:
 def _root_path(path: str) -> str:
     path = path.rstrip("/")
     if path and (not path.startswith("/") or not path.isprintable() or set(path) & set(' ?#%"<>\\')):
-        raise _errors.usage("--root-path must be a path such as /limits")
+        raise _errors.usage("--root-path must be a path such as /pglimits")
     return path
 
 
@@ -180,6 +183,10 @@ def _run(settings: Settings, host: str, port: int) -> int:
             self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Not all that waits for a database that is frozen ends when it is cancelled.
+            last = threading.Timer(_ENDS_WITHIN, os._exit, [0])
+            last.daemon = True
+            last.start()
             begin_closing(application)
             await super().shutdown(sockets)
 
@@ -193,7 +200,7 @@ def _run(settings: Settings, host: str, port: int) -> int:
             port=port,
             access_log=False,
             log_config=None,
-            timeout_graceful_shutdown=4,
+            timeout_graceful_shutdown=3,
             timeout_keep_alive=75,
             server_header=False,
             ws_max_size=1_000_000,

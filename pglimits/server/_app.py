@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from .._dsn import resolve
-from ..errors import PermissionDenied, PglimitsError
+from ..errors import InvalidArgument, PermissionDenied, PglimitsError
 from . import _auth, _docs, _metrics, _openapi, _page, _prefect, _problems, _v1
 from ._database import Database
 from ._grants import ClientGone, Grants
@@ -37,6 +39,7 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
 ]
 """What every answer has that says nothing else about it."""
+_CLOSES_WITHIN = 1.5
 _FULL = 1000
 """A sweep that removed so many may have left some."""
 
@@ -49,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     Raises:
         InvalidArgument, EmbeddedUnavailable: there is no such database.
+        InvalidArgument: two tokens have the same name, or the root path is one of the server's own paths.
     """
     settings = settings or Settings()
     database = Database(resolve(settings.dsn).conninfo)
@@ -68,35 +72,49 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             begin_closing(app)
             sweeper.cancel()
-            await app.state.live.close()
-            await app.state.grants.close()
-            await app.state.budgets.close()
-            await listener.close()
-            await database.close()
+            parts = app.state.live, app.state.grants, app.state.budgets, listener, database
+            await _close(*(part.close for part in parts))
 
+    routers = [
+        *_prefect.routers(),
+        _v1.router(settings),
+        _page.router(settings),
+        _metrics.router(),
+        _docs.router(),
+    ]
     app = FastAPI(
         title="pglimits",
         version=__version__,
         summary="Concurrency limits and rate limits in PostgreSQL.",
         lifespan=lifespan,
-        root_path=settings.root_path,
         docs_url=None,
         redoc_url=None,
     )
     _openapi.describe(app)
     app.state.settings, app.state.auth, app.state.db = settings, auth, database
     _problems.add_handlers(app)
-    for routes in _prefect.routers():
-        app.include_router(routes)
-    app.include_router(_v1.router(settings))
-    app.include_router(_page.router(settings))
-    app.include_router(_metrics.router())
-    app.include_router(_docs.router())
+    for router in routers:
+        app.include_router(router)
     _add_health(app)
     _add_login(app)
+    _check_root_path(settings.root_path, [*app.routes, *(route for router in routers for route in router.routes)])
     app.add_middleware(_auth.AuthMiddleware, auth=auth, public=_prefect.PUBLIC)
-    app.add_middleware(Outermost, largest_body=settings.largest_body)
+    app.add_middleware(Outermost, largest_body=settings.largest_body, root_path=settings.root_path)
     return app
+
+
+def _check_root_path(root_path: str, routes: Sequence[BaseRoute]) -> None:
+    """Where a proxy takes the prefix off, nobody could tell such a path from one that has it still.
+
+    Raises:
+        InvalidArgument: the prefix begins as a path of the server's own.
+    """
+    own = {getattr(route, "path", "/").split("/")[1] for route in routes}
+    first = root_path.strip("/").split("/")[0]
+    if first and first in own:
+        raise InvalidArgument(
+            f"the root path {root_path!r} does not do, as /{first} is a path of the server's own: take /pglimits"
+        )
 
 
 def begin_closing(app: FastAPI) -> None:
@@ -106,13 +124,30 @@ def begin_closing(app: FastAPI) -> None:
         app.state.live.begin_closing()
 
 
+async def _close(*closings: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Close one after the other, whatever becomes of the one before. All of it takes a second and a half at most."""
+
+    async def close() -> None:
+        for closing in closings:
+            try:
+                await closing()
+            except Exception:
+                log.exception("a part of the server could not be closed")
+
+    task = asyncio.create_task(close())
+    # Not asyncio.timeout: what waits for a database that is frozen does not end when it is cancelled.
+    await asyncio.wait([task], timeout=_CLOSES_WITHIN)
+
+
 class Outermost:
     """Bounds bodies, adds the headers that every answer has, and turns what nobody caught into problem details."""
 
-    def __init__(self, app: ASGIApp, largest_body: int) -> None:
-        self.app, self.largest_body = app, largest_body
+    def __init__(self, app: ASGIApp, largest_body: int, root_path: str = "") -> None:
+        self.app, self.largest_body, self.root_path = app, largest_body, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.root_path:
+            scope["root_path"] = self.root_path
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began = False
@@ -157,16 +192,25 @@ def _too_large(most: int) -> HTTPException:
 
 
 def _add_health(app: FastAPI) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
         """Whether this process lives."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["health"])
     async def readyz(request: Request) -> Response:
         """Whether the database answers, and has a pglimits that fits this version."""
         database: Database = request.app.state.db
-        await database.check()
+        try:
+            await database.check()
+        except PglimitsError as error:
+            if getattr(request.state, "caller", None) is not None:
+                raise
+            found = _problems.problem(error)  # which may name the database, its host and its role
+            found.detail = "the database cannot be reached, or not be used"
+            raise found from error
         return JSONResponse({"status": "ready", "version": __version__})
 
 
@@ -207,6 +251,8 @@ async def _sweep_on(database: Database, every: float) -> None:
             return
         except PglimitsError as error:
             log.debug("a sweep failed: %s", error)
+        except Exception:
+            log.exception("a sweep failed")
         await asyncio.sleep(every)
 
 

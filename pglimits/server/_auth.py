@@ -147,7 +147,11 @@ def is_same_site(headers: Headers, needs_proof: bool) -> bool:
     origin = headers.get("origin")
     if origin is None:
         return not needs_proof
-    return origin != "null" and urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+    try:
+        host = urlsplit(origin).netloc
+    except ValueError:
+        return False
+    return origin != "null" and host.lower() == headers.get("host", "").lower()
 
 
 class AuthMiddleware:
@@ -230,7 +234,7 @@ def set_cookie(response: Response, request: Request, auth: Auth, value: str) -> 
         value,
         max_age=SESSION_SECONDS if value else 0,
         path=auth.cookie_path,
-        secure=request.url.scheme == "https",
+        secure=request.scope["scheme"] == "https",
         httponly=True,
         samesite="strict",
     )

@@ -7,15 +7,18 @@ ask for again forbids. Here nothing is given back: asked again, a request gets t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from .._database import Busy
+from .._database import TRIES, Busy, Cancelled
 from ..errors import LimiterUnavailable, LimitLocked, PglimitsError
 from ._database import Database
+
+log = logging.getLogger("pglimits.server")
 
 _LOCKED = "55P03"
 _MOST = 500
@@ -98,22 +101,28 @@ class Batches:
 
     async def _go_on(self, alike: Alike) -> None:
         """Send what has been asked meanwhile, until there is nothing left."""
-        while self._asked[alike]:
-            batch: dict[UUID, _Asked] = {}
-            later = []
-            for asked in self._asked[alike]:
-                if asked.lease_id in batch or len(batch) == _MOST:
-                    later.append(asked)
-                else:
-                    batch[asked.lease_id] = asked
-            self._asked[alike] = later
-            await self._send(alike, list(batch.values()))
-        del self._asked[alike]
+        batch: dict[UUID, _Asked] = {}
+        try:
+            while self._asked[alike]:
+                batch = {}
+                later = []
+                for asked in self._asked[alike]:
+                    if asked.lease_id in batch or len(batch) == _MOST:
+                        later.append(asked)
+                    else:
+                        batch[asked.lease_id] = asked
+                self._asked[alike] = later
+                await self._send(alike, list(batch.values()))
+        finally:  # however it ends: nobody is left waiting, and the next who asks begins anew
+            _fail([*batch.values(), *self._asked.pop(alike)], LimiterUnavailable("the server ends"))
 
     async def _send(self, alike: Alike, batch: Sequence[_Asked]) -> None:
         try:
             answers = await self._answers(alike, batch)
-        except LimiterUnavailable as error:
+            for asked, answer in zip(batch, answers, strict=True):
+                if not asked.answer.done():
+                    asked.answer.set_result(answer)
+        except (LimiterUnavailable, LimitLocked) as error:
             _fail(batch, error)
         except PglimitsError as error:
             if len(batch) == 1:
@@ -123,12 +132,17 @@ class Batches:
                     await self._send(alike, [asked])
         except Exception as error:
             _fail(batch, error)
-        else:
-            for asked, answer in zip(batch, answers, strict=True):
-                if not asked.answer.done():
-                    asked.answer.set_result(answer)
 
     async def _answers(self, alike: Alike, batch: Sequence[_Asked]) -> list[tuple[Answer, float]]:
+        """Those of a batch. It is sent again where the database says that it did nothing, and may do it now."""
+        for _ in range(TRIES - 1):
+            try:
+                return await self._answers_of_one_try(alike, batch)
+            except (Busy, Cancelled) as error:
+                log.debug("a batch is sent again: %s", error)
+        return await self._answers_of_one_try(alike, batch)
+
+    async def _answers_of_one_try(self, alike: Alike, batch: Sequence[_Asked]) -> list[tuple[Answer, float]]:
         try:
             async with self._at_once:
                 rows = await self._db.rows(

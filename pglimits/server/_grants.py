@@ -14,7 +14,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -24,6 +24,7 @@ from psycopg.types.json import Jsonb
 
 from .. import _sql
 from .._arguments import holder as as_json
+from .._database import Busy, Cancelled
 from .._limiter import AsyncLimiter
 from .._requests import checked, new_id
 from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError, QueueFull
@@ -47,6 +48,8 @@ _LOCK_AGAIN = "50ms"
 """The same of one that was found locked before."""
 _LOOKS_AGAIN = 1.0
 """Seconds until it is looked whether a limit is locked still."""
+_MOST_LOCKED = 1000
+"""So many requests are known to meet a lock at most: clients choose the names, and may choose any."""
 _ASKS_AT_ONCE = 3
 """So many connections of the pool are used for that at most: others are left for those who look on."""
 _PAUSE = 0.25
@@ -95,12 +98,13 @@ class Grants:
         self._limiter = AsyncLimiter(database.conninfo, durable=durable)
         self._leaving: set[asyncio.Task[None]] = set()
         self._asks = asyncio.Semaphore(_ASKS_AT_ONCE)
-        self._locked: dict[str, float] = {}
+        self._locked: dict[tuple[str, ...], float] = {}
+        """Which names, asked for together, met a lock, and until when nobody else finds out whether it is over."""
         self._batches = Batches(database, self._asks)
         self._closing = asyncio.Event()
         self.refusals: Counter[tuple[str, str]] = Counter()
         """How often this server has refused slots of each limit, to acquire and to rate_limit. The database does not
-        know: a refusal writes nothing."""
+        know: a refusal writes nothing. Of several limits it is not known which refused, and some may be missing."""
 
     async def acquire(
         self,
@@ -137,11 +141,21 @@ class Grants:
                 names, slots, keys, for_rate, timeout, hold, lease_duration, priority, holder, lease_id, strict
             )
         except QueueFull:
-            self.refusals.update((name, operation) for name in names)
+            self._count_refusal(names, operation)
             raise
         if answer.status == "refused":
-            self.refusals.update((name, operation) for name in names)
+            self._count_refusal(names, operation)
         return answer
+
+    def _count_refusal(self, names: Sequence[str], operation: str) -> None:
+        if len(set(names)) == 1:
+            self.refusals[names[0], operation] += 1
+
+    def forget_refusals(self, known: Collection[str]) -> None:
+        """Forget those of limits that are not among these: they were deleted or renamed."""
+        for name, operation in list(self.refusals):
+            if name not in known:
+                del self.refusals[name, operation]
 
     async def _acquire(
         self,
@@ -165,7 +179,7 @@ class Grants:
         if lease_id is None:
             try:
                 answer = await self._once(names, slots, keys, for_rate, lease_duration, priority, holder, strict)
-            except LimitLocked:
+            except (LimitLocked, Busy, Cancelled):
                 if not hold:
                     raise
             else:
@@ -234,8 +248,10 @@ class Grants:
         try:
             with self._listener.news_of(lease_id) if hold else contextlib.nullcontext() as news:
                 return await self._ask_on(query, arguments, hold, news)
-        except asyncio.CancelledError:
-            if is_new:
+        except QueueFull:
+            raise  # it has no place
+        except (Exception, asyncio.CancelledError):
+            if is_new:  # its client does not know the id, so it cannot
                 self.leave_later(lease_id)
             raise
 
@@ -254,7 +270,7 @@ class Grants:
             try:
                 answer = await self._ask(query, arguments)
                 heard_at = clock()
-            except LimitLocked:
+            except (LimitLocked, Busy, Cancelled):  # nothing was done
                 if is_over:
                     raise
                 await asyncio.sleep(_PAUSE)
@@ -283,22 +299,36 @@ class Grants:
         Else those who ask for such a limit would keep all connections from those who ask for others.
         """
         now = asyncio.get_running_loop().time()
-        names = arguments["names"]
-        suspect = [name for name in names if name in self._locked]
-        if any(self._locked[name] > now for name in suspect):
-            raise LimitLocked(f"somebody keeps one of these limits locked: {', '.join(map(repr, suspect))}")
-        for name in suspect:
-            self._locked[name] = now + _LOOKS_AGAIN
+        names = tuple(arguments["names"])
+        suspect = [some for some in dict.fromkeys([names, *((name,) for name in names)]) if some in self._locked]
+        if any(self._locked[some] > now for some in suspect):
+            raise LimitLocked(f"somebody keeps one of these limits locked: {', '.join(map(repr, names))}")
+        if suspect:
+            self._met_lock(names, now)
         try:
             async with self._asks:
                 arguments["lock"] = _LOCK_AGAIN if suspect else _LOCK
                 row = await self._db.row(query, arguments)
         except LimitLocked:
-            self._locked.update(dict.fromkeys(names, now + _LOOKS_AGAIN))
+            self._met_lock(names, now)
             raise
-        for name in suspect:
-            self._locked.pop(name, None)
+        except LimiterUnavailable:
+            raise
+        except PglimitsError:
+            self._met_no_lock([*suspect, names])
+            raise
+        self._met_no_lock([*suspect, names])
         return Answer(**(row or {}))
+
+    def _met_lock(self, names: tuple[str, ...], now: float) -> None:
+        """Of several names it is not known which is locked: the others may be had alone."""
+        if len(self._locked) >= _MOST_LOCKED:
+            self._locked.clear()
+        self._locked[names] = now + _LOOKS_AGAIN
+
+    def _met_no_lock(self, found: Sequence[tuple[str, ...]]) -> None:
+        for names in found:
+            self._locked.pop(names, None)
 
     async def _news_or(self, news: asyncio.Event, seconds: float) -> None:
         """Sleep until there is news, or the server closes."""

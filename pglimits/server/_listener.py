@@ -20,6 +20,8 @@ EVENTS = "pglimits_events"
 _LINGERS = 10.0
 """Seconds for which it goes on listening when nobody waits any longer."""
 _TRIES_AGAIN = 1.0
+_DEAF = 60.0
+"""Seconds until it tries again behind a pooler, where nothing can be heard."""
 
 
 class Listener:
@@ -36,6 +38,7 @@ class Listener:
         self._conninfo = conninfo
         self._wanted = 0
         self._task: asyncio.Task[None] | None = None
+        self._deaf_until = 0.0
         self._idle: asyncio.TimerHandle | None = None
         self._by_id: dict[str, set[asyncio.Event]] = {}
         self._on_event: list[Callable[[], None]] = []
@@ -46,7 +49,8 @@ class Listener:
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
-        if self._task is None or self._task.done():
+        is_deaf = asyncio.get_running_loop().time() < self._deaf_until
+        if not is_deaf and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._listen(), name="pglimits listener")
 
     def done(self) -> None:
@@ -85,16 +89,18 @@ class Listener:
             self._idle.cancel()
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
 
     async def _listen(self) -> None:
         while True:
             try:
                 await self._listen_once()
+                self._deaf_until = asyncio.get_running_loop().time() + _DEAF
                 return  # a pooler: nothing can be heard
             except (psycopg.Error, OSError) as error:
                 log.debug("the listener lost its connection: %s", error)
+            except Exception:
+                log.exception("the listener failed")
             finally:
                 self.hears = False
             await asyncio.sleep(_TRIES_AGAIN * random.uniform(0.7, 1.3))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -14,6 +13,7 @@ from .._exposition import CONTENT_TYPE, QUERY, exposition
 from ..errors import PglimitsError
 from ._auth import reading
 from ._database import Database, Rows
+from ._grants import Grants
 
 log = logging.getLogger("pglimits.server")
 
@@ -32,14 +32,15 @@ class _Scrapes:
         self._looked_at = -_KEEPS
         self._was_up = True
 
-    async def body(self, database: Database, refusals: Mapping[tuple[str, str], int]) -> bytes:
+    async def body(self, database: Database, grants: Grants) -> bytes:
         async with self._one:
-            now = time.monotonic()
-            if now - self._looked_at >= _KEEPS:
+            if time.monotonic() - self._looked_at >= _KEEPS:
                 rows = await self._rows(database)
+                if rows is not None:
+                    grants.forget_refusals({row["name"] for row in rows})
                 # In a thread: of ten thousand limits it takes a while, and others are waiting for their answers.
-                self._body = (await asyncio.to_thread(exposition, rows, dict(refusals))).encode()
-                self._looked_at = now
+                self._body = (await asyncio.to_thread(exposition, rows, dict(grants.refusals))).encode()
+                self._looked_at = time.monotonic()
             return self._body
 
     async def _rows(self, database: Database) -> Rows | None:
@@ -68,7 +69,7 @@ def router() -> APIRouter:
     async def metrics(request: Request) -> Response:
         """Metrics of all limits, as Prometheus reads them. Without its database it says ``pglimits_up 0``."""
         return Response(
-            await scrapes.body(request.app.state.db, request.app.state.grants.refusals),
+            await scrapes.body(request.app.state.db, request.app.state.grants),
             headers={"Content-Type": CONTENT_TYPE},
         )
 

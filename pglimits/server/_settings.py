@@ -15,7 +15,8 @@ class Settings:
         dsn: the database; None takes PGLIMITS_DSN, then DATABASE_URL, then the embedded server.
         durable: False commits grants with ``synchronous_commit = off``, as ``Limiter(durable=False)`` does.
         tokens: who may use it. Without any, everybody who reaches it may do everything.
-        root_path: the path under which a proxy shows it, such as ``/limits``.
+        root_path: the path under which a proxy shows it, such as ``/pglimits``. Not one of the server's
+            own paths, such as ``/limits``.
         hosts: names by which it may be called without tokens, besides those of the loopback interface.
         sweep_every: seconds between two sweeps; 0 for none.
         longest_wait: seconds for which one HTTP request is held at most.

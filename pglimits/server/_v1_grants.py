@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from uuid import UUID
 
@@ -61,8 +62,19 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             lease_id=body.lease_id,
             strict=body.strict,
         )
-        answer = await (until_disconnect(request, asking, give_back) if hold else asking)
-        budgets = await request.app.state.budgets.of(names, keys)
+
+        async def answering() -> tuple[Answer, list[fields.Budget]]:
+            answer = await asking
+            try:
+                return answer, await request.app.state.budgets.of(names, keys)
+            except (Exception, asyncio.CancelledError):  # the client goes in this moment
+                give_back(answer)
+                raise
+
+        def lose(lost: tuple[Answer, list[fields.Budget]]) -> None:
+            give_back(lost[0])
+
+        answer, budgets = await (until_disconnect(request, answering(), lose) if hold else answering())
         return _response(answer, names, budgets)
 
     @routes.post("/acquire", tags=["slots"], responses=_ANSWERS)

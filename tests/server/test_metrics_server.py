@@ -73,6 +73,10 @@ def test_the_server_counts_what_it_has_refused_as_the_database_cannot(http: http
         return {(each.labels["limit"], each.labels["operation"]): each.value for each in found}
 
     until(lambda: counted() == {("often full", "acquire"): 3, ("slow", "rate_limit"): 1}, "for a scrape of its own")
+    both = {"limits": [{"name": "often full"}, {"name": "not there"}]}
+    assert http.post("/v1/acquire", json=both).status_code == 429  # nobody knows by which: names may be invented
+    http.delete("/v1/limits/slow")
+    until(lambda: counted() == {("often full", "acquire"): 3}, "for what was deleted to be forgotten")
 
 
 def test_all_metrics_are_there_under_their_names_with_texts_and_no_label_but_limit(conn: Connection) -> None:

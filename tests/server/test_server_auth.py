@@ -12,9 +12,10 @@ import httpx
 import pytest
 from fastapi import FastAPI, routing
 from servertest import FULL, READ, TOKENS, Server
+from starlette.datastructures import Headers
 
 from pglimits.server import Settings, create_app
-from pglimits.server._auth import reading, writing
+from pglimits.server._auth import is_same_site, reading, writing
 from pglimits.server._prefect import PUBLIC
 
 
@@ -84,6 +85,23 @@ def test_a_full_token_may_do_all_and_one_for_reading_may_look(
                 response = http.request(method, path, json=body, headers=headers)
                 assert (response.status_code, response.headers["www-authenticate"]) == (401, 'Bearer realm="pglimits"')
         assert [http.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+
+
+def test_an_origin_that_is_none_is_of_another_site(guarded: Server) -> None:
+    with guarded.client() as http:
+        for path in ("/login", "/v1/limits"):
+            assert http.post(path, headers={"Origin": "http://["}).status_code in (401, 403), path
+    assert not is_same_site(Headers({"Origin": "http://[", "Host": "localhost"}), needs_proof=False)
+
+
+def test_why_the_database_cannot_be_reached_is_told_to_those_who_may_read(serve: Callable[..., Server]) -> None:
+    server = serve(on="host=127.0.0.1 port=1 user=somebody dbname=x connect_timeout=2", **TOKENS)
+    with server.client() as http:
+        for headers in ({}, bearer(READ)):
+            answer = http.get("/readyz", headers=headers)
+            assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+            if not headers:
+                assert answer.json()["detail"] == "the database cannot be reached, or not be used"
 
 
 def test_no_secret_is_said_anywhere(serve: Callable[..., Server]) -> None:

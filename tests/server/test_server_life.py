@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -19,6 +22,8 @@ from cluster import Cluster, cluster
 from servertest import Server, messages, until
 
 from pglimits import _embedded, _install
+from pglimits.errors import InvalidArgument
+from pglimits.server import Settings, create_app
 
 
 @pytest.fixture
@@ -28,6 +33,22 @@ def private(server: Any) -> Iterator[Cluster]:
         made.start()
         _install.install(made.dsn)
         yield made
+
+
+@pytest.fixture
+def freeze() -> Iterator[Callable[[Cluster], None]]:
+    """freeze(cluster): no process of it does anything any more, until the end of the test."""
+    frozen: list[int] = []
+
+    def begin(private: Cluster) -> None:
+        children = Path(f"/proc/{private.pid}/task/{private.pid}/children").read_text()
+        frozen.extend([private.pid, *map(int, children.split())])
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+
+    yield begin
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_it_says_where_it_is_in_one_line(serve: Callable[..., Server], dsn: str) -> None:
@@ -308,10 +329,62 @@ def test_bodies_are_bounded(shared: Server) -> None:
 
 
 def test_under_a_prefix_it_is_found_with_and_without_it(serve: Callable[..., Server]) -> None:
-    server = serve("--root-path", "/limits/")
-    assert server.said.rstrip().endswith("/limits/")
-    bare = server.url.removesuffix("/limits")
-    assert httpx.get(f"{bare}/limits/healthz").status_code == 200
+    server = serve("--root-path", "/pglimits/")
+    assert server.said.rstrip().endswith("/pglimits/")
+    bare = server.url.removesuffix("/pglimits")
+    assert httpx.get(f"{bare}/pglimits/healthz").status_code == 200
     assert httpx.get(f"{bare}/healthz").status_code == 200
     made = httpx.post(f"{bare}/v1/limits", json={"name": "a", "limit": 1})
-    assert made.headers["location"] == "/limits/v1/limits/a"
+    assert made.headers["location"] == "/pglimits/v1/limits/a"
+    for page in ("/limits/a", "/pglimits/limits/a"):
+        shown = httpx.get(bare + page)
+        assert (shown.status_code, "/pglimits/static/" in shown.text) == (200, True), page
+
+
+@pytest.mark.parametrize("root_path", ["/limits", "/v1/x", "/static", "/login", "/docs", "/openapi.json"])
+def test_a_prefix_that_is_a_path_of_its_own_is_refused(dsn: str, root_path: str) -> None:
+    with pytest.raises(InvalidArgument, match="is a path of the server's own"):
+        create_app(Settings(dsn=dsn, root_path=root_path))
+
+
+def test_the_command_refuses_such_a_prefix_in_one_line(dsn: str) -> None:
+    server = Server(dsn, ["--root-path", "/limits"])
+    _, err = server.process.communicate(timeout=60)
+    assert (server.process.returncode != 0, err.count("\n"), "own" in err) == (True, 1, True), err
+
+
+def test_whether_it_is_well_can_be_asked_by_head(shared: Server) -> None:
+    with shared.client() as http:
+        for path in ("/healthz", "/readyz"):
+            answer = http.head(path)
+            assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_sigterm_ends_it_though_its_database_is_frozen(
+    private: Cluster, serve: Callable[..., Server], freeze: Callable[[Cluster], None]
+) -> None:
+    server = serve("--sweep-every", "0.3", on=private.dsn)
+
+    def ask(method: str, path: str, body: Any = None) -> None:
+        with server.client() as http, contextlib.suppress(httpx.HTTPError):
+            http.request(method, path, json=body)
+
+    with server.client() as http:
+        http.post("/v1/limits", json={"name": "one", "limit": 1})
+        http.post("/v1/acquire", json={"name": "one"})
+    asked: list[tuple[Any, ...]] = [
+        ("GET", "/v1/limits"),
+        ("POST", "/v1/acquire", {"name": "one", "wait": 60}),
+        ("POST", "/v1/acquire", {"name": "one", "wait": 60, "lease_id": str(uuid.uuid4())}),
+        ("GET", "/v1/changes"),
+    ]
+    threads = [threading.Thread(target=ask, args=each) for each in asked]
+    freeze(private)
+    for thread in threads:
+        thread.start()
+    time.sleep(1)  # for them to be asked: there is nothing to see from outside
+    began = time.monotonic()
+    server.terminate()
+    assert time.monotonic() - began < 5  # not a figure: what the server promises
+    for thread in threads:
+        thread.join()

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import AfterValidator
 
 from ..errors import LimitNotFound
+from ..models import Limit
 from . import _v1_models as models
 from ._auth import Caller, reading, writing
 from ._database import Database, Rows
@@ -91,7 +92,7 @@ def add_to(routes: APIRouter) -> None:
         )
         return paged(rows, "limits")
 
-    @routes.post("/limits", tags=["limits"], status_code=201, response_model=models.Limit)
+    @routes.post("/limits", tags=["limits"], status_code=201, response_model=Limit)
     async def create_limit(
         request: Request, response: Response, caller: Writer, body: models.NewLimit
     ) -> dict[str, Any]:
@@ -106,12 +107,12 @@ def add_to(routes: APIRouter) -> None:
         response.headers["Location"] = f"{request.scope.get('root_path', '')}/v1/limits/{quote(body.name, safe='')}"
         return await the_limit(db, body.name)
 
-    @routes.get("/limits/{name}", tags=["limits"], response_model=models.Limit)
+    @routes.get("/limits/{name}", tags=["limits"], response_model=Limit)
     async def get_limit(request: Request, _: Reader, name: Name) -> dict[str, Any]:
         """One limit."""
         return await the_limit(database(request), name)
 
-    @routes.patch("/limits/{name}", tags=["limits"], response_model=models.Limit)
+    @routes.patch("/limits/{name}", tags=["limits"], response_model=Limit)
     async def update_limit(request: Request, caller: Writer, name: Name, body: models.LimitChange) -> dict[str, Any]:
         """Change what is sent, at once."""
         db = database(request)

@@ -8,6 +8,9 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
+from ..models import Event, Holder, Limit, Step, Waiter
+from ..models import Key as KeyUse
+
 _MOST = 2**31 - 1
 
 
@@ -174,36 +177,9 @@ class Adjustment(Body):
     key: KeyText = ""
 
 
-class Limit(BaseModel):
-    """A limit, and how much of it is used, over all its keys."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    limit: int
-    held: int
-    waiting: int
-    active: bool
-    slot_decay_per_second: float
-    level: float
-    max_waiters: int | None
-    description: str | None
-    created_at: datetime
-    updated_at: datetime
-
-
 class Limits(BaseModel):
     limits: list[Limit]
     total: int
-
-
-class KeyUse(BaseModel):
-    name: str
-    key: str
-    held: int
-    level: float
-    waiting: int
-    fence: int
 
 
 class Keys(BaseModel):
@@ -211,34 +187,9 @@ class Keys(BaseModel):
     total: int
 
 
-class Holder(BaseModel):
-    lease_id: UUID
-    name: str
-    key: str
-    slots: int
-    holder: Any
-    fence: int
-    priority: int
-    acquired_at: datetime
-    expires_at: datetime
-
-
 class Holders(BaseModel):
     holders: list[Holder]
     total: int
-
-
-class Waiter(BaseModel):
-    """A request that stands in line."""
-
-    lease_id: UUID
-    name: str
-    key: str
-    slots: int
-    holder: Any
-    priority: int
-    position: int
-    waiting_since: datetime
 
 
 class Waiters(BaseModel):
@@ -269,46 +220,11 @@ class Waiting(BaseModel):
     total: int
 
 
-class Event(BaseModel):
-    event_id: int
-    at: datetime
-    kind: str
-    name: str
-    key: str | None
-    lease_id: UUID | None
-    slots: int | None
-    fence: int | None
-    holder: Any
-    held_seconds: float | None
-    old: Any
-    new: Any
-    by: Any
-
-
 class Events(BaseModel):
     """Newest first, or with ``after`` oldest first. next: pass it on as ``before``, or ``after``; null: that is all."""
 
     events: list[Event]
     next: int | None
-
-
-class Step(BaseModel):
-    """One step of a history. at: its end. covered_seconds: what its samples cover. held: on average."""
-
-    at: datetime
-    covered_seconds: float
-    limit: int
-    held: float | None
-    level: float
-    waiting: int
-    grants: int
-    granted_slots: int
-    releases: int
-    expired_leases: int
-    force_released_leases: int
-    waited_seconds: float | None
-    waited_p50: float | None
-    waited_p95: float | None
 
 
 class History(BaseModel):

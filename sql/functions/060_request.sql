@@ -118,6 +118,24 @@ end $$;
 
 comment on function pglimits._missing(text[]) is 'Those of some names of which there is no limit; null if there are none.';
 
+-- The id of a limit whose name was checked, without a lock; _lock_limit is for who changes it.
+create or replace function pglimits._limit_id(name text)
+returns bigint
+language plpgsql
+stable
+as $$
+declare
+  found_id bigint;
+begin
+  select c.limit_id into found_id from pglimits.configs c where c.name = _limit_id.name;
+  if not found then
+    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
+  end if;
+  return found_id;
+end $$;
+
+comment on function pglimits._limit_id(text) is 'The id of a limit. Raises LimitNotFound.';
+
 create or replace function pglimits._listed(names text[])
 returns text
 language sql

@@ -20,10 +20,7 @@ declare
   needs text;
 begin
   perform pglimits._check(pglimits._name_fault('name', why_waiting.name));
-  select c.limit_id into of_limit from pglimits.configs c where c.name = why_waiting.name;
-  if not found then
-    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', why_waiting.name));
-  end if;
+  of_limit := pglimits._limit_id(why_waiting.name);
   for waiter in
     with places as (
       -- The lines of this limit, and those in which somebody stands who needs this limit too.

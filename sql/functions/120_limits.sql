@@ -278,7 +278,6 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  of_limit bigint;
   state pglimits.states;
   now timestamptz;
   decayed double precision;
@@ -290,11 +289,7 @@ begin
     pglimits._name_fault('name', name), case when slots is null then 'slots must not be null' end,
     pglimits._name_fault('key', key, true)));
   while state.limit_id is null loop
-    select c.limit_id into of_limit from pglimits.configs c where c.name = adjust.name;
-    if not found then
-      perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
-    end if;
-    state := pglimits._lock(of_limit, key);
+    state := pglimits._lock(pglimits._limit_id(name), key);
   end loop;
   now := pglimits._now();
   if state.slot_decay_per_second = 0 then
@@ -337,10 +332,7 @@ begin
   perform pglimits._refuse_snapshot('reset');
   perform pglimits._check(coalesce(
     pglimits._name_fault('name', name), case when key is not null then pglimits._name_fault('key', key, true) end));
-  select c.limit_id into of_limit from pglimits.configs c where c.name = reset.name;
-  if not found then
-    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', name));
-  end if;
+  of_limit := pglimits._limit_id(name);
   -- All states first: delete_limit holds the states of one limit, and touches its leases on others.
   perform pglimits._lock_used(of_limit, k.key)
   from (select x.key from pglimits.known_keys x

@@ -202,21 +202,18 @@ as $$
 #variable_conflict use_column
 declare
   now constant timestamptz := pglimits._now();
+  of_limit bigint;
   width double precision;
   since timestamptz;
-  of_limit bigint;
 begin
   perform pglimits._check(coalesce(
     pglimits._name_fault('name', history.name), pglimits._steps_fault(history.seconds, history.points)));
+  of_limit := pglimits._limit_id(history.name);
   width := history.seconds / history.points;
   since := now - interval '1 second' * history.seconds;
-  select c.limit_id into of_limit from pglimits.configs c where c.name = history.name;
-  if not found then
-    perform pglimits._fail('LimitNotFound', format('there is no limit named %L', history.name));
-  end if;
   return query
   with step as (
-    select s.*, lag(s.at) over w as before, lag(s.grants) over w as grants_before,
+    select s.*, lag(s.at) over w as before,
            s.grants - lag(s.grants) over w as new_grants,
            s.granted_slots - lag(s.granted_slots) over w as new_granted_slots,
            s.releases - lag(s.releases) over w as new_releases,
@@ -229,16 +226,21 @@ begin
     from pglimits._samples_since(of_limit, since, now) s
     window w as (order by s.at)
   )
-  select since + x.nth * width * interval '1 second', sum(x.length), (array_agg(x."limit" order by x.at desc))[1],
-         greatest(sum(x.new_held_slot_seconds) / nullif(sum(x.length), 0), 0), (array_agg(x.level order by x.at desc))[1],
-         (array_agg(x.waiting order by x.at desc))[1], sum(x.new_grants)::bigint, sum(x.new_granted_slots)::bigint,
-         sum(x.new_releases)::bigint, sum(x.new_expired_leases)::bigint, sum(x.new_force_released_leases)::bigint,
-         sum(x.new_waited_seconds),
-         pglimits._wait_quantile(0.5, sum(x.new_grants)::bigint, pglimits._sum_waits(array_agg(x.new_waits) filter (where x.new_waits is not null))),
-         pglimits._wait_quantile(0.95, sum(x.new_grants)::bigint, pglimits._sum_waits(array_agg(x.new_waits) filter (where x.new_waits is not null)))
-  from (select s.*, date_part('epoch', s.at - s.before) as length from step s where s.before is not null and s.nth > 0) x
-  group by x.nth
-  order by x.nth;
+  select since + y.nth * width * interval '1 second', y.length, y."limit",
+         greatest(y.held_slot_seconds / nullif(y.length, 0), 0), y.level, y.waiting, y.grants, y.granted_slots, y.releases,
+         y.expired_leases, y.force_released_leases, y.waited_seconds, pglimits._wait_quantile(0.5, y.grants, y.waits),
+         pglimits._wait_quantile(0.95, y.grants, y.waits)
+  from (
+    select x.nth, sum(x.length) as length, (array_agg(x."limit" order by x.at desc))[1] as "limit",
+           (array_agg(x.level order by x.at desc))[1] as level, (array_agg(x.waiting order by x.at desc))[1] as waiting,
+           sum(x.new_held_slot_seconds) as held_slot_seconds, sum(x.new_grants)::bigint as grants,
+           sum(x.new_granted_slots)::bigint as granted_slots, sum(x.new_releases)::bigint as releases,
+           sum(x.new_expired_leases)::bigint as expired_leases,
+           sum(x.new_force_released_leases)::bigint as force_released_leases, sum(x.new_waited_seconds) as waited_seconds,
+           pglimits._sum_waits(array_agg(x.new_waits) filter (where x.new_waits is not null)) as waits
+    from (select s.*, date_part('epoch', s.at - s.before) as length from step s where s.before is not null and s.nth > 0) x
+    group by x.nth) y
+  order by y.nth;
 end $$;
 
 comment on function pglimits.history(text, double precision, integer) is

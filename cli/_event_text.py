@@ -10,8 +10,6 @@ from . import _output
 if TYPE_CHECKING:
     from pglimits import Event
 
-KINDS = ("created", "updated", "deleted", "reset", "expired", "lost", "force_released")
-
 
 def line(event: Event) -> str:
     """When, what, of which limit, and what there is to say about it."""

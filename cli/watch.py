@@ -149,10 +149,12 @@ def events(
 
     Example: pglimits events --follow --kind expired -o json
     """
-    from ._event_text import KINDS, line
+    from pglimits._words import EVENT_KINDS
 
-    if kind is not None and kind not in KINDS:
-        raise _errors.usage(f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    from ._event_text import line
+
+    if kind is not None and kind not in EVENT_KINDS:
+        raise _errors.usage(f"--kind must be one of {', '.join(EVENT_KINDS)}, not {kind!r}")
 
     def show(found: list[Event]) -> None:
         for event in found:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 OFF, SHUT, BACKLOGGED, AT_CAPACITY, ACTIVE, IDLE = "off", "shut", "backlogged", "at capacity", "active", "idle"
 STATES = (BACKLOGGED, AT_CAPACITY, ACTIVE, IDLE, SHUT, OFF)
 """In the order in which they want attention."""
+
+EventKind = Literal["created", "updated", "deleted", "reset", "expired", "lost", "force_released"]
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 
 
 class Used(Protocol):

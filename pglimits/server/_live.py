@@ -37,14 +37,13 @@ LIMITS = """
            c.expired_leases, c.force_released_leases, c.oldest_waiting_since
     from pglimits.limits l left join pglimits.counters c on c.name = l.name
 """
-EVENTS = """
-    select event_id, at, kind, name, key, lease_id, slots, fence, holder, held_seconds, old, new, by
-    from pglimits.events where event_id > %s order by event_id limit %s
+EVENT = """
+    select e.event_id, e.at, e.kind, e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, e.old,
+           e.new, e.by
+    from pglimits.events e
 """
-_LAST_EVENTS = f"""
-    select event_id, at, kind, name, key, lease_id, slots, fence, holder, held_seconds, old, new, by
-    from pglimits.events order by event_id desc limit {_AGAIN}
-"""
+EVENTS = f"{EVENT} where e.event_id > %s order by e.event_id limit %s"
+_LAST_EVENTS = f"{EVENT} order by e.event_id desc limit {_AGAIN}"
 _HOLDERS = """
     select lease_id, name, key, slots, holder, fence, priority, acquired_at, expires_at
     from pglimits.holders where name = any (%s::text[]) limit 2000

@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 
-from .._words import STATES
+from .._words import EVENT_KINDS, STATES
 from ..errors import LimiterUnavailable, PglimitsError
 from . import _page_actions
 from ._auth import local_path, reading
@@ -31,7 +31,6 @@ from ._page_render import limit_url, render, static, url_of
 from ._problems import Problem, problem
 from ._settings import Settings
 
-KINDS = ("created", "updated", "deleted", "reset", "expired", "lost", "force_released")
 _HEADINGS = {403: "You may not do that", 404: "There is nothing here"}
 _EVENTS = 50
 _SHARED = 0.5
@@ -224,7 +223,7 @@ async def events(request: Request) -> Response:
     """What has happened."""
     given = request.query_params
     name, kind = given.get("name", "")[:200], given.get("kind", "")
-    kind = kind if kind in KINDS else ""
+    kind = kind if kind in EVENT_KINDS else ""
     before = _number(given.get("before"))
     hub = hub_of(request)
     asked = ("events", name, kind, before)
@@ -249,7 +248,7 @@ async def events(request: Request) -> Response:
         stream=_stream(request),
         name=name,
         kind=kind,
-        kinds=KINDS,
+        kinds=EVENT_KINDS,
         before=before,
         events=found[:_EVENTS],
         older=found[_EVENTS - 1]["event_id"] if len(found) > _EVENTS else None,

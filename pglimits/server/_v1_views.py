@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
+from .._words import EventKind
 from . import _v1_models as models
+from ._live import EVENT
 from ._v1_limits import Most, Name, NameFilter, Reader, Skip, database, paged, the_limit
 
-Kind = Literal["created", "updated", "deleted", "reset", "expired", "lost", "force_released"]
 _ID = Annotated[int | None, Query(ge=0, le=2**63 - 1)]
 
 _KEYS = """
@@ -43,11 +44,6 @@ _HISTORY = """
     select h.at, h.covered_seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
            h.expired_leases, h.force_released_leases, h.waited_seconds, h.waited_p50, h.waited_p95
     from pglimits.history(%s, %s::float8, %s::int) h order by h.at
-"""
-EVENT = """
-    select e.event_id, e.at, e.kind, e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, e.old,
-           e.new, e.by
-    from pglimits.events e
 """
 
 
@@ -112,7 +108,7 @@ def add_to(routes: APIRouter) -> None:
         request: Request,
         _: Reader,
         name: NameFilter = None,
-        kind: Annotated[list[Kind] | None, Query()] = None,
+        kind: Annotated[list[EventKind] | None, Query()] = None,
         after: Annotated[_ID, Query(description="Those that are newer, oldest first.")] = None,
         before: Annotated[_ID, Query(description="Those that are older, newest first.")] = None,
         limit: Most = 100,

@@ -117,7 +117,8 @@ begin
 end $$;
 
 comment on function pglimits.keep_history(double precision) is
-$$For how many seconds samples and events are kept: 8 days, if never called. 0 keeps none. The next sweep forgets what is older.
+$$For how many seconds samples and events are kept: 8 days, if never called. 0 keeps none. The next sweep forgets what is older,
+but for the last sample of each limit.
 Errors: PL001 a bad argument.$$;
 
 create or replace function pglimits.last_sweep()

@@ -15,7 +15,9 @@ def find(name: str) -> str:
     Raises:
         typer.Exit: 127 if there is none, or no interpreter that its first line names; 126 if it cannot be executed.
     """
-    places = [name] if "/" in name else [str(Path(folder, name)) for folder in os.get_exec_path() if name]
+    # A folder that may not be searched has nothing, as for a shell.
+    searched = [folder for folder in os.get_exec_path() if name and os.access(folder or ".", os.X_OK)]
+    places = [name] if "/" in name else [str(Path(folder, name)) for folder in searched]
     problem = ""
     for place in places:
         path = Path(place)

@@ -115,6 +115,9 @@ def test_what_is_not_there_or_no_program_is_found_out_before_the_wait(
     nothing = process("run", "database", "--", "no-such-command")
     assert (nothing.code, nothing.err) == (127, "Error: no-such-command: command not found\n")
     assert process("run", "database", "--", str(tmp_path / "nix")).code == 127
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)  # root may search it all the same
+    assert process("run", "database", "--", "no-such-command", PATH=f"{closed}:{os.environ['PATH']}").code == 127
     file = tmp_path / "no-program"
     file.write_text("text")
     assert process("run", "database", "--", str(file)).code == 126

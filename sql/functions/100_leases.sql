@@ -49,6 +49,7 @@ comment on function pglimits.renew_all(uuid[], double precision) is
   'each id: whether it was still live (on all its limits), and its new end. Safe to repeat. PL001 for a duration below 1 second.';
 
 -- Those of some leases that somebody wanted to renew too late: told once, by what is left of them, or by the event of their end.
+-- The fence tells apart what an id was used for before.
 create or replace function pglimits._note_lost(lease_ids uuid[], now timestamptz)
 returns void
 language plpgsql
@@ -57,35 +58,30 @@ as $$
 declare
   live uuid[];
   lost uuid[];
-  told_before uuid[];
-  told pglimits.event_log;
-  lease pglimits.leases;
 begin
   live := array(select l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now);
   lost := array(select u.id from unnest(lease_ids) as u(id) where u.id <> all (live));
-  if cardinality(lost) > 0 then
-    told_before := array(select e.lease_id from pglimits.event_log e where e.lease_id = any (lost) and e.kind = 'lost');
-    lost := array(select u.id from unnest(lost) as u(id) where u.id <> all (told_before));
-  end if;
   if cardinality(lost) = 0 then
     return;
   end if;
-  perform pglimits._note_leases('lost', x.name, x.leases, now)
-  from (select c.name, array_agg(l) as leases from pglimits.leases l join pglimits.configs c on c.limit_id = l.limit_id
-        where l.lease_id = any (lost) group by c.name order by c.name) x;
-  for told in
-    select e.* from pglimits.event_log e
-    where e.lease_id = any (lost) and e.kind in ('expired', 'force_released') and e.fence is not null order by e.event_id
-  loop
-    lease.lease_id := told.lease_id;
-    lease.slots := told.slots;
-    lease.fence := told.fence;
-    lease.holder := told.holder;
-    lease.expires_at := now;
-    lease.acquired_at := now - told.held_seconds * interval '1 second';
-    lease.key := told.key;
-    perform pglimits._note_leases('lost', told.name, array[lease], now);
-  end loop;
+  perform pglimits._note_leases('lost', x.name, array_agg(x.lease), now)
+  from (
+    select c.name, l as lease
+    from pglimits.leases l join pglimits.configs c on c.limit_id = l.limit_id
+    where l.lease_id = any (lost)
+    union all
+    (select distinct on (e.lease_id, e.name, e.key) e.name, jsonb_populate_record(null::pglimits.leases, jsonb_build_object(
+              'lease_id', e.lease_id, 'key', e.key, 'slots', e.slots, 'fence', e.fence, 'holder', e.holder, 'expires_at', now,
+              'acquired_at', now - e.held_seconds * interval '1 second'))
+     from pglimits.event_log e
+     where e.lease_id = any (lost) and e.kind in ('expired', 'force_released') and e.fence is not null
+       and not exists (select from pglimits.leases l where l.lease_id = e.lease_id)
+     order by e.lease_id, e.name, e.key, e.event_id desc)
+  ) x
+  where not exists (
+    select from pglimits.event_log e
+    where e.lease_id = (x.lease).lease_id and e.kind = 'lost' and e.key = (x.lease).key and e.fence = (x.lease).fence)
+  group by x.name;
 end $$;
 
 comment on function pglimits._note_lost(uuid[], timestamptz) is 'Writes an event about each of some leases that had ended when it was to be renewed.';

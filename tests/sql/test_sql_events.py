@@ -77,6 +77,22 @@ def test_a_holder_that_comes_back_too_late_is_told_once_as_lost(clock: Clock, s:
     assert sorted(event.lease_id for event in events(s, "expired")) == sorted([first, second])
 
 
+def test_an_id_that_is_used_again_and_lost_again_is_told_again(clock: Clock, s: Session) -> None:
+    s.create("database", 3)
+    clock.freeze()
+    fences = []
+    for swept in (False, True, False, True):
+        lease = s.acquire("database", lease_duration=30, lease_id="00000000-0000-0000-0000-000000000001")
+        fences.append(lease.fence)
+        clock.advance(31)
+        if swept:
+            s.sweep()
+        for _ in range(2):
+            assert not s.renew(lease.lease_id)
+        s.sweep()
+    assert [event.fence for event in events(s, "lost")] == fences
+
+
 def test_renewing_what_was_never_there_or_was_released_is_no_event(s: Session) -> None:
     s.create("database", 3)
     lease = s.acquire("database").lease_id

@@ -236,7 +236,7 @@ def set_cookie(response: Response, request: Request, auth: Auth, value: str) -> 
         path=auth.cookie_path,
         secure=request.scope["scheme"] == "https",
         httponly=True,
-        samesite="strict",
+        samesite="lax",  # a link to a limit opens it; what changes something needs more: see is_same_site
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from .._gaps import Gaps
+
 T = TypeVar("T")
 
 Row = dict[str, Any]
@@ -162,20 +164,19 @@ class KnownEvents:
 
     Attributes:
         number: of the one that was found last.
-        newest: the highest id; None before the first ones were taken.
+        gaps: how far they were read; None before the first ones were taken.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.newest: int | None = None
+        self.gaps: Gaps | None = None
         self._found: OrderedDict[int, tuple[int, Row]] = OrderedDict()
 
     def begin(self, rows: Iterable[Row]) -> None:
         """The last ones that were there before anybody looked: they are no news."""
-        self.newest = 0
-        for row in sorted(rows, key=lambda row: row["event_id"]):
-            self._found[row["event_id"]] = (self.number, row)
-            self.newest = max(self.newest, row["event_id"])
+        there = sorted(rows, key=lambda row: row["event_id"])
+        self._found.update((row["event_id"], (self.number, row)) for row in there)
+        self.gaps = Gaps(row["event_id"] for row in there)
 
     def take(self, rows: Iterable[Row]) -> None:
         """Take up those that are new."""
@@ -183,14 +184,13 @@ class KnownEvents:
             if row["event_id"] not in self._found:
                 self.number += 1
                 self._found[row["event_id"]] = (self.number, row)
-                self.newest = max(self.newest or 0, row["event_id"])
         while len(self._found) > KEPT:
             self._found.popitem(last=False)
 
     def forget(self) -> None:
         """Nobody looks any longer."""
         self._found.clear()
-        self.newest = None
+        self.gaps = None
 
     def since(self, number: int) -> tuple[list[Row], bool]:
         """Those that were found since, oldest first, and whether some are not kept any longer."""

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import psycopg
 from psycopg import IsolationLevel
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -51,6 +52,7 @@ class Database:
         self._failed_at = 0.0
         self._busy = 0
         self._size = size
+        self._answered_at = 0.0
         self._pool: AsyncConnectionPool[_Connection] = AsyncConnectionPool(
             self.conninfo,
             kwargs={
@@ -105,7 +107,7 @@ class Database:
                 async with asyncio.timeout(within):
                     found = await self._run(query, params, by, writes)
             except PoolTimeout:
-                if self._busy >= self._size:
+                if self._busy >= self._size or self._answered_at > now:
                     raise LimiterUnavailable("the server has more to do than its database connections can") from None
                 raise self._gone("the database cannot be reached") from None
             except TimeoutError:
@@ -148,6 +150,8 @@ class Database:
                     return await cursor.fetchall() if cursor.description else []
             finally:
                 self._busy -= 1
+                if connection.info.transaction_status == TransactionStatus.IDLE:
+                    self._answered_at = time.monotonic()
 
     async def _drop_dead(self) -> None:
         """One connection is dead: so may be the others."""
@@ -157,11 +161,12 @@ class Database:
 
     async def _answers(self) -> bool:
         """Whether the database answers anything at all."""
+        began = time.monotonic()
         try:
             async with asyncio.timeout(_CONNECTS_WITHIN):
                 await self._run("select 1", (), None, False)
         except (TimeoutError, PoolTimeout, psycopg.Error):
-            return False
+            return self._answered_at > began
         return True
 
     def _gone(self, why: str) -> LimiterUnavailable:

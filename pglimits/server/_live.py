@@ -28,9 +28,6 @@ _AT_LEAST_EVERY = 3.0
 """Seconds between two polls at most: also one that fails takes long, and the database may be back."""
 _LINGERS = 5.0
 """Seconds for which it polls on when nobody looks any longer: a page that is loaded anew finds it running."""
-_AGAIN = 100
-"""So many of the last events are read again: transactions may commit in another order than they took their numbers."""
-
 LIMITS = """
     select l.name, l."limit", l.held::int, l.waiting::int, l.active, l.slot_decay_per_second, l.level, l.max_waiters,
            l.description, l.created_at, l.updated_at, c.leases, c.keys, c.grants, c.granted_slots, c.releases,
@@ -43,7 +40,15 @@ EVENT = """
     from pglimits.events e
 """
 EVENTS = f"{EVENT} where e.event_id > %s order by e.event_id limit %s"
-_LAST_EVENTS = f"{EVENT} order by e.event_id desc limit {_AGAIN}"
+_LAST_EVENTS = f"{EVENT} order by e.event_id desc limit 100"
+_NEWS = f"""
+    select pg_snapshot_xmin(s.seen)::text::bigint as oldest, pg_snapshot_xmax(s.seen)::text::bigint as following, e.*
+    from (select pg_current_snapshot() as seen) s
+    left join lateral (
+      {EVENT} where e.event_id > %s or e.event_id = any (%s::bigint[]) order by e.event_id limit {KEPT}
+    ) e on true
+    order by e.event_id
+"""
 _HOLDERS = """
     select lease_id, name, key, slots, holder, fence, priority, acquired_at, expires_at
     from pglimits.holders where name = any (%s::text[]) limit 2000
@@ -243,12 +248,17 @@ class Live:
     async def _take_events(self) -> None:
         """Take up the events that are new. Of those that were there before anybody looked, none is."""
         known = self._events
-        if known.newest is None:
+        if known.gaps is None:
             known.begin(await self._db.rows(_LAST_EVENTS))
             return
         while True:
-            rows = await self._db.rows(EVENTS, [known.newest - _AGAIN, KEPT])
-            known.take(rows)
+            rows = await self._db.rows(_NEWS, [known.gaps.last, known.gaps.missing])
+            oldest, following = rows[0]["oldest"], rows[0]["following"]
+            for row in rows:
+                del row["oldest"], row["following"]
+            found = [row for row in rows if row["event_id"] is not None]
+            known.gaps.take((row["event_id"] for row in found), oldest, following)
+            known.take(found)
             if len(rows) < KEPT:
                 return
 

@@ -12,7 +12,7 @@ from ..errors import LimitNotFound
 from ..models import Limit
 from . import _v1_models as models
 from ._auth import Caller, reading, writing
-from ._database import Database, Rows
+from ._database import Database
 
 Reader = Annotated[Caller, Depends(reading)]
 Writer = Annotated[Caller, Depends(writing)]
@@ -27,14 +27,14 @@ _LIMIT = """
     from pglimits.limits l
 """
 _SORTS = {
-    "name": "l.name",
-    "busiest": 'l.waiting desc, l.active desc, greatest(l.held, l.level) / greatest(l."limit", 1)::float8 desc, l.name',
-    "held": "l.held desc, l.name",
-    "waiting": "l.waiting desc, l.name",
-    "level": "l.level desc, l.name",
-    "limit": 'l."limit" desc, l.name',
-    "created_at": "l.created_at desc, l.name",
-    "updated_at": "l.updated_at desc, l.name",
+    "name": "name",
+    "busiest": 'waiting desc, active desc, greatest(held, level) / greatest("limit", 1)::float8 desc, name',
+    "held": "held desc, name",
+    "waiting": "waiting desc, name",
+    "level": "level desc, name",
+    "limit": '"limit" desc, name',
+    "created_at": "created_at desc, name",
+    "updated_at": "updated_at desc, name",
 }
 Sort = Literal["name", "busiest", "held", "waiting", "level", "limit", "created_at", "updated_at"]
 
@@ -53,12 +53,21 @@ async def the_limit(db: Database, name: str) -> dict[str, Any]:
     return found
 
 
-def paged(rows: Rows, name: str) -> dict[str, Any]:
-    """Rows that were counted, as an answer has them."""
-    total = rows[0].pop("total") if rows else 0
-    for row in rows[1:]:
-        del row["total"]
-    return {name: rows, "total": total}
+async def paged(
+    db: Database, called: str, query: str, order: str, limit: int, offset: int, **params: Any
+) -> dict[str, Any]:
+    """One page of the rows of a query, as an answer has them, and how many there are on all pages."""
+    rows = await db.rows(
+        f"""
+        with found as (select q.*, row_number() over (order by {order}) as place from ({query}) q)
+        select f.total, p.*
+        from (select count(*)::int as total from found) f
+        left join lateral (select * from found order by place limit %(limit)s offset %(offset)s) p on true
+        order by p.place
+        """,
+        {"limit": limit, "offset": offset, **params},
+    )
+    return {called: [row for row in rows if row["place"] is not None], "total": rows[0]["total"]}
 
 
 def add_to(routes: APIRouter) -> None:
@@ -76,21 +85,21 @@ def add_to(routes: APIRouter) -> None:
         offset: Skip = 0,
     ) -> dict[str, Any]:
         """Limits, and how much of each is used."""
-        rows = await database(request).rows(
-            f"select *, count(*) over ()::int as total from ({_LIMIT}) l"
-            " where (%(name)s::text is null or strpos(lower(l.name), lower(%(name)s)) > 0)"
-            " and (%(active)s::boolean is null or l.active = %(active)s)"
-            " and (%(rate)s::boolean is null or (l.slot_decay_per_second > 0) = %(rate)s)"
-            f" order by {_SORTS[sort]} limit %(limit)s offset %(offset)s",
-            {
-                "name": name,
-                "active": active,
-                "rate": None if kind is None else kind == "rate",
-                "limit": limit,
-                "offset": offset,
-            },
+        return await paged(
+            database(request),
+            "limits",
+            f"""
+            {_LIMIT} where (%(name)s::text is null or strpos(lower(l.name), lower(%(name)s)) > 0)
+              and (%(active)s::boolean is null or l.active = %(active)s)
+              and (%(rate)s::boolean is null or (l.slot_decay_per_second > 0) = %(rate)s)
+            """,
+            _SORTS[sort],
+            limit,
+            offset,
+            name=name,
+            active=active,
+            rate=None if kind is None else kind == "rate",
         )
-        return paged(rows, "limits")
 
     @routes.post("/limits", tags=["limits"], status_code=201, response_model=Limit)
     async def create_limit(

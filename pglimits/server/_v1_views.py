@@ -14,31 +14,24 @@ from ._v1_limits import Most, Name, NameFilter, Reader, Skip, database, paged, t
 _ID = Annotated[int | None, Query(ge=0, le=2**63 - 1)]
 
 _KEYS = """
-    select k.name, k.key, k.held::int, k.level, k.waiting::int, k.fence, count(*) over ()::int as total
-    from pglimits.keys k
-    where k.name = %(name)s order by k.waiting desc, k.held desc, k.level desc, k.key limit %(limit)s offset %(offset)s
+    select k.name, k.key, k.held::int, k.level, k.waiting::int, k.fence from pglimits.keys k where k.name = %(name)s
 """
 _HOLDERS = """
-    select h.lease_id, h.name, h.key, h.slots, h.holder, h.fence, h.priority, h.acquired_at, h.expires_at,
-           count(*) over ()::int as total
+    select h.lease_id, h.name, h.key, h.slots, h.holder, h.fence, h.priority, h.acquired_at, h.expires_at
     from pglimits.holders h
     where h.name = coalesce(%(name)s::text, h.name) and h.key = coalesce(%(key)s::text, h.key)
-    order by h.name, h.key, h.acquired_at, h.lease_id limit %(limit)s offset %(offset)s
 """
 _WAITERS = """
-    select w.lease_id, w.name, w.key, w.slots, w.holder, w.priority, w."position", w.waiting_since,
-           count(*) over ()::int as total
+    select w.lease_id, w.name, w.key, w.slots, w.holder, w.priority, w."position", w.waiting_since
     from pglimits.waiters w
     where w.name = coalesce(%(name)s::text, w.name) and w.key = coalesce(%(key)s::text, w.key)
-    order by w.name, w.key, w."position" limit %(limit)s offset %(offset)s
 """
 _WHY = """
     select y.lease_id, y.key, y."position", y.blocked_by, y.reason, y.earliest, w.slots, w.holder, w.priority,
-           w.waiting_since, count(*) over ()::int as total
+           w.waiting_since, y.nth
     from pglimits.why_waiting(%(name)s)
          with ordinality as y(lease_id, key, "position", blocked_by, reason, earliest, nth)
     left join pglimits.waiters w on w.lease_id = y.lease_id
-    order by y.nth limit %(limit)s offset %(offset)s
 """
 _HISTORY = """
     select h.at, h.covered_seconds, h."limit", h.held, h.level, h.waiting, h.grants, h.granted_slots, h.releases,
@@ -55,7 +48,7 @@ def add_to(routes: APIRouter) -> None:
         """The keys of a limit that were used, the busiest first."""
         db = database(request)
         await the_limit(db, name)
-        return paged(await db.rows(_KEYS, {"name": name, "limit": limit, "offset": offset}), "keys")
+        return await paged(db, "keys", _KEYS, "waiting desc, held desc, level desc, key", limit, offset, name=name)
 
     @routes.get("/holders", tags=["views"], response_model=models.Holders)
     async def holders(
@@ -67,8 +60,8 @@ def add_to(routes: APIRouter) -> None:
         offset: Skip = 0,
     ) -> dict[str, Any]:
         """The live leases, of one limit or of all: a row for each limit that one is on."""
-        rows = await database(request).rows(_HOLDERS, {"name": name, "key": key, "limit": limit, "offset": offset})
-        return paged(rows, "holders")
+        order = "name, key, acquired_at, lease_id"
+        return await paged(database(request), "holders", _HOLDERS, order, limit, offset, name=name, key=key)
 
     @routes.get("/waiters", tags=["views"], response_model=models.Waiters)
     async def waiters(
@@ -80,15 +73,15 @@ def add_to(routes: APIRouter) -> None:
         offset: Skip = 0,
     ) -> dict[str, Any]:
         """Who waits, in order, for one limit or for all."""
-        rows = await database(request).rows(_WAITERS, {"name": name, "key": key, "limit": limit, "offset": offset})
-        return paged(rows, "waiters")
+        order = 'name, key, "position"'
+        return await paged(database(request), "waiters", _WAITERS, order, limit, offset, name=name, key=key)
 
     @routes.get("/limits/{name}/waiters", tags=["views"], response_model=models.Waiting)
     async def why_waiting(
         request: Request, _: Reader, name: Name, limit: Most = 100, offset: Skip = 0
     ) -> dict[str, Any]:
         """Who waits for a limit, and why. Those who stand in the line of another limit, and need this one too, last."""
-        return paged(await database(request).rows(_WHY, {"name": name, "limit": limit, "offset": offset}), "waiters")
+        return await paged(database(request), "waiters", _WHY, "nth", limit, offset, name=name)
 
     @routes.get("/limits/{name}/history", tags=["views"], response_model=models.History)
     async def history(

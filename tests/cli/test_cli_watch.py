@@ -262,11 +262,11 @@ def test_a_gap_is_waited_for_as_long_as_its_transaction_may_still_end(
         rolled_back.execute("select pglimits.update_limit('api', 3)")
         conn.execute("select pglimits.update_limit('database', 3)")
         assert [event.name for event in follower.read(limiter)] == ["database"]
-        assert len(follower._missing) == 1
-        wait_until(lambda: follower.read(limiter) or any(until for _, until in follower._missing.values()))
-        assert follower.read(limiter) == [] and len(follower._missing) == 1
+        assert len(follower._gaps.missing) == 1
+        wait_until(lambda: follower.read(limiter) or any(until for _, until in follower._gaps._missing.values()))
+        assert follower.read(limiter) == [] and len(follower._gaps.missing) == 1
         rolled_back.rollback()
-        wait_until(lambda: not follower.read(limiter) and not follower._missing)
+        wait_until(lambda: not follower.read(limiter) and not follower._gaps.missing)
 
 
 def test_what_was_read_before_the_database_went_is_handed_over_later(

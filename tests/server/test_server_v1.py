@@ -238,6 +238,19 @@ def test_a_stream_tells_what_changes(http: httpx.Client, shared: Server) -> None
         assert next(data["gone"] for kind, _, data in stream if kind == "limits" and data["gone"]) == ["one"]
 
 
+def test_a_page_beyond_the_last_one_is_empty_and_says_how_many_there_are(http: httpx.Client) -> None:
+    for name in ("beyond-1", "beyond-2"):
+        made(http, name, 1)
+    http.post("/v1/acquire", json={"name": "beyond-1"})
+    beyond = {"offset": 10}
+    assert http.get("/v1/limits", params={"name": "beyond-", **beyond}).json() == {"limits": [], "total": 2}
+    assert http.get("/v1/limits/beyond-1/keys", params=beyond).json() == {"keys": [], "total": 1}
+    assert http.get("/v1/holders", params={"name": "beyond-1", **beyond}).json() == {"holders": [], "total": 1}
+    assert http.get("/v1/waiters", params={"name": "beyond-1", **beyond}).json() == {"waiters": [], "total": 0}
+    assert http.get("/v1/limits/beyond-1/waiters", params=beyond).json() == {"waiters": [], "total": 0}
+    assert http.get("/v1/holders", params={"name": "beyond-1"}).json()["total"] == 1
+
+
 def test_events_are_told_paged_and_streamed_from_the_last_one_seen(http: httpx.Client, shared: Server) -> None:
     def ids(**params: Any) -> list[int]:
         return [row["event_id"] for row in http.get("/v1/events", params={"name": "mine", **params}).json()["events"]]

@@ -39,7 +39,7 @@ EVENT = """
            e.new, e.by
     from pglimits.events e
 """
-EVENTS = f"{EVENT} where e.event_id > %s order by e.event_id limit %s"
+_EVENTS_SINCE = f"{EVENT} where e.event_id > %s order by e.event_id desc limit %s"
 _LAST_EVENTS = f"{EVENT} order by e.event_id desc limit 100"
 _NEWS = f"""
     select pg_snapshot_xmin(s.seen)::text::bigint as oldest, pg_snapshot_xmax(s.seen)::text::bigint as following, e.*
@@ -191,14 +191,14 @@ class Live:
         """The events since one that a client has seen, up to the last poll, and whether there were more."""
         before = self._events.number
         try:
-            rows = await self._db.rows(EVENTS, [after, KEPT + 1])
+            rows = await self._db.rows(_EVENTS_SINCE, [after, KEPT + 1])
         except PglimitsError:
             return [], True
         await self._next_poll()
         told = {row["event_id"] for row in rows}
         news, lost = self._events.since(before)
         meanwhile = [row for row in news if row["event_id"] > after and row["event_id"] not in told]
-        return [*rows[:KEPT], *meanwhile], lost or len(rows) > KEPT
+        return [*reversed(rows[:KEPT]), *meanwhile], lost or len(rows) > KEPT
 
     async def _poll_on(self) -> None:
         """Poll while somebody looks, and a little longer."""

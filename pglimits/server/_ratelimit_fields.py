@@ -48,6 +48,11 @@ class Budget:
     level: float = 0.0
 
     @property
+    def policy(self) -> str:
+        """The name as these fields have it: they know ASCII only."""
+        return quote(self.name, safe=_PRINTABLE)
+
+    @property
     def left(self) -> int:
         used = max(self.held, self.level) if self.slot_decay_per_second else self.held
         return max(math.floor(self.limit - used + 1e-9), 0)
@@ -73,7 +78,6 @@ def fields(budgets: Sequence[Budget], retry_after: float | None = None) -> dict[
     policies: list[Any] = []
     left: list[Any] = []
     for budget in budgets:
-        name = quote(budget.name, safe=_PRINTABLE)
         policy: dict[str, Any] = {"q": min(budget.limit, _LARGEST)}
         now: dict[str, Any] = {"r": min(budget.left, _LARGEST)}
         if budget.window is None:
@@ -85,8 +89,8 @@ def fields(budgets: Sequence[Budget], retry_after: float | None = None) -> dict[
             now["t"] = seconds
         if budget.key:
             policy["pk"] = now["pk"] = budget.key.encode()
-        policies.append((name, policy))
-        left.append((name, now))
+        policies.append((budget.policy, policy))
+        left.append((budget.policy, now))
     return {"RateLimit-Policy": http_sf.ser(policies), "RateLimit": http_sf.ser(left)}
 
 

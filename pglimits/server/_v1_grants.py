@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 from uuid import UUID
 
@@ -75,7 +76,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             give_back(lost[0])
 
         answer, budgets = await (until_disconnect(request, answering(), lose) if hold else answering())
-        return _response(answer, names, budgets)
+        return _response(answer, parts, budgets)
 
     @routes.post("/acquire", tags=["slots"], responses=_ANSWERS)
     async def acquire(request: Request, caller: Writer, body: models.AcquireRequest) -> Response:
@@ -133,13 +134,15 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
         return {"released": row is not None and row["released"]}
 
 
-def _response(answer: Answer, names: list[str], budgets: list[fields.Budget]) -> Response:
+def _response(answer: Answer, parts: list[models.Part], budgets: list[fields.Budget]) -> Response:
     """An answer of the database as one of HTTP."""
     if answer.status == "refused":
-        error = AcquireTimeout(f"no slot of {', '.join(map(repr, names))} is free")
+        full = _full(parts, budgets)
+        names = [budget.name for budget in full] or [part.name for part in parts]
+        error = AcquireTimeout(f"no slot of {', '.join(map(repr, dict.fromkeys(names)))} is free")
         error.retry_after = answer.retry_after
         refused = problem(error)
-        refused.more["violated-policies"] = list(dict.fromkeys(names))
+        refused.more["violated-policies"] = list(dict.fromkeys(budget.policy for budget in full))
         refused.headers.update(fields.fields(budgets, answer.retry_after))
         return refused.response()
     headers = fields.fields(budgets)
@@ -155,3 +158,11 @@ def _response(answer: Answer, names: list[str], budgets: list[fields.Budget]) ->
     if answer.status == "queued":
         headers["Retry-After"] = whole_seconds(answer.retry_after or 3)
     return Response(to_json(body), 202 if answer.status == "queued" else 200, headers, "application/json")
+
+
+def _full(parts: list[models.Part], budgets: list[fields.Budget]) -> list[fields.Budget]:
+    """The limits that have too few slots left for a request. Where all seem to have room by now: all of them."""
+    wanted: Counter[tuple[str, str]] = Counter()
+    for part in parts:
+        wanted[part.name, part.key] += part.slots
+    return [budget for budget in budgets if budget.left < wanted[budget.name, budget.key]] or budgets

@@ -94,6 +94,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _openapi.describe(app)
     app.state.settings, app.state.auth, app.state.db = settings, auth, database
     _problems.add_handlers(app)
+    app.add_exception_handler(404, _page.nothing_here)
     for router in routers:
         app.include_router(router)
     _add_health(app)

@@ -144,8 +144,9 @@ def _durable(case: Case) -> Iterator[Finding]:
 def _installed(case: Case) -> Iterator[Finding]:
     from pglimits import __version__
     from pglimits._database import numbers
-    from pglimits._install import functions_and_views
+    from pglimits._install import extension_version, functions_and_views
 
+    extension = extension_version(case.connection)
     if not case.one("select exists (select from pg_namespace where nspname = 'pglimits')"):
         yield Finding("installed", FAIL, "pglimits is not installed in this database", "pglimits install")
         return
@@ -162,22 +163,56 @@ def _installed(case: Case) -> Iterator[Finding]:
         yield Finding("installed", OK, "pglimits is installed; its version is not for you to see")
         return
     there = str(case.one("select pglimits.version()"))
+    if extension not in (None, there):
+        yield Finding(
+            "installed",
+            WARN,
+            f"the extension pglimits is of version {extension}, and its functions are of {there}",
+            "alter extension pglimits update;",
+        )
+        return
     if there == __version__:
         missing = sorted(functions_and_views() - _there(case))
         if not missing:
-            yield Finding("installed", OK, f"pglimits {there}, the same as this command")
+            how = ", as an extension" if extension else ""
+            yield Finding("installed", OK, f"pglimits {there}{how}, the same as this command")
             return
         which = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        yield Finding("installed", FAIL, f"pglimits {there} is only half there, without {which}", "pglimits install")
+        fix = "drop extension pglimits; create extension pglimits;" if extension else "pglimits install"
+        yield Finding("installed", FAIL, f"pglimits {there} is only half there, without {which}", fix)
         return
     older = numbers(there) < numbers(__version__)
+    upgrade = "pglimits upgrade"
+    if extension:
+        upgrade = (
+            f"pglimits sql --extension FOLDER (then bring the files to the server)\n"
+            f"alter extension pglimits update to '{__version__}';"
+        )
     status = WARN if numbers(there)[:2] == numbers(__version__)[:2] else FAIL
     yield Finding(
         "installed",
         status,
         f"pglimits {there} in the database is {'older' if older else 'newer'} than this command, {__version__}",
-        "pglimits upgrade" if older else "pip install --upgrade pglimits",
+        upgrade if older else "pip install --upgrade pglimits",
     )
+
+
+def _owner(case: Case) -> Iterator[Finding]:
+    ((owner, superuser),) = case.rows(
+        "select quote_ident(r.rolname), r.rolsuper from pg_namespace n join pg_roles r on r.oid = n.nspowner"
+        " where n.nspname = 'pglimits'"
+    )
+    if not superuser:
+        yield Finding("owner", OK, f"the functions run as {owner}, which is no superuser")
+    elif case.target.source == "embedded":
+        yield Finding("owner", OK, f"the functions run as {owner}, whose server this is")
+    else:
+        yield Finding(
+            "owner",
+            WARN,
+            f"the functions run as {owner}, a superuser: better as a role that may do nothing else",
+            "the lines under 'Roles and owners' in docs/extension.md give them to a role of their own",
+        )
 
 
 def _there(case: Case) -> set[str]:
@@ -304,6 +339,7 @@ CHECKS = (
     ("writable", _writable),
     ("durable", _durable),
     ("installed", _installed),
+    ("owner", _owner),
     ("roles", _roles),
     ("rights", _may),
     ("private", _private),

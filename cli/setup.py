@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,7 +31,7 @@ WithoutRoles = Annotated[
 def install(without_roles: WithoutRoles = False, dsn: Dsn = None, output: Output = Format.table) -> None:
     """Install pglimits in a database, or bring it up to date.
 
-    Safe to repeat, and safe when many do it at once.
+    Safe to repeat, and safe when many do it at once. Where pglimits is an extension, the extension is updated.
 
     Example: pglimits install --dsn postgresql://admin@db.example.com/app
     """
@@ -58,13 +59,14 @@ def _install(dsn: str | None, output: Format, without_roles: bool) -> None:
         what, *lines = str(error).split("\n")
         raise _errors.fail(what, _errors.ERROR, *lines) from error
     before, after, missing = done.version_before, done.version_after, done.missing_roles
+    what = "the extension pglimits" if done.extension else "pglimits"
     where = f"{_client.place(target.conninfo)} (from {_client.source(target)})"
     if before is None:
         line = f"Installed pglimits {after} in {where}."
     elif before == after:
-        line = f"pglimits {after} is up to date in {where}."
+        line = f"{what[0].upper() if done.extension else what[0]}{what[1:]} {after} is up to date in {where}."
     else:
-        line = f"Upgraded pglimits from {before} to {after} in {where}."
+        line = f"Upgraded {what} from {before} to {after} in {where}."
     if missing:
         from . import _rights
 
@@ -110,6 +112,19 @@ def sql(
     ] = False,
     without_roles: WithoutRoles = False,
     remove: Annotated[bool, typer.Option("--uninstall", help="The script that removes it.")] = False,
+    extension: Annotated[
+        Path | None,
+        typer.Option(
+            "--extension",
+            metavar="FOLDER",
+            file_okay=False,
+            show_default=False,
+            help="Write the files for 'create extension pglimits', and for PGXN, into this folder.",
+        ),
+    ] = None,
+    tle: Annotated[
+        bool, typer.Option("--tle", help="The extension as SQL for pg_tle, where the server's files are out of reach.")
+    ] = False,
 ) -> None:
     """Print the installation as one script for psql, or for a tool that migrates databases.
 
@@ -119,6 +134,8 @@ def sql(
     Example: pglimits sql | psql postgresql://admin@db.example.com/app
 
     Example: pglimits sql --plain > migrations/V7__pglimits.sql
+
+    Example: pglimits sql --extension pglimits-extension
     """
     from importlib import resources
 
@@ -126,12 +143,31 @@ def sql(
 
     if remove and (plain or without_roles):
         raise _errors.usage("--uninstall goes with neither --plain nor --without-roles")
-    if remove:
+    if (extension is not None or tle) and (plain or without_roles or remove or (extension is not None and tle)):
+        raise _errors.usage("--extension and --tle go with no other option")
+    if extension is not None:
+        _write_extension(extension)
+    elif tle:
+        from pglimits import _extension
+
+        _errors.write(_extension.tle(), end="")
+    elif remove:
         _errors.write(resources.files("pglimits_sql").joinpath("uninstall.sql").read_text(encoding="utf-8"), end="")
     elif plain:
         _errors.write(installer.plain(without_roles=without_roles), end="")
     else:
         _errors.write(installer.script(without_roles=without_roles))
+
+
+def _write_extension(folder: Path) -> None:
+    """Write the files of the extension, and say which they are."""
+    from pglimits import _extension
+
+    files = _extension.files()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    _errors.write(f"Wrote {', '.join(files)} into {folder}.")
 
 
 @command(app, _PANEL)

@@ -16,7 +16,7 @@ from psycopg.rows import tuple_row
 from . import __version__
 from ._database import connect, numbers, translate
 from ._dsn import resolve
-from .errors import InvalidArgument, PermissionDenied, PglimitsError
+from .errors import InvalidArgument, PermissionDenied, PglimitsError, VersionMismatch
 
 ROLES = ("pglimits_user", "pglimits_reader", "pglimits_admin")
 """Who may take slots, who may look, who may do everything."""
@@ -32,8 +32,10 @@ _HEAD = f"""\
 """
 
 # The isolation comes first here too, see start.sql.
-_BEGIN = """\
-set transaction isolation level read committed, read write;
+_ISOLATION = "set transaction isolation level read committed, read write;\n"
+_BEGIN = (
+    _ISOLATION
+    + """\
 do $$ begin
   perform pg_catalog.set_config(
     'pglimits.settings', pg_catalog.json_object_agg(s.name, pg_catalog.current_setting(s.name))::text, true)
@@ -46,6 +48,19 @@ do $$ begin
   end if;
 end $$;
 """
+)
+
+# Tells sql/start.sql that what belongs to the extension may be changed now.
+_AS_EXTENSION = "set local pglimits.as_extension = on;\n"
+
+# A restore into a newer version has brought the number of the older one.
+_SCHEMA_VERSION = """\
+do $$ begin
+  if pg_catalog.to_regclass('pglimits.meta') is not null then
+    update pglimits.meta set schema_version = default;
+  end if;
+end $$;
+"""
 
 _WITHOUT_ROLES = "set local pglimits.without_roles = on;\n"
 
@@ -53,6 +68,7 @@ _END = """\
 do $$ begin
   perform pg_catalog.set_config(s.key, s.value, true)
   from pg_catalog.json_each_text(pg_catalog.current_setting('pglimits.settings')::json) s;
+  perform pg_catalog.set_config('pglimits.as_extension', '', true);
 end $$;
 """
 
@@ -88,12 +104,13 @@ class Installed:
     """What an installation did.
 
     ``version_before`` is None for a fresh one. ``missing_roles``: those that could not be created and that were to be
-    done without.
+    done without. ``extension``: pglimits is an extension there.
     """
 
     version_before: str | None
     version_after: str
     missing_roles: tuple[str, ...] = ()
+    extension: bool = False
 
 
 def _folder() -> Traversable:
@@ -115,8 +132,10 @@ def plain(*, without_roles: bool = False) -> str:
     return _HEAD + "\n".join(_pieces(without_roles))
 
 
-def _pieces(without_roles: bool) -> Iterator[str]:
-    """The statements, some at a time."""
+def _pieces(without_roles: bool, *, extension: bool = False) -> Iterator[str]:
+    """The statements, some at a time. ``extension``: as the script of an extension runs them."""
+    if extension:
+        yield _AS_EXTENSION
     yield _BEGIN + (_WITHOUT_ROLES if without_roles else "")
     paths = _INCLUDE.findall(_read("install.sql"))
     newest = max(int(migration[1]) for path in paths if (migration := _MIGRATION.match(path)))
@@ -126,13 +145,22 @@ def _pieces(without_roles: bool) -> Iterator[str]:
             yield _MIGRATE.format(sql=sql, number=int(migration[1]), newest=newest, version=__version__)
         else:
             yield _FUNCTIONS.format(sql=sql) if path.startswith("functions/") else sql
+        if extension and path == "lock.sql":
+            yield _SCHEMA_VERSION
+    yield _END
+
+
+def _privileges(without_roles: bool) -> Iterator[str]:
+    """The statements that give an extension its roles and privileges anew."""
+    yield _AS_EXTENSION + _BEGIN + (_WITHOUT_ROLES if without_roles else "")
+    yield from map(_read, ("start.sql", "grants.sql"))
     yield _END
 
 
 def install(connection: psycopg.Connection[Any] | str, *, without_roles: bool = False) -> Installed:
     """Install pglimits in a database, or bring what is there up to this version, in one transaction.
 
-    Safe to repeat, and safe when many processes do it at once.
+    Safe to repeat, and safe when many processes do it at once. Where pglimits is an extension, that is updated.
 
     Args:
         connection: a psycopg connection, or a PostgreSQL connection string. A transaction that is open on the
@@ -148,6 +176,7 @@ def install(connection: psycopg.Connection[Any] | str, *, without_roles: bool = 
         VersionMismatch: the database has a newer pglimits than this one.
         InvalidArgument: the connection is neither, or its transaction is not a read committed one.
         LimiterUnavailable: the database could not be reached.
+        PglimitsError: pglimits is an extension there, and the server has no files of this version.
     """
     if isinstance(connection, psycopg.Connection):
         return _install(connection, without_roles)
@@ -171,7 +200,16 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
                     f"pglimits is installed in a read committed transaction, not in a {isolation} one"
                 )
         with connection.transaction():
-            for piece in _pieces(without_roles):
+            cursor.execute(_ISOLATION.encode(), prepare=False)
+            extension = extension_version(connection)
+            if extension is None:
+                pieces = _pieces(without_roles)
+            elif extension == __version__:
+                pieces = _privileges(without_roles)
+            else:
+                pieces = iter(())
+                _update_extension(cursor, extension, without_roles)
+            for piece in pieces:
                 cursor.execute(piece.encode(), prepare=False)
             cursor.execute(
                 "select nullif(current_setting('pglimits.version_before'), ''), pglimits.version(),"
@@ -189,7 +227,38 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
         raise PglimitsError(error.diag.message_primary) from error
     except psycopg.Error as error:
         raise translate(error) from error
-    return Installed(before, after, tuple(missing))
+    return Installed(before, after, tuple(missing), extension is not None)
+
+
+def extension_version(connection: psycopg.Connection[Any]) -> str | None:
+    """The version of the extension pglimits in the database, or None where pglimits is no extension there."""
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+    found = cursor.execute("select extversion from pg_catalog.pg_extension where extname = 'pglimits'", prepare=False)
+    row = found.fetchone()
+    return None if row is None else str(row[0])
+
+
+def _update_extension(cursor: psycopg.Cursor[Any], there: str, without_roles: bool) -> None:
+    """Bring the extension to this version."""
+    if there != "unpackaged" and numbers(there) > numbers(__version__):
+        raise VersionMismatch(
+            f"the database has the extension pglimits {there}, which is newer than this one, {__version__}:"
+            " pip install --upgrade pglimits"
+        )
+    if without_roles:
+        cursor.execute(_WITHOUT_ROLES.encode(), prepare=False)
+    try:
+        cursor.execute(f"alter extension pglimits update to '{__version__}'".encode(), prepare=False)
+    except (
+        psycopg.errors.FeatureNotSupported,
+        psycopg.errors.InvalidParameterValue,
+        psycopg.errors.UndefinedFile,
+    ) as error:
+        raise PglimitsError(
+            f"pglimits {there} is an extension in this database, and the server has no files that update it to"
+            f" {__version__}: nothing was changed. 'pglimits sql --extension FOLDER' writes them (for pg_tle: 'pglimits"
+            " sql --tle'). Put them into the server's folder of extensions, and run: alter extension pglimits update;"
+        ) from error
 
 
 def granted(*lists: str) -> list[str]:

@@ -9,6 +9,12 @@ begin
     raise exception using errcode = 'feature_not_supported',
       message = 'pglimits needs PostgreSQL 14 or later; this server is ' || current_setting('server_version');
   end if;
+  if exists (select from pg_catalog.pg_extension x where x.extname = 'pglimits')
+     and coalesce(pg_catalog.current_setting('pglimits.as_extension', true), '') <> 'on' then
+    raise exception using errcode = 'object_not_in_prerequisite_state',
+      message = 'pglimits is an extension in this database: nothing was changed',
+      hint = 'alter extension pglimits update;';
+  end if;
 end $$;
 
 set local search_path = pg_catalog;

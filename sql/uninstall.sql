@@ -10,6 +10,7 @@ begin
     perform pglimits.cron_disable();
   end if;
   perform set_config('client_min_messages', 'warning', true);  -- not a line for each object that goes along
+  drop extension if exists pglimits cascade;
   drop schema if exists pglimits cascade;
   perform set_config('client_min_messages', 'notice', true);
   foreach unwanted in array '{pglimits_user,pglimits_reader,pglimits_admin}'::text[] loop

@@ -21,7 +21,7 @@ TERMINAL = ROOT / "docs" / "terminal.md"
 AS_CODE = ROOT / "docs" / "limits-as-code.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-SETTINGS = ("by",)
+SETTINGS = ("by", "without_roles")
 """Of a session."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 

@@ -26,8 +26,8 @@ Cli = Callable[..., Any]
 Wait = Callable[..., Any]
 
 ALL = [
-    "target", "reachable", "server", "writable", "durable", "installed", "roles", "rights", "private", "clients",
-    "sweep", "listen",
+    "target", "reachable", "server", "writable", "durable", "installed", "owner", "roles", "rights", "private",
+    "clients", "sweep", "listen",
     *(["prepared"] if poolers.MODE else []), "locks", "snapshots", "waiters", "tables",
 ]  # fmt: skip
 

@@ -1,0 +1,699 @@
+"""pglimits as an extension: the same as by plain SQL, kept by a dump, updated, adopted, and given back."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import psycopg
+import pytest
+from editions import Edition
+from installtest import SQL, assert_same, catalog
+from psycopg.conninfo import make_conninfo
+from sqltest import Session, check_consistent
+from typer.testing import CliRunner
+
+from pglimits import PglimitsError, VersionMismatch, __version__, _embedded, _extension, _install, install
+from pglimits._embedded import Binaries, throwaway
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NEXT = "0.1.1"
+MIGRATION = """
+alter table pglimits.meta alter schema_version set default 2;
+alter table pglimits.configs add column note text;
+comment on column pglimits.configs.note is 'What comes next.';
+create table pglimits.notes (note_id bigint generated always as identity primary key, taken_at timestamptz not null);
+comment on table pglimits.notes is 'What comes next.';
+comment on column pglimits.notes.taken_at is 'When.';
+drop view if exists pglimits.waiters;
+drop function if exists pglimits._ids_fault(uuid[]);
+"""
+TABLES = ("meta", "configs", "known_keys", "states", "leases", "queue", "processes", "event_log", "samples", "upkeep")
+MEMBERS = """
+select pg_describe_object(d.classid, d.objid, 0) from pg_depend d
+left join pg_type t on d.classid = 'pg_type'::regclass and t.oid = d.objid
+left join pg_class c on c.oid = t.typrelid
+where d.refclassid = 'pg_extension'::regclass and d.deptype = 'e'
+  and d.refobjid = (select x.oid from pg_extension x where x.extname = 'pglimits')
+  and (t.oid is null or c.relkind = 'c') order by 1
+"""
+"""But for the types of tables and arrays, which belong to an extension on some versions and not on others."""
+DUMPED = """
+select c.oid::regclass::text, x.condition
+from pg_extension e cross join lateral unnest(e.extconfig, e.extcondition) x(relation, condition)
+join pg_class c on c.oid = x.relation where e.extname = 'pglimits' order by 1
+"""
+
+Cli: TypeAlias = Callable[..., Any]
+
+
+def sections() -> dict[str, list[str]]:
+    """The commands for a shell of each part of the document."""
+    text = (ROOT / "docs" / "extension.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return {
+        part.split("\n", 1)[0]: re.findall(r"^```bash\n(.*?)^```$", part, re.MULTILINE | re.DOTALL) for part in parts
+    }
+
+
+def files_of(edition: Edition | None = None) -> dict[str, str]:
+    """The files of this version, or of another."""
+    with pytest.MonkeyPatch.context() as patch:
+        if edition is not None:
+            patch.setattr(_install, "_folder", lambda: edition.folder)
+            patch.setattr(_extension, "__version__", NEXT)
+            patch.setattr(_extension, "RELEASED", (__version__,))
+        return _extension.files()
+
+
+def share(binaries: Path) -> Path | None:
+    """Where a server looks for its extensions."""
+    for folder in (binaries / "../share/postgresql/extension", binaries / "../share/extension"):
+        if (folder / "plpgsql.control").exists():
+            return folder.resolve()
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        said = subprocess.run([binaries / "pg_config", "--sharedir"], capture_output=True, text=True, check=True).stdout
+        return Path(said.strip()) / "extension"
+    return None
+
+
+@pytest.fixture(scope="module")
+def next_edition() -> Iterator[Edition]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Edition(Path(folder) / NEXT, NEXT).migrate(MIGRATION)
+        made.edit("functions/010_basics.sql", "_ids_fault(lease_ids uuid[])", "_ids_fault(ids uuid[])")
+        for use in ("when {} is null", "array_ndims({})", "array_position({}, null)"):
+            made.edit("functions/010_basics.sql", use.format("lease_ids"), use.format("ids"))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folder(server: Any, next_edition: Edition) -> Iterator[Path]:
+    """A folder in which the servers find the extension, in this version and the next."""
+    with contextlib.ExitStack() as stack:
+        if server.version >= 18:
+            top = Path(tempfile.mkdtemp(prefix="pgl-ext-", dir="/tmp"))
+            top.chmod(0o755)
+            stack.callback(shutil.rmtree, top)
+            place = top / "extension"
+            place.mkdir()
+        else:
+            found = share(server.bin)
+            if found is None or not os.access(found, os.W_OK):
+                pytest.skip(f"may not write into the folder of extensions of PostgreSQL {server.version}: {found}")
+            place = found
+            lock = stack.enter_context(Path(tempfile.gettempdir(), f"pglimits-test-{server.version}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of this run have the same folder
+            if (found / "pglimits.control").exists():
+                pytest.skip(f"an extension pglimits is in {found}")
+        written = files_of(next_edition) | files_of()
+        names = [name for name in written if name.startswith("pglimits")]
+        stack.callback(lambda: [(place / name).unlink() for name in names])
+        for name in names:
+            (place / name).write_text(written[name], encoding="utf-8")
+        yield place
+
+
+@contextlib.contextmanager
+def cluster(server: Any, folder: Path) -> Iterator[str]:
+    settings = {"extension_control_path": f"{folder.parent}:$system"} if server.version >= 18 else {}
+    with throwaway(binaries=Binaries(server.bin, server.version), settings=settings) as running:
+        with psycopg.connect(running.dsn, autocommit=True) as connection:
+            connection.execute("create role owner login createrole")
+        yield running.dsn
+
+
+@pytest.fixture(scope="module")
+def here(server: Any, folder: Path) -> Iterator[str]:
+    """A server with the extension."""
+    with cluster(server, folder) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def database(here: str) -> Iterator[Callable[[str], str]]:
+    """database("one"): the DSN of a new database that belongs to the role owner."""
+    made: list[str] = []
+
+    def create(name: str) -> str:
+        with psycopg.connect(here, autocommit=True) as connection:
+            connection.execute(f"create database {name} owner owner".encode())
+        made.append(name)
+        return make_conninfo(here, dbname=name, user="owner")
+
+    yield create
+    with psycopg.connect(here, autocommit=True) as connection:
+        for name in made:
+            connection.execute(f"drop database {name} with (force)".encode())
+
+
+@contextlib.contextmanager
+def session(dsn: str) -> Iterator[Session]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        yield Session(connection)
+
+
+def run(dsn: str, *statements: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement.encode())
+
+
+def create(dsn: str, version: str = __version__) -> None:
+    run(dsn, f"create extension pglimits version '{version}'")
+
+
+def fill(dsn: str) -> None:
+    """With limits, of which one was deleted, leases, a waiter, a level, events, samples, and a setting."""
+    with session(dsn) as s:
+        s.create("gone", 1)
+        for _ in range(40):
+            s.release(s.acquire("gone").lease_id)
+        s.run("select pglimits.delete_limit('gone')")
+        s.create("db", 1)
+        s.create("mails", 5, 0.001)
+        s.acquire("db", holder={"job": 1})
+        s.queue("db")
+        s.rate_limit("mails", slots=3)
+        s.run("select pglimits.keep_history(86400); select pglimits.sweep()")
+
+
+def rows(dsn: str) -> dict[str, list[Any]]:
+    """What every table has in it."""
+    with session(dsn) as s:
+        return {
+            table: s.all(f"select to_jsonb(x) - 'note' - 'schema_version' from pglimits.{table} x order by to_jsonb(x)")
+            for table in TABLES
+        }
+
+
+def goes_on(dsn: str, was: dict[str, list[Any]]) -> None:
+    """New limits get ids of their own, and fences never go back."""
+    ids = [row[0]["limit_id"] for row in was["configs"]]
+    events = [row[0]["event_id"] for row in was["event_log"]]
+    ((meta,),) = was["meta"]
+    with session(dsn) as s:
+        s.create("new", 1)
+        assert s.value("select limit_id from pglimits.configs where name = 'new'") > max(ids)
+        assert s.value("select max(event_id) from pglimits.event_log") > max(events)
+        assert s.acquire("new").fence > meta["fence_floor"] >= 40
+        (holder,) = s.holders("db")
+        (waiter,) = s.waiters("db")
+        assert s.release(holder.lease_id)
+        lease = s.watch_one(waiter.lease_id)
+        assert lease.status == "granted" and lease.fence > holder.fence
+        check_consistent(s)
+
+
+def of_extension(dsn: str) -> list[Any]:
+    """What belongs to the extension, and what of it is part of a dump."""
+    with session(dsn) as s:
+        return [
+            s.value("select extversion from pg_extension where extname = 'pglimits'"),
+            s.all(MEMBERS),
+            s.all(DUMPED),
+        ]
+
+
+def version_of(pg_dump: Path) -> int:
+    said = subprocess.run([pg_dump, "--version"], capture_output=True, text=True, check=False).stdout
+    number = re.search(r"\) (\d+)", said)
+    return int(number[1]) if number else 0
+
+
+@pytest.fixture(scope="module")
+def shell(server: Any) -> Callable[..., str]:
+    """shell(script, folder, NEW=dsn): has a shell run commands of the document, with pg_dump in reach."""
+    found = [*server.bin.glob("pg_dump"), *Path("/usr/lib/postgresql").glob("*/bin/pg_dump")]
+    with contextlib.suppress(PglimitsError):
+        found += _embedded.find_binaries().bin.glob("pg_dump")
+    # That of another version puts settings into a dump that an older server does not know.
+    near = sorted(
+        (version, path) for path in found if server.version <= (version := version_of(path)) <= server.version + 1
+    )
+    if not near:
+        pytest.skip(f"needs pg_dump of PostgreSQL {server.version}")
+    tools = near[0][1].parent
+
+    def run(script: str, folder: Path | None = None, **to: str) -> str:
+        done = subprocess.run(
+            ["bash", "-euc", script], env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **to},
+            cwd=folder or ROOT, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def cli() -> Cli:
+    from pglimits_cli._app import app
+
+    def call(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, list(arguments), prog_name="pglimits")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+def finding(cli: Cli, dsn: str, check: str) -> dict[str, Any]:
+    checks = json.loads(cli("doctor", "-o", "json", "--dsn", dsn).stdout)["checks"]
+    found: dict[str, Any] = next(each for each in checks if each["check"] == check)
+    return found
+
+
+# Creating.
+
+
+def test_the_extension_gives_just_what_plain_sql_gives_to_a_role_that_is_no_superuser(
+    database: Callable[[str], str],
+) -> None:
+    plain, extension = database("plain"), database("extension")
+    install(plain)
+    create(extension)
+    for dsn in (plain, extension):
+        fill(dsn)
+    assert_same(catalog(extension), catalog(plain))
+    with session(extension) as s:
+        assert s.all(
+            "select distinct proowner::regrole::text from pg_proc where pronamespace = 'pglimits'::regnamespace"
+        ) == [("owner",)]
+        everything = (
+            "select count(*) from pg_class where relnamespace = 'pglimits'::regnamespace and relkind in ('r', 'S')"
+        )
+        assert s.value(f"select cardinality(extconfig) = ({everything}) from pg_extension where extname = 'pglimits'")
+    goes_on(extension, rows(extension))
+    run(extension, "drop extension pglimits")
+    with session(extension) as s:
+        assert s.value("select to_regnamespace('pglimits')") is None
+
+
+def test_nothing_of_the_script_stays_behind_in_the_transaction_that_creates_the_extension(
+    database: Callable[[str], str],
+) -> None:
+    with psycopg.connect(database("one")) as connection:
+        shown = (
+            "select current_user, current_setting('search_path'), current_setting('lock_timeout'),"
+            " current_setting('statement_timeout'), current_setting('client_min_messages')"
+        )
+        before = connection.execute(shown).fetchone()
+        connection.execute("create extension pglimits")
+        assert connection.execute(shown).fetchone() == before
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+            connection.execute(_install.plain().encode())
+
+
+def test_the_extension_is_not_created_over_what_plain_sql_has_installed(database: Callable[[str], str]) -> None:
+    dsn = database("one")
+    install(dsn)
+    before = catalog(dsn)
+    with pytest.raises(psycopg.errors.DuplicateSchema, match="no extension") as caught:
+        create(dsn)
+    assert "version 'unpackaged'" in str(caught.value.diag.message_hint)
+    assert_same(catalog(dsn), before)
+
+
+# Dump and restore.
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["custom", "plain"])
+def test_a_restored_database_goes_on_where_the_dump_was(
+    shell: Callable[..., str],
+    server: Any,
+    folder: Path,
+    here: str,
+    database: Callable[[str], str],
+    tmp_path: Path,
+    way: int,
+) -> None:
+    old = database("old")
+    create(old)
+    fill(old)
+    run(here, "create role app")
+    try:
+        run(old, "grant execute on function pglimits.release(uuid) to app")
+        was = rows(old)
+        with cluster(server, folder) as other:
+            run(other, "create role app", "create database new owner owner")
+            new = make_conninfo(other, dbname="new", user="owner")
+            shell(sections()["Dump and restore"][way], tmp_path, OLD=old, NEW=new)
+            assert rows(new) == was
+            assert_same(catalog(new), catalog(old))
+            assert of_extension(new) == of_extension(old)
+            goes_on(new, was)
+    finally:
+        run(make_conninfo(here, dbname="old"), "drop owned by app", "drop role app")
+
+
+def test_an_extension_without_limits_can_be_dumped_and_restored_and_so_can_one_without_data(
+    shell: Callable[..., str], database: Callable[[str], str], tmp_path: Path
+) -> None:
+    old = database("old")
+    create(old)
+    for nth, options in enumerate(("", "--extension=pglimits", "--schema-only")):
+        if options == "--schema-only":
+            fill(old)
+        new = database(f"new{nth}")
+        shell(
+            f'pg_dump {options} -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"',
+            tmp_path,
+            OLD=old,
+            NEW=new,
+        )
+        with session(new) as s:
+            s.create("db", 1)
+            assert s.acquire("db").status == "granted"
+    new = database("new3")
+    shell('pg_dump --extension=pglimits -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
+    assert rows(new) == rows(old)
+
+
+def test_a_dump_is_restored_into_a_newer_version(shell: Callable[..., str], database: Callable[[str], str]) -> None:
+    old, new = database("old"), database("new")
+    create(old)
+    fill(old)
+    was = rows(old)
+    create(new, NEXT)
+    shell('pg_dump -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
+    assert rows(new) == was
+    goes_on(new, was)
+
+
+# Updating.
+
+
+def test_an_update_gives_just_what_a_new_extension_gives_and_keeps_what_is_there(
+    database: Callable[[str], str],
+) -> None:
+    dsn, fresh = database("one"), database("two")
+    create(fresh, NEXT)
+    fill(fresh)
+    create(dsn)
+    fill(dsn)
+    # As after a restore of a dump by a version before.
+    run(dsn, "update pglimits.meta set schema_version = 0")
+    was = rows(dsn)
+    run(dsn, f"alter extension pglimits update to '{NEXT}'")
+    assert rows(dsn) == was
+    assert_same(catalog(dsn), catalog(fresh))
+    assert of_extension(dsn) == of_extension(fresh)
+    goes_on(dsn, was)
+
+
+def test_python_and_the_command_update_the_extension(
+    database: Callable[[str], str], next_edition: Edition, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsn = database("one")
+    create(dsn)
+    fill(dsn)
+    was = rows(dsn)
+    result = cli("upgrade", "--dsn", dsn)
+    assert result.stdout.startswith(f"The extension pglimits {__version__} is up to date in ")
+    monkeypatch.setattr(_install, "_folder", lambda: next_edition.folder)
+    monkeypatch.setattr(_install, "__version__", "0.1.2")
+    with pytest.raises(PglimitsError, match=r"pglimits sql --extension FOLDER"):
+        install(dsn)
+    assert "no files that update it to 0.1.2" in cli("upgrade", "--dsn", dsn).stderr
+    monkeypatch.setattr(_install, "__version__", NEXT)
+    done = install(dsn)
+    assert (done.version_before, done.version_after, done.extension) == (__version__, NEXT, True)
+    monkeypatch.setattr(_install, "__version__", __version__)
+    with pytest.raises(VersionMismatch, match="newer"):
+        install(dsn)
+    assert rows(dsn) == was
+
+
+def test_to_install_again_gives_an_extension_its_privileges_back_and_the_scripts_leave_it_alone(
+    database: Callable[[str], str], psql: Any, tmp_path: Path
+) -> None:
+    dsn = database("one")
+    create(dsn)
+    fill(dsn)
+    before, members = catalog(dsn), of_extension(dsn)
+    with session(dsn) as s:
+        s.run("revoke all on all functions in schema pglimits from pglimits_user")
+        s.run("grant select on pglimits.leases to public")
+    done = install(dsn)
+    assert done.extension and done.version_before == done.version_after == __version__
+    with session(dsn) as s:
+        assert s.value("select has_function_privilege('pglimits_user', 'pglimits.release(uuid)', 'execute')")
+        assert s.value("select has_table_privilege('pglimits_user', 'pglimits.leases', 'select')") is False
+    for what in ("columns", "indexes", "views", "types", "schema", "meta"):
+        assert catalog(dsn)[what] == before[what]
+    before = catalog(dsn)
+    said = psql(dsn, SQL / "install.sql")
+    assert said.returncode != 0 and "is an extension in this database" in said.stderr
+    script = tmp_path / "plain.sql"
+    script.write_text(f"begin;\n{_install.plain()}commit;\n")
+    assert "is an extension in this database" in psql(dsn, script).stderr
+    assert_same(catalog(dsn), before)
+    assert of_extension(dsn) == members
+
+
+@pytest.mark.parametrize("means", ["command", "psql"])
+def test_uninstalling_drops_the_extension(database: Callable[[str], str], psql: Any, cli: Cli, means: str) -> None:
+    dsn = database("one")
+    create(dsn)
+    fill(dsn)
+    run(dsn, "create view mine as select name from pglimits.limits")
+    if means == "psql":
+        assert psql(dsn, SQL / "uninstall.sql").returncode == 0
+    else:
+        assert cli("uninstall", "--yes", "--dsn", dsn).exit_code == 0
+    with session(dsn) as s:
+        assert s.value("select to_regnamespace('pglimits')") is None
+        assert s.value("select count(*) from pg_extension where extname = 'pglimits'") == 0
+
+
+# Adopting, and giving back.
+
+
+@pytest.mark.parametrize("version", [__version__, NEXT])
+def test_an_adopted_installation_is_the_same_as_a_new_extension_and_keeps_what_is_there(
+    shell: Callable[..., str], database: Callable[[str], str], version: str
+) -> None:
+    dsn, fresh = database("one"), database("two")
+    create(fresh, version)
+    fill(fresh)
+    install(dsn)
+    fill(dsn)
+    was = rows(dsn)
+    if version == __version__:
+        shell(sections()["Adopting an installation"][0], NEW=dsn)
+    else:
+        create(dsn, "unpackaged")
+        run(dsn, f"alter extension pglimits update to '{version}'")
+    assert rows(dsn) == was
+    assert_same(catalog(dsn), catalog(fresh))
+    assert of_extension(dsn) == of_extension(fresh)
+    goes_on(dsn, was)
+
+
+def test_what_is_not_there_or_somebody_elses_is_not_adopted(here: str, database: Callable[[str], str]) -> None:
+    dsn = database("one")
+    with pytest.raises(psycopg.errors.InvalidSchemaName, match="no pglimits"):
+        create(dsn, "unpackaged")
+    install(dsn)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="adopt it as that role"):
+        create(make_conninfo(here, dbname="one"), "unpackaged")
+
+
+@pytest.mark.parametrize("version", [__version__, "unpackaged"])
+def test_an_extension_that_is_given_back_is_what_plain_sql_installs(
+    shell: Callable[..., str], database: Callable[[str], str], version: str
+) -> None:
+    dsn, plain = database("one"), database("two")
+    install(plain)
+    fill(plain)
+    if version == "unpackaged":
+        install(dsn)
+    create(dsn, version)
+    if version == "unpackaged":
+        run(dsn, "alter extension pglimits update")
+    fill(dsn)
+    was = rows(dsn)
+    shell(sections()["Going back to plain SQL"][0], NEW=dsn)
+    with session(dsn) as s:
+        assert s.value("select count(*) from pg_extension where extname = 'pglimits'") == 0
+        assert (
+            s.all("select from pg_depend where deptype = 'e' and refobjid >= 16384 and classid = 'pg_class'::regclass")
+            == []
+        )
+    assert rows(dsn) == was
+    assert_same(catalog(dsn), catalog(plain))
+    done = install(dsn)
+    assert done.extension is False
+    assert_same(catalog(dsn), catalog(plain))
+    assert rows(dsn) == was
+    goes_on(dsn, was)
+
+
+# What the doctor says.
+
+
+def test_doctor_tells_of_the_extension_its_update_and_its_owner(
+    here: str, database: Callable[[str], str], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsn = database("one")
+    install(dsn)
+    create(dsn, "unpackaged")
+    found = finding(cli, dsn, "installed")
+    assert (found["status"], found["fix"]) == ("warn", "alter extension pglimits update;")
+    run(dsn, "alter extension pglimits update")
+    found = finding(cli, dsn, "installed")
+    assert found["status"] == "ok" and "as an extension" in found["text"]
+    assert finding(cli, dsn, "owner")["status"] == "ok"
+    monkeypatch.setattr("pglimits.__version__", NEXT)
+    found = finding(cli, dsn, "installed")
+    assert found["status"] == "warn" and "alter extension pglimits update" in found["fix"]
+
+
+def test_doctor_warns_of_functions_that_run_as_a_superuser_and_the_lines_of_the_document_give_them_to_a_role(
+    shell: Callable[..., str], here: str, database: Callable[[str], str], cli: Cli
+) -> None:
+    for nth, make in enumerate((install, create)):
+        owned = database(f"of_superuser{nth}")
+        dsn = make_conninfo(here, dbname=f"of_superuser{nth}")
+        make(dsn)
+        fill(dsn)
+        found = finding(cli, dsn, "owner")
+        assert found["status"] == "warn" and "superuser" in found["text"]
+        shell(sections()["Roles and owners"][-1], NEW=dsn)
+        assert finding(cli, dsn, "owner")["status"] == "ok"
+        plain = database(f"plain{nth}")
+        install(plain)
+        fill(plain)
+        assert str(catalog(dsn)).replace("pglimits_owner", "owner") == str(catalog(plain))
+        del owned
+        goes_on(dsn, rows(dsn))
+        install(dsn)
+    with psycopg.connect(here, autocommit=True) as connection:
+        for nth in range(2):
+            connection.execute(f"drop database of_superuser{nth} with (force)".encode())
+            connection.execute(f"create database of_superuser{nth}".encode())
+        connection.execute("drop role pglimits_owner")
+
+
+# Files.
+
+
+def test_the_command_writes_all_files_and_they_are_what_pgxn_wants(cli: Cli, tmp_path: Path) -> None:
+    result = cli("sql", "--extension", str(tmp_path / "new"))
+    assert result.exit_code == 0
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert (
+        names
+        == set(_extension.files())
+        >= {"pglimits.control", f"pglimits--{__version__}.sql", "META.json", "Makefile"}
+    )
+    meta = json.loads((tmp_path / "new" / "META.json").read_text())
+    assert {"name", "version", "abstract", "maintainer", "license", "provides", "meta-spec"} <= set(meta)
+    assert meta["version"] == meta["provides"]["pglimits"]["version"] == __version__
+    assert meta["provides"]["pglimits"]["file"] in names
+    for refused in (
+        ("--extension", str(tmp_path), "--tle"),
+        ("--tle", "--plain"),
+        ("--extension", str(tmp_path), "--uninstall"),
+    ):
+        assert cli("sql", *refused).exit_code == 2
+
+
+def test_make_installs_the_files(server: Any, tmp_path: Path) -> None:
+    pg_config = server.bin / "pg_config"
+    if not pg_config.exists() or shutil.which("make") is None:
+        pytest.skip("needs pg_config and make")
+    pgxs = subprocess.run([pg_config, "--pgxs"], capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(pgxs).exists():
+        pytest.skip(f"needs {pgxs}: the packages for building extensions are not installed")
+    for name, text in _extension.files().items():
+        (tmp_path / name).write_text(text)
+    subprocess.run(
+        ["make", "-C", tmp_path, "install", f"PG_CONFIG={pg_config}", f"DESTDIR={tmp_path}/root"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    installed = {path.name for path in (tmp_path / "root").rglob("pglimits*")}
+    assert installed == {name for name in _extension.files() if name.startswith("pglimits")}
+
+
+def test_every_version_that_was_released_can_be_updated() -> None:
+    released = re.findall(r"^## (\d[\d.]*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert {*released} - {__version__} == {*_extension.RELEASED}
+
+
+# pg_tle.
+
+STUB = """
+create schema pgtle;
+create table pgtle.scripts (name text, version text, source text, body text, primary key (name, version, source));
+create table pgtle.controls (name text primary key, default_version text, description text);
+create function pgtle.available_extensions() returns table (name name, default_version text, description text)
+language sql as 'select name::name, default_version, description from pgtle.controls';
+create function pgtle.available_extension_versions() returns table (name name, version text)
+language sql as 'select name::name, version from pgtle.scripts where source = ''''';
+create function pgtle.extension_update_paths(name name) returns table (source text, target text, path text)
+language sql as 'select source, version, source || ''--'' || version from pgtle.scripts s
+  where s.name = $1 and source <> ''''';
+create function pgtle.install_extension(
+  name text, version text, description text, ext text, requires text[] default null) returns boolean language sql as
+'insert into pgtle.controls values (name, version, description);
+ insert into pgtle.scripts values (name, version, '''', ext) returning true';
+create function pgtle.install_extension_version_sql(name text, version text, ext text) returns boolean language sql as
+'insert into pgtle.scripts values (name, version, '''', ext) returning true';
+create function pgtle.install_update_path(name text, fromvers text, tovers text, ext text) returns boolean
+language sql as
+'insert into pgtle.scripts values (name, tovers, fromvers, ext) returning true';
+create function pgtle.set_default_version(name text, version text) returns boolean language sql as
+'update pgtle.controls set default_version = version where name = name returning true';
+"""
+"""What pg_tle has for this, without what it does behind."""
+
+
+def test_pg_tle_is_given_what_the_files_have(
+    database: Callable[[str], str], next_edition: Edition, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsn = database("one")
+    run(dsn, STUB)
+    script = cli("sql", "--tle").stdout
+    for _ in range(2):
+        run(dsn, script)
+    bodies = "select source, version, body from pgtle.scripts order by 1, 2"
+    with session(dsn) as s:
+        assert s.all("select name, default_version from pgtle.controls") == [("pglimits", __version__)]
+        there = {
+            f"pglimits--{source}--{version}.sql".replace("----", "--"): body for source, version, body in s.all(bodies)
+        }
+    assert {name: _extension._HEAD + body.lstrip("\n") for name, body in there.items()} == {
+        name: text for name, text in _extension.files().items() if name.endswith(".sql")
+    }
+    monkeypatch.setattr(_install, "_folder", lambda: next_edition.folder)
+    monkeypatch.setattr(_extension, "__version__", NEXT)
+    monkeypatch.setattr(_extension, "RELEASED", (__version__,))
+    run(dsn, _extension.tle())
+    with session(dsn) as s:
+        assert s.all("select name, default_version from pgtle.controls") == [("pglimits", NEXT)]
+        assert {row[:2] for row in s.all(bodies)} == {
+            ("", __version__), ("", NEXT), ("", "unpackaged"), ("unpackaged", __version__), ("unpackaged", NEXT),
+            (__version__, NEXT),
+        }  # fmt: skip
+
+
+def test_pg_tle_creates_and_updates_the_extension(here: str, database: Callable[[str], str]) -> None:
+    with session(here) as s:
+        if not s.value("select exists (select from pg_available_extensions where name = 'pg_tle')"):
+            pytest.skip("needs pg_tle")
+    dsn = database("one")
+    run(make_conninfo(here, dbname="one"), "create extension pg_tle", _extension.tle(), "create extension pglimits")
+    fill(dsn)
+    goes_on(dsn, rows(dsn))

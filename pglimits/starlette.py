@@ -114,7 +114,8 @@ def concurrency(
     """Slots that each request holds until its response is sent and its background tasks have run.
 
     Args:
-        names, occupy, lease_duration, strict: as of ``pglimits.asyncio.concurrency``.
+        names, occupy, lease_duration: as of ``pglimits.asyncio.concurrency``.
+        strict: a missing limit is an error; else it is not enforced, with one warning.
         timeout_seconds: how long a request waits in line; 0 refuses it at once. One whose client goes leaves the line.
         key: the key, or a function of the request, sync or async, that returns it; None: this request is not limited.
             Derive it from what you know, such as who is logged in: each key has the whole budget.

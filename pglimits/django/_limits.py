@@ -117,7 +117,8 @@ def concurrency(
     """Slots that each request holds until its response has been sent, whatever transaction its view runs in.
 
     Args:
-        names, occupy, lease_duration, strict: as of ``pglimits.sync.concurrency``.
+        names, occupy, lease_duration: as of ``pglimits.sync.concurrency``.
+        strict: a missing limit is an error; else it is not enforced, with one warning.
         timeout_seconds: how long a request waits in line; 0 refuses it at once.
         key: the key, or a function of the request that returns it, for async views also an async one; None: this
             request is not limited. Derive it from what you know, such as who is logged in.

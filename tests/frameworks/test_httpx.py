@@ -121,12 +121,12 @@ def test_no_answer_makes_everybody_wait_longer_than_it_may(dsn: str, url: str, l
 
 
 def test_a_role_that_may_not_adjust_is_warned(
-    conn: Any, dsn: str, url: str, limiter: Limiter, caplog: pytest.LogCaptureFixture
+    conn: Any, server_dsn: str, url: str, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter.create(LOCAL, 10, slot_decay_per_second=10)
     conn.execute("drop role if exists only_caller")
     conn.execute("create role only_caller login in role pglimits_user")
-    assert get("async", dsn + " user=only_caller", f"{url}?status=429&Retry-After=60").status_code == 429
+    assert get("async", server_dsn + " user=only_caller", f"{url}?status=429&Retry-After=60").status_code == 429
     assert "pglimits_admin" in caplog.text
 
 

@@ -195,12 +195,12 @@ def test_a_database_that_is_gone_is_503() -> None:
 
 
 def test_a_role_that_may_not_look_gets_slots_without_the_fields(
-    conn: Any, dsn: str, limiter: Limiter, caplog: pytest.LogCaptureFixture
+    conn: Any, server_dsn: str, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter.create("api", 1)
     conn.execute("drop role if exists only_user")
     conn.execute("create role only_user login in role pglimits_user")
-    only = AsyncLimiter(dsn + " user=only_user")
+    only = AsyncLimiter(server_dsn + " user=only_user")
     app = limits.LimitMiddleware(PlainTextResponse("done"), limits.concurrency("api", limiter=only))
     first, second = ask(app, ("GET", "/"), ("GET", "/"))
     assert (first.status_code, second.status_code) == (200, 200)

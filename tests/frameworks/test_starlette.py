@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from wrappertest import in_thread
 
 import pglimits.starlette as limits
 from pglimits import AsyncLimiter, Limiter, LimitNotFound
@@ -240,8 +241,10 @@ def test_a_client_that_goes_leaves_the_line_and_gives_back_its_slot(
         chunks = streaming.iter_raw()
         next(chunks)
         assert len(limiter.holders()) == 1
+        waiting = in_thread(httpx.get, url, timeout=2)
+        wait_until(lambda: len(limiter.waiters()) == 1)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.get(url, timeout=0.5)
+            waiting.result(20)
         wait_until(lambda: limiter.waiters() == [])
         assert len(limiter.holders()) == 1
     wait_until(lambda: limiter.holders() == [])

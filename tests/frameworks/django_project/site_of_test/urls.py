@@ -58,7 +58,18 @@ async def async_stream(request: HttpRequest) -> HttpResponse:
     return StreamingHttpResponse(chunks())
 
 
-views = {"api": api, "async-api": async_api, "report": report, "failing": failing, "stream": stream}
+@transaction.non_atomic_requests(using="limits")
+@concurrency("reports", timeout_seconds=60)
+async def endless(request: HttpRequest) -> HttpResponse:
+    async def chunks():
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.01)
+
+    return StreamingHttpResponse(chunks())
+
+
+views = {"endless": endless, "api": api, "async-api": async_api, "report": report, "failing": failing, "stream": stream}
 urlpatterns = [path(name, view) for name, view in views.items()]
 for name, seconds in (("async-stream", 0), ("waiting", 60)):
     limited = concurrency("reports", timeout_seconds=seconds)(async_stream)

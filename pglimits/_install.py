@@ -132,6 +132,13 @@ def plain(*, without_roles: bool = False) -> str:
     return _HEAD + "\n".join(_pieces(without_roles))
 
 
+def plain_uninstall() -> str:
+    """The whole removal as one plain SQL statement."""
+    body = re.search(r"^do \$\$.*?^end \$\$;", _read("uninstall.sql"), re.MULTILINE | re.DOTALL)
+    assert body is not None
+    return body[0]
+
+
 def _pieces(without_roles: bool, *, extension: bool = False) -> Iterator[str]:
     """The statements, some at a time. ``extension``: as the script of an extension runs them."""
     if extension:
@@ -299,10 +306,8 @@ def uninstall(conninfo: str) -> list[str]:
     remarks: list[str] = []
     with connect(conninfo) as connection:
         connection.add_notice_handler(lambda notice: remarks.append(notice.message_primary or ""))
-        body = re.search(r"^do \$\$.*?^end \$\$;", _read("uninstall.sql"), re.MULTILINE | re.DOTALL)
-        assert body is not None
         try:
-            connection.execute(body[0].encode())
+            connection.execute(plain_uninstall().encode())
         except psycopg.Error as error:
             raise translate(error) from error
     return [remark for remark in remarks if remark.startswith("the role")]

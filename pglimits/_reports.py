@@ -5,13 +5,17 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from . import _arguments, _sql
 from ._calls import Base, Course, as_holder, page, with_holder
 from ._codec import Row
+from ._leases import Place
 from .errors import InvalidArgument
 from .models import Counters, Event, Key, Reason, Step, Usage, Waiter
+
+if TYPE_CHECKING:
+    from ._ratelimit_fields import Budget, Known
 
 Sort: TypeAlias = Literal["busiest", "name", "limit", "held", "level", "waiting", "oldest_wait", "given"]
 
@@ -120,6 +124,16 @@ class Reports(Base):
     def _busiest_keys(self, name: str, count: int, offset: int) -> Course[builtins.list[Key]]:
         found = yield from self._ask(_sql.BUSIEST_KEYS, name, count, offset)
         return [Key(*row) for row in found]
+
+    def _budgets(self, known: Known, places: Iterable[Place]) -> Course[builtins.list[Budget]]:
+        """What is left of each of these keys, but for those that are not enforced."""
+        places = builtins.list(places)
+        if unknown := known.unknown(places):
+            known.learn(unknown, (yield from self._ask(_sql.SETTINGS, unknown)))
+        if not (enforced := known.enforced(places)):
+            return []
+        used = yield from self._ask(_sql.USED, [name for name, _ in enforced], [key for _, key in enforced])
+        return known.budgets(enforced, used)
 
     def _may(self, functions: Iterable[str]) -> Course[set[str]]:
         """Which of these functions may be called here."""

@@ -87,6 +87,17 @@ BUSIEST_KEYS = Statement(
     from pglimits.keys where name = $1 order by waiting desc, held desc, level desc, key limit $2::int offset $3::int"""
 )
 
+SETTINGS = Statement(
+    b'select name, "limit", slot_decay_per_second, active from pglimits.limits where name = any ($1::text[])'
+)
+USED = Statement(
+    b"""
+    select n.nth::int, k.held, k.level
+    from unnest($1::text[], $2::text[]) with ordinality as n(name, key, nth)
+    cross join lateral (select k.held, k.level from pglimits.keys k where k.name = n.name and k.key = n.key) k"""
+)
+"""What is used of each of these keys."""
+
 HOLDERS = Statement(
     b"""
     select lease_id, name, key, slots, holder::text, fence, priority, acquired_at, expires_at

@@ -18,13 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from .._dsn import resolve
+from .._ratelimit_fields import Budgets
 from ..errors import InvalidArgument, PermissionDenied, PglimitsError
 from . import _auth, _docs, _metrics, _openapi, _page, _prefect, _problems, _v1
 from ._database import Database
 from ._grants import ClientGone, Grants
 from ._listener import Listener
 from ._live import Live
-from ._ratelimit_fields import Budgets
 from ._settings import Settings
 
 log = logging.getLogger("pglimits.server")

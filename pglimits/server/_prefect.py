@@ -18,6 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocketDisconnect
 
+from .._problem_details import whole_seconds
 from ..errors import PglimitsError
 from . import _prefect_slots
 from ._auth import Caller, reading, writing
@@ -25,7 +26,7 @@ from ._database import Database
 from ._prefect_limits import Limits, find, find_by_name, set_active_slots, some
 from ._prefect_models import MOST_LISTED, Create, CreatedLimit, Failure, Filter, GlobalLimit, Update
 from ._prefect_places import Places
-from ._problems import Problem, problem, whole_seconds
+from ._problems import Problem, problem
 from ._routing import PrefixRouter
 
 PUBLIC = ("/api/health", "/api/ready")

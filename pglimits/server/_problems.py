@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,58 +14,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import (
-    BY_SQLSTATE,
-    AcquireTimeout,
-    CommitFirst,
-    CronUnavailable,
-    InvalidArgument,
-    LeaseLost,
-    LimiterUnavailable,
-    LimitExists,
-    LimitLocked,
-    LimitNotFound,
-    LimitsChanged,
-    NoSlotDecay,
-    NotInstalled,
-    PermissionDenied,
-    PglimitsError,
-    QueueFull,
-    SlotsExceedLimit,
-    VersionMismatch,
-)
+from .._problem_details import body_of, details, whole_seconds
+from ..errors import PglimitsError
 
 log = logging.getLogger("pglimits.server")
-
-QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
-
-_CODES = {kind: code for code, kind in BY_SQLSTATE.items()}
-_STATUS: list[tuple[type[PglimitsError], int]] = [
-    (InvalidArgument, 422),
-    (LimitNotFound, 404),
-    (LimitExists, 409),
-    (LimitsChanged, 409),
-    (SlotsExceedLimit, 422),
-    (NoSlotDecay, 422),
-    (QueueFull, 429),
-    (CronUnavailable, 501),
-    (LimitLocked, 503),
-    (AcquireTimeout, 429),
-    (CommitFirst, 409),
-    (LeaseLost, 410),
-    (PermissionDenied, 403),
-    (NotInstalled, 503),
-    (VersionMismatch, 503),
-    (LimiterUnavailable, 503),
-]
-_TITLES = {
-    429: "Quota exceeded",
-    413: "Content too large",
-    422: "Invalid argument",
-    503: "The database is not available",
-}
-_COMES_BACK = 2.0
-"""Seconds after which it is worth while to ask a server again that has no database."""
 
 
 class Problem(Exception):
@@ -96,27 +46,16 @@ class Problem(Exception):
         self.more = more or {}
 
     def response(self) -> Response:
-        body: dict[str, Any] = {"type": self.kind, "title": self.title or _phrase(self.status), "status": self.status}
-        body["detail"] = self.detail
-        if self.code is not None:
-            body["code"] = self.code
+        body = body_of(self.status, self.detail, self.title, self.kind, self.code, self.retry_after)
         headers = dict(self.headers)
         if self.retry_after is not None:
-            body["retry_after"] = self.retry_after
             headers["Retry-After"] = whole_seconds(self.retry_after)
-        elif self.kind == QUOTA_EXCEEDED:
-            body["retry_after"] = None
         return Response(
             json.dumps({**body, **self.more}, ensure_ascii=False, default=str),
             self.status,
             headers,
             "application/problem+json",
         )
-
-
-def whole_seconds(seconds: float) -> str:
-    """As ``Retry-After`` has it: whole seconds, and never too early."""
-    return str(max(math.ceil(seconds), 1))
 
 
 def problem(error: BaseException) -> Problem:
@@ -132,18 +71,13 @@ def problem(error: BaseException) -> Problem:
     if not isinstance(error, PglimitsError):
         log.error("an error that nobody expected", exc_info=error)
         return Problem(500, "something went wrong in this server; its log has more")
-    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 0)
-    if not status:
+    known = details(error)
+    if known is None:
         log.error("the database has refused something: %s", error)
         return Problem(500, "the database has refused that; the log of this server has more")
-    code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
-    retry_after = getattr(error, "retry_after", None)
-    if status == 503 and retry_after is None:
-        retry_after = _COMES_BACK
-    title = {LimitLocked: "The limit is locked", SlotsExceedLimit: "Slots exceed the limit"}.get(type(error))
-    if status == 429:
-        return Problem(429, str(error), title=title, kind=QUOTA_EXCEEDED, code=code, retry_after=retry_after)
-    return Problem(status, str(error), title=title, code=code, retry_after=retry_after)
+    return Problem(
+        known.status, str(error), title=known.title, kind=known.kind, code=known.code, retry_after=known.retry_after
+    )
 
 
 def _invalid(error: RequestValidationError) -> Problem:
@@ -163,15 +97,6 @@ def _invalid(error: RequestValidationError) -> Problem:
 
 def _not_json() -> Problem:
     return Problem(400, "the body is not JSON", code="PL001")
-
-
-def _phrase(status: int) -> str:
-    if status in _TITLES:
-        return _TITLES[status]
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Error"
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -11,12 +11,13 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
+from .. import _ratelimit_fields as fields
+from .._problem_details import whole_seconds
 from ..errors import AcquireTimeout, LeaseLost
-from . import _ratelimit_fields as fields
 from . import _v1_models as models
 from ._auth import Caller
 from ._grants import Answer, Grants, until_disconnect
-from ._problems import problem, whole_seconds
+from ._problems import problem
 from ._settings import Settings
 from ._v1_limits import Reader, Writer, database
 

@@ -10,25 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import http_sf
 
-from ..errors import PglimitsError
-from ._database import Database
+from . import _sql
+from ._leases import Place
+from .errors import PglimitsError
 
 _LARGEST = 999_999_999_999_999
 """The largest integer of a structured field."""
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-_SETTINGS = 'select name, "limit", slot_decay_per_second, active from pglimits.limits where name = any (%s::text[])'
-_USED = """
-    select n.nth::int, k.held, k.level
-    from unnest(%s::text[], %s::text[]) with ordinality as n(name, key, nth)
-    cross join lateral (select k.held, k.level from pglimits.keys k where k.name = n.name and k.key = n.key) k
-"""
+_SETTINGS, _USED = (re.sub(rb"\$\d", b"%s", each.sql).decode() for each in (_sql.SETTINGS, _sql.USED))
 _SETTINGS_LIVE = 2.0
 """Seconds for which the settings of a limit are remembered here. They are a hint: nothing is decided by them."""
 _MOST_SETTINGS = 10_000
@@ -98,12 +96,55 @@ def _seconds(seconds: float) -> int:
     return min(max(math.ceil(seconds - 1e-9), 1), _LARGEST)
 
 
+class Known:
+    """Settings of limits, remembered for a moment, as most limits are asked for again and again."""
+
+    def __init__(self) -> None:
+        self._settings: dict[str, tuple[float, int, float, bool]] = {}
+
+    def unknown(self, places: Iterable[Place]) -> list[str]:
+        """The names whose settings have to be looked up."""
+        now = time.monotonic()
+        if len(self._settings) > _MOST_SETTINGS:
+            self._settings.clear()
+        return list({name for name, _ in places if self._settings.get(name, (0.0,))[0] < now})
+
+    def learn(self, names: Iterable[str], rows: Iterable[Sequence[Any]]) -> None:
+        """What ``_sql.SETTINGS`` has found of these."""
+        self.forget(*names)
+        until = time.monotonic() + _SETTINGS_LIVE
+        for name, limit, rate, active in rows:
+            self._settings[name] = until, limit, rate, active
+
+    def forget(self, *names: str) -> None:
+        """Their settings were changed here."""
+        for name in names:
+            self._settings.pop(name, None)
+
+    def enforced(self, places: Iterable[Place]) -> list[Place]:
+        """Those whose limit is there and active, each once."""
+        return [place for place in dict.fromkeys(places) if self._settings.get(place[0], (0.0, 0, 0.0, False))[3]]
+
+    def budgets(self, enforced: Iterable[Place], rows: Iterable[Sequence[Any]]) -> list[Budget]:
+        """What is left of each, by what ``_sql.USED`` has found."""
+        used = {nth: (held, level) for nth, held, level in rows}
+        found = []
+        for nth, (name, key) in enumerate(enforced, 1):
+            if (settings := self._settings.get(name)) is not None:
+                found.append(Budget(name, key, settings[1], settings[2], *used.get(nth, (0, 0.0))))
+        return found
+
+
+class _Database(Protocol):
+    async def rows(self, sql: str, params: Sequence[Any] = ...) -> list[dict[str, Any]]: ...
+
+
 class Budgets:
     """Looks up what is left, for all who ask at the same time together."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: _Database) -> None:
         self._db = database
-        self._settings: dict[str, tuple[float, int, float, bool]] = {}
+        self._known = Known()
         self._asked: list[tuple[Sequence[str], Sequence[str], asyncio.Future[list[Budget]]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -121,8 +162,7 @@ class Budgets:
 
     def forget(self, *names: str) -> None:
         """Their settings were changed here."""
-        for name in names:
-            self._settings.pop(name, None)
+        self._known.forget(*names)
 
     async def _answer(self) -> None:
         while self._asked:
@@ -137,34 +177,14 @@ class Budgets:
                     wanted = [budgets.get(pair) for pair in dict.fromkeys(zip(names, keys, strict=True))]
                     found.set_result([budget for budget in wanted if budget is not None])
 
-    async def _look_up(self, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Budget]:
-        now = asyncio.get_running_loop().time()
-        unknown = {name for name, _ in places if self._settings.get(name, (0.0,))[0] < now}
-        if unknown:
-            if len(self._settings) > _MOST_SETTINGS:
-                self._settings.clear()
-                unknown = {name for name, _ in places}
-            for name in unknown:
-                self._settings.pop(name, None)
-            for row in await self._db.rows(_SETTINGS, [list(unknown)]):
-                self._settings[row["name"]] = (
-                    now + _SETTINGS_LIVE,
-                    row["limit"],
-                    row["slot_decay_per_second"],
-                    row["active"],
-                )
-        enforced = [place for place in places if (known := self._settings.get(place[0])) is not None and known[3]]
-        if not enforced:
+    async def _look_up(self, places: Sequence[Place]) -> Mapping[Place, Budget]:
+        if unknown := self._known.unknown(places):
+            self._known.learn(unknown, [tuple(row.values()) for row in await self._db.rows(_SETTINGS, [unknown])])
+        if not (enforced := self._known.enforced(places)):
             return {}
         names, keys = [name for name, _ in enforced], [key for _, key in enforced]
-        used = {found["nth"]: found for found in await self._db.rows(_USED, [names, keys])}
-        budgets = {}
-        for nth, (name, key) in enumerate(enforced, 1):
-            _, limit, rate, _ = self._settings[name]
-            now_used = used.get(nth)
-            held, level = (0, 0.0) if now_used is None else (now_used["held"], now_used["level"])
-            budgets[name, key] = Budget(name, key, limit, rate, held, level)
-        return budgets
+        used = [tuple(row.values()) for row in await self._db.rows(_USED, [names, keys])]
+        return {(budget.name, budget.key): budget for budget in self._known.budgets(enforced, used)}
 
     async def close(self) -> None:
         if self._task is not None:

@@ -1,0 +1,59 @@
+"""The app: what ``migrate`` does, and what a test run needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.apps import AppConfig
+from django.conf import settings
+from django.db import connections, transaction
+from django.db.models.signals import post_migrate
+
+from .. import __version__, _install
+from .._database import numbers
+from ._limiter import close, database
+
+
+class PglimitsConfig(AppConfig):  # type: ignore[misc]
+    name = "pglimits.django"
+    label = "pglimits"
+    verbose_name = "pglimits"
+
+    def ready(self) -> None:
+        post_migrate.connect(_upgrade, sender=self)
+        # The database of a test cannot be dropped while a limiter is connected.
+        creation = connections[database()].creation
+        destroy = creation.destroy_test_db
+
+        def destroy_test_db(*args: Any, **kwargs: Any) -> None:
+            close(database())
+            destroy(*args, **kwargs)
+
+        creation.destroy_test_db = destroy_test_db
+
+
+def install(connection: Any) -> None:
+    """Install the SQL in the transaction that is open."""
+    with connection.cursor() as cursor:
+        cursor.execute(_install.plain(without_roles=getattr(settings, "PGLIMITS_WITHOUT_ROLES", False)))
+
+
+def uninstall(connection: Any) -> None:
+    """Remove it, with every limit and lease, in the transaction that is open."""
+    with connection.cursor() as cursor:
+        cursor.execute(_install.plain_uninstall())
+
+
+def _upgrade(using: str, **_: Any) -> None:
+    """After each ``migrate``: bring what is there up to this version."""
+    if using != database() or connections[using].vendor != "postgresql":
+        return
+    with connections[using].cursor() as cursor:
+        cursor.execute("select to_regprocedure('pglimits.version()') is not null")
+        if not cursor.fetchone()[0]:
+            return
+        cursor.execute("select pglimits.version()")
+        (there,) = cursor.fetchone()
+    if numbers(there) < numbers(__version__):
+        with transaction.atomic(using=using):
+            install(connections[using])

@@ -1,0 +1,1 @@
+"""None. Django sends ``post_migrate`` to apps that have this module."""

@@ -22,7 +22,7 @@ Most = Annotated[int, Query(ge=1, le=1000, description="Rows at most.")]
 Skip = Annotated[int, Query(ge=0, le=10_000_000, description="Rows to skip.")]
 
 _LIMIT = """
-    select l.name, l."limit", l.held::int, l.waiting::int, l.active, l.slot_decay_per_second, l.level, l.max_waiters,
+    select l.name, l."limit", l.held, l.waiting, l.active, l.slot_decay_per_second, l.level, l.max_waiters,
            l.description, l.created_at, l.updated_at
     from pglimits.limits l
 """

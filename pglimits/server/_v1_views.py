@@ -14,7 +14,7 @@ from ._v1_limits import Most, Name, NameFilter, Reader, Skip, database, paged, t
 _ID = Annotated[int | None, Query(ge=0, le=2**63 - 1)]
 
 _KEYS = """
-    select k.name, k.key, k.held::int, k.level, k.waiting::int, k.fence from pglimits.keys k where k.name = %(name)s
+    select k.name, k.key, k.held, k.level, k.waiting, k.fence from pglimits.keys k where k.name = %(name)s
 """
 _HOLDERS = """
     select h.lease_id, h.name, h.key, h.slots, h.holder, h.fence, h.priority, h.acquired_at, h.expires_at

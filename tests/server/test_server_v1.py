@@ -430,3 +430,14 @@ def test_of_too_many_missed_events_the_newest_are_sent(http: httpx.Client, share
         assert next(kind for kind, _, _ in stream if kind in ("missed", "event")) == "missed"
         told = [next(stream)[2]["new"]["limit"] for _ in range(999)]
     assert told == sorted(told) and told[-1] == 1010
+
+
+def test_all_keys_together_may_hold_more_than_an_integer(http: httpx.Client) -> None:
+    most = 2**31 - 1
+    made(http, "vast", most)
+    for key in ("a", "b"):
+        assert http.post("/v1/acquire", json={"name": "vast", "slots": most, "key": key}).status_code == 200
+    assert http.get("/v1/limits/vast").json()["held"] == 2 * most
+    assert http.get("/v1/limits", params={"name": "vast"}).json()["limits"][0]["held"] == 2 * most
+    assert [row["held"] for row in http.get("/v1/limits/vast/keys").json()["keys"]] == [most, most]
+    assert "pglimits_held_slots" in http.get("/metrics").text

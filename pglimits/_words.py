@@ -83,7 +83,7 @@ def state(used: Used, oldest: str = "") -> tuple[str, str]:
     if used.limit == 0:
         return SHUT, "its limit is 0: nobody gets in" + (f", {waiting}" if waiting else "")
     if used.waiting:
-        return BACKLOGGED, f"{waiting}{keyed}" + (f", the oldest for {oldest}" if oldest else "")
+        return BACKLOGGED, waiting + (f", the oldest for {oldest}" if oldest else "")
     if free <= 0:
         return AT_CAPACITY, f"every slot is held{keyed}"
     if used.slot_decay_per_second and used.level > slots - 1:

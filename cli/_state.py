@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _LOOKS = 8
 """Over how many looks a rate is taken: of a slow one, most seconds see no grant."""
+_SHORTEST = 0.5
+"""Seconds between two looks from which a rate is taken."""
 
 
 def state(usage: Usage) -> tuple[str, str]:
@@ -44,7 +46,7 @@ class Rates:
         rates = {}
         for name, (at, grants) in seen.items():
             since, had = next((look[name] for look in self._looks if name in look), (at, grants))
-            if at > since and grants >= had:  # one that was deleted and created anew starts from nothing
+            if at - since >= _SHORTEST and grants >= had:  # one that was deleted and created anew starts from nothing
                 rates[name] = (grants - had) / (at - since)
         self._looks.append(seen)
         return rates

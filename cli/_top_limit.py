@@ -297,7 +297,7 @@ class LimitScreen(LiveScreen):
                 f"The holder is not stopped: it finds out when it next renews. The lease ends on all its limits."
                 f" Its slots go to whoever is next: {waiting}."
             )
-            done, gone = f"Released {holder.lease_id}.", f"{holder.lease_id} had ended already."
+            done, gone = f"Released {str(holder.lease_id)[:8]}", f"{str(holder.lease_id)[:8]} had ended already."
         else:
             queued = self._queue.get(at)
             if queued is None:
@@ -308,7 +308,10 @@ class LimitScreen(LiveScreen):
                 f"Take this request for {_output.count(waiter.slots, 'slot')} out of the line of {name!r}?\n\n"
                 f"It has waited for {waits}: {_output.who(waiter.holder)}."
             )
-            done, gone = f"Took {waiter.lease_id} out of the line.", f"{waiter.lease_id} waits no longer."
+            done, gone = (
+                f"Took {str(waiter.lease_id)[:8]} out of the line",
+                f"{str(waiter.lease_id)[:8]} waits no longer.",
+            )
 
         async def release() -> str:
             return done if await self.top.limiter.force_release(at) else gone

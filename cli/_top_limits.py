@@ -33,14 +33,14 @@ _SPARKS_EVERY = 20.0
 
 COLUMNS = (
     Column("Limit", 0, sort="name", share=2),
-    Column("", _BAR),
+    Column("", _BAR, from_width=66),
     Column("Held/limit", 10, is_number=True, sort="held"),
-    Column("Level", 6, is_number=True, sort="level"),
+    Column("Level", 6, is_number=True, from_width=74, sort="level"),
     Column("Wait", 5, is_number=True, sort="waiting"),
-    Column("Oldest", 6, is_number=True, sort="oldest_wait"),
-    Column("Grants/s", 8, is_number=True, sort="rate"),
+    Column("Oldest", 6, is_number=True, from_width=58, sort="oldest_wait"),
+    Column("Grants/s", 8, is_number=True, from_width=58, sort="rate"),
     Column("State", 11),
-    Column("because", 0, from_width=120, share=3),
+    Column("because", 0, from_width=120, share=4),
     Column("Last hour", _SPARKS, from_width=140),
 )
 
@@ -55,7 +55,8 @@ class LimitsScreen(LiveScreen):
     """A page of limits."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("slash", "filter", "Filter", key_display="/"),
+        # First of all: a widget would come to it only when the keys behind it have been given to that widget.
+        Binding("slash", "filter", "Filter", key_display="/", priority=True),
         Binding("s", "sort(1)", "Sort"),
         Binding("S", "sort(-1)", show=False),
         Binding("e", "switch", "Enable/disable"),
@@ -157,7 +158,7 @@ class LimitsScreen(LiveScreen):
         if self.filter:
             words.append(f"with {self.filter!r} in the name")
         elif not of:
-            words = ["There are no limits. Make one: pglimits create NAME --limit 10"]
+            words = ["No limits yet: pglimits create NAME --limit 10"]
         self._summary.update(cell(" · ".join(words), "dim"))
 
     # Keys.

@@ -74,7 +74,10 @@ def _rows(dsn: str | None) -> list[dict[str, Any]]:
 
 def _replace(file: Path, text: str) -> None:
     """Put a text in place of a file, for everybody to read. Whoever reads it meanwhile has the old one or the new."""
-    descriptor, path = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    except OSError as error:
+        raise _errors.fail(f"cannot write {file}: {error.strerror}") from None
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as written:
             written.write(text)

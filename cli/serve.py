@@ -78,6 +78,7 @@ def serve(
             f"to listen on {host}, which others can reach, name tokens: set PGLIMITS_TOKENS=name:secret, or use "
             '--token-file. A secret: python3 -c "import secrets; print(secrets.token_urlsafe())"'
         )
+    _check_address(host, port)
     settings = Settings(
         dsn=_client.target(dsn).conninfo,
         tokens=tuple(tokens),
@@ -125,6 +126,21 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_address(host: str, port: int) -> None:
+    """Before a database is started for it. The server finds out by itself what changes until it listens."""
+    import socket
+
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise _errors.fail(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
 
 
 def _root_path(path: str) -> str:

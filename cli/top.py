@@ -27,7 +27,7 @@ def top(
     Enter opens a limit: who holds it, who waits and why, its keys. The keys below the table say what else there is:
     sort, filter, pause; for administrators also release a lease, enable and disable a limit. q quits.
 
-    It needs Textual: pip install 'pglimits[top]'
+    It needs Textual: pip install 'pglimits\\[top]'
 
     Example: pglimits top --every 5
     """

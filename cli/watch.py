@@ -23,6 +23,8 @@ _PANEL = "Limits"
 _LOOKS_EVERY = 0.5
 _RESTS = 4.0
 """It rests at least as often as long as a look took: a look must not become the load."""
+_SAMPLED_EVERY = 120.0
+"""Seconds between two samples, at most, where a sweep runs as it should."""
 _NAPS = 0.25
 """Seconds that it sleeps in one go: a signal in the moment before a sleep does not end that one."""
 
@@ -215,7 +217,8 @@ def history(
     """Show how a limit was used: in the last hour, unless --seconds says otherwise.
 
     Each row is a step that ends then: slots held on average, the level and the line at its end, and what happened in
-    it. `pglimits sweep` or pg_cron takes the samples, one a minute; a step without one is missing.
+    it. `pglimits sweep` or pg_cron takes the samples, one a minute; a step without one is missing, and what happened
+    meanwhile is told by the next one.
 
     Example: pglimits history database --seconds 86400 --points 24
     """
@@ -227,10 +230,11 @@ def history(
     elif not steps:
         _errors.write(f"Nothing is known of limit {name!r} in that time. Does a sweep run? (pglimits cron enable)")
     else:
-        _table(steps, rated=bool(limit.slot_decay_per_second) or any(step.level for step in steps))
+        _table(steps, seconds / points, rated=bool(limit.slot_decay_per_second) or any(step.level for step in steps))
 
 
-def _table(steps: list[Step], *, rated: bool) -> None:
+def _table(steps: list[Step], length: float, *, rated: bool) -> None:
+    """length: of a step, in seconds."""
     from datetime import timedelta
 
     bars = _output.is_unicode(sys.stdout)
@@ -253,6 +257,13 @@ def _table(steps: list[Step], *, rated: bool) -> None:
             "-" if step.waited_p95 is None else f"{step.waited_p95:.3g}s",
         )
     _output.render(table)
+    covered = max(step.covered_seconds for step in steps)
+    if covered > 1.5 * length + _SAMPLED_EVERY:
+        _errors.write(
+            f"No samples were taken for a while: one of these rows tells of {_output.duration(covered)}."
+            " Have a sweep run: pglimits cron enable",
+            err=True,
+        )
 
 
 class _Reach:

@@ -90,7 +90,12 @@ _Metric: TypeAlias = tuple[str, str, str, list[tuple[Any, Any]]]
 def _metrics(rows: Sequence[Row] | None, labelled: Callable[[Mapping[str, str]], Any]) -> Iterator[_Metric]:
     """Name, kind, text and samples of each metric."""
     facts: Row = rows[0] if rows else {}
-    yield "pglimits_up", "gauge", "Whether the database answers: 1, or 0.", [(labelled({}), 0 if rows is None else 1)]
+    yield (
+        "pglimits_up",
+        "gauge",
+        "Whether the database answers, and may be read: 1, or 0.",
+        [(labelled({}), 0 if rows is None else 1)],
+    )
     versions = {"version": __version__}
     if facts:
         versions |= {"database_version": facts["version"], "postgresql_version": facts["postgresql"]}

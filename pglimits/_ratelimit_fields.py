@@ -12,6 +12,7 @@ import contextlib
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,6 +35,11 @@ _PATIENCE = 0.5
 """Seconds for which an answer waits for these fields."""
 
 
+def policy(name: str) -> str:
+    """The name of a limit as these fields have it: they know ASCII only."""
+    return quote(name, safe=_PRINTABLE)
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What is left of one key of a limit."""
@@ -44,6 +50,11 @@ class Budget:
     slot_decay_per_second: float
     held: int = 0
     level: float = 0.0
+
+    @property
+    def policy(self) -> str:
+        """Its name as these fields have it."""
+        return policy(self.name)
 
     @property
     def left(self) -> int:
@@ -71,7 +82,6 @@ def fields(budgets: Sequence[Budget], retry_after: float | None = None) -> dict[
     policies: list[Any] = []
     left: list[Any] = []
     for budget in budgets:
-        name = quote(budget.name, safe=_PRINTABLE)
         policy: dict[str, Any] = {"q": min(budget.limit, _LARGEST)}
         now: dict[str, Any] = {"r": min(budget.left, _LARGEST)}
         if budget.window is None:
@@ -83,9 +93,18 @@ def fields(budgets: Sequence[Budget], retry_after: float | None = None) -> dict[
             now["t"] = seconds
         if budget.key:
             policy["pk"] = now["pk"] = budget.key.encode()
-        policies.append((name, policy))
-        left.append((name, now))
+        policies.append((budget.policy, policy))
+        left.append((budget.policy, now))
     return {"RateLimit-Policy": http_sf.ser(policies), "RateLimit": http_sf.ser(left)}
+
+
+def full(parts: Iterable[tuple[str, str, int]], budgets: Sequence[Budget]) -> Sequence[Budget]:
+    """The limits that have too few slots left for a request of (name, key, slots). Where all seem to have room by now:
+    all of them."""
+    wanted: Counter[Place] = Counter()
+    for name, key, slots in parts:
+        wanted[name, key] += slots
+    return [budget for budget in budgets if budget.left < wanted[budget.name, budget.key]] or budgets
 
 
 def _seconds(seconds: float) -> int:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import anyio
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -93,6 +94,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _openapi.describe(app)
     app.state.settings, app.state.auth, app.state.db = settings, auth, database
     _problems.add_handlers(app)
+    app.add_exception_handler(404, _page.nothing_here)
     for router in routers:
         app.include_router(router)
     _add_health(app)
@@ -152,6 +154,9 @@ class Outermost:
             return await self.app(scope, receive, send)
         began = False
         left = self.largest_body
+        wants_body = scope["method"] != "HEAD"
+        if not wants_body:
+            scope = {**scope, "method": "GET"}
         root, path = scope.get("root_path", ""), scope["path"]
         if root and path != root and not path.startswith(f"{root}/"):
             scope["path"] = root + path  # the proxy has taken the prefix off
@@ -162,6 +167,9 @@ class Outermost:
                 began = True
                 said = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in said)]
+            if not wants_body and message["type"] == "http.response.body":
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                raise ClientGone  # it has all that it wants
             await send(message)
 
         async def receive_on() -> Message:
@@ -177,13 +185,19 @@ class Outermost:
             if length.isdigit() and int(length[:20]) > self.largest_body:
                 raise _too_large(self.largest_body)
             await self.app(scope, receive_on, send_on)
-        except ClientGone:
-            return  # nobody is there to be answered
         except Exception as error:
+            if _is_of_gone_client(error):
+                return  # nobody is there to be answered
             if began:
                 log.error("an answer broke off", exc_info=error)
                 raise
             await _problems.problem(error).response()(scope, receive, send_on)
+
+
+def _is_of_gone_client(error: Exception) -> bool:
+    """Whether an error says only that the client has gone. A stream breaks off with a group of them."""
+    kinds = (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError)
+    return isinstance(error, kinds) or (isinstance(error, ExceptionGroup) and error.split(kinds)[1] is None)
 
 
 def _too_large(most: int) -> HTTPException:

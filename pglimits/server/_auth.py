@@ -58,6 +58,8 @@ def parse_tokens(text: str, full: bool, where: str) -> list[Token]:
                 f"the secret of token {nth} of {where} must have at least {SHORTEST_SECRET} characters; "
                 'make one: python3 -c "import secrets; print(secrets.token_urlsafe())"'
             )
+        if not secret.isascii() or not secret.isprintable():
+            raise InvalidArgument(f"the secret of token {nth} of {where} must be printable ASCII, as headers are")
         found.append(Token(name, secret, full))
     return found
 

@@ -101,11 +101,13 @@ class KnownLimits:
     Attributes:
         rows: by name.
         version: how often something was found to have changed.
+        mark: the same whenever the rows are the same.
     """
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
         self.version = 0
+        self.mark = 0
         self._changed: dict[str, int] = {}
         self._gone: OrderedDict[str, int] = OrderedDict()
         self._knows_since = 0
@@ -116,6 +118,9 @@ class KnownLimits:
         found = {row["name"]: row for row in rows}
         changed = [name for name, row in found.items() if self.rows.get(name) != row]
         gone = self.rows.keys() - found.keys()
+        for known, names in ((self.rows, gone), (self.rows, changed), (found, changed)):
+            for name in names:
+                self.mark ^= mark_of(known[name]) if name in known else 0
         self.rows = found
         if not changed and not gone:
             return
@@ -133,6 +138,7 @@ class KnownLimits:
     def forget(self) -> None:
         """Nobody looks any longer."""
         self.rows = {}
+        self.mark = 0
         self._changed.clear()
         self._gone.clear()
         self._differences.clear()
@@ -157,6 +163,11 @@ class KnownLimits:
                 )
             self._differences[version] = found
         return found
+
+
+def mark_of(row: Row) -> int:
+    """The same for rows that are the same, in one process."""
+    return hash(tuple(row.values()))
 
 
 class KnownEvents:

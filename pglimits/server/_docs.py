@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import escape
 from typing import Any, TypeAlias
@@ -67,13 +68,10 @@ def _page(api: Schema, root: str) -> str:
 def _operation(api: Schema, path: str, method: str, operation: Schema) -> Iterator[str]:
     text = operation.get("description") or operation.get("summary", "")
     first, _, rest = text.partition("\n\n")
-    yield (
-        f"<details><summary><code><b>{method.upper()}</b> {escape(path)}</code> {escape(' '.join(first.split()))}"
-        "</summary>"
-    )
+    yield (f"<details><summary><code><b>{method.upper()}</b> {escape(path)}</code> {_prose(first)}</summary>")
     for paragraph in rest.split("\n\n"):
         if paragraph.strip():
-            yield f"<p>{escape(' '.join(paragraph.split()))}</p>"
+            yield f"<p>{_prose(paragraph)}</p>"
     parameters = [
         (found["name"], found.get("schema", {}), found.get("required", False), found.get("description", ""))
         for found in operation.get("parameters", [])
@@ -103,10 +101,26 @@ def _fields(api: Schema, schema: Schema) -> list[tuple[str, Schema, bool, str]]:
 def _table(api: Schema, title: str, fields: list[tuple[str, Schema, bool, str]]) -> str:
     rows = "".join(
         f"<tr><td><code>{escape(name)}</code></td><td>{escape(_kind(api, schema))}{', needed' if needed else ''}</td>"
-        f"<td>{escape(text or schema.get('description', ''))}</td></tr>"
+        f"<td>{_prose(text or schema.get('description', ''))}{escape(_bounds(schema))}</td></tr>"
         for name, schema, needed, text in fields
     )
     return f"<p>{escape(title)}</p><table>{rows}</table>" if rows else ""
+
+
+def _prose(text: str) -> str:
+    """A text of the description, with its ``code``."""
+    return re.sub("``(.+?)``", r"<code>\1</code>", escape(" ".join(text.split())))
+
+
+def _bounds(schema: Schema) -> str:
+    """What a value may be, and what it is if it is not sent."""
+    all_of = [schema, *schema.get("anyOf", [])]
+    said = [
+        f"{word} {found}"
+        for word, name in (("from", "minimum"), ("to", "maximum"), ("at most", "maxLength"), ("default", "default"))
+        if (found := next((one[name] for one in all_of if name in one), None)) not in (None, "")
+    ]
+    return f" ({', '.join(said).replace('at most', 'characters: at most')})" if said else ""
 
 
 def _resolved(api: Schema, schema: Schema) -> Schema:

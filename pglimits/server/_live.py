@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import datetime
 
 from ..errors import LimiterUnavailable, PglimitsError
-from ._changes import KEPT, Change, Detail, KnownEvents, KnownLimits, Row, Seen
+from ._changes import KEPT, Change, Detail, KnownEvents, KnownLimits, Row, Seen, mark_of
 from ._database import Database
 from ._listener import Listener
 
@@ -29,7 +29,7 @@ _AT_LEAST_EVERY = 3.0
 _LINGERS = 5.0
 """Seconds for which it polls on when nobody looks any longer: a page that is loaded anew finds it running."""
 LIMITS = """
-    select l.name, l."limit", l.held::int, l.waiting::int, l.active, l.slot_decay_per_second, l.level, l.max_waiters,
+    select l.name, l."limit", l.held, l.waiting, l.active, l.slot_decay_per_second, l.level, l.max_waiters,
            l.description, l.created_at, l.updated_at, c.leases, c.keys, c.grants, c.granted_slots, c.releases,
            c.expired_leases, c.force_released_leases, c.oldest_waiting_since
     from pglimits.limits l left join pglimits.counters c on c.name = l.name
@@ -39,7 +39,7 @@ EVENT = """
            e.new, e.by
     from pglimits.events e
 """
-EVENTS = f"{EVENT} where e.event_id > %s order by e.event_id limit %s"
+_EVENTS_SINCE = f"{EVENT} where e.event_id > %s order by e.event_id desc limit %s"
 _LAST_EVENTS = f"{EVENT} order by e.event_id desc limit 100"
 _NEWS = f"""
     select pg_snapshot_xmin(s.seen)::text::bigint as oldest, pg_snapshot_xmax(s.seen)::text::bigint as following, e.*
@@ -69,6 +69,7 @@ class Live:
         details: by name, of the limits that somebody looks at.
         at: when all of it was read, by the database's clock; None while nobody looks.
         polls: how often the database was asked.
+        changed_at: when the last poll was over that found a change, by ``time.monotonic()``.
     """
 
     def __init__(self, database: Database, listener: Listener) -> None:
@@ -77,6 +78,7 @@ class Live:
         self.details: dict[str, Detail] = {}
         self.at: datetime | None = None
         self.polls = 0
+        self.changed_at = 0.0
         self._begun = 0
         self._limits = KnownLimits()
         self._events = KnownEvents()
@@ -94,6 +96,13 @@ class Live:
     def limits(self) -> dict[str, Row]:
         """The row of each limit by its name, as of ``at``, while somebody looks."""
         return self._limits.rows
+
+    def mark(self, name: str | None = None) -> str:
+        """Tells whether anything is different from before, of one limit or of any: of this process only."""
+        if name is None:
+            return str(self._limits.mark)
+        row = self.limits.get(name)
+        return "0" if row is None else str(mark_of(row))
 
     @property
     def down_since(self) -> datetime | None:
@@ -191,14 +200,14 @@ class Live:
         """The events since one that a client has seen, up to the last poll, and whether there were more."""
         before = self._events.number
         try:
-            rows = await self._db.rows(EVENTS, [after, KEPT + 1])
+            rows = await self._db.rows(_EVENTS_SINCE, [after, KEPT + 1])
         except PglimitsError:
             return [], True
         await self._next_poll()
         told = {row["event_id"] for row in rows}
         news, lost = self._events.since(before)
         meanwhile = [row for row in news if row["event_id"] > after and row["event_id"] not in told]
-        return [*rows[:KEPT], *meanwhile], lost or len(rows) > KEPT
+        return [*reversed(rows[:KEPT]), *meanwhile], lost or len(rows) > KEPT
 
     async def _poll_on(self) -> None:
         """Poll while somebody looks, and a little longer."""
@@ -218,6 +227,7 @@ class Live:
             self.polls = self._begun
             self._polled = _tell(self._polled)
             if details_changed or before != (self._limits.version, self._events.number, self._db.down_since):
+                self.changed_at = time.monotonic()
                 self._changed = _tell(self._changed)
             pause = min(max(POLLS_EVERY, (time.monotonic() - began) * _SHARE), _AT_LEAST_EVERY)
             await asyncio.sleep(min(_AT_MOST_EVERY, pause))

@@ -7,6 +7,7 @@ changes, and morphs what is shown into it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,17 +22,18 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 
 from .._words import EVENT_KINDS, STATES
-from ..errors import LimiterUnavailable, PglimitsError
+from ..errors import LimiterUnavailable, PglimitsError, ReadOnlyServer
 from . import _page_actions
 from ._auth import local_path, reading
 from ._page_data import SORTS, Query, pick
 from ._page_limit import CHARTS, SPANS, history, view
 from ._page_live import hub_of, news
-from ._page_render import limit_url, render, static, url_of
+from ._page_render import in_dialog, is_part, limit_url, render, root_of, static, url_of
 from ._problems import Problem, problem
 from ._settings import Settings
 
 _HEADINGS = {403: "You may not do that", 404: "There is nothing here"}
+_FOR_PROGRAMS = ("/v1/", "/api/")
 _EVENTS = 50
 _SHARED = 0.5
 """Seconds for which all pages that show the same share one look at it."""
@@ -39,7 +41,7 @@ _HISTORY_SHARED = 10.0
 _COLUMNS = (
     ("name", "Name", "", "By name"),
     ("", "State", "", "One word of state, and why"),
-    ("held", "Held", "held", "Slots under live leases, of the limit"),
+    ("held", "Held", "held", "Slots under live leases, of the limit; of a rate limit its level, if that is higher"),
     ("level", "Level", "num", "Slots that a rate limit has used and that have not decayed yet"),
     ("waiting", "Waiting", "num", "Requests in line"),
     ("oldest", "Oldest wait", "num", "How long the one that came first has waited"),
@@ -76,10 +78,25 @@ def failed(request: Request, error: Exception) -> Response:
     said = problem(error)
     if said.status == 401:
         return RedirectResponse(url_of(request, "/login"), 303)
-    down = down_of(request) if isinstance(error, LimiterUnavailable) else None
-    heading = "" if down else _HEADINGS.get(said.status, "That did not work")
-    shown = {"down": down, "heading": heading, "text": said.detail, "stream": _stream(request)}
+    is_down = isinstance(error, LimiterUnavailable) and not isinstance(error, ReadOnlyServer)
+    down = down_of(request) if is_down else None
+    heading, text = "" if down else _HEADINGS.get(said.status, "That did not work"), said.detail
+    if down and in_dialog(request):
+        heading = "The database cannot be reached"
+        text = "It is not known what this would do. Try again when the page is live."
+        if request.method == "POST":
+            text = "It is not known whether that was done. Look again when the page is live."
+    shown = {"down": down, "heading": heading, "text": text, "stream": _stream(request)}
     return render(request, "message.html", said.status, **shown)
+
+
+async def nothing_here(request: Request, error: Exception) -> Response:
+    """Where there is nothing: a page for whoever looks with a browser, and problem details for programs."""
+    path = request.scope["path"].removeprefix(root_of(request))
+    looks = "text/html" in request.headers.get("accept", "") and request.method in ("GET", "HEAD")
+    if not looks or f"{path}/".startswith(_FOR_PROGRAMS):
+        return problem(error).response()
+    return failed(request, Problem(404, "No page has this address."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +119,11 @@ def _number(text: str | None, most: int = 2**62) -> int | None:
 
 def _stream(request: Request, name: str | None = None) -> str:
     return url_of(request, "/news", name=name)
+
+
+def _after(request: Request) -> float:
+    """An answer to ``page.js``, which asks because of news, was begun after the last change that was told."""
+    return hub_of(request).live.changed_at if is_part(request) else -math.inf
 
 
 async def limits(request: Request) -> Response:
@@ -178,7 +200,7 @@ async def limit(request: Request, name: str) -> Response:
     context: dict[str, Any] | None = None
     asked = ("limit", name, key, *pages.values())
     try:
-        context = await hub.shared.get(asked, _SHARED, look)
+        context = await hub.shared.get(asked, _SHARED, look, _after(request))
     except LimiterUnavailable:
         down, context = down_of(request), hub.shared.last(asked)
 
@@ -231,7 +253,9 @@ async def events(request: Request) -> Response:
     down = None
     found: list[dict[str, Any]] | None
     try:
-        found = await hub.shared.get(asked, _SHARED, lambda: request.app.state.db.rows(_FIND_EVENTS, wanted))
+        found = await hub.shared.get(
+            asked, _SHARED, lambda: request.app.state.db.rows(_FIND_EVENTS, wanted), _after(request)
+        )
     except LimiterUnavailable:
         down, found = down_of(request), hub.shared.last(asked)
     stale = down is not None and found is not None
@@ -272,8 +296,8 @@ async def figures(request: Request, name: str, span: str = "hour") -> Response:
 
 async def tell(request: Request, name: str | None = None) -> AsyncIterator[ServerSentEvent]:
     """Tells a page when to look again: server-sent events that say no more than that."""
-    async for word in news(request.app.state.live, name):
-        yield ServerSentEvent(event=word, raw_data=word)
+    async for word, mark in news(request.app.state.live, name, request.headers.get("last-event-id", "")):
+        yield ServerSentEvent(event=word, raw_data=word, id=mark)
 
 
 async def login_form(request: Request, next: str = "/", failed: str = "") -> Response:

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from .._words import count
-from ..errors import InvalidArgument, LimitExists
+from ..errors import InvalidArgument, LimiterUnavailable, LimitExists
 from ._auth import writing
-from ._page_forms import LABELS, confirm, do, done, fields, rate, show, the_limit, whole, whom
+from ._page_forms import LABELS, WrongField, confirm, do, done, fields, rate, show, the_limit, whole, whom
 from ._page_render import limit_url, render, url_of
-from ._page_text import exact, number
+from ._page_text import exact, is_spaced, number, quoted
 
 _LEASE = """
 select true as holds, h.name, h.key, h.slots, h.holder, h.acquired_at as since, h.expires_at, h.fence
@@ -49,8 +49,10 @@ async def create(request: Request) -> Response:
     try:
         limit = whole(form, "limit")
         if limit is None:
-            raise InvalidArgument("limit is missing: how many slots?")
+            raise WrongField("limit", "is missing: how many slots?")
         name = form.get("name", "")
+        if is_spaced(name) and form.get("spaced") != name:
+            raise WrongField("name", f'"{name}" has spaces that are hard to see. If they are meant, create it again.')
         await do(
             request,
             _CREATE,
@@ -61,9 +63,9 @@ async def create(request: Request) -> Response:
             max_waiters=whole(form, "max_waiters"),
             description=form.get("description") or None,
         )
-    except (InvalidArgument, LimitExists) as error:
+    except (InvalidArgument, LimitExists, LimiterUnavailable) as error:
         return show(request, "create.html", error, given=form)
-    return done(request, f"Created {name}.", limit_url(request, name), moved=True)
+    return done(request, f"Created {quoted(name)}.", limit_url(request, name), moved=True)
 
 
 def _as_typed(limit: dict[str, Any]) -> dict[str, str]:
@@ -85,11 +87,11 @@ async def edit_form(request: Request, name: str) -> Response:
 async def edit(request: Request, name: str) -> Response:
     """First shows what would change and who that hits, then changes it. What was left as it was is not written."""
     form = await fields(request)
-    limit = await the_limit(request, name)
     was = {field: form.get(f"was_{field}", "") for field in FIELDS}
     given = {field: form.get(field, was[field]) for field in FIELDS}
     changed = [field for field in FIELDS if given[field] != was[field]]
     try:
+        limit = await the_limit(request, name)
         if not changed or form.get("back"):
             said = None if form.get("back") else InvalidArgument("nothing was changed")
             return show(request, "edit.html", said, name=name, given=given, was=was)
@@ -97,10 +99,10 @@ async def edit(request: Request, name: str) -> Response:
         if form.get("confirmed") != "1":
             return await _review(request, limit, given, was, changed, new)
         await do(request, _UPDATE, **{"name": name, "active": None, **new})
-    except (InvalidArgument, LimitExists) as error:
+    except (InvalidArgument, LimitExists, LimiterUnavailable) as error:
         return show(request, "edit.html", error, name=name, given=given, was=was)
     now_named = new["new_name"] or name
-    return done(request, f"Changed {now_named}.", limit_url(request, now_named), moved=now_named != name)
+    return done(request, f"Changed {quoted(now_named)}.", limit_url(request, now_named), moved=now_named != name)
 
 
 def _changes(given: dict[str, str], changed: list[str]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _changes(given: dict[str, str], changed: list[str]) -> dict[str, Any]:
     if "limit" in changed:
         new["limit"] = whole(given, "limit")
         if new["limit"] is None:
-            raise InvalidArgument("limit is missing: how many slots?")
+            raise WrongField("limit", "is missing: how many slots?")
     if "slot_decay_per_second" in changed:
         new["slot_decay_per_second"] = rate(given)
     if "max_waiters" in changed:
@@ -196,7 +198,7 @@ async def switch_form(request: Request, name: str, active: bool) -> Response:
 
 async def switch(request: Request, name: str, active: bool) -> Response:
     await do(request, _UPDATE, **{**dict.fromkeys(FIELDS), "name": name, "active": active})
-    return done(request, f"{'Enabled' if active else 'Disabled'} {name}.", limit_url(request, name))
+    return done(request, f"{'Enabled' if active else 'Disabled'} {quoted(name)}.", limit_url(request, name))
 
 
 async def delete_form(request: Request, name: str) -> Response:
@@ -218,7 +220,7 @@ async def delete_form(request: Request, name: str) -> Response:
 
 async def delete(request: Request, name: str) -> Response:
     await do(request, _DELETE, name=name)
-    return done(request, f"Deleted {name}.", url_of(request, "/"), moved=True)
+    return done(request, f"Deleted {quoted(name)}.", url_of(request, "/"), moved=True)
 
 
 async def reset_form(request: Request, name: str, key: str | None = None) -> Response:
@@ -243,7 +245,7 @@ async def reset_form(request: Request, name: str, key: str | None = None) -> Res
 async def reset(request: Request, name: str, key: str | None = None) -> Response:
     found = await do(request, _RESET, name=name, key=key)
     ended = found["ended"] if found is not None else 0
-    return done(request, f"Reset {name}: {count(ended, 'lease')} ended.", limit_url(request, name))
+    return done(request, f"Reset {quoted(name)}: {count(ended, 'lease')} ended.", limit_url(request, name))
 
 
 async def release_form(request: Request, lease: UUID, name: str = "") -> Response:
@@ -263,7 +265,7 @@ async def release_form(request: Request, lease: UUID, name: str = "") -> Respons
     effects = (
         ["Its slots go to whoever is next. The holder is not stopped: it finds out when it next renews."]
         if holds
-        else ["It leaves the line. When it next asks, it stands at the end of it."]
+        else ["It leaves the line, and is refused as if no slot had come free in time."]
     )
     return await confirm(
         request,

@@ -67,9 +67,14 @@ class Row:
         return room(self)
 
     @property
+    def taken(self) -> float:
+        """Slots that are in use: held, or used by a rate limit and not decayed yet."""
+        return max(self.held, self.level)
+
+    @property
     def used(self) -> float:
         """The share of its slots that are in use."""
-        return max(self.held, self.level) / self.room if self.room else 0.0
+        return self.taken / self.room if self.room else 0.0
 
 
 _OF_ROW = [each.name for each in fields(Row) if each.default is MISSING and each.name != "oldest_wait"]
@@ -141,7 +146,7 @@ def order(rows: Iterable[Row], by: str, reverse: bool = False) -> list[Row]:
     def value(row: Row) -> Any:
         match by:
             case "held":
-                return (row.held / row.room if row.room else 0.0, row.held)
+                return (row.used, row.taken)
             case "level":
                 return row.level
             case "waiting":

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import RedirectResponse, Response
 
-from ..errors import InvalidArgument, LimitNotFound, PglimitsError
+from ..errors import InvalidArgument, LimiterUnavailable, LimitNotFound, PglimitsError, ReadOnlyServer
 from ._auth import Caller
 from ._page_live import hub_of
 from ._page_render import is_part, render
@@ -34,12 +34,25 @@ where w.name = %(name)s and (%(key)s::text is null or w.key = %(key)s) order by 
 _NOW = "select pglimits._now() as now"
 
 LABELS = {
+    "name": "name",
     "new_name": "name",
     "limit": "limit",
     "slot_decay_per_second": "slot decay per second",
     "max_waiters": "longest line",
     "description": "description",
 }
+
+
+_FASTEST = 10**9
+"""Slots that may decay a second."""
+
+
+class WrongField(InvalidArgument):
+    """What was typed into a field of a form cannot be."""
+
+    def __init__(self, field: str, must: str) -> None:
+        super().__init__(f"{LABELS[field]} {must}")
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +97,24 @@ def done(request: Request, said: str, to: str, moved: bool = False) -> Response:
 
 
 def show(request: Request, template: str, error: PglimitsError | None = None, **context: Any) -> Response:
-    status = 422 if error is not None else 200
-    said = str(error) if error is not None else ""
-    shown = {"section": "limits", "error": said, "labels": LABELS, **context}
+    """A form. error: why it comes back."""
+    status = 200 if error is None else 503 if isinstance(error, LimiterUnavailable) else 422
+    said, wrong = explain(error)
+    shown = {"section": "limits", "error": said, "wrong": wrong, **context}
     return render(request, template, status, **shown)
+
+
+def explain(error: PglimitsError | None) -> tuple[str, str]:
+    """An error in the words of the form, and the field that is wrong, if it is one."""
+    if error is None:
+        return "", ""
+    if isinstance(error, LimiterUnavailable) and not isinstance(error, ReadOnlyServer):
+        return "The database cannot be reached. When the page is live, look whether that was done, and try again.", ""
+    said = str(error)
+    field = error.field if isinstance(error, WrongField) else said.split(" ")[0]
+    if field not in LABELS:
+        return said, ""
+    return LABELS[field] + said.removeprefix(field) if said.startswith(field) else said, field
 
 
 async def confirm(request: Request, **context: Any) -> Response:
@@ -105,9 +132,9 @@ def whole(form: dict[str, str], field: str, *, empty: int | None = None, least: 
     try:
         value = int(text)
     except ValueError:
-        raise InvalidArgument(f"{LABELS[field]} must be a whole number, not {text!r}") from None
+        raise WrongField(field, f"must be a whole number, not {text!r}") from None
     if not least <= value < 2**31:
-        raise InvalidArgument(f"{LABELS[field]} must be from {least} to {2**31 - 1:,}, not {text}")
+        raise WrongField(field, f"must be from {least} to {2**31 - 1:,}, not {value:,}")
     return value
 
 
@@ -120,7 +147,9 @@ def rate(form: dict[str, str]) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InvalidArgument(f"{LABELS['slot_decay_per_second']} must be a number, not {text!r}")
+        raise WrongField("slot_decay_per_second", f"must be a number, not {text!r}")
+    if not 0 <= value <= _FASTEST:
+        raise WrongField("slot_decay_per_second", f"must be from 0 to {_FASTEST:,}, not {value:,.10g}")
     return value
 
 

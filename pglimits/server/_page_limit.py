@@ -18,6 +18,9 @@ CHARTS = (
     ("granted", "Grants and expiries a second"),
     ("wait", "Wait of those who were granted"),
 )
+_COVERS_AT_LEAST = 10.0
+"""Seconds over which a rate is taken at least: of one grant in the first moment of a limit, nobody wants to know how
+many that would be a second."""
 _PART = 25
 """Rows of a table."""
 
@@ -107,8 +110,20 @@ async def _explain(db: Database, name: str, waiters: list[dict[str, Any]]) -> li
         elsewhere = await db.rows(_ELSEWHERE, {"name": name, "leases": others, "most": _PART})
     for each in (*waiters, *elsewhere):
         known = why.get(each["lease_id"], {})
-        each.update({part: known.get(part) for part in ("blocked_by", "reason", "earliest")})
+        each["earliest"] = known.get("earliest")
+        each["why"] = _why(known.get("reason") or "", known.get("blocked_by"), name)
     return elsewhere
+
+
+def _why(reason: str, blocked_by: str | None, here: str) -> tuple[str, str | None, str]:
+    """A reason for the page of a limit: what comes before the name of another limit, that name, and the rest. The limit
+    whose page it is needs no name."""
+    before, named, after = reason.partition(f"'{blocked_by}'")
+    if not named:
+        return reason, None, ""
+    if blocked_by == here:
+        return f"{before.removesuffix('limit ')}this limit{after}", None, ""
+    return before, blocked_by, after
 
 
 async def history(db: Database, name: str, span: str) -> dict[str, Any]:
@@ -117,8 +132,9 @@ async def history(db: Database, name: str, span: str) -> dict[str, Any]:
     found = await db.rows(_HISTORY, {"name": name, "seconds": float(seconds), "points": points})
 
     def rate(row: dict[str, Any], counter: str) -> float | None:
-        covered = row["covered_seconds"]
-        return round(row[counter] / covered, 4) if covered and row[counter] is not None else None
+        covered: float = row["covered_seconds"]
+        counted: int | None = row[counter]
+        return round(counted / max(covered, _COVERS_AT_LEAST), 4) if covered and counted is not None else None
 
     step = seconds / points
     rows: list[dict[str, Any] | None] = []

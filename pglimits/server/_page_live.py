@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
@@ -54,12 +55,21 @@ class Shared:
         self._asked: dict[Hashable, _Asked] = {}
         self._last: OrderedDict[Hashable, Any] = OrderedDict()
 
-    async def get(self, key: Hashable, seconds: float, make: Callable[[], Awaitable[T]]) -> T:
-        """What ``make`` returns, or has returned not more than so many seconds ago; longer ago if it took long."""
+    async def get(self, key: Hashable, seconds: float, make: Callable[[], Awaitable[T]], after: float = -math.inf) -> T:
+        """What ``make`` returns, or has returned not more than so many seconds ago; longer ago if it took long.
+
+        after: by ``time.monotonic()``. An answer that was begun before is not shared. Where a new one would come too
+        soon after one that took long, whoever asks waits.
+        """
         asked = self._asked.get(key)
+        if asked is not None and asked.began < after:
+            await asyncio.wait({asked.task})  # one at a time
+            await asyncio.sleep(asked.began + asked.took * _SHARE - time.monotonic())
+            asked = self._asked.get(key)
         if asked is not None and asked.task.done():
             age = time.monotonic() - asked.began
-            if asked.task.exception() is not None or age > max(seconds, asked.took * _SHARE):
+            is_old = asked.began < after or age > max(seconds, asked.took * _SHARE)
+            if is_old or asked.task.exception() is not None:
                 asked = None
         if asked is None:
             if len(self._asked) >= _MOST_KEPT:
@@ -137,13 +147,16 @@ def hub_of(request: Request) -> Hub:
     return hub
 
 
-async def news(live: Live, name: str | None) -> AsyncIterator[str]:
-    """Yields ``news`` whenever something has changed, of one limit or of any; else ``beat``, as a sign of life.
+async def news(live: Live, name: str | None, seen: str = "") -> AsyncIterator[tuple[str, str]]:
+    """Yields ``news`` whenever something has changed, of one limit or of any; ``look`` where a page had better look
+    although nothing is known to have changed; else ``beat``, as a sign of life. Each with a mark of what there is.
 
-    The first is ``news``: the listener cannot know what it has missed.
+    The first is ``look``: the listener cannot know what it has missed. seen: the mark that it was told last; where
+    there is something else now, the first is ``news``.
     """
     changes = live.stream()
-    told = beat = time.monotonic()
+    told = 0.0
+    beat = time.monotonic()
     coming: asyncio.Task[Any] | None = None
     try:
         while True:
@@ -151,19 +164,20 @@ async def news(live: Live, name: str | None) -> AsyncIterator[str]:
                 coming = asyncio.ensure_future(anext(changes, None))
             await asyncio.wait({coming}, timeout=_BEATS)
             now = time.monotonic()
-            is_news = now - told >= _LOOKS_ANYWAY
+            word = "look" if told and now - told >= _LOOKS_ANYWAY else "beat" if now - beat >= _BEATS * 0.9 else ""
             if coming.done():
                 change = coming.result()
                 coming = None
                 if change is None:
                     return
-                is_news = is_news or _concerns(change, name)
-            if is_news:
-                told = beat = now
-                yield "news"
-            elif now - beat >= _BEATS * 0.9:
+                if not told:
+                    word = "news" if seen and seen != live.mark(name) else "look"
+                elif _concerns(change, name):
+                    word = "news"
+            if word:
                 beat = now
-                yield "beat"
+                told = told if word == "beat" else now
+                yield word, live.mark(name)
     finally:
         if coming is not None:
             coming.cancel()

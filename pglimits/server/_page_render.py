@@ -75,6 +75,7 @@ def _environment() -> jinja2.Environment:
     )
     for name in ("number", "exact", "duration", "moment", "iso", "who", "by_whom", "sentence", "value"):
         made.filters[name] = getattr(_page_text, name)
+    made.tests["spaced"] = _page_text.is_spaced
     made.globals["count"] = _words.count
     for name in ("share", "sparkline"):
         made.globals[name] = getattr(_page_text, name)
@@ -120,11 +121,16 @@ def visitor(request: Request) -> Visitor:
     return Visitor(caller.name or "", caller.full, caller.by_cookie)
 
 
+def in_dialog(request: Request) -> bool:
+    """Whether ``page.js`` asks for what it shows in a dialog."""
+    return is_part(request) and "hx-dialog" in request.headers
+
+
 def _layout(request: Request) -> str:
     """Around a view: a whole page; or the part that changes; or nothing, in a dialog."""
     if not is_part(request):
         return "layout.html"
-    return "dialog.html" if "hx-dialog" in request.headers else "part.html"
+    return "dialog.html" if in_dialog(request) else "part.html"
 
 
 def render(request: Request, template: str, status: int = 200, **context: Any) -> HTMLResponse:

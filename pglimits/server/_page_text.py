@@ -64,6 +64,16 @@ def sentence(text: str | None) -> str:
     return text[:1].upper() + text[1:] if text else _NOTHING
 
 
+def is_spaced(text: Any) -> bool:
+    """Whether a text has spaces that HTML would not show: at its ends, or several side by side."""
+    return isinstance(text, str) and text != " ".join(text.split())
+
+
+def quoted(name: str) -> str:
+    """A name in a sentence, where its spaces are to be seen."""
+    return f'"{name}"' if is_spaced(name) else name
+
+
 def value(of: Any) -> str:
     """A property of a limit, before or after it was changed."""
     if of is None or of == "":

@@ -62,6 +62,8 @@ def problem(error: BaseException) -> Problem:
     """What an error means in HTTP. One that nobody expects is logged, and tells nothing of the inside."""
     if isinstance(error, Problem):
         return error
+    if isinstance(error, HTTPException) and error.status_code == 400:  # raised by the framework, for bodies only
+        return _not_json()
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
@@ -82,17 +84,26 @@ def _invalid(error: RequestValidationError) -> Problem:
     """A request that is not of the right form. What was sent is not repeated: it may be long, or secret."""
     found = error.errors()
     if any(one.get("type") == "json_invalid" for one in found):
-        return Problem(400, "the body is not JSON", code="PL001")
+        return _not_json()
     said = []
     for one in found[:10]:
         place = ".".join(str(part) for part in one.get("loc", ()) if part not in ("body", "query", "path", "header"))
         what = str(one.get("msg", "invalid")).removeprefix("Value error, ")
+        if one.get("type") == "model_attributes_type":
+            what = "must be a JSON object"
         said.append(f"{place}: {what}" if place else what)
     return Problem(422, "; ".join(said), code="PL001")
 
 
+def _not_json() -> Problem:
+    return Problem(400, "the body is not JSON", code="PL001")
+
+
 async def _answer(request: Request, error: Exception) -> Response:
     found = problem(error)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if found.status == 422 and kind and "json" not in kind:
+        found = Problem(415, f"send the body as Content-Type: application/json, not {kind}", code="PL001")
     if found.status == 405:
         from ._openapi import allowed
 

@@ -76,7 +76,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             give_back(lost[0])
 
         answer, budgets = await (until_disconnect(request, answering(), lose) if hold else answering())
-        return _response(answer, names, budgets)
+        return _response(answer, parts, budgets)
 
     @routes.post("/acquire", tags=["slots"], responses=_ANSWERS)
     async def acquire(request: Request, caller: Writer, body: models.AcquireRequest) -> Response:
@@ -134,13 +134,15 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
         return {"released": row is not None and row["released"]}
 
 
-def _response(answer: Answer, names: list[str], budgets: list[fields.Budget]) -> Response:
+def _response(answer: Answer, parts: list[models.Part], budgets: list[fields.Budget]) -> Response:
     """An answer of the database as one of HTTP."""
     if answer.status == "refused":
-        error = AcquireTimeout(f"no slot of {', '.join(map(repr, names))} is free")
+        full = fields.full([(part.name, part.key, part.slots) for part in parts], budgets)
+        names = [budget.name for budget in full] or [part.name for part in parts]
+        error = AcquireTimeout(f"no slot of {', '.join(map(repr, dict.fromkeys(names)))} is free")
         error.retry_after = answer.retry_after
         refused = problem(error)
-        refused.more["violated-policies"] = list(dict.fromkeys(names))
+        refused.more["violated-policies"] = list(dict.fromkeys(budget.policy for budget in full))
         refused.headers.update(fields.fields(budgets, answer.retry_after))
         return refused.response()
     headers = fields.fields(budgets)

@@ -173,16 +173,27 @@ end $$;
 
 comment on function pglimits._leave(pglimits.states, uuid) is 'Takes a request out of the line of a (limit, key).';
 
--- Takes a request out of the line whose time is over, and notes that for a while, as it may ask again.
+-- Notes for a while that a request is refused, as it may ask again. The caller sees to next_expiry.
+create or replace function pglimits._note_refused(limit_id bigint, key text, lease_id uuid, now timestamptz)
+returns void
+language sql
+volatile
+begin atomic
+  insert into pglimits.leases (
+    lease_id, limit_id, key, slots, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
+  values (lease_id, limit_id, key, 0, 0, 0, 0, true, 1, now, now + pglimits._liveness());
+end;
+
+comment on function pglimits._note_refused(bigint, text, uuid, timestamptz) is 'Has a request that was taken out of the line refused when it asks again.';
+
+-- Takes a request out of the line whose time is over.
 create or replace function pglimits._time_out(state pglimits.states, lease_id uuid, now timestamptz)
 returns pglimits.states
 language plpgsql
 volatile
 as $$
 begin
-  insert into pglimits.leases (
-    lease_id, limit_id, key, slots, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
-  values (lease_id, state.limit_id, state.key, 0, 0, 0, 0, true, 1, now, now + pglimits._liveness());
+  perform pglimits._note_refused(state.limit_id, state.key, lease_id, now);
   state.next_expiry := least(state.next_expiry, now + pglimits._liveness());
   return pglimits._leave(state, lease_id);
 end $$;

@@ -281,7 +281,7 @@ begin
     select l from pglimits.leases l
     where l.lease_id = force_release.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > now
     order by l.limit_id, l.key);
-  select c.name, q.key, q.slots, q.holder into waiting
+  select c.name, q.limit_id, q.key, q.slots, q.holder, q.channel into waiting
   from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id where q.lease_id = force_release.lease_id;
   waiter.lease_id := lease_id;
   waiter.key := waiting.key;
@@ -302,6 +302,10 @@ begin
     perform pglimits._note_leases('force_released', place.name, place.leases, now);
   end loop;
   if cardinality(ended) = 0 and waiting.name is not null then
+    perform pglimits._note_refused(waiting.limit_id, waiting.key, lease_id, now);
+    update pglimits.states s set next_expiry = least(s.next_expiry, now + pglimits._liveness())
+    where s.limit_id = waiting.limit_id and s.key = waiting.key;
+    perform pglimits._tell(waiting.channel, lease_id::text);
     perform pglimits._note_leases('force_released', waiting.name, array[waiter], now);
   end if;
   return true;
@@ -309,4 +313,5 @@ end $$;
 
 comment on function pglimits.force_release(uuid) is
 $$Ends somebody else's lease, or takes somebody else's request out of its line. As release, but it is told as an event and counted by
-itself. The holder is not stopped: it finds out when it next renews. True if it was live. Errors: PL001 a bad argument.$$;
+itself. The holder is not stopped: it finds out when it next renews. The request is refused when it asks again, within 10 seconds. True
+if it was live. Errors: PL001 a bad argument.$$;

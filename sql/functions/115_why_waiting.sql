@@ -53,19 +53,19 @@ begin
       earliest := pglimits._moment(state, waiter.slots_before + waiter.slots, now);
     end if;
     if state."limit" = 0 then
-      reason := format('limit %L is shut: it has 0 slots', state.name);
+      reason := format('limit ''%s'' is shut: it has 0 slots', state.name);
     elsif waiter.nth > 1 then
-      reason := format('it stands behind %s in the line of %L', case when waiter.nth = 2 then '1 other' else (waiter.nth - 1) || ' others' end,
+      reason := format('it stands behind %s in the line of ''%s''', case when waiter.nth = 2 then '1 other' else (waiter.nth - 1) || ' others' end,
                        state.name);
     elsif waiter.lease_duration is not null and held + waiter.slots > state."limit" then
-      reason := format('%s of %L, and %s of %s are held', needs, state.name, held, state."limit");
+      reason := format('%s of ''%s'', and %s of %s are held', needs, state.name, held, state."limit");
       earliest := null;
     elsif earliest > now then
-      reason := format('%s of %L, whose level has to decay first', needs, state.name);
+      reason := format('%s of ''%s'', whose level has to decay first', needs, state.name);
     elsif waiter.parts is not null then
-      reason := format('%s of %L, and waits for the other limits that it needs', needs, state.name);
+      reason := format('%s of ''%s'', and waits for the other limits that it needs', needs, state.name);
     else
-      reason := format('it is about to be granted by %L', state.name);
+      reason := format('it is about to be granted by ''%s''', state.name);
     end if;
     earliest := nullif(earliest, 'infinity');
     return next;

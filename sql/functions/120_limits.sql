@@ -143,6 +143,9 @@ begin
     new.decayed := pglimits._decayed(old.decayed, old.slot_decay_per_second, old.decayed_at, now);
     new.decayed_at := now;
   end if;
+  if pglimits._as_event(new) = pglimits._as_event(old) then
+    return;
+  end if;
   update pglimits.configs c
   set name = new.name, "limit" = new."limit", slot_decay_per_second = new.slot_decay_per_second, active = new.active,
       max_waiters = new.max_waiters, description = new.description, decayed = new.decayed, decayed_at = new.decayed_at,
@@ -171,15 +174,13 @@ begin
     perform pglimits._serve(pglimits._send_away(state), now, false);
   end loop;
   perform pglimits._tell_elsewhere(old.limit_id);
-  if pglimits._as_event(new) <> pglimits._as_event(old) then
-    perform pglimits._note(
-      'updated', new.name, null, pglimits._differing(pglimits._as_event(old), pglimits._as_event(new)),
-      pglimits._differing(pglimits._as_event(new), pglimits._as_event(old)), now);
-  end if;
+  perform pglimits._note(
+    'updated', new.name, null, pglimits._differing(pglimits._as_event(old), pglimits._as_event(new)),
+    pglimits._differing(pglimits._as_event(new), pglimits._as_event(old)), now);
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
-$$Changes a limit, at once and in one transaction; what is null stays as it is. max_waiters -1: no bound. description '':
+$$Changes a limit, at once and in one transaction; what is null stays as it is. Where nothing changes, nothing is done. max_waiters -1: no bound. description '':
 none. new_name renames it and keeps everything. Grown: waiters are granted. Shrunk: holders keep their slots, nobody new
 until it fits. Rate: the level so far is kept and decays at the new rate. Inactive: waiters go on at once.
 Errors: PL001 a bad argument, PL002 no such limit, PL003 new_name is taken.$$;

@@ -343,6 +343,16 @@ def test_history_is_a_table_with_bars_or_json(pglimits: Cli, process: Cli, conn:
     assert "█" not in process("history", "database", PYTHONIOENCODING="ascii").out
 
 
+def test_history_says_where_a_row_tells_of_more_than_its_step(pglimits: Cli, conn: Connection, clock: Any) -> None:
+    acquire(conn, "database", lease_duration=9000)
+    for seconds in (61, 61, 1800, 61):
+        conn.execute("select pglimits.sweep()")
+        clock.advance(seconds)
+    conn.execute("select pglimits.sweep()")
+    assert "one of these rows tells of 31m" in pglimits("history", "database").err
+    assert "tells of" not in pglimits("history", "database", "--points", "1").err
+
+
 def test_history_that_nobody_wrote_says_who_would(pglimits: Cli) -> None:
     said = pglimits("history", "database")
     assert said.code == 0 and ("sweep" in said.out or "Held" in said.out)

@@ -46,6 +46,20 @@ from pglimits import (
 )
 
 
+def test_a_waiter_that_an_operator_takes_out_of_the_line_is_refused(
+    api: Api, conn: Connection, wait_until: WaitUntil
+) -> None:
+    api.create("database", 1)
+    lease = api.acquire("database")
+    waiter = api.start("acquire", "database")
+    wait_until(lambda: waiting(conn) == 1)
+    assert value(conn, "select pglimits.force_release(lease_id) from pglimits.waiters")
+    with pytest.raises(AcquireTimeout):
+        waiter.result(30)
+    assert api.release(lease)
+    assert held(conn) == 0
+
+
 def test_a_waiter_gets_the_slot_when_it_is_released(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
     api.create("database", 1)
     first = api.acquire("database")

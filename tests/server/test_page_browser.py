@@ -242,13 +242,85 @@ def test_news_come_without_a_reload_and_can_be_paused(shared: Server, sql: Any, 
     expect(waited).not_to_have_text(before or "")  # counts on by itself
 
     tab.get_by_role("button", name="Pause").click()
-    expect(tab.locator("#live-word")).to_contain_text("paused")
+    expect(tab.locator("#live-word")).to_have_text("paused")
+    tab.reload()
+    tab.wait_for_function("document.getElementById('stream')._htmx?.sse?.lastEventId")
+    tab.evaluate("document.dispatchEvent(new CustomEvent('look'))")
+    expect(tab.locator("#live-word")).to_have_text("paused")  # that is no news
+    tab.evaluate("window.same = true")
     sql("select pglimits.release(%s)", lease)
     expect(tab.locator("#live-word")).to_have_text("paused, there is news")
     expect(tab.locator(f"#lease-{lease}")).to_have_count(1)
     tab.get_by_role("button", name="Resume").click()
     expect(tab.locator(f"#lease-{lease}")).to_have_count(0)
     assert tab.evaluate("window.same"), "the page was loaded anew"
+
+
+def test_the_focus_in_a_dialog_goes_on_to_what_comes_next(shared: Server, sql: Any, browse: Browse) -> None:
+    sql("select pglimits.create_limit('gpu', 1)")
+    tab = browse()
+    tab.goto(f"{shared.url}/limits/gpu")
+    is_live(tab)
+    tab.get_by_role("link", name="Edit").click()
+    expect(tab.locator("#f-limit")).to_be_focused()
+    tab.keyboard.type("x")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#form-error")).to_contain_text("must be a whole number")
+    expect(tab.locator("#f-limit")).to_be_focused()
+    tab.locator("#f-limit").fill("3")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("button", name="Change", exact=True)).to_be_focused()
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#toast")).to_have_text("Changed gpu.")
+    assert sql('select "limit" from pglimits.limits') == [(3,)]
+    tab.get_by_role("link", name="Delete").click()
+    expect(tab.locator("#dialog").get_by_role("link", name="Cancel")).to_be_focused()
+
+
+def test_names_that_are_long_or_have_spaces_and_short_keys_are_shown_well(
+    shared: Server, sql: Any, browse: Browse
+) -> None:
+    long = "x" * 200
+    sql("select pglimits.create_limit(%s, 2000000000), pglimits.create_limit(' a', 1)", long)
+    holds(sql, long, slots=1_999_999_999)
+    holds(sql, long, key="k", slots=2_000_000_000)
+    waits(sql, long, key="k")
+    tab = browse()
+
+    def lines(locator: str) -> float:
+        return float(
+            tab.locator(locator).first.evaluate(
+                "each => each.getBoundingClientRect().height / parseFloat(getComputedStyle(each).lineHeight)"
+            )
+        )
+
+    for viewport in (WIDE, {"width": 800, "height": 900}, NARROW):
+        tab.set_viewport_size(viewport)
+        tab.goto(f"{shared.url}/")
+        assert lines("td.name a:has-text('xxx')") < 3.5
+        assert tab.locator("td.name bdi[title]").get_attribute("title") == long
+        shown = "each => getComputedStyle(each, '::before').content"
+        assert '"' in tab.locator("td.name bdi.spaced").evaluate(shown)
+        does_not_scroll(tab)
+        tab.goto(f"{shared.url}/events")
+        assert lines("td.name a:has-text('xxx')") < 3.5
+        assert long not in (tab.locator("td.details").first.text_content() or "")
+        tab.goto(f"{shared.url}/limits/{long}")
+        assert lines("td.key-of .key") < 1.5
+        assert tab.locator("td.key-of .key").first.text_content() == "''"
+        expect(tab.locator("td.why")).to_contain_text("It needs 1 slot of this limit")
+        does_not_scroll(tab)
+
+
+def test_without_a_script_there_is_nothing_that_needs_one(shared: Server, sql: Any, browse: Browse) -> None:
+    sql("select pglimits.create_limit('gpu', 1)")
+    tab = browse(java_script_enabled=False)
+    tab.goto(f"{shared.url}/limits/gpu")
+    expect(tab.get_by_role("heading", level=1)).to_have_text("gpu")
+    for needs_it in ("#charts", "#live-state", "#pause"):
+        expect(tab.locator(needs_it)).to_be_hidden()
+    tab.get_by_role("link", name="Edit").click()
+    expect(tab.get_by_role("button", name="Review")).to_be_visible()
 
 
 def test_any_characters_are_shown_and_never_run(shared: Server, sql: Any, browse: Browse) -> None:
@@ -397,10 +469,24 @@ def test_a_database_that_is_gone_is_said_with_since_when_and_comes_back_by_itsel
         other.expected = ["503"]
         other.goto(f"{served.url}/limits/steady")
         is_live(other)
+        other.get_by_role("link", name="Edit").click()
+        other.get_by_label("Limit", exact=True).fill("7")
         proxy.refuses = True
         proxy.each(Link.cut)
         for each in (tab, other):
             expect(each.locator("#down")).to_contain_text("The database cannot be reached since")
+            expect(each.locator("#live-word")).to_have_text("no database")
+            expect(each.locator("#live-state")).to_have_attribute("data-kind", "lost")
+        other.get_by_role("button", name="Review").click()
+        expect(other.locator("#form-error")).to_contain_text("The database cannot be reached")
+        expect(other.get_by_label("Limit", exact=True)).to_have_value("7")
+        other.keyboard.press("Escape")
+        for name in ("Edit", "Disable", "Reset", "Delete"):
+            other.get_by_role("link", name=name).click()
+            expect(other.locator("#dialog")).to_contain_text("The database cannot be reached")
+            other.locator("#dialog").get_by_role("link", name="Close").click()
+            expect(other.locator("#dialog")).to_be_hidden()
+        for each in (tab, other):
             expect(each.get_by_text("steady").first).to_be_visible()
         fresh = browse()
         fresh.expected = ["503"]
@@ -409,6 +495,7 @@ def test_a_database_that_is_gone_is_said_with_since_when_and_comes_back_by_itsel
         proxy.refuses = False
         for each in (tab, other, fresh):
             expect(each.locator("#down")).to_have_count(0, timeout=20000)
+        is_live(tab)
         connection.execute("select pglimits.acquire('steady')")
         expect(tab.locator(".figure b")).to_have_text("1")
 
@@ -422,6 +509,9 @@ def test_a_server_that_ends_and_comes_back_is_found_again(serve: Any, connect: A
     is_live(tab)
     served.terminate()
     expect(tab.locator("#lost")).to_be_visible()
+    tab.get_by_role("link", name="New limit").click()
+    expect(tab.locator("#toast")).to_contain_text("There was no answer")
+    expect(tab.locator("#dialog")).to_be_hidden()
     serve("--port", str(served.port))
     expect(tab.locator("#lost")).to_be_hidden(timeout=20000)
     connect().execute("select pglimits.acquire('steady')")

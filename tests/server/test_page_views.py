@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import re
 import time
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ import pytest
 from servertest import FULL, READ, Server, until
 
 from pglimits.server._page_data import Overview, Picture, Query, Row, order, pick, state
+from pglimits.server._page_limit import _why
 from pglimits.server._page_text import duration, number, segment, sparkline, who
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -186,23 +188,25 @@ def test_editing_writes_only_the_fields_that_were_changed(http: httpx.Client, sh
     now = http.get("/v1/limits/api").json()
     assert (now["limit"], now["max_waiters"]) == (8, 5)
     assert (now["description"], now["slot_decay_per_second"]) == ("new", 2)
-    assert "nothing was changed" in http.post("/edit?name=api", data=form).text
+    assert "Nothing was changed" in http.post("/edit?name=api", data=form).text
 
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("limit", "", "limit is missing"),
-        ("limit", "-1", "from 0 to"),
-        ("limit", "99999999999", "from 0 to"),
-        ("limit", "1.5", "a whole number"),
-        ("slot_decay_per_second", "fast", "must be a number"),
-        ("slot_decay_per_second", "inf", "must be a number"),
-        ("slot_decay_per_second", "-1", "slot_decay_per_second"),
-        ("max_waiters", "-1", "from 0 to"),
-        ("name", "a/b", "name"),
-        ("name", "taken", "already"),
-        ("description", "x" * 2001, "2000"),
+        ("limit", "", "Limit is missing"),
+        ("limit", "-1", "Limit must be from 0 to 2,147,483,647, not -1"),
+        ("limit", "99999999999", "Limit must be from 0 to 2,147,483,647, not 99,999,999,999"),
+        ("limit", "1.5", "Limit must be a whole number"),
+        ("slot_decay_per_second", "fast", "Slot decay per second must be a number"),
+        ("slot_decay_per_second", "inf", "Slot decay per second must be a number"),
+        ("slot_decay_per_second", "-1", "Slot decay per second must be from 0 to 1,000,000,000, not -1"),
+        ("slot_decay_per_second", "1e-12", "Slot decay per second must be 0 or at least"),
+        ("max_waiters", "-1", "Longest line must be from 0 to"),
+        ("name", "a/b", "Name must"),
+        ("name", "taken", "There is a limit named"),
+        ("name", " taken", "has spaces that are hard to see"),
+        ("description", "x" * 2001, "Description must be at most 2000"),
     ],
 )
 def test_a_form_that_is_wrong_comes_back_with_what_was_typed(
@@ -212,8 +216,11 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed(
     given = {"name": "fine", "limit": "3", field: value, "max_waiters": value if field == "max_waiters" else "77"}
     answer = http.post("/create", data=given)
     assert answer.status_code == 422
-    assert said in answer.text
+    assert said in html.unescape(answer.text)
     assert 'value="77"' in answer.text or field == "max_waiters"
+    if value != "taken":
+        wrong = re.findall(r'name="(\w+)"[^>]*aria-invalid', answer.text)
+        assert wrong == [field]
     assert [each["name"] for each in http.get("/v1/limits").json()["limits"]] == ["taken"]
 
 
@@ -253,6 +260,80 @@ def test_forms_work_without_a_script(http: httpx.Client) -> None:
     odd = http.get("/release?lease=nonsense")
     assert (odd.status_code, odd.headers["content-type"]) == (422, "text/html; charset=utf-8")
     assert "lease: Input should be a valid UUID" in odd.text
+
+
+def test_a_name_with_spaces_at_its_ends_is_asked_about_and_shown_as_it_is(http: httpx.Client) -> None:
+    given = {"name": " x ", "limit": "2"}
+    assert "If they are meant" in http.post("/create", data=given).text
+    assert http.get("/v1/limits").json()["limits"] == []
+    assert http.post("/create", data={**given, "name": "y ", "spaced": " x "}).status_code == 422
+    assert http.post("/create", data={**given, "spaced": " x "}).status_code == 303
+    until(lambda: '<bdi class="spaced"> x </bdi>' in http.get("/").text, "for the list")
+    assert '<h1><bdi class="spaced"> x </bdi></h1>' in http.get("/limits/%20x%20").text
+
+
+def test_a_rate_limit_shows_one_number_and_the_bar_of_it(http: httpx.Client) -> None:
+    http.post("/v1/limits", json={"name": "api", "limit": 5, "slot_decay_per_second": 0.000001})
+    http.post("/v1/rate_limit", json={"name": "api", "slots": 4})
+
+    def cell() -> str:
+        return "".join(re.findall(r'<td[^>]*class="held".*?</td>', http.get("/").text, re.DOTALL))
+
+    until(lambda: "<b>4</b> / 5<" in cell(), "for the list")
+    assert re.search(r'class="level" width="(80.0|79.9)"', cell())
+
+
+def test_more_slots_than_an_integer_has_are_held_over_all_keys(http: httpx.Client, shared_dsn: str) -> None:
+    with psycopg.connect(shared_dsn, autocommit=True) as connection:
+        connection.execute("select pglimits.create_limit('big', 2000000000)")
+        connection.execute("select pglimits.acquire('big', 1900000000, 'k' || n) from generate_series(1, 3) n")
+    until(lambda: "<b>5,700,000,000</b> / 2,000,000,000" in http.get("/").text, "for the list")
+
+
+def test_a_rate_in_the_first_moment_of_a_limit_is_not_absurd(http: httpx.Client, shared_dsn: str) -> None:
+    with psycopg.connect(shared_dsn, autocommit=True) as connection:
+        connection.execute("select pglimits.create_limit('new', 5)")
+        connection.execute("select pglimits.acquire('new')")
+        connection.execute("select pglimits.sweep()")
+    found = http.get("/history?name=new").json()
+    assert max(value for value in found["grants"] if value is not None) == 0.1
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/limits/a/edit", "/v2/limits"])
+def test_where_there_is_nothing_a_browser_gets_a_page_and_a_program_an_error(http: httpx.Client, path: str) -> None:
+    seen = http.get(path, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert (seen.status_code, seen.headers["content-type"]) == (404, "text/html; charset=utf-8")
+    assert "No page has this address" in seen.text
+    for told in (
+        http.get(path),
+        http.post(path, headers={"Accept": "text/html"}),
+        http.get(f"/v1{path}", headers={"Accept": "text/html"}),
+        http.get(f"/api{path}", headers={"Accept": "text/html"}),
+    ):
+        assert (told.status_code, told.headers["content-type"]) == (404, "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    ("reason", "blocked_by", "said"),
+    [
+        (
+            "it needs 1 slot of 'a', and 2 of 2 are held",
+            "a",
+            ("it needs 1 slot of this limit, and 2 of 2 are held", None, ""),
+        ),
+        ("limit 'a' is shut: it has 0 slots", "a", ("this limit is shut: it has 0 slots", None, "")),
+        (
+            "it needs 1 slot of 'b's', and 2 of 2 are held",
+            "b's",
+            ("it needs 1 slot of ", "b's", ", and 2 of 2 are held"),
+        ),
+        ("", None, ("", None, "")),
+    ],
+)
+def test_a_reason_names_only_other_limits(
+    reason: str, blocked_by: str | None, said: tuple[str, str | None, str]
+) -> None:
+    assert _why(reason, blocked_by, "a") == said
 
 
 def test_a_token_that_may_only_look_changes_nothing(guarded: Server) -> None:

@@ -295,7 +295,7 @@ def test_a_port_that_is_taken_is_an_error_of_one_line(serve: Callable[..., Serve
     second = Server(dsn, ["--port", str(server.port)])
     _, err = second.process.communicate(timeout=60)
     assert second.process.returncode == 1
-    assert re.fullmatch(r"Error: .*address already in use.*\n", err), err
+    assert re.fullmatch(r"Error: .*Address already in use.*\n", err), err
 
 
 def test_it_sweeps_by_itself(serve: Callable[..., Server], conn: psycopg.Connection[Any]) -> None:

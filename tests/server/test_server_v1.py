@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -238,6 +240,23 @@ def test_a_stream_tells_what_changes(http: httpx.Client, shared: Server) -> None
         assert next(data["gone"] for kind, _, data in stream if kind == "limits" and data["gone"]) == ["one"]
 
 
+def test_a_held_request_that_an_operator_takes_out_of_the_line_is_answered(
+    http: httpx.Client, shared: Server, wait_until: Callable[..., Any]
+) -> None:
+    made(http, "removed", 1)
+    http.post("/v1/acquire", json={"name": "removed"})
+
+    def removed() -> bool:
+        rows = http.get("/v1/waiters", params={"name": "removed"}).json()["waiters"]
+        return bool(rows) and http.post(f"/v1/leases/{rows[0]['lease_id']}/force-release").json()["released"]
+
+    with shared.client() as other, ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(other.post, "/v1/acquire", json={"name": "removed", "wait": 60})
+        wait_until(removed)
+        assert asked.result(30).status_code == 429
+    assert http.get("/v1/waiters", params={"name": "removed"}).json()["total"] == 0
+
+
 def test_a_page_beyond_the_last_one_is_empty_and_says_how_many_there_are(http: httpx.Client) -> None:
     for name in ("beyond-1", "beyond-2"):
         made(http, name, 1)
@@ -357,3 +376,57 @@ def test_an_id_that_is_in_use_for_another_request_is_an_error_of_that_request_al
     assert http.post("/v1/acquire", json={"name": "a", "lease_id": lease_id}).status_code == 200
     refused = http.post("/v1/acquire", json={"name": "b", "lease_id": lease_id})
     assert (refused.status_code, refused.json()["code"]) == (422, "PL001")
+
+
+def test_a_refusal_names_only_the_limits_that_have_too_few_slots(http: httpx.Client) -> None:
+    made(http, "shut ü", 0)
+    made(http, "roomy", 5)
+    wanted = [{"name": name} for name in ("shut ü", "roomy", "missing")]
+    answer = http.post("/v1/acquire", json={"limits": wanted})
+    assert answer.status_code == 429
+    assert answer.json()["violated-policies"] == ["shut %C3%BC"]
+    assert answer.json()["detail"] == "no slot of 'shut ü' is free"
+    assert '"shut %C3%BC"' in answer.headers["ratelimit-policy"]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"name":"\xe9","limit":1}', b"[" * 100_000, b'{"limit":' + b"1" * 5000 + b"}", b"{"]
+)
+def test_a_body_that_cannot_be_read_is_no_json(http: httpx.Client, body: bytes) -> None:
+    answer = http.post("/v1/limits", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["code"], answer.json()["detail"]) == (
+        400, "PL001", "the body is not JSON",
+    )  # fmt: skip
+
+
+def test_a_body_of_another_kind_is_told_so(http: httpx.Client) -> None:
+    form = http.post("/v1/limits", data={"name": "x"})
+    assert (form.status_code, form.json()["code"]) == (415, "PL001")
+    assert "application/json" in form.json()["detail"]
+    listed = http.post("/v1/limits", json=[])
+    assert (listed.status_code, listed.json()["detail"]) == (422, "must be a JSON object")
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/limits", "/v1/events", "/metrics", "/docs", "/v1/changes", "/readyz"])
+def test_head_is_answered_wherever_get_is(http: httpx.Client, path: str) -> None:
+    answer = http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_change_of_nothing_changes_nothing(http: httpx.Client) -> None:
+    made(http, "same", 2)
+    before = http.get("/v1/limits/same").json()
+    assert http.patch("/v1/limits/same", json={"limit": 2}).status_code == 200
+    assert http.patch("/v1/limits/same", json={}).status_code == 200
+    assert http.get("/v1/limits/same").json() == before
+
+
+def test_of_too_many_missed_events_the_newest_are_sent(http: httpx.Client, shared: Server) -> None:
+    made(http, "many", 1)
+    for limit in range(2, 1012):
+        http.patch("/v1/limits/many", json={"limit": limit})
+    with shared.client() as other, other.stream("GET", "/v1/changes?name=many&only=events&after=0") as response:
+        stream = messages(response)
+        assert next(kind for kind, _, _ in stream if kind in ("missed", "event")) == "missed"
+        told = [next(stream)[2]["new"]["limit"] for _ in range(999)]
+    assert told == sorted(told) and told[-1] == 1010

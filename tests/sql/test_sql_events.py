@@ -123,6 +123,21 @@ def test_a_forced_release_hands_the_slot_to_the_head_of_the_line(s: Session) -> 
     assert s.watch_one(waiter).status == "granted"
 
 
+def test_a_request_that_an_operator_takes_out_of_the_line_is_refused(clock: Clock, s: Session) -> None:
+    s.create("database", 1)
+    s.create("api", 1)
+    clock.freeze()
+    s.acquire("database")
+    for names in ("database", ["database", "api"]):
+        waiter = s.queue(names)
+        assert s.value("select pglimits.force_release(%s)", waiter)
+        assert s.acquire(names, timeout_seconds=60, lease_id=waiter).status == "refused"
+        clock.advance(11)
+        assert s.acquire(names, timeout_seconds=60, lease_id=waiter).status == "queued"
+        s.release(waiter)
+    s.sweep()
+
+
 def test_a_forced_release_of_nothing_changes_nothing(s: Session) -> None:
     s.create("database", 1)
     with changes_nothing(s):

@@ -258,6 +258,15 @@ def test_why_waiting_tells_each_place_what_it_waits_for(clock: Clock, s: Session
     )
 
 
+def test_why_waiting_names_a_limit_as_it_is(s: Session) -> None:
+    name = "quo\"te's \\"
+    s.create(name, 1)
+    s.serves(name, 1)
+    s.queue(name)
+    (row,) = s.all("select reason from pglimits.why_waiting(%s)", name)
+    assert row.reason == f"it needs 1 slot of '{name}', and 1 of 1 are held"
+
+
 def test_why_waiting_tells_from_when_on_a_level_has_room(clock: Clock, s: Session) -> None:
     clock.freeze()
     s.create("api", 1, 0.5)

@@ -19,6 +19,8 @@ const charts = (() => {
     return value >= 1 || value === 0 ? `${+value.toFixed(1)} s` : `${+(value * 1000).toFixed(value < 0.01 ? 1 : 0)} ms`;
   };
 
+  const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+
   // What each chart draws: name in the data, label, colour, and how.
   const LINES = {
     held: { format: number, lines: [["held", "held", "accent", { fill: true }], ["level", "level", "violet", { unless: "decay" }], ["limit", "limit", "quiet", { dash: [4, 4], stepped: true }]] },
@@ -44,7 +46,7 @@ const charts = (() => {
       scales: { x: { range: () => [data.from, data.to] }, y: { range: () => [0, (most || 1) * 1.1] } },
       axes: [
         { ...axis, grid: { show: false }, values: (_, ticks) => ticks.map((tick) => label(tick)), space: 70, size: 28 },
-        { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => format(tick)), space: 32 },
+        { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => (format !== seconds && tick >= 10000 ? compact.format(tick) : format(tick))), space: 32 },
       ],
       series: [
         { label: "time", value: (_, value, __, index) => (index == null ? "now" : label(value, true)) },

@@ -58,7 +58,7 @@
   let pressed = false;
 
   const showState = () => {
-    const [word, kind] = paused ? ["paused", "paused"] : lostSince ? ["no connection", "lost"] : connected ? ["live", "on"] : ["connecting", ""];
+    const [word, kind] = paused ? ["paused", "paused"] : lostSince ? ["no connection", "lost"] : $("down") ? ["no database", "lost"] : connected ? ["live", "on"] : ["connecting", ""];
     const state = $("live-state");
     if (!state) return;
     setText($("live-word"), paused && missed ? "paused, there is news" : word);
@@ -99,10 +99,10 @@
     pulling = false;
   };
 
-  const onNews = () => {
+  const onNews = (event) => {
     found();
     if (paused) {
-      missed = true;
+      missed ||= event.type === "news"; // a "look" says only that something may have changed
       showState();
     } else {
       refresh();
@@ -132,9 +132,11 @@
     const section = active?.closest("section")?.getAttribute("aria-labelledby");
     focused = active && live()?.contains(active) ? { element: active, section } : null;
   });
-  document.addEventListener("htmx:after:swap", () => {
+  document.addEventListener("htmx:after:swap", (event) => {
     setClock();
     tick();
+    showState();
+    if (dialog.open && event.detail.ctx?.target?.id === "dialog-body") focusDialog();
     charts.look();
     if (focused) {
       const { element, section } = focused;
@@ -148,6 +150,7 @@
   });
 
   document.addEventListener("news", onNews);
+  document.addEventListener("look", onNews);
   document.addEventListener("beat", found);
   document.addEventListener("htmx:sse:after:connection", found);
   document.addEventListener("htmx:sse:error", lost);
@@ -189,18 +192,28 @@
 
   const dialog = $("dialog");
   const inDialog = { "HX-Dialog": "true" };
+  const focusDialog = () => {
+    const first = (...selectors) => selectors.map((each) => dialog.querySelector(each)).find(Boolean);
+    first("[aria-invalid]", "[autofocus]", ".primary", "a, button")?.focus();
+  };
   const show = async (url) => {
+    const body = $("dialog-body");
+    body.replaceChildren();
     await htmx.ajax("GET", url, { source: "#dialog", headers: inDialog, target: "#dialog-body", swap: "innerHTML" });
+    if (!body.firstElementChild) {
+      say("There was no answer. Try again when the page is live.");
+      return;
+    }
     tick();
     if (!dialog.open) dialog.showModal();
-    dialog.querySelector("[autofocus]")?.focus();
+    focusDialog();
   };
 
   document.addEventListener("click", (event) => {
     if (event.target.closest?.("#pause")) {
       paused = !paused;
       sessionStorage.setItem("paused", paused ? "1" : "0");
-      if (!paused && missed) refresh();
+      if (!paused) refresh();
       missed = false;
       showState();
       return;

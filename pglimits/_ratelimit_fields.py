@@ -12,6 +12,7 @@ import contextlib
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,6 +35,11 @@ _PATIENCE = 0.5
 """Seconds for which an answer waits for these fields."""
 
 
+def policy(name: str) -> str:
+    """The name of a limit as these fields have it: they know ASCII only."""
+    return quote(name, safe=_PRINTABLE)
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What is left of one key of a limit."""
@@ -47,8 +53,8 @@ class Budget:
 
     @property
     def policy(self) -> str:
-        """The name as these fields have it: they know ASCII only."""
-        return quote(self.name, safe=_PRINTABLE)
+        """Its name as these fields have it."""
+        return policy(self.name)
 
     @property
     def left(self) -> int:
@@ -90,6 +96,15 @@ def fields(budgets: Sequence[Budget], retry_after: float | None = None) -> dict[
         policies.append((budget.policy, policy))
         left.append((budget.policy, now))
     return {"RateLimit-Policy": http_sf.ser(policies), "RateLimit": http_sf.ser(left)}
+
+
+def full(parts: Iterable[tuple[str, str, int]], budgets: Sequence[Budget]) -> Sequence[Budget]:
+    """The limits that have too few slots left for a request of (name, key, slots). Where all seem to have room by now:
+    all of them."""
+    wanted: Counter[Place] = Counter()
+    for name, key, slots in parts:
+        wanted[name, key] += slots
+    return [budget for budget in budgets if budget.left < wanted[budget.name, budget.key]] or budgets
 
 
 def _seconds(seconds: float) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _arguments
-from ._arguments import Names
+from ._arguments import Names, Part
 from ._calls import Course
 from ._leases import Lease, Place
 from ._problem_details import MEDIA_TYPE, details, whole_seconds
-from ._ratelimit_fields import Budget, Known, fields
+from ._ratelimit_fields import Budget, Known, fields, full, policy
 from .errors import AcquireTimeout, LimiterUnavailable, PermissionDenied, PglimitsError, QueueFull
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Wanted:
         """Take the slots, and say what is left. Raises what is the app's own mistake, such as a missing limit."""
         from ._calls import Calls
 
-        places = [(part.name, part.key) for part in _arguments.parts(self._names, self._occupy, key)]
+        parts = _arguments.parts(self._names, self._occupy, key)
+        places = [(part.name, part.key) for part in parts]
         lease = None
         try:
             if self._duration is None:
@@ -93,7 +94,7 @@ class Wanted:
                 )
         except (AcquireTimeout, QueueFull, LimiterUnavailable) as error:
             unreachable = isinstance(error, LimiterUnavailable)
-            return refusal(error, places, [] if unreachable else (yield from self._left(limiter, places)))
+            return refusal(error, parts, [] if unreachable else (yield from self._left(limiter, places)))
         return Entered(lease, fields((yield from self._left(limiter, places))))
 
     def _left(self, limiter: Limiter | AsyncLimiter, places: Iterable[Place]) -> Course[list[Budget]]:
@@ -111,13 +112,15 @@ class Wanted:
         return []
 
 
-def refusal(error: PglimitsError, places: Iterable[Place], budgets: list[Budget]) -> Refusal:
+def refusal(error: PglimitsError, parts: Sequence[Part], budgets: list[Budget]) -> Refusal:
     """What somebody hears who gets no slot."""
     found = details(error)
     assert found is not None
     body, headers = found.body(), {"Content-Type": MEDIA_TYPE}
     if found.status == 429:
-        body["violated-policies"] = list(dict.fromkeys(name for name, _ in places))
+        violated = full([(part.name, part.key, part.slots) for part in parts], budgets)
+        names = [budget.policy for budget in violated] or [policy(part.name) for part in parts]
+        body["violated-policies"] = list(dict.fromkeys(names))
     if found.retry_after is not None:
         headers["Retry-After"] = whole_seconds(found.retry_after)
     return Refusal(found.status, body, {**headers, **fields(budgets, found.retry_after)})

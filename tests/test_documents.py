@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import poolers
 import psycopg
 import pytest
 
@@ -65,7 +66,8 @@ def test_an_example_of_python_prints_what_the_document_says(dsn: str, code: str,
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stderr if poolers.MODE is None else re.sub(r"^LISTEN does not work.*\n", "", done.stderr)
+    assert (done.returncode, said) == (0, "")
     assert done.stdout == prints
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import Any
 from uuid import UUID
 
@@ -138,7 +137,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
 def _response(answer: Answer, parts: list[models.Part], budgets: list[fields.Budget]) -> Response:
     """An answer of the database as one of HTTP."""
     if answer.status == "refused":
-        full = _full(parts, budgets)
+        full = fields.full([(part.name, part.key, part.slots) for part in parts], budgets)
         names = [budget.name for budget in full] or [part.name for part in parts]
         error = AcquireTimeout(f"no slot of {', '.join(map(repr, dict.fromkeys(names)))} is free")
         error.retry_after = answer.retry_after
@@ -159,11 +158,3 @@ def _response(answer: Answer, parts: list[models.Part], budgets: list[fields.Bud
     if answer.status == "queued":
         headers["Retry-After"] = whole_seconds(answer.retry_after or 3)
     return Response(to_json(body), 202 if answer.status == "queued" else 200, headers, "application/json")
-
-
-def _full(parts: list[models.Part], budgets: list[fields.Budget]) -> list[fields.Budget]:
-    """The limits that have too few slots left for a request. Where all seem to have room by now: all of them."""
-    wanted: Counter[tuple[str, str]] = Counter()
-    for part in parts:
-        wanted[part.name, part.key] += part.slots
-    return [budget for budget in budgets if budget.left < wanted[budget.name, budget.key]] or budgets

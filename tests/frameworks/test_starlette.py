@@ -177,6 +177,17 @@ def test_the_middleware_limits_an_app_or_a_route_and_tells_what_is_left(limiter:
     assert limiter.holders() == []
 
 
+def test_a_refusal_over_several_limits_names_those_that_are_full(limiter: Limiter, tasks: AsyncLimiter) -> None:
+    limiter.create("free", 5)
+    limiter.create("füll", 0)
+    for show_fields, named in ((True, ["f%C3%BCll"]), (False, ["free", "f%C3%BCll"])):
+        limit = limits.concurrency(["free", "füll"], show_fields=show_fields, limiter=tasks)
+        (refused,) = ask(limits.LimitMiddleware(PlainTextResponse("done"), limit), ("GET", "/"))
+        assert (refused.status_code, refused.json()["violated-policies"]) == (429, named)
+        assert ("ratelimit" in refused.headers) is show_fields
+    assert limiter.holders() == []
+
+
 def test_what_is_the_apps_own_mistake_is_raised(tasks: AsyncLimiter) -> None:
     app = limits.LimitMiddleware(PlainTextResponse("done"), limits.concurrency("none", strict=True, limiter=tasks))
     with pytest.raises(LimitNotFound):

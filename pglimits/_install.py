@@ -215,11 +215,11 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
                 pieces = _privileges(without_roles)
             else:
                 pieces = iter(())
-                _update_extension(cursor, extension, without_roles)
+                _update_extension(connection, extension, without_roles)
             for piece in pieces:
                 cursor.execute(piece.encode(), prepare=False)
             cursor.execute(
-                "select nullif(current_setting('pglimits.version_before'), ''), pglimits.version(),"
+                "select nullif(current_setting('pglimits.version_before', true), ''), pglimits.version(),"
                 " array(select w.name from unnest(%s::text[]) with ordinality w(name, nth)"
                 " where not exists (select from pg_roles r where r.rolname = w.name) order by w.nth)",
                 [list(ROLES)],
@@ -234,7 +234,7 @@ def _install(connection: psycopg.Connection[Any], without_roles: bool) -> Instal
         raise PglimitsError(error.diag.message_primary) from error
     except psycopg.Error as error:
         raise translate(error) from error
-    return Installed(before, after, tuple(missing), extension is not None)
+    return Installed(extension or before, after, tuple(missing), extension is not None)
 
 
 def extension_version(connection: psycopg.Connection[Any]) -> str | None:
@@ -245,17 +245,22 @@ def extension_version(connection: psycopg.Connection[Any]) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _update_extension(cursor: psycopg.Cursor[Any], there: str, without_roles: bool) -> None:
+def _update_extension(connection: psycopg.Connection[Any], there: str, without_roles: bool) -> None:
     """Bring the extension to this version."""
     if there != "unpackaged" and numbers(there) > numbers(__version__):
         raise VersionMismatch(
             f"the database has the extension pglimits {there}, which is newer than this one, {__version__}:"
             " pip install --upgrade pglimits"
         )
+    cursor = psycopg.Cursor(connection, row_factory=tuple_row)
     if without_roles:
         cursor.execute(_WITHOUT_ROLES.encode(), prepare=False)
     try:
-        cursor.execute(f"alter extension pglimits update to '{__version__}'".encode(), prepare=False)
+        with connection.transaction():
+            cursor.execute(f"alter extension pglimits update to '{__version__}'".encode(), prepare=False)
+    except psycopg.errors.InternalError_:  # updated concurrently
+        if extension_version(connection) != __version__:
+            raise
     except (
         psycopg.errors.FeatureNotSupported,
         psycopg.errors.InvalidParameterValue,

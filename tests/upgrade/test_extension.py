@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -433,6 +434,30 @@ def test_python_and_the_command_update_the_extension(
     with pytest.raises(VersionMismatch, match="newer"):
         install(dsn)
     assert rows(dsn) == was
+
+
+def test_several_may_update_the_extension_at_once(
+    database: Callable[[str], str],
+    next_edition: Edition,
+    wait_until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dsn = database("one")
+    create(dsn)
+    fill(dsn)
+    was = rows(dsn)
+    monkeypatch.setattr(_install, "__version__", NEXT)
+    with ThreadPoolExecutor(3) as pool, psycopg.connect(dsn) as lock, session(dsn) as s:
+        lock.execute("select pg_advisory_xact_lock(7210911204761542)")
+        results = [pool.submit(install, dsn) for _ in range(3)]
+        waits = "select count(distinct pid) = 3 from pg_locks where not granted"
+        wait_until(lambda: s.value(waits), timeout=60)
+        lock.rollback()
+        assert [(done.result(60).version_before, done.result().version_after) for done in results] == [
+            (__version__, NEXT)
+        ] * 3
+    assert rows(dsn) == was
+    goes_on(dsn, was)
 
 
 def test_to_install_again_gives_an_extension_its_privileges_back_and_the_scripts_leave_it_alone(

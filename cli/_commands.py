@@ -18,6 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FAMILIES = {
     "demo": ("demo",),
     "limits": ("ls", "inspect", "create", "update", "delete", "enable", "disable", "reset"),
+    "files": ("plan", "apply", "export"),
     "leases": ("holders", "waiters", "release", "acquire", "renew", "rate"),
     "top": ("top",),
     "watch": ("watch", "events", "history"),

@@ -24,7 +24,7 @@ SIGNAL = 128
 _REPLACEMENTS = {"…": "...", "→": "->"}
 """What our own texts have beyond ASCII."""
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings click along, or its own copy of it
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer brings click along, or its own copy of it
 _CliError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
@@ -108,7 +108,7 @@ def _refused(error: Exception) -> int:
             write(message, err=True)
         return code
     context = getattr(error, "ctx", None)
-    if context is not None and isinstance(error, _UsageError):
+    if context is not None and isinstance(error, UsageError):
         message = f"{message.rstrip('.')} (see: {context.command_path} --help)"
     return fail(message, code).exit_code
 

@@ -374,6 +374,15 @@ class Calls(Base):
         found = yield from self._ask(_sql.RESET, _arguments.text("name", name), _arguments.optional_text("key", key))
         return int(found[0][0])
 
+    def _limit_faults(self, limits: str) -> Course[builtins.list[tuple[int, str, str]]]:
+        """What is wrong with limits that somebody wants, an array of JSON: the number of each, the field, the fault."""
+        found = yield from self._ask(_sql.LIMIT_FAULTS, limits)
+        return [(nth, field, fault) for nth, field, fault in found]
+
+    def _apply(self, plan: str) -> Course[None]:
+        """Do what a plan says, given as JSON. Raises LimitsChanged if the limits are not as the plan found them."""
+        yield from self._ask(_sql.APPLY, plan)
+
     def peek(
         self,
         names: Names,

@@ -211,7 +211,9 @@ CREATE = Statement(b"select pglimits.create_limit($1, $2::int, $3::float8, $4::b
 UPDATE = Statement(b"select pglimits.update_limit($1, $2::int, $3::float8, $4::bool, $5::int, $6::text, $7::text)")
 DELETE = Statement(b"select pglimits.delete_limit($1)")
 RESET = Statement(b"select pglimits.reset($1, $2::text)")
-MEET_ALL_KEYS = {UPDATE, DELETE, RESET}
+LIMIT_FAULTS = Statement(b"select f.nth, f.field, f.fault from pglimits._limit_faults($1::jsonb) f")
+APPLY = Statement(b"select pglimits._apply($1::jsonb)")
+MEET_ALL_KEYS = {UPDATE, DELETE, RESET, APPLY}
 """Refused but in read committed: a snapshot does not show the keys that were used first since."""
 BEGIN = Statement(b"begin isolation level read committed")
 COMMIT = Statement(b"commit")

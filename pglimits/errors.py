@@ -13,6 +13,7 @@ __all__ = [
     "LimitLocked",
     "LimitNotFound",
     "LimiterUnavailable",
+    "LimitsChanged",
     "NoSlotDecay",
     "NotInstalled",
     "PermissionDenied",
@@ -73,6 +74,10 @@ class CommitFirst(PglimitsError):
     """The open transaction of the caller is in its own way (PL010); only SQL callers can meet that."""
 
 
+class LimitsChanged(PglimitsError):
+    """The limits are not as the plan that is to be applied found them; nothing was changed (PL011)."""
+
+
 class LeaseLost(PglimitsError):
     """A lease ended while its holder was still at work: somebody else may have its slots by now."""
 
@@ -112,5 +117,6 @@ BY_SQLSTATE: dict[str, type[PglimitsError]] = {
     "PL008": VersionMismatch,
     "PL009": LimitLocked,
     "PL010": CommitFirst,
+    "PL011": LimitsChanged,
 }
 """The class for each SQLSTATE that ``pglimits.errors()`` lists."""

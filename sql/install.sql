@@ -46,6 +46,7 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \ir functions/110_waiting.sql
 \ir functions/115_why_waiting.sql
 \ir functions/120_limits.sql
+\ir functions/125_apply.sql
 \ir functions/130_sweep.sql
 \ir functions/135_history.sql
 \ir functions/140_cron.sql

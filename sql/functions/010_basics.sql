@@ -57,7 +57,8 @@ as $$
     ('PL007', 'CronUnavailable', 'pg_cron is not to be had here'),
     ('PL008', 'VersionMismatch', 'the database has a newer pglimits than the one that is to be installed'),
     ('PL009', 'LimitLocked', 'an open transaction keeps the limit locked; nothing was taken'),
-    ('PL010', 'CommitFirst', 'the open transaction of the caller is in its own way')
+    ('PL010', 'CommitFirst', 'the open transaction of the caller is in its own way'),
+    ('PL011', 'LimitsChanged', 'the limits are not as the plan that is to be applied found them; nothing was changed')
 $$;
 
 comment on function pglimits.errors() is 'Lists the errors of pglimits: SQLSTATE, kind and meaning.';

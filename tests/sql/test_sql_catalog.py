@@ -19,6 +19,8 @@ CHANGE = {
     "create_limit", "update_limit", "delete_limit", "adjust", "reset", "force_release", "sweep", "keep_history",
     "cron_enable", "cron_disable",
 }  # fmt: skip
+FILES = {"_apply", "_limit_faults"}
+"""What the command line calls for limits in a file."""
 READ = {"history", "sparklines", "why_waiting", "last_sweep"}
 WRAPPER = {"_acquire_batch", "_release_batch", "_watch", "_beat", "_locked_by"}
 PROCEDURES = {"acquire_wait", "rate_limit_wait", "release_wait", "_wait", "_refuse_transaction"}
@@ -32,8 +34,8 @@ OF_VIEWS = {
 }  # fmt: skip
 GRANTED = {
     "pglimits_user": USE | WRAPPER | OF_PROCEDURES,
-    "pglimits_reader": {"version", "errors"} | OF_VIEWS | READ,
-    "pglimits_admin": USE | WRAPPER | OF_PROCEDURES | OF_VIEWS | CHANGE | READ,
+    "pglimits_reader": {"version", "errors"} | OF_VIEWS | READ | {"_limit_faults"},
+    "pglimits_admin": USE | WRAPPER | OF_PROCEDURES | OF_VIEWS | CHANGE | READ | FILES,
 }
 VIEWS = {"limits", "keys", "holders", "waiters", "counters", "events"}
 TABLES = {
@@ -56,7 +58,7 @@ def test_what_callers_call_pins_its_search_path_and_is_of_the_owner_and_nothing_
     """A procedure that commits can do neither, so what it calls does; and what the views call, if it reads a table."""
     pinned = {row.name for row in routines(s) if "search_path=pg_catalog, pg_temp" in row.config}
     definers = {row.name for row in routines(s) if row.definer}
-    functions = (USE | WRAPPER | CHANGE | READ | OF_PROCEDURES) - PROCEDURES - QUALIFIED
+    functions = (USE | WRAPPER | CHANGE | READ | FILES | OF_PROCEDURES) - PROCEDURES - QUALIFIED
     assert pinned == functions | {"_ended_slots", "_ended_slot_seconds", "_dead_waiters"}
     assert definers == pinned - {"version", "errors"}
     assert {row.name for row in routines(s) if row.kind == "p"} == PROCEDURES

@@ -1,0 +1,199 @@
+"""A plan: what would have to be done for limits to be as a file has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from pglimits import _arguments
+from pglimits.errors import InvalidArgument
+from pglimits.models import Limit
+
+from . import _output
+from ._limits_file import Definition, OnConflict, Wanted, checked_definition, definition
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_VERSION = 1
+_MARK = "pglimits_plan"
+
+
+class Action(StrEnum):
+    """What is to be done with a limit."""
+
+    create = "create"
+    update = "update"
+    delete = "delete"
+    keep = "keep"
+    none = "none"
+
+
+TO_DO = (Action.create, Action.update, Action.delete)
+_SIGNS = {Action.create: ("+", "green"), Action.update: ("~", "yellow"), Action.delete: ("-", "red")}
+_TO_BE = {Action.create: "to create", Action.update: "to change", Action.delete: "to delete"}
+_DONE = {Action.create: "created", Action.update: "changed", Action.delete: "deleted"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One limit: as the plan found it, and as it is to be."""
+
+    name: str
+    action: Action
+    old: Definition | None
+    new: Definition | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done, by name. ``file``: out of which it was made."""
+
+    file: str
+    prune: bool
+    limits: tuple[Step, ...]
+
+    def count(self, *actions: Action) -> int:
+        """How many steps are of such a kind."""
+        return sum(step.action in actions for step in self.limits)
+
+    @property
+    def deleted(self) -> list[str]:
+        """The limits that it deletes."""
+        return [step.name for step in self.limits if step.action is Action.delete]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: what `plan --out` saves and the database applies."""
+        kinds = Counter(step.action for step in self.limits)
+        return {
+            _MARK: _VERSION,
+            **dataclasses.asdict(self),
+            "summary": {str(action): kinds[action] for action in Action},
+        }
+
+
+def plan(file: str, wanted: Iterable[Wanted], there: Iterable[Limit], *, prune: bool) -> Plan:
+    """What has to be done for the limits that are there to be as wanted."""
+    found = {limit.name: definition(limit) for limit in there}
+    steps = {each.name: _step(each, found.get(each.name)) for each in wanted}
+    if prune:
+        steps |= {name: Step(name, Action.delete, old, None) for name, old in found.items() if name not in steps}
+    return Plan(file, prune, tuple(steps[name] for name in sorted(steps)))
+
+
+def _step(wanted: Wanted, old: Definition | None) -> Step:
+    new = wanted.definition
+    if old is None:
+        action = Action.create
+    elif old == new:
+        action = Action.none
+    elif wanted.on_conflict is OnConflict.create_only:
+        action = Action.keep
+    else:
+        action = Action.update
+    return Step(wanted.name, action, old, new)
+
+
+def saved(text: str) -> Plan | None:
+    """The plan that `plan --out` saved; None for a text that is none. Raises InvalidArgument if it is damaged."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        if f'"{_MARK}"' in text:
+            raise InvalidArgument("it is not all of a saved plan, or was changed: it is no JSON") from None
+        return None
+    if _MARK not in read:
+        return None
+    if read[_MARK] != _VERSION:
+        raise InvalidArgument(f"it is a plan of version {read[_MARK]!r}; this pglimits knows version {_VERSION}")
+    try:
+        limits = tuple(_read_step(step) for step in read["limits"])
+        made = Plan(_arguments.text("file", read["file"]), _arguments.flag("prune", read["prune"]), limits)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InvalidArgument(f"it is no plan as pglimits saves it: {error}") from None
+    names = Counter(step.name for step in limits)
+    if len(names) < len(limits):
+        raise InvalidArgument(f"limit {names.most_common(1)[0][0]!r} is there twice")
+    return made
+
+
+def _read_step(step: Mapping[str, Any]) -> Step:
+    action = Action(step["action"])
+    old, new = (None if step[of] is None else checked_definition(step[of]) for of in ("old", "new"))
+    if (old is None) is not (action is Action.create) or (new is None) is not (action is Action.delete):
+        raise InvalidArgument(f"limit {step['name']!r}: 'old' and 'new' do not fit to {str(action)!r}")
+    return Step(_arguments.text("name", step["name"]), action, old, new)
+
+
+# For people.
+
+
+def lines(made: Plan, there: Iterable[Limit]) -> list[Text]:
+    """What a plan would do, a line for each thing. ``there``: the limits, for how they are in use."""
+    found = {limit.name: limit for limit in there}
+    shown: list[Text] = []
+    for step in made.limits:
+        if step.action in TO_DO:
+            sign, style = _SIGNS[step.action]
+            shown.append(_output.text(f"{sign} {step.name!r}{_beside(step, found.get(step.name))}", style))
+        if step.action is Action.update:
+            assert step.old is not None and step.new is not None
+            shown += [_output.text(f"    {change}") for change in _changes(step.old, step.new, " → ")]
+        elif step.action is Action.keep:
+            assert step.old is not None and step.new is not None
+            differs = ", ".join(_changes(step.old, step.new, ", not "))
+            shown.append(_output.text(f"= {step.name!r} stays as it is (create-only): {differs}", "dim"))
+    return shown
+
+
+def _beside(step: Step, limit: Limit | None) -> str:
+    if step.action is Action.create:
+        assert step.new is not None
+        usual = Definition(step.new.limit)
+        said = [f"{field}: {_value(value)}" for field, value in _fields(step.new) if value != getattr(usual, field)]
+        return f"  {', '.join([f'limit: {_value(step.new.limit)}', *said])}"
+    if step.action is Action.delete and limit is not None:
+        return f"  {in_use(limit)}"
+    return ""
+
+
+def in_use(limit: Limit) -> str:
+    """How a limit is in use."""
+    return f"{_output.count(limit.held, 'slot')} held, {_output.number(limit.waiting)} waiting"
+
+
+def _changes(old: Definition, new: Definition, between: str) -> list[str]:
+    return [
+        f"{field}: {_value(before)}{between}{_value(after)}"
+        for (field, before), (_, after) in zip(_fields(old), _fields(new), strict=True)
+        if before != after
+    ]
+
+
+def _fields(of: Definition) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(of, field.name)) for field in dataclasses.fields(of)]
+
+
+def _value(value: Any) -> str:
+    """As the file would have it."""
+    if value is None:
+        return "none"
+    if isinstance(value, (bool, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
+
+
+def summary(made: Plan, *, done: bool) -> str:
+    """How much there is to do, or was done."""
+    words = _DONE if done else _TO_BE
+    parts = [f"{made.count(action):,} {words[action]}" for action in TO_DO if made.count(action)]
+    parts += [f"{made.count(Action.keep):,} kept"] if made.count(Action.keep) else []
+    parts += [f"{made.count(Action.none):,} unchanged"] if made.count(Action.none) else []
+    return ", ".join(parts)

@@ -1,0 +1,287 @@
+"""What stands in a TOML or YAML document, and where: each value with its line and column.
+
+TOML is read by tomllib, which knows no places, so a scan over the same text finds them. YAML comes with its own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import importlib.util
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import _errors
+
+
+class Place(NamedTuple):
+    """Line and column, from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A value. ``value``: of a table, its nodes by name. ``at``: of the value; ``key_at``: of its name."""
+
+    value: Any
+    at: Place
+    key_at: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong, and where."""
+
+    at: Place
+    message: str
+
+
+class Unreadable(Exception):
+    """It is no document of that format."""
+
+    def __init__(self, *faults: Fault) -> None:
+        super().__init__(*faults)
+        self.faults = list(faults)
+
+
+class Broken:
+    """Stands for a value that could not be read, which its fault tells already."""
+
+
+START = Place(1, 1)
+_HUGE = re.compile(r"[\d_]{4300,}")
+"""A number of so many digits Python does not read."""
+
+
+def decoded(content: bytes) -> str:
+    """Text out of UTF-8, with or without a byte order mark."""
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode("utf-8-sig", "replace")
+        byte = content[error.start]
+        raise Unreadable(
+            Fault(_place(before, len(before)), f"the byte 0x{byte:02x} is not UTF-8: save the file as UTF-8")
+        ) from None
+
+
+def _place(text: str, at: int) -> Place:
+    return _Lines(text).place(at)
+
+
+# TOML.
+
+
+def toml(text: str) -> Node:
+    """The tree of a TOML document. Raises Unreadable."""
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        raise Unreadable(Fault(START, "it is nested too deeply")) from None
+    except tomllib.TOMLDecodeError as error:
+        raise Unreadable(_toml_fault(text, str(error))) from None
+    except ValueError:  # of Python: a number has more digits than it reads
+        huge = _HUGE.search(text)
+        at = START if huge is None else _place(text, huge.start())
+        raise Unreadable(Fault(at, "a number has too many digits")) from None
+    scan = _Scan(text)
+    scan.document()
+    return _located(data, (), scan)
+
+
+class _Lines:
+    """Where the lines of a text begin."""
+
+    def __init__(self, text: str) -> None:
+        self._starts = [0, *(found.end() for found in re.finditer("\n", text))]
+
+    def place(self, at: int) -> Place:
+        line = bisect.bisect_right(self._starts, at)
+        return Place(line, at - self._starts[line - 1] + 1)
+
+
+def _toml_fault(text: str, said: str) -> Fault:
+    """What tomllib says ends with where it is."""
+    found = re.fullmatch(r"(?s)(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", said)
+    if found is None:
+        return Fault(START, said)
+    message, line, column = found.groups()
+    twice = re.fullmatch(r"Cannot declare \('limits', (.*)\) twice", message)
+    if twice is not None:
+        message = f"limit {twice[1].rstrip(',')} is there twice"
+    at = _place(text, len(text)) if line is None else Place(int(line), int(column))
+    return Fault(at, message[:1].lower() + message[1:])
+
+
+def _located(value: Any, path: tuple[str, ...], scan: _Scan) -> Node:
+    key = scan.keys.get(path, 0)
+    if isinstance(value, dict):
+        value = {name: _located(item, (*path, name), scan) for name, item in value.items()}
+    return Node(value, scan.lines.place(scan.values.get(path, key)), scan.lines.place(key))
+
+
+class _Scan:
+    """Where the names and values of a TOML document stand. It has to be one that tomllib has read."""
+
+    _BLANK = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
+    _NAME = re.compile(r"""[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
+    _STRING = re.compile(r'''"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*\'''', re.DOTALL)
+    _OTHER = re.compile(r"[^,\]}\n#]+")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.lines = _Lines(text)
+        self.keys: dict[tuple[str, ...], int] = {}
+        self.values: dict[tuple[str, ...], int] = {}
+        self._at = 0
+
+    def document(self) -> None:
+        table: tuple[str, ...] = ()
+        while self._next():
+            if self._next() == "[":
+                brackets = 2 if self.text.startswith("[[", self._at) else 1
+                self._at += brackets
+                table = self._name(())
+                self._at += brackets
+            else:
+                self._pair(table)
+
+    def _next(self) -> str:
+        """The next character that says something; none at the end."""
+        self._at = self._end(self._BLANK)
+        return self.text[self._at : self._at + 1]
+
+    def _end(self, what: re.Pattern[str]) -> int:
+        found = what.match(self.text, self._at)
+        assert found is not None, (what.pattern, self._at)
+        return found.end()
+
+    def _name(self, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Read a dotted name, and what is behind it up to what says something."""
+        while True:
+            self._next()
+            start, self._at = self._at, self._end(self._NAME)
+            word = self.text[start : self._at]
+            path = (*path, next(iter(tomllib.loads(f"{word}=0"))) if word[0] in "\"'" else word)
+            self.keys.setdefault(path, start)
+            if self._next() != ".":
+                return path
+            self._at += 1
+
+    def _pair(self, table: tuple[str, ...]) -> None:
+        path = self._name(table)
+        self._at += 1  # the equals sign
+        self._next()
+        self.values.setdefault(path, self._at)
+        self._value(path)
+
+    def _value(self, path: tuple[str, ...]) -> None:
+        first = self._next()
+        if first in ("{", "["):
+            self._at += 1
+            while self._next() not in ("}", "]"):
+                if first == "{":
+                    self._pair(path)
+                else:
+                    self._value((*path, ""))
+                if self._next() == ",":
+                    self._at += 1
+            self._at += 1
+        else:
+            self._at = self._end(self._STRING if first in ('"', "'") else self._OTHER)
+
+
+# YAML.
+
+_TAG = "tag:yaml.org,2002:"
+
+
+def yaml(text: str) -> tuple[Node, list[Fault]]:
+    """The tree of a YAML document (YAML 1.2), and what is wrong with names and values in it.
+
+    Raises Unreadable, and typer.Exit where the library is missing.
+    """
+    if importlib.util.find_spec("ruamel") is None or importlib.util.find_spec("ruamel.yaml") is None:
+        raise _errors.fail("YAML needs ruamel.yaml: pip install 'pglimits[yaml]'. TOML needs nothing")
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.reader import ReaderError
+
+    reader = YAML(typ="safe", pure=True)
+    try:
+        root = reader.compose(text)
+        if root is None:
+            return Node({}, START, START), []
+        tree = _Yaml(reader)
+        return tree.node(root, root), tree.faults
+    except RecursionError:
+        raise Unreadable(Fault(START, "it is nested too deeply")) from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = START if mark is None else Place(mark.line + 1, mark.column + 1)
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        raise Unreadable(Fault(at, said)) from None
+    except ReaderError as error:
+        # Its position may lie before the text that it has kept; the character itself is in ours.
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        at = _place(text, max(text.find(character), 0))
+        raise Unreadable(Fault(at, f"the character U+{ord(character):04X} is not allowed")) from None
+    except YAMLError as error:
+        raise Unreadable(Fault(START, str(error))) from None
+
+
+class _Yaml:
+    """Nodes out of those of ruamel.yaml."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self.faults: list[Fault] = []
+
+    def node(self, value: Any, key: Any) -> Node:
+        return Node(self._value(value), _mark(value), _mark(key))
+
+    def _value(self, node: Any) -> Any:
+        if node.id == "mapping":
+            return self._mapping(node, set())
+        if node.id == "sequence":
+            return [self._value(item) for item in node.value]
+        from ruamel.yaml.error import MarkedYAMLError
+
+        try:
+            return self._reader.constructor.construct_object(node)
+        except ValueError:
+            self.faults.append(Fault(_mark(node), "a number has too many digits, or is none"))
+        except MarkedYAMLError as error:
+            self.faults.append(Fault(_mark(node), str(error.problem)))
+        return Broken
+
+    def _mapping(self, node: Any, around: set[int]) -> dict[str, Node]:
+        """The entries of a mapping; those of what it merges (``<<: *other``) come after its own."""
+        found: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
+        for key, value in node.value:
+            if key.tag == f"{_TAG}merge":
+                for other in value.value if value.id == "sequence" else [value]:
+                    if other.id != "mapping" or id(other) in around | {id(node)}:
+                        self.faults.append(Fault(_mark(value), "only tables can be merged"))
+                    else:
+                        merged = {**self._mapping(other, around | {id(node)}), **merged}
+            elif key.tag != f"{_TAG}str":
+                self.faults.append(Fault(_mark(key), _no_name(key)))
+            elif key.value in found:
+                before = found[key.value].key_at
+                self.faults.append(Fault(_mark(key), f"{key.value!r} is there twice, first in line {before.line}"))
+            else:
+                found[key.value] = self.node(value, key)
+        return {**found, **{name: item for name, item in merged.items() if name not in found}}
+
+
+def _no_name(key: Any) -> str:
+    return f'a name must be a string: write "{key.value}"' if key.id == "scalar" else "a name must be a string"
+
+
+def _mark(node: Any) -> Place:
+    return Place(node.start_mark.line + 1, node.start_mark.column + 1)

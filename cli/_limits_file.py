@@ -175,9 +175,13 @@ def _values(name: str, node: Node) -> tuple[dict[str, Any], list[Fault]]:
     return values, faults
 
 
+_IN_FILES = {"True": "true", "False": "false", "None": "null"}
+
+
 def _in_files_words(said: str) -> str:
     short = said if len(said) < 300 else f"{said[:280]}…"
-    return short.replace("must be True or False", "must be true or false")
+    short = short.replace("must be True or False", "must be true or false")
+    return re.sub("not (True|False|None)$", lambda found: f"not {_IN_FILES[found[1]]}", short)
 
 
 def _wanted(values: Mapping[str, Any]) -> Wanted:

@@ -241,7 +241,8 @@ class _Yaml:
         self.faults: list[Fault] = []
 
     def node(self, value: Any, key: Any) -> Node:
-        return Node(self._value(value), _mark(value), _mark(key))
+        is_nothing = value.id == "scalar" and not value.value  # its mark is behind what comes between
+        return Node(self._value(value), _mark(key if is_nothing else value), _mark(key))
 
     def _value(self, node: Any) -> Any:
         if node.id == "mapping":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 TERMINAL = ROOT / "docs" / "terminal.md"
+AS_CODE = ROOT / "docs" / "limits-as-code.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = ("by",)
@@ -109,6 +110,44 @@ def test_the_commands_of_the_terminal_print_what_the_document_says(dsn: str) -> 
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert masked(done.stdout) == masked("\n".join(str(prints) for _, prints in examples))
+
+
+def test_the_commands_for_files_of_limits_print_what_the_document_says(dsn: str, tmp_path: Path) -> None:
+    examples = blocks(AS_CODE, "bash")
+    assert len(examples) == 6
+    for code, prints in examples:  # one after the other, in one folder
+        done = subprocess.run(
+            ["bash", "-euc", code], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (0, prints), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limits", "code", "comments"), [("a.limit = 1", 0, 0), ("a.limit = 2", 0, 1), ('a.limit = "1"', 1, 0)]
+)
+def test_the_workflow_comments_on_what_there_is_to_do_and_fails_on_errors_only(
+    dsn: str, tmp_path: Path, conn: psycopg.Connection[tuple[object, ...]], limits: str, code: int, comments: int
+) -> None:
+    from ruamel.yaml import YAML
+
+    conn.execute("select pglimits.create_limit('a', 1)")
+    (workflow,) = [YAML(typ="safe", pure=True).load(example) for example, _ in blocks(AS_CODE, "yaml")]
+    script = workflow["jobs"]["plan"]["steps"][-1]["run"]
+    (tmp_path / "limits.toml").write_text(f"[limits]\n{limits}\n")
+    gh = tmp_path / "gh"
+    gh.write_text('#!/bin/sh\necho "$@" >> said\ncat comment.md >> said\n')
+    gh.chmod(0o755)
+    known = environment(dsn) | {"NUMBER": "17", "GITHUB_STEP_SUMMARY": "summary"}
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script], env=known | {"PATH": f"{tmp_path}:{known['PATH']}"}, cwd=tmp_path,
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert ("Error: limits.toml:2:11: " in done.stdout) is (code == 1)
+    commented = (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""
+    assert commented.count("pr comment 17 --body-file comment.md") == comments
+    assert ("~ 'a'" in commented) is (comments == 1)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

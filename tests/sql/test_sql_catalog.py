@@ -151,12 +151,16 @@ CALLS = {
         "select pglimits.peek_all(array['database'])", f"select * from pglimits._watch(array[{ID}], false)",
         "select pglimits._beat('pglimits_a')", f"select pglimits._release_batch(array[{ID}])",
     ],
-    "reader": [f"select * from pglimits.{view}" for view in sorted(VIEWS)],
+    "reader": [
+        *(f"select * from pglimits.{view}" for view in sorted(VIEWS)),
+        """select * from pglimits._limit_faults('[{"name": "a/b"}]')""",
+    ],
     "user or reader": ["select pglimits.version()", "select * from pglimits.errors()"],
     "admin": [
         "select pglimits.create_limit('new', 1)", "select pglimits.update_limit('database', 4)",
         "select pglimits.adjust('api', 1)", "select pglimits.reset('database')", "select pglimits.sweep()",
         "select pglimits.cron_disable()", "select pglimits.delete_limit('new')",
+        """select pglimits._apply('{"limits": []}')""",
     ],
     "nobody": [
         *(f"select * from pglimits.{table}" for table in sorted(TABLES)),

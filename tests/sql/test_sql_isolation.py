@@ -50,6 +50,7 @@ MEET_ALL_KEYS = {
     "delete_limit": "select pglimits.delete_limit('full')",
     "reset": "select pglimits.reset('full')",
     "reset one key": "select pglimits.reset('full', '')",
+    "apply": """select pglimits._apply('{"limits": []}')""",
 }
 """A snapshot does not show the keys that were used first since."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pglimits import Limiter
     from pglimits.models import Limit
 
-    from ._limits_file import Wanted
+    from ._limits_file import Syntax, Wanted
     from ._limits_plan import Plan
 
 app = typer.Typer()
@@ -52,7 +52,7 @@ class _PlanCommand(Command):
 File = Annotated[
     str, typer.Argument(metavar="FILE", help="The limits, in TOML or YAML. -: standard input.", show_default=False)
 ]
-Syntax = Annotated[
+Written = Annotated[
     str | None,
     typer.Option(
         "--format",
@@ -68,7 +68,7 @@ Prune = Annotated[bool, typer.Option("--prune", help="Delete the limits that FIL
 def plan(
     file: File,
     prune: Prune = False,
-    syntax: Syntax = None,
+    syntax: Written = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="PATH", dir_okay=False, show_default=False, help="Save the plan, for apply."),
@@ -82,16 +82,18 @@ def plan(
 
     Example: pglimits plan limits.toml
 
-    Example: pglimits plan limits.yaml --prune --out plan.json && pglimits apply plan.json
+    Example: pglimits plan limits.yaml --prune --out plan.json
     """
+    from . import _limits_file as files
     from . import _limits_plan
 
     text = _text(file)
     if _saved(file, text) is not None:
         raise _errors.fail(f"{file} is a saved plan already: pglimits apply {file}")
+    chosen = files.syntax_of(file, _syntax(syntax))
     with _client.limiter(dsn, _rights.READER) as limiter:
         there = limiter.list()
-        made = _limits_plan.plan(_called(file), _wanted(limiter, file, text, syntax), there, prune=prune)
+        made = _limits_plan.plan(_called(file), _wanted(limiter, file, text, chosen), there, prune=prune)
     to_do = made.count(*_limits_plan.TO_DO)
     if out is not None:
         out.write_text(_output.as_json(made.plain()) + "\n", encoding="utf-8")
@@ -118,7 +120,7 @@ def apply(
         ),
     ],
     prune: Prune = False,
-    syntax: Syntax = None,
+    syntax: Written = None,
     yes: Yes = False,
     dsn: Dsn = None,
     output: Output = Format.table,
@@ -135,25 +137,30 @@ def apply(
     """
     from pglimits.errors import LimitsChanged
 
+    from . import _limits_file as files
     from . import _limits_plan
 
     text = _text(file)
     given = _saved(file, text)
     if given is not None and prune:
         raise _errors.usage("--prune does not go with a saved plan, which says itself what it deletes")
+    chosen = files.syntax_of(file, _syntax(syntax)) if given is None else None
     confirmed: set[str] = set()
+    shown: Plan | None = None
     with _client.limiter(dsn) as limiter:
         for attempt in range(_ATTEMPTS):
             there = limiter.list()
-            if given is None:
-                made = _limits_plan.plan(_called(file), _wanted(limiter, file, text, syntax), there, prune=prune)
+            if chosen is not None:
+                made = _limits_plan.plan(_called(file), _wanted(limiter, file, text, chosen), there, prune=prune)
             else:
+                assert given is not None
                 made = given
                 _check_saved(limiter, file, made)
             new = [name for name in made.deleted if name not in confirmed]
             if new and not yes:
                 if output is not Format.json:
                     _show(made, there)
+                    shown = made
                 _output.confirm(_question(new, there), yes=yes)
                 confirmed |= set(new)
             try:
@@ -166,13 +173,11 @@ def apply(
                     raise
     if output is Format.json:
         _output.show(output, {**made.plain(), "applied": True})
-    elif made.count(*_limits_plan.TO_DO):
-        if not confirmed:
-            _show(made, there)
-        _errors.write(f"Applied {made.file}: {_limits_plan.summary(made, done=True)}.")
-    else:
+        return
+    if made != shown:
         _show(made, there)
-        _errors.write(_nothing(made))
+    to_do = made.count(*_limits_plan.TO_DO)
+    _errors.write(f"Applied {made.file}: {_limits_plan.summary(made, done=True)}." if to_do else _nothing(made))
 
 
 @command(app, _PANEL)
@@ -246,7 +251,7 @@ def _saved(file: str, text: str) -> Plan | None:
         raise _errors.fail(f"{_called(file)}: {error}") from None
 
 
-def _syntax(given: str | None) -> Any:
+def _syntax(given: str | None) -> Syntax | None:
     from pglimits.errors import InvalidArgument
 
     from . import _limits_file as files
@@ -256,12 +261,12 @@ def _syntax(given: str | None) -> Any:
     raise InvalidArgument(f"--format must be 'toml' or 'yaml', not {given!r}")
 
 
-def _wanted(limiter: Limiter, file: str, text: str, syntax: str | None) -> list[Wanted]:
+def _wanted(limiter: Limiter, file: str, text: str, syntax: Syntax) -> list[Wanted]:
     from . import _limits_file as files
     from . import _trees
 
     try:
-        return files.read(text, files.syntax_of(file, _syntax(syntax)), limiter._limit_faults)
+        return files.read(text, syntax, limiter._limit_faults)
     except _trees.Unreadable as error:
         raise _refused(file, error.faults) from None
 

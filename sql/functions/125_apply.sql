@@ -88,7 +88,7 @@ begin
   changed := pglimits._changed_since(plan);
   if changed is not null then
     perform pglimits._fail('LimitsChanged', format(
-      'the limits are not as the plan found them, so nothing was changed: %s%s', array_to_string(changed[:20], ', '),
+      'the limits are not as the plan found them, so nothing was changed: %s%s', array_to_string(changed[1:20], ', '),
       case when cardinality(changed) > 20 then format(' and %s more', cardinality(changed) - 20) end));
   end if;
 

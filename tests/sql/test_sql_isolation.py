@@ -50,7 +50,9 @@ MEET_ALL_KEYS = {
     "delete_limit": "select pglimits.delete_limit('full')",
     "reset": "select pglimits.reset('full')",
     "reset one key": "select pglimits.reset('full', '')",
-    "apply": """select pglimits._apply('{"limits": []}')""",
+    "apply": """select pglimits._apply('{"limits": [{"name": "full", "action": "update",
+      "old": {"limit": 1, "slot_decay_per_second": 0, "active": true},
+      "new": {"limit": 2, "slot_decay_per_second": 0, "active": true}}]}')""",
 }
 """A snapshot does not show the keys that were used first since."""
 

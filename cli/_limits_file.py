@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -157,7 +157,7 @@ def _values(name: str, node: Node) -> tuple[dict[str, Any], list[Fault]]:
         faults.append(_fault(node.key_at, name, str(error)))
     for field, item in node.value.items():
         if field not in _CHECKS:
-            said = f"there is no field {field!r}{_meant(field, _CHECKS)}"
+            said = f"there is no field {field!r}{_meant(field, list(_CHECKS))}"
             faults.append(_fault(item.key_at, name, said))
             continue
         if item.value is _trees.Broken:
@@ -194,11 +194,12 @@ def _fault(at: Place, name: str, said: str) -> Fault:
     return Fault(at, f"limit {name!r}: {said}")
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.5)
-    return (
-        f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}" if len(list(known)) > 1 else ""
-    )
+def _meant(name: str, known: Sequence[str]) -> str:
+    """What somebody who wrote a wrong name may have meant."""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(known)}" if len(known) > 1 else ""
 
 
 # Written down.

@@ -143,7 +143,7 @@ begin
     new.decayed := pglimits._decayed(old.decayed, old.slot_decay_per_second, old.decayed_at, now);
     new.decayed_at := now;
   end if;
-  if pglimits._as_event(new) = pglimits._as_event(old) then
+  if new is not distinct from old then
     return;
   end if;
   update pglimits.configs c

@@ -252,7 +252,7 @@ CHANGES = {
         "select pglimits.acquire('free')", "select pglimits.acquire('other')", "select pglimits.rate_limit('rate')",
         "select pglimits.acquire('full', timeout_seconds => null)",
     ],
-    "changed limits": [f"select pglimits.update_limit('{name}', 9)" for name in ("free", "other", "full", "rate")],
+    "changed limits": [f"select pglimits.update_limit('{name}', 10)" for name in ("free", "other", "full", "rate")],
     "renewals": [f"select pglimits.renew_all('{{{LEASE},{HOLDER}}}')"],
 }  # fmt: skip
 LOOKS = {"peek", "refused", "renew", "sweep", "_watch"}

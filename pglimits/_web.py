@@ -95,7 +95,13 @@ class Wanted:
         except (AcquireTimeout, QueueFull, LimiterUnavailable) as error:
             unreachable = isinstance(error, LimiterUnavailable)
             return refusal(error, parts, [] if unreachable else (yield from self._left(limiter, places)))
-        return Entered(lease, fields((yield from self._left(limiter, places))))
+        try:
+            left = yield from self._left(limiter, places)
+        except BaseException:  # the task is cancelled, or the thread struck, in this moment
+            if lease is not None:
+                limiter._release_later(lease)
+            raise
+        return Entered(lease, fields(left))
 
     def _left(self, limiter: Limiter | AsyncLimiter, places: Iterable[Place]) -> Course[list[Budget]]:
         from ._reports import Reports

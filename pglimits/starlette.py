@@ -86,6 +86,12 @@ class Limit:
             await asyncio.wait([working])
             # Nobody is there to read this.
             return Refusal(499, {"detail": "the client has closed its connection"}, {})
+        except asyncio.CancelledError:
+            if working.done() and not working.cancelled() and working.exception() is None:
+                entered = working.result()
+                if isinstance(entered, Entered) and entered.lease is not None:
+                    limiter._release_later(entered.lease)
+            raise
         finally:
             for task in (working, watching):
                 task.cancel()

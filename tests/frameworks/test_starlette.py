@@ -188,6 +188,34 @@ def test_a_refusal_over_several_limits_names_those_that_are_full(limiter: Limite
     assert limiter.holders() == []
 
 
+def test_a_request_that_is_cancelled_at_any_moment_leaves_no_slot_held(
+    limiter: Limiter, tasks: AsyncLimiter, wait_until: Callable[..., Any]
+) -> None:
+    limiter.create("database", 100)
+    limit = limits.concurrency("database", timeout_seconds=30, limiter=tasks)
+    app = limits.LimitMiddleware(PlainTextResponse("done"), limit)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None: ...
+
+    async def cancelled(after: float) -> None:
+        task = asyncio.create_task(app(scope, receive, send))
+        await asyncio.sleep(after)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def main() -> None:
+        await app(scope, receive, send)
+        for nth in range(200):
+            await cancelled(nth % 50 / 10_000)
+
+    asyncio.run(main())
+    wait_until(lambda: not limiter.holders("database"))
+
+
 def test_what_is_the_apps_own_mistake_is_raised(tasks: AsyncLimiter) -> None:
     app = limits.LimitMiddleware(PlainTextResponse("done"), limits.concurrency("none", strict=True, limiter=tasks))
     with pytest.raises(LimitNotFound):

@@ -26,22 +26,23 @@ def test_who_asks_because_of_news_gets_an_answer_with_them(shared: Server, share
         listener.stream("GET", "/news?name=gpu") as stream,
     ):
         words = (line[6:].strip() for line in stream.iter_lines() if line.startswith("event:"))
+
+        def is_shown(text: str, path: str) -> None:
+            """It looks again only when it is told."""
+            while text not in http.get(path, headers=part).text:
+                while next(words) != "news":
+                    pass
+
+        assert next(words) == "look"
         connection.execute("select pglimits.create_limit('gpu', 100)")
         for _ in range(8):
-            while next(words) != "news":
-                pass
             lease = str(uuid4())
             http.get("/limits/gpu", headers=part)
             http.get("/events")
             connection.execute("select pglimits.acquire('gpu', lease_id => %s)", [lease])
-            while next(words) != "news":
-                pass
-            assert lease in http.get("/limits/gpu", headers=part).text
+            is_shown(lease, "/limits/gpu")
             connection.execute("select pglimits.update_limit('gpu', description => %s)", [lease])
-            while next(words) != "news":
-                pass
-            assert lease in http.get("/events", headers=part).text
-            connection.execute("select pglimits.acquire('gpu')")
+            is_shown(lease, "/events")
 
 
 def test_an_answer_is_shared_unless_it_was_begun_too_early_and_made_by_one_at_a_time() -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqltest import FOREVER, Session, check_consistent, tables
 
-EXAMPLES = int(os.environ.get("PGLIMITS_TEST_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("PGLIMITS_TEST_EXAMPLES", "10"))
 KNOWN = "00000000-0000-0000-0000-00000000000"
 """Of leases 1 and 2, and waiters 3 and 4, for slots and for a rate."""
 

@@ -21,6 +21,11 @@ _PATIENCE = {
 Linux says so after 15 minutes to who has sent something, and after 2 hours to who waits for an answer."""
 
 
+def keywords() -> set[str]:
+    """The options that libpq knows."""
+    return {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A database. ``source`` says where its DSN came from: ``argument``, a variable's name, or ``embedded``."""

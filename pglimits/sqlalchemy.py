@@ -15,12 +15,12 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _install
+from ._dsn import keywords
 from ._limiter import AsyncLimiter, Limiter
 from .errors import InvalidArgument
 
 __all__ = ["dsn", "install", "limiter_for", "uninstall"]
 
-_KEYWORDS = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
 _OTHER_NAMES = {"ssl": "sslmode", "timeout": "connect_timeout"}
 """What drivers call options of libpq."""
 _SSL = {"true": "require", "1": "require", "false": "disable", "0": "disable"}
@@ -60,6 +60,7 @@ def dsn(url: URL | str) -> str:
     if url.get_backend_name() != "postgresql":
         raise InvalidArgument(f"the engine is for {url.get_backend_name()}, not for PostgreSQL")
     found: dict[str, Any] = {}
+    known = keywords()
     for name, given in url.query.items():
         values = [given] if isinstance(given, str) else list(given)
         keyword = _OTHER_NAMES.get(name, name)
@@ -68,7 +69,7 @@ def dsn(url: URL | str) -> str:
         elif name == "unix_sock":  # of pg8000
             folder, _, port = values[0].rpartition("/.s.PGSQL.")
             found |= {"host": folder, "port": port} if folder else {"host": values[0]}
-        elif keyword in _KEYWORDS:
+        elif keyword in known:
             found[keyword] = _SSL.get(values[-1].lower(), values[-1]) if keyword == "sslmode" else ",".join(values)
     if url.host:
         found["host"] = url.host

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _default
 from ._arguments import Names
+from ._disconnect import ClientGone, disconnected, until_gone
 from ._limiter import AsyncLimiter
 from ._web import Entered, Refusal, Wanted
 
@@ -55,7 +56,7 @@ class Limit:
         async def gone() -> None:
             with contextlib.suppress(RuntimeError):  # FastAPI has read it: it was a form
                 await request.body()
-            await _until_disconnect(request.receive)
+            await disconnected(request.receive)
 
         entered = await self._enter(request, gone)
         if isinstance(entered, Refusal):
@@ -64,8 +65,8 @@ class Limit:
         async with self._leaving(entered):
             yield
 
-    async def _enter(self, request: Request, gone: Callable[[], Awaitable[None]]) -> Entered | Refusal:
-        """``gone``: returns when the client has gone, whose request then leaves the line. Raises Refused for it."""
+    async def _enter(self, request: Request, gone: Callable[[], Coroutine[Any, Any, None]]) -> Entered | Refusal:
+        """``gone``: returns when the client has gone, whose request then leaves the line."""
         key = self._key(request) if callable(self._key) else self._key
         if inspect.isawaitable(key):
             key = await key
@@ -76,26 +77,15 @@ class Limit:
         entering = self._wanted.enter(limiter, key, holder)
         if not self._wanted.may_wait:
             return await limiter._run(entering)
-        working = asyncio.ensure_future(limiter._run(entering))
-        watching = asyncio.ensure_future(gone())
+
+        def lose(lost: Entered | Refusal) -> None:
+            if isinstance(lost, Entered) and lost.lease is not None:
+                limiter._release_later(lost.lease)
+
         try:
-            await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            working.cancel()
-            await asyncio.wait([working])
-            # Nobody is there to read this.
+            return await until_gone(limiter._run(entering), gone(), lose)
+        except ClientGone:  # nobody is there to read this
             return Refusal(499, {"detail": "the client has closed its connection"}, {})
-        except asyncio.CancelledError:
-            if working.done() and not working.cancelled() and working.exception() is None:
-                entered = working.result()
-                if isinstance(entered, Entered) and entered.lease is not None:
-                    limiter._release_later(entered.lease)
-            raise
-        finally:
-            for task in (working, watching):
-                task.cancel()
-            await asyncio.gather(working, watching, return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def _leaving(self, entered: Entered) -> AsyncIterator[None]:
@@ -191,7 +181,6 @@ class _Body:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._first: asyncio.Task[Message] | None = None
         self._read: list[Message] = []
 
     async def receive(self) -> Message:
@@ -205,11 +194,6 @@ class _Body:
             if first.get("more_body", False):
                 await asyncio.Event().wait()
             self._read.append(await self._receive())
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -11,11 +11,9 @@ from django.conf import settings
 from django.db import connections
 from psycopg.conninfo import make_conninfo
 
-from .._dsn import resolve
+from .._dsn import keywords, resolve
 from .._limiter import AsyncLimiter, Limiter
 from ..errors import InvalidArgument
-
-_KEYWORDS = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
 
 _lock = threading.Lock()
 _limiters: dict[tuple[str, str], Limiter] = {}
@@ -71,5 +69,6 @@ def close(alias: str | None = None) -> None:
 
 def _open(alias: str) -> psycopg.Connection[Any]:
     given = connections[alias].get_connection_params()
-    known = {name: value for name, value in given.items() if name in _KEYWORDS and value is not None}
+    of_libpq = keywords()
+    known = {name: value for name, value in given.items() if name in of_libpq and value is not None}
     return psycopg.connect(resolve(make_conninfo("", **known) or "dbname=''").conninfo, autocommit=True)

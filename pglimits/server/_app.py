@@ -17,12 +17,13 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
+from .._disconnect import ClientGone
 from .._dsn import resolve
 from .._ratelimit_fields import Budgets
 from ..errors import InvalidArgument, PermissionDenied, PglimitsError
 from . import _auth, _docs, _metrics, _openapi, _page, _prefect, _problems, _v1
 from ._database import Database
-from ._grants import ClientGone, Grants
+from ._grants import Grants
 from ._listener import Listener
 from ._live import Live
 from ._settings import Settings
@@ -167,10 +168,11 @@ class Outermost:
                 began = True
                 said = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in said)]
-            if not wants_body and message["type"] == "http.response.body":
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if wants_body or message["type"] != "http.response.body":
+                return await send(message)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if message.get("more_body"):
                 raise ClientGone  # it has all that it wants
-            await send(message)
 
         async def receive_on() -> Message:
             nonlocal left

@@ -15,6 +15,12 @@ from ._auth import reading
 Schema: TypeAlias = dict[str, Any]
 
 _METHODS = ("get", "post", "patch", "put", "delete")
+_BOUNDS = (
+    ("from {}", "minimum"),
+    ("to {}", "maximum"),
+    ("at most {} characters", "maxLength"),
+    ("default {}", "default"),
+)
 _STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -115,12 +121,12 @@ def _prose(text: str) -> str:
 def _bounds(schema: Schema) -> str:
     """What a value may be, and what it is if it is not sent."""
     all_of = [schema, *schema.get("anyOf", [])]
-    said = [
-        f"{word} {found}"
-        for word, name in (("from", "minimum"), ("to", "maximum"), ("at most", "maxLength"), ("default", "default"))
+    told = [
+        said.format(found)
+        for said, name in _BOUNDS
         if (found := next((one[name] for one in all_of if name in one), None)) not in (None, "")
     ]
-    return f" ({', '.join(said).replace('at most', 'characters: at most')})" if said else ""
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _resolved(api: Schema, schema: Schema) -> Schema:

@@ -30,10 +30,9 @@ from .._requests import checked, new_id
 from ..errors import AcquireTimeout, InvalidArgument, LimiterUnavailable, LimitLocked, PglimitsError, QueueFull
 from ._batches import Alike, Answer, Batches
 from ._database import Database
-from ._disconnect import ClientGone, until_disconnect
 from ._listener import Listener
 
-__all__ = ["Answer", "ClientGone", "Grants", "Renewed", "until_disconnect"]
+__all__ = ["Answer", "Grants", "Renewed"]
 
 log = logging.getLogger("pglimits.server")
 

@@ -14,10 +14,11 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from .._disconnect import ClientGone, disconnected, until_gone
 from ..errors import InvalidArgument, LimitLocked, NoSlotDecay, QueueFull, SlotsExceedLimit
 from ._auth import writing
 from ._database import Database
-from ._grants import Answer, ClientGone, Grants, until_disconnect
+from ._grants import Answer, Grants
 from ._prefect_gone import Gone
 from ._prefect_limits import WITHOUT_LEASE, Limits, give_back
 from ._prefect_models import (
@@ -142,7 +143,7 @@ async def _ask(request: Request, body: Increment, place: UUID | None) -> Answer:
     if place is not None:
         asking = grants.acquire(body.names, [body.slots], timeout=None, hold=HOLD, lease_id=place, **options)
         try:
-            return await until_disconnect(request, asking, lambda lost: _give_back(grants, lost))
+            return await until_gone(asking, disconnected(request.receive), lambda lost: _give_back(grants, lost))
         except InvalidArgument:
             pass  # that id is of something else: as without
     answer = await grants.acquire(body.names, [body.slots], **options)
@@ -153,7 +154,7 @@ async def _ask(request: Request, body: Increment, place: UUID | None) -> Answer:
         and answer.retry_after <= _MOMENT
     ):
         asking = grants.acquire(body.names, [body.slots], timeout=_MOMENT, hold=_MOMENT, **options)
-        answer = await until_disconnect(request, asking)
+        answer = await until_gone(asking, disconnected(request.receive))
     return answer
 
 

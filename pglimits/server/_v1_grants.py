@@ -11,11 +11,12 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from .. import _ratelimit_fields as fields
+from .._disconnect import disconnected, until_gone
 from .._problem_details import whole_seconds
 from ..errors import AcquireTimeout, LeaseLost
 from . import _v1_models as models
 from ._auth import Caller
-from ._grants import Answer, Grants, until_disconnect
+from ._grants import Answer, Grants
 from ._problems import problem
 from ._settings import Settings
 from ._v1_limits import Reader, Writer, database
@@ -75,7 +76,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
         def lose(lost: tuple[Answer, list[fields.Budget]]) -> None:
             give_back(lost[0])
 
-        answer, budgets = await (until_disconnect(request, answering(), lose) if hold else answering())
+        answer, budgets = await (until_gone(answering(), disconnected(request.receive), lose) if hold else answering())
         return _response(answer, parts, budgets)
 
     @routes.post("/acquire", tags=["slots"], responses=_ANSWERS)

@@ -1,7 +1,7 @@
 -- Limits as code: what `pglimits plan` checks by, and what `pglimits apply` does.
 --
--- A plan is {"prune": ..., "limits": [{"name", "action", "old", "new"}, ...]}. It says of each limit what the plan found (old), and what it is
--- to be (new). The actions: create, update, delete, none (it is as wanted), keep (it only has to be there).
+-- A plan is {"prune": ..., "limits": [{"name", "action", "old", "new"}, ...]}. It says of each limit what the plan found (old), and
+-- what it is to be (new). The actions: create, update, delete, none (it is as wanted), keep (it only has to be there).
 --
 -- Invariant: all of a plan is done in one transaction, or nothing. It is done only if every limit is still as the plan found it. From that
 -- comparison to the commit nobody else changes these limits, and nobody creates, renames or deletes any limit.

@@ -413,6 +413,11 @@ def test_head_is_answered_wherever_get_is(http: httpx.Client, path: str) -> None
     assert (answer.status_code, answer.content) == (200, b"")
 
 
+def test_head_is_refused_as_get_is(http: httpx.Client) -> None:
+    assert http.head("/v1/limits/nothing").status_code == 404
+    assert http.request("HEAD", "/v1/limits", content=bytes(1_100_000)).status_code == 413
+
+
 def test_a_change_of_nothing_changes_nothing(http: httpx.Client) -> None:
     made(http, "same", 2)
     before = http.get("/v1/limits/same").json()

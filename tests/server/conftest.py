@@ -61,6 +61,7 @@ def _running(started: Server) -> Iterator[Server]:
     yield started
     said = started.kill()
     assert "Traceback" not in said, said
+    assert "Exception in ASGI" not in said, said
 
 
 @pytest.fixture

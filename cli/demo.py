@@ -114,7 +114,8 @@ def _story(crew: Crew, teller: _Teller, seconds: float) -> None:
     crew.go()
     teller.say(
         f"All {_WORKERS} start. {_SLOTS} get a slot of 'database' and work, the others wait in line; "
-        f"each makes calls as 'api' lets it."
+        f"each makes calls as 'api' lets it.",
+        at=crew.started,
     )
     crew.play(until(0.15))
 
@@ -154,11 +155,11 @@ class _Teller:
         self.slot_is_back = False
         self._screen = screen
 
-    def say(self, text: str) -> None:
-        """Tell what happens now, in its place among the events."""
+    def say(self, text: str, at: float | None = None) -> None:
+        """Tell what happens now, or happened a moment ago, in its place among the events."""
         from ._demo_count import Event
 
-        self.crew.happened(Event(time.monotonic(), "said", text=text))
+        self.crew.happened(Event(time.monotonic() if at is None else at, "said", text=text))
 
     def tell(self, event: Event, job: Job | None) -> None:
         """Tell of an event of the log."""

@@ -74,7 +74,7 @@ def pgbouncer(dsn: str, mode: str, size: int) -> Iterator[str]:
     to = conninfo_to_dict(dsn)
     # Who runs the server, and that is not root, can reach its socket.
     owner = (Path(str(to["host"])) / f".s.PGSQL.{to['port']}").stat()
-    with tempfile.TemporaryDirectory(prefix="pgl-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="pgl-") as folder:
         settings, users = Path(folder, "pgbouncer.ini"), Path(folder, "users")
         settings.write_text(_SETTINGS.format(**to, folder=folder, mode=mode, size=size))
         users.write_text(f'"{to["user"]}" ""\n')

@@ -34,7 +34,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def embedded_home() -> Iterator[Path]:
     """A folder for embedded servers of this test's own, which the user that root runs them as can enter."""
-    folder = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="pgl-"))
     folder.chmod(0o711)
     yield folder / "home"
     shutil.rmtree(folder)

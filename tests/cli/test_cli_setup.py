@@ -362,7 +362,7 @@ def test_embedded_starts_once_and_stops(process: Cli, environment: dict[str, str
     import tempfile
 
     del environment["PGLIMITS_DSN"]
-    with tempfile.TemporaryDirectory(prefix="pgl-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="pgl-") as folder:
         Path(folder).chmod(0o711)
         home = {"PGLIMITS_HOME": f"{folder}/home"}
         try:

@@ -36,7 +36,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the leash is L
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A short path that the user a server runs as can reach, which pytest's own folders of root are not."""
-    path = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="pgl-"))
     path.chmod(0o711)
     yield path
     shutil.rmtree(path)

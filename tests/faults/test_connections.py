@@ -274,7 +274,7 @@ def test_a_session_that_does_not_answer_does_not_break_the_deadline(
 @pytest.fixture
 def own_server(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
     """A durable server of this test's own: call it to start it, or to find it running."""
-    folder = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="pgl-"))
     folder.chmod(0o711)
     monkeypatch.setenv("PGLIMITS_HOME", str(folder / "h"))
     chosen = _embedded.Binaries(server.bin, server.version)

@@ -224,7 +224,7 @@ def test_who_was_sent_to_a_standby_finds_the_primary_once_the_address_leads_ther
     pair: tuple[Cluster, Cluster],
 ) -> None:
     primary, standby = pair
-    address = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp")) / "address"
+    address = Path(tempfile.mkdtemp(prefix="pgl-")) / "address"
     address.symlink_to(standby.place.sockets)
     try:
         with open_every(make_conninfo(primary.dsn, host=str(address))) as apis:

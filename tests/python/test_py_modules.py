@@ -727,7 +727,7 @@ def test_without_any_dsn_the_embedded_server_is_used_and_installed_into(
 
     from pglimits import _embedded
 
-    folder = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="pgl-"))
     folder.chmod(0o711)
     bare_environment.setenv("PGLIMITS_HOME", str(folder / "h"))
     try:

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from pagetest import NAMES, NARROW, NASTY, WIDE, axe, browse, chromium, crowd, does_not_scroll, is_live, playwright
 from proxy import Link, Proxy
-from servertest import FULL, READ, Server
+from servertest import FULL, READ, Server, until
 
 __all__ = ["browse", "chromium", "crowd"]
 Browse = Callable[..., Any]
@@ -244,7 +244,8 @@ def test_news_come_without_a_reload_and_can_be_paused(shared: Server, sql: Any, 
     tab.get_by_role("button", name="Pause").click()
     expect(tab.locator("#live-word")).to_have_text("paused")
     tab.reload()
-    tab.wait_for_function("document.getElementById('stream')._htmx?.sse?.lastEventId")
+    # Not wait_for_function, which may evaluate a text in the page: its policy forbids that.
+    until(lambda: tab.evaluate("document.getElementById('stream')._htmx?.sse?.lastEventId"), "for the stream to begin")
     tab.evaluate("document.dispatchEvent(new CustomEvent('look'))")
     expect(tab.locator("#live-word")).to_have_text("paused")  # that is no news
     tab.evaluate("window.same = true")

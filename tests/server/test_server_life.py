@@ -270,7 +270,7 @@ def test_it_may_be_started_before_its_database(private: Cluster, serve: Callable
 def test_where_no_database_is_named_it_serves_the_embedded_one(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = Path(tempfile.mkdtemp(prefix="pgl-", dir="/tmp"))
+    home = Path(tempfile.mkdtemp(prefix="pgl-"))
     home.chmod(0o711)
     monkeypatch.setenv("PGLIMITS_HOME", str(home / "home"))
     try:

@@ -102,7 +102,7 @@ def folder(server: Any, next_edition: Edition) -> Iterator[Path]:
     """A folder in which the servers find the extension, in this version and the next."""
     with contextlib.ExitStack() as stack:
         if server.version >= 18:
-            top = Path(tempfile.mkdtemp(prefix="pgl-ext-", dir="/tmp"))
+            top = Path(tempfile.mkdtemp(prefix="pgl-ext-"))
             top.chmod(0o755)
             stack.callback(shutil.rmtree, top)
             place = top / "extension"

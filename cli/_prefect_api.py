@@ -47,10 +47,10 @@ def _limit(api: _Api, item: dict[str, Any]) -> GlobalLimit:
 
 
 class _Refused(Exception):
-    """An answer that is not 200."""
+    """An answer that is not what was asked for."""
 
-    def __init__(self, status: int, reason: str, said: str) -> None:
-        super().__init__(f"{status} {reason}".strip() + (f": {said}" if said else ""))
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
         self.status = status
 
 
@@ -135,14 +135,14 @@ class _Api:
                 content = answer.read()
         except urllib.error.HTTPError as error:
             with error:
-                raise _Refused(error.code, error.reason, _said(error)) from None
+                raise _Refused(error.code, f"{error.code} {error.reason}{_said(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise _errors.fail(f"{self.url} cannot be reached: {reason or type(error).__name__}") from None
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise _Refused(404, "", "it answers, but not with JSON") from None
+            raise _Refused(404, "it answers, but not with JSON") from None
 
 
 def _secret(name: str, value: str, kind: str) -> str:
@@ -155,13 +155,13 @@ def _secret(name: str, value: str, kind: str) -> str:
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """What an answer says of itself."""
+    """What an answer says beside its status."""
     where = error.headers.get("Location")
     if where and 300 <= error.code < 400:
-        return f"it has moved to {where}"
+        return f": it has moved to {where}"
     try:
         body = json.loads(error.read())
         said = body.get("detail") or body.get("exception_message")
     except (OSError, http.client.HTTPException, ValueError, AttributeError):
         return ""
-    return said[:200] if isinstance(said, str) else ""
+    return f": {said[:200]}" if isinstance(said, str) else ""

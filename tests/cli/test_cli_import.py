@@ -353,7 +353,9 @@ def test_an_api_that_cannot_be_read_is_an_error_that_says_why_and_what_to_do(
     refuses(asked(), f"{prefect.url} is not the address of Prefect's API, which ends with /api (404 Not Found")
     prefect.answers = {"/admin/version": (200, "2.10.21".join('""'))}
     refuses(asked(), f"the Prefect 2.10.21 at {prefect.url} is too old for global concurrency limits")
-    for page in ((200, "<html>"), (200, {"limits": []}), (200, [{"id": 1}]), (200, [{"name": "a", "limit": 1}])):
+    prefect.answers = {V2: (200, "<html>")}
+    refuses(asked(), "is not the address of Prefect's API, which ends with /api (it answers, but not with JSON)")
+    for page in ((200, {"limits": []}), (200, [{"id": 1}]), (200, [{"name": "a", "limit": 1}])):
         prefect.answers = {V2: page}
         result = asked()
         assert result.code == 1 and prefect.url in result.err and "Traceback" not in result.err

@@ -192,6 +192,7 @@ def test_the_page_read_word_by_word_with_prefect(
         for module in (sync, asyncio):
             ours = inspect.signature(getattr(module, name)).parameters
             assert list(ours)[: len(theirs)] == list(theirs)
+            assert set(ours) <= table_of(f"### {name}").keys()
         for parameter, default in theirs.items():
             assert table_of(f"### {name}")[parameter] == default
     commands_of_page = " ".join(re.findall(r"^\| ([^|]*) \|", section("## Commands"), re.MULTILINE))

@@ -28,10 +28,12 @@ FAMILIES = {
     "serve": ("serve",),
     "setup": ("install", "upgrade", "uninstall", "sql", "doctor"),
     "bench": ("bench",),
+    "import_prefect": ("import",),
     "cron": ("cron",),
     "embedded": ("embedded",),
 }
-"""The modules, and the commands of each, in the order of the help. ``cron`` and ``embedded`` are groups of commands."""
+"""The modules, and the commands of each, in the order of the help. ``import``, ``cron`` and ``embedded`` are groups of
+commands."""
 
 _PANEL_OF_GROUPS = "Set up and look after"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from pglimits import _arguments
 from pglimits.errors import InvalidArgument
 from pglimits.models import Limit
 
-from . import _output
+from . import _errors, _output
 from ._limits_file import Definition, OnConflict, Wanted, checked_definition, definition
 
 if TYPE_CHECKING:
@@ -197,3 +197,30 @@ def summary(made: Plan, *, done: bool) -> str:
     parts += [f"{made.count(Action.keep):,} kept"] if made.count(Action.keep) else []
     parts += [f"{made.count(Action.none):,} unchanged"] if made.count(Action.none) else []
     return ", ".join(parts)
+
+
+def show(made: Plan, there: Iterable[Limit]) -> None:
+    """Print what a plan would do."""
+    said = lines(made, there)
+    if said:
+        _output.render(*said, _output.text(""))
+
+
+def show_others(made: Plan, there: Iterable[Limit], what: str) -> None:
+    """Say which limits a plan does not name. ``what``: what that means for them."""
+    named = {step.name for step in made.limits}
+    others = [limit.name for limit in there if limit.name not in named]
+    if others:
+        _errors.write(f"{what}: {some(others)}.", err=True)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = [f"{len(names) - 5:,} more"] if names[5:] else []
+    return " and ".join([", ".join(repr(name) for name in names[:5]), *more])
+
+
+def nothing(made: Plan) -> str:
+    """What to say of a plan that is empty."""
+    said = summary(made, done=False)
+    return f"Nothing to do: {said}." if said else "Nothing to do: there are no limits."

@@ -30,7 +30,7 @@ TO_DO = 2
 """Exit code of a plan that is not empty."""
 
 
-class _PlanCommand(Command):
+class PlanCommand(Command):
     """Exits with 1 on every error: 2 says that there is something to do."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -64,7 +64,7 @@ Written = Annotated[
 Prune = Annotated[bool, typer.Option("--prune", help="Delete the limits that FILE does not name.")]
 
 
-@command(app, _PANEL, _PlanCommand)
+@command(app, _PANEL, PlanCommand)
 def plan(
     file: File,
     prune: Prune = False,
@@ -100,9 +100,9 @@ def plan(
     if output is Format.json:
         _output.show(output, made.plain())
     else:
-        _show(made, there)
-        _others(made, there)
-        _errors.write(f"Plan: {_limits_plan.summary(made, done=False)}." if to_do else _nothing(made))
+        _limits_plan.show(made, there)
+        _limits_plan.show_others(made, there, "Not in the file, and left alone without --prune")
+        _errors.write(f"Plan: {_limits_plan.summary(made, done=False)}." if to_do else _limits_plan.nothing(made))
     if out is not None:
         _errors.write(f"Saved the plan: pglimits apply {out}", err=True)
     if to_do:
@@ -159,7 +159,7 @@ def apply(
             new = [name for name in made.deleted if name not in confirmed]
             if new and not yes:
                 if output is not Format.json:
-                    _show(made, there)
+                    _limits_plan.show(made, there)
                     shown = made
                 _output.confirm(_question(new, there), yes=yes)
                 confirmed |= set(new)
@@ -175,9 +175,10 @@ def apply(
         _output.show(output, {**made.plain(), "applied": True})
         return
     if made != shown:
-        _show(made, there)
+        _limits_plan.show(made, there)
     to_do = made.count(*_limits_plan.TO_DO)
-    _errors.write(f"Applied {made.file}: {_limits_plan.summary(made, done=True)}." if to_do else _nothing(made))
+    done = f"Applied {made.file}: {_limits_plan.summary(made, done=True)}."
+    _errors.write(done if to_do else _limits_plan.nothing(made))
 
 
 @command(app, _PANEL)
@@ -287,30 +288,6 @@ def _refused(file: str, faults: Sequence[Any]) -> typer.Exit:
 
 def _called(file: str) -> str:
     return "stdin" if file == "-" else file
-
-
-def _show(made: Plan, there: Sequence[Limit]) -> None:
-    from . import _limits_plan
-
-    lines = _limits_plan.lines(made, there)
-    if lines:
-        _output.render(*lines, _output.text(""))
-
-
-def _others(made: Plan, there: Sequence[Limit]) -> None:
-    """Say which limits a file does not name."""
-    named = {step.name for step in made.limits}
-    others = [limit.name for limit in there if limit.name not in named]
-    if others:
-        shown = ", ".join(repr(name) for name in others[:5]) + (f" and {len(others) - 5:,} more" if others[5:] else "")
-        _errors.write(f"Not in the file, and left alone without --prune: {shown}.", err=True)
-
-
-def _nothing(made: Plan) -> str:
-    from . import _limits_plan
-
-    said = _limits_plan.summary(made, done=False)
-    return f"Nothing to do: {said}." if said else "Nothing to do: there are no limits."
 
 
 def _question(names: Sequence[str], there: Sequence[Limit]) -> str:

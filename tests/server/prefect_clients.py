@@ -7,8 +7,10 @@ stdout say {"id", "pid"} when it runs and {"id", "code"} when it has ended.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
+import runpy
 import select
 import signal
 import sys
@@ -40,6 +42,22 @@ def cli(*arguments: str) -> int:
     sys.argv = ["prefect", *arguments]
     app()
     return 0
+
+
+def script(path: str) -> None:
+    """Run a file as a program."""
+    runpy.run_path(path, run_name="__main__")
+
+
+def surface() -> None:
+    """Say which parameters the functions have, with their defaults, and which flags each command of ``prefect gcl``."""
+    for module in (in_threads, in_tasks):
+        for function in (module.concurrency, module.rate_limit):
+            parameters = inspect.signature(function).parameters.values()
+            say({each.name: None if each.default is each.empty else repr(each.default) for each in parameters})
+    commands = prefect.cli.global_concurrency_limit.global_concurrency_limit_app
+    named = [name for name in commands if not name.startswith("-")]
+    say({name: [each.names for each in commands[name].assemble_argument_collection()] for name in named})
 
 
 def say(*words: object) -> None:

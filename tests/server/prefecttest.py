@@ -78,25 +78,25 @@ class Process:
 
 
 class Prefect:
-    """Starts processes of an unmodified Prefect, for which a server is its API."""
+    """Starts processes of an unmodified Prefect, whose API is at a URL."""
 
-    def __init__(self, folder: Path, server: Server) -> None:
+    def __init__(self, folder: Path, url: str, **environment: str) -> None:
         self._folder = folder
         self._ids = itertools.count(1)
         self._pids: dict[int, int] = {}
         self._ended: dict[int, int] = {}
-        environment = {
+        always = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_API_URL": f"{server.url}/api",
+            "PREFECT_API_URL": url,
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "DO_NOT_TRACK": "1",
             "COLUMNS": "300",
         }
         self._process = subprocess.Popen(
             [PREFECT, str(HERE / "prefect_clients.py")],
-            env=environment,
+            env={**always, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -152,7 +152,7 @@ class Prefect:
 def _prefect(tmp_path_factory: pytest.TempPathFactory, _shared: Server) -> Iterator[Prefect]:
     if not PREFECT:
         pytest.skip("PGLIMITS_TEST_PREFECT does not name the Python of an environment with Prefect")
-    opened = Prefect(tmp_path_factory.mktemp("prefect"), _shared)
+    opened = Prefect(tmp_path_factory.mktemp("prefect"), f"{_shared.url}/api")
     yield opened
     opened.close()
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import psycopg
 import pytest
+from documents import blocks
 from psycopg.conninfo import make_conninfo
 
 from pglimits import _install
@@ -22,14 +23,12 @@ Connection: TypeAlias = psycopg.Connection[Any]
 Run: TypeAlias = Callable[..., str]
 
 HELD = "11111111-0000-4000-8000-000000000001"
-SECTIONS = dict(
-    part.split("\n", 1)
-    for part in re.split(r"^## ", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE)[1:]
-)
 
 
 def commands(section: str, language: str = "bash") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[section], re.MULTILINE | re.DOTALL)
+    found = [block.code for block in blocks("docs/operations.md", language) if block.section == section]
+    assert found, section
+    return found
 
 
 def connect(dsn: str) -> Connection:

@@ -42,6 +42,12 @@ def cli(*arguments: str) -> int:
     return 0
 
 
+def program(code: str) -> int:
+    """A program of Prefect's users."""
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
+    return 0
+
+
 def say(*words: object) -> None:
     print(json.dumps(words[0] if len(words) == 1 else words), flush=True)
 

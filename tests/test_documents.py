@@ -35,6 +35,7 @@ RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("docs/performance.md", "bash"): (HERE,),
     ("docs/prefect-api.md", "py"): ("tests/server/test_prefect_clients.py",),
     ("docs/prefect-api.md", "sh"): ("tests/server/test_prefect_clients.py",),
+    ("docs/reference/python.md", "py"): ("tests/test_reference.py",),
     ("docs/server.md", "bash"): ("tests/server/test_server_document.py",),
     ("docs/server.md", "nginx"): ("tests/server/test_server_document.py",),
     ("docs/server.md", "sh"): ("tests/server/test_server_document.py",),

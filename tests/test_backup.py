@@ -129,6 +129,22 @@ def by_owner(dsn: str) -> str:
     return make_conninfo(dsn, user="owner")
 
 
+def test_a_dba_installs_without_python(binaries: Binaries, new: str, run: Run) -> None:
+    install, use = commands("Installing without Python")
+    run(install, new)
+    run(use, new)
+    with connect(new) as connection:
+        connection.execute("create database fresh owner limits_owner")
+        connection.execute("alter role limits_owner createrole")
+        fresh = make_conninfo(new, dbname="fresh")
+        _install.install(make_conninfo(fresh, options="-c role=limits_owner"))
+        assert definitions(binaries, new) == definitions(binaries, fresh)
+        connection.execute("set role app")
+        assert one(connection, "select status from pglimits.acquire('warehouse', 20)") == ("granted",)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("select pglimits.delete_limit('warehouse')")
+
+
 def test_a_restored_database_goes_on_where_the_dump_was(binaries: Binaries, old: str, new: str, run: Run) -> None:
     run(commands("Dump and restore")[0], new)
     assert definitions(binaries, new) == definitions(binaries, old)

@@ -26,6 +26,10 @@ RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("docs/extension.md", "bash"): ("tests/upgrade/test_extension.py",),
     ("docs/extension.md", "sh"): ("tests/upgrade/test_extension.py",),
     ("docs/frameworks.md", "py"): ("tests/frameworks/test_sqlalchemy.py", "tests/frameworks/test_pytest.py"),
+    ("docs/how-to/api-quota.md", "bash"): (HERE,),
+    ("docs/how-to/cron-jobs.md", "bash"): (HERE,),
+    ("docs/how-to/cron-jobs.md", "cron"): (HERE,),
+    ("docs/how-to/database-connections.md", "bash"): (HERE,),
     ("docs/limits-as-code.md", "bash"): (HERE,),
     ("docs/limits-as-code.md", "yaml"): (HERE,),
     ("docs/metrics.md", "cron"): ("tests/server/test_metrics_files.py",),
@@ -41,6 +45,7 @@ RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("docs/server.md", "sh"): ("tests/server/test_server_document.py",),
     ("docs/terminal.md", "bash"): (HERE,),
     ("docs/terminal.md", "text"): ("tests/cli/test_cli_top.py",),
+    ("docs/tutorial.md", "bash"): (HERE,),
 }
 """The tests that run, or check, the blocks of a page in a language that is neither Python nor SQL."""
 SESSIONS = sorted(
@@ -125,6 +130,14 @@ def test_the_sessions_of_a_page_run_one_after_the_other_and_print_what_it_says(
         done = shell(block.code, environment(dsn), tmp_path)
         assert done.returncode == 0, (block, done.stdout, done.stderr)
         assert block.prints is None or done.stdout == block.prints, (block, done.stderr)
+
+
+@pytest.mark.parametrize("block", blocks("docs/how-to/cron-jobs.md", "cron"), ids=lambda block: str(block.line))
+def test_a_line_for_cron_runs_its_job_under_a_slot(dsn: str, tmp_path: Path, block: Block) -> None:
+    found = re.fullmatch(r"(?:[\d*/]+ ){5}(pglimits run (\w+) .* -- )(/usr/local/bin/\w+)\n", block.code)
+    assert found is not None
+    done = shell(f"pglimits create {found[2]} --limit 1; {found[1]} echo done", environment(dsn), tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "done"), done.stderr
 
 
 def masked(printed: str) -> str:

@@ -43,15 +43,25 @@ def paragraphs(text: str, names: Iterable[str] = ()) -> str:
     for paragraph in re.split(r"\n\n+", text.strip()):
         for is_code, lines in itertools.groupby(paragraph.split("\n"), lambda line: line.startswith("  ")):
             each = list(lines)
-            found += [code(line.strip()) for line in each] if is_code else [prose(" ".join(each), names)]
+            found += [code(line.strip()) for line in each] if is_code else [listed(prose(" ".join(each), names))]
     return "\n\n".join(found)
 
 
+def listed(text: str) -> str:
+    """A paragraph that explains several names, as a list of them."""
+    intro, *items = re.split(r"(?<=[.;)] )(?=`\w+`: )", text)
+    if intro.startswith("`"):
+        intro, items = "", [intro, *items]
+    if len(items) < 3:
+        return text
+    return "\n\n".join(filter(None, [intro.strip(), "\n".join(f"- {item.strip().rstrip(chr(59))}" for item in items)]))
+
+
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Nothing, if there is no row."""
+    """Nothing, if there is no row. A bar would end a cell, or be shown with its backslash: it becomes a word."""
     heads, rows = list(heads), [list(row) for row in rows]
     lines = [heads, ["---"] * len(heads), *rows] if rows else []
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(re.sub(r' ?[|] ?', ' or ', cell) for cell in line)} |" for line in lines)
 
 
 def code(text: object) -> str:

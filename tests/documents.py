@@ -68,9 +68,12 @@ def shell(code: str, known: dict[str, str], folder: Path, *, timeout: float = 60
     stands = folder / ".stand-ins"
     if not stands.exists():
         stands.mkdir()
-        for name in STAND_INS:
+        for name, (instead_of, really) in STAND_INS.items():
             stand = stands / name
-            stand.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/stand_ins.py {name} "$@"\n')
+            stand.write_text(
+                f'#!/bin/sh\ncase "$1 $2" in\n  {instead_of}) exec {sys.executable} {ROOT}/tests/stand_ins.py {name} "$@" ;;\n'
+                f'  *) exec {sys.executable} {really} "$@" ;;\nesac\n'
+            )
             stand.chmod(0o755)
     known = {**known, "PATH": f"{stands}:{known['PATH']}", "PGLIMITS_STAND_INS": str(stands)}
     return subprocess.run(

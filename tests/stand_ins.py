@@ -42,27 +42,23 @@ def python(arguments: list[str]) -> None:
             if not (folder / stand.name).exists():
                 (folder / stand.name).symlink_to(stand)
         (folder / "activate").write_text(f"PATH={folder.resolve()}:$PATH\n")
-    elif arguments[:2] == ["-m", "pglimits_bench.document"]:
+    else:
         from pglimits_bench import document
 
         text = document.DOCUMENT.read_text(encoding="utf-8")
         assert document.with_figures(text) == text, "docs/performance.md has other figures than bench/results"
         chart = document.RESULTS.parent / document.CHART.name
         assert document.CHART.read_bytes() == chart.read_bytes(), f"{document.CHART} is another than {chart}"
-    else:
-        os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def pglimits(arguments: list[str]) -> None:
     command, *rest = arguments
     if command == "serve":
         serve(rest)
-    elif command == "demo" or (command == "bench" and "--rows" not in rest):
+    else:
         from pglimits_cli._commands import _load
 
         _load(command).make_context(command, rest)
-    else:
-        os.execv(sys.executable, [sys.executable, "-m", "pglimits_cli", *arguments])
 
 
 def serve(arguments: list[str]) -> None:
@@ -81,7 +77,15 @@ def pytest(arguments: list[str]) -> None:
     assert arguments == ["-q"], arguments
 
 
-STAND_INS = {"pip": pip, "python": python, "python3": python, "pglimits": pglimits, "pytest": pytest}
+_PYTHON = ('"-m venv" | "-m pglimits_bench.document"', "")
+STAND_INS = {
+    "pip": ("*", ""),
+    "python": _PYTHON,
+    "python3": _PYTHON,
+    "pglimits": ('"serve "* | "demo "* | "bench "*', "-m pglimits_cli"),
+    "pytest": ("*", ""),
+}
+"""For which arguments each stands in, as a shell's pattern, and how Python is called with all others."""
 
 if __name__ == "__main__":
-    STAND_INS[sys.argv[1]](sys.argv[2:])
+    {"pip": pip, "python": python, "python3": python, "pglimits": pglimits, "pytest": pytest}[sys.argv[1]](sys.argv[2:])

@@ -70,8 +70,9 @@ def shell(code: str, known: dict[str, str], folder: Path, *, timeout: float = 60
         stands.mkdir()
         for name, (instead_of, really) in STAND_INS.items():
             stand = stands / name
+            here = f"{sys.executable} {ROOT}/tests/stand_ins.py {name}"
             stand.write_text(
-                f'#!/bin/sh\ncase "$1 $2" in\n  {instead_of}) exec {sys.executable} {ROOT}/tests/stand_ins.py {name} "$@" ;;\n'
+                f'#!/bin/sh\ncase "$1 $2" in\n  {instead_of}) exec {here} "$@" ;;\n'
                 f'  *) exec {sys.executable} {really} "$@" ;;\nesac\n'
             )
             stand.chmod(0o755)

@@ -244,11 +244,11 @@ def shell(server: Any) -> Callable[..., str]:
     )
     if not near:
         pytest.skip(f"needs pg_dump of PostgreSQL {server.version}")
-    tools = near[0][1].parent
+    path = f"{near[0][1].parent}:{Path(sys.executable).parent}"
 
     def run(script: str, folder: Path | None = None, **to: str) -> str:
         done = subprocess.run(
-            ["bash", "-euc", script], env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **to},
+            ["bash", "-euc", script], env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **to},
             cwd=folder or ROOT, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -641,9 +641,6 @@ def test_the_files_are_written_to_where_the_document_says(tmp_path: Path, shell:
     config = tmp_path / "pg_config"
     config.write_text(f"#!/bin/sh\ntest $1 = --sharedir && echo {tmp_path}\n")
     config.chmod(0o755)
-    program = tmp_path / "pglimits"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pglimits_cli "$@"\n')
-    program.chmod(0o755)
     (script,) = sections("sh")["The files"]
     shell(f"PATH={tmp_path}:$PATH\n{script}")
     assert {path.name for path in (tmp_path / "extension").iterdir()} == set(_extension.files())

@@ -215,7 +215,8 @@ def test_the_architecture_names_every_file_of_the_functions_and_its_drawings_no_
     files = sorted((ROOT / "sql" / "functions").glob("*.sql"))
     for file in files:
         assert f"`sql/functions/{file.name}`" in text
-    numbers = {file.name[:3] for file in files}
-    drawn = set(re.findall(r"\b\d{3}\b", blocks(page, "text")[0].code))
-    assert len(drawn) > 5
-    assert drawn <= numbers
+    drawn = "".join(block.code for block in blocks(page, "text"))
+    numbers, modules = set(re.findall(r"\b\d{3}\b", drawn)), set(re.findall(r"\b_\w+\.py", drawn))
+    assert min(len(numbers), len(modules)) > 5
+    assert numbers <= {file.name[:3] for file in files}
+    assert modules <= {file.name for file in (ROOT / "pglimits").glob("*.py")}

@@ -57,6 +57,11 @@ def blocks(page: str, *languages: str) -> list[Block]:
     return [block for block in every_block(page) if block.language in languages]
 
 
+def around_blocks(page: str) -> str:
+    """The text of a page without its blocks."""
+    return _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+
+
 def environment(dsn: str) -> dict[str, str]:
     """Of a program that finds pglimits, and the database."""
     folder = str(Path(sys.executable).parent)

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from documents import PAGES, ROOT, blocks
+from documents import PAGES, ROOT, around_blocks, blocks
 
 DOCS = ROOT / "docs"
 PROGRAM = shutil.which("zensical", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -24,8 +24,7 @@ LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 
 
 def without_code(page: str) -> str:
-    text = re.sub(r"^( *)```.*?^\1```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace("[", "").replace("]", ""), text)
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace("[", "").replace("]", ""), around_blocks(page))
 
 
 def anchors(page: str) -> set[str]:

@@ -39,7 +39,8 @@ def every_block(page: str) -> tuple[Block, ...]:
     found: list[Block] = []
     end = -1
     for match in _FENCE.finditer(text):
-        _, _, language, code = match.groups()
+        _, _, info, code = match.groups()
+        language = info.split()[0] if info.strip() else ""
         between = text[end : match.start()] if end >= 0 else "-"
         if language == "text" and found and not between.strip() and found[-1].prints is None:
             last = found.pop()

@@ -346,9 +346,9 @@ def command(path: str, function: Any) -> Iterator[str]:
 
 
 def http() -> str:
-    from pglimits.server import _docs, create_app
+    from pglimits.server import Settings, _docs, create_app
 
-    api = create_app().openapi()
+    api = create_app(Settings(dsn="host=127.0.0.1")).openapi()  # it is not asked for anything
     parts = [
         "What `pglimits serve` answers to. The running server has the same under `/docs`, and for tools under"
         " `/openapi.json`. [The server](../server.md) tells the rest by example. Errors are problem details (RFC 9457)."

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import psycopg
 import pytest
+from documents import blocks
 from psycopg.conninfo import make_conninfo
 
 from pglimits import _install
@@ -22,14 +23,12 @@ Connection: TypeAlias = psycopg.Connection[Any]
 Run: TypeAlias = Callable[..., str]
 
 HELD = "11111111-0000-4000-8000-000000000001"
-SECTIONS = dict(
-    part.split("\n", 1)
-    for part in re.split(r"^## ", (ROOT / "docs" / "operations.md").read_text(), flags=re.MULTILINE)[1:]
-)
 
 
 def commands(section: str, language: str = "bash") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[section], re.MULTILINE | re.DOTALL)
+    found = [block.code for block in blocks("docs/operations.md", language) if block.section == section]
+    assert found, section
+    return found
 
 
 def connect(dsn: str) -> Connection:
@@ -128,6 +127,22 @@ def run(binaries: Binaries, old: str, tmp_path: Path) -> Run:
 
 def by_owner(dsn: str) -> str:
     return make_conninfo(dsn, user="owner")
+
+
+def test_a_dba_installs_without_python(binaries: Binaries, new: str, run: Run) -> None:
+    install, use = commands("Installing without Python")
+    run(install, new)
+    run(use, new)
+    with connect(new) as connection:
+        connection.execute("create database fresh owner limits_owner")
+        connection.execute("alter role limits_owner createrole")
+        fresh = make_conninfo(new, dbname="fresh")
+        _install.install(make_conninfo(fresh, options="-c role=limits_owner"))
+        assert definitions(binaries, new) == definitions(binaries, fresh)
+        connection.execute("set role app")
+        assert one(connection, "select status from pglimits.acquire('warehouse', 20)") == ("granted",)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("select pglimits.delete_limit('warehouse')")
 
 
 def test_a_restored_database_goes_on_where_the_dump_was(binaries: Binaries, old: str, new: str, run: Run) -> None:

@@ -1,9 +1,11 @@
-"""The examples of the README and of docs/, run as they stand, and what the documents name is there."""
+"""Every block of code of the README and of docs/ is run, as it stands, and what the documents name is there.
+
+Blocks of Python and of SQL are run here, on every page. ``RUN_BY`` says which tests run those of other languages.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -12,30 +14,64 @@ from pathlib import Path
 import poolers
 import psycopg
 import pytest
+from documents import GENERATED, PAGES, ROOT, Block, around_blocks, blocks, environment, every_block, shell
 
 import pglimits
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
-TERMINAL = ROOT / "docs" / "terminal.md"
-AS_CODE = ROOT / "docs" / "limits-as-code.md"
-OPERATIONS = ROOT / "docs" / "operations.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+HERE = "tests/test_documents.py"
+RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
+    ("README.md", "bash"): (HERE,),
+    ("README.md", "sh"): (HERE,),
+    ("docs/architecture.md", "text"): (HERE,),
+    ("docs/extension.md", "bash"): ("tests/upgrade/test_extension.py",),
+    ("docs/extension.md", "sh"): ("tests/upgrade/test_extension.py",),
+    ("docs/frameworks.md", "py"): ("tests/frameworks/test_sqlalchemy.py", "tests/frameworks/test_pytest.py"),
+    ("docs/how-to/api-quota.md", "bash"): (HERE,),
+    ("docs/how-to/cron-jobs.md", "bash"): (HERE,),
+    ("docs/how-to/cron-jobs.md", "cron"): (HERE,),
+    ("docs/how-to/database-connections.md", "bash"): (HERE,),
+    ("docs/limits-as-code.md", "bash"): (HERE,),
+    ("docs/limits-as-code.md", "yaml"): (HERE,),
+    ("docs/metrics.md", "cron"): ("tests/server/test_metrics_files.py",),
+    ("docs/metrics.md", "yaml"): ("tests/server/test_metrics_files.py",),
+    ("docs/operations.md", "bash"): ("tests/test_backup.py",),
+    ("docs/page.md", "sh"): (HERE,),
+    ("docs/performance.md", "bash"): (HERE,),
+    ("docs/prefect-api.md", "py"): ("tests/server/test_prefect_clients.py",),
+    ("docs/prefect-api.md", "sh"): ("tests/server/test_prefect_clients.py",),
+    ("docs/reference/python.md", "py"): ("tests/test_reference.py",),
+    ("docs/server.md", "bash"): ("tests/server/test_server_document.py",),
+    ("docs/server.md", "nginx"): ("tests/server/test_server_document.py",),
+    ("docs/server.md", "sh"): ("tests/server/test_server_document.py",),
+    ("docs/terminal.md", "bash"): (HERE,),
+    ("docs/terminal.md", "text"): ("tests/cli/test_cli_top.py",),
+    ("docs/tutorial.md", "bash"): (HERE,),
+}
+"""The tests that run, or check, the blocks of a page in a language; of Python and SQL, where they are not run here."""
+SESSIONS = sorted(
+    {page for page, language in RUN_BY if language in ("bash", "sh") and RUN_BY[page, language] == (HERE,)}
+)
+"""Pages whose sessions of a shell are run here."""
+TERMINAL = "docs/terminal.md"
 SETTINGS = ("by", "without_roles")
 """Of a session."""
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
-def blocks(document: Path, language: str) -> list[tuple[str, str | None]]:
-    """The examples in a language, each with what it prints, where the document says so."""
-    found = BLOCK.findall(document.read_text(encoding="utf-8"))
-    return [(code, prints or None) for of, code, prints in found if of == language]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_is_run_by_a_test(page: str) -> None:
+    for block in every_block(page):
+        if (page, block.language) not in RUN_BY:
+            assert block.language in ("python", "sql"), block
+            assert block.language != "python" or block.prints, f"what does it print? {block}"
+    stray = re.search(r"^ *(```|~~~)|\n\n    [^\s*\d-].*", around_blocks(page), re.MULTILINE)
+    assert not stray, f"code that is in no block: {stray[0]}"
 
 
-def environment(dsn: str) -> dict[str, str]:
-    folder = str(Path(sys.executable).parent)
-    return {**os.environ, "PGLIMITS_DSN": dsn, "PATH": f"{folder}:{os.environ['PATH']}"}
+def test_who_is_said_to_run_blocks_reads_them_from_the_page() -> None:
+    for (page, language), modules in RUN_BY.items():
+        assert blocks(page, language), f"{page} has no block of {language}"
+        for module in modules:
+            assert Path(page).name in (ROOT / module).read_text(encoding="utf-8"), f"{module} does not read {page}"
 
 
 def run(connection: psycopg.Connection[tuple[object, ...]], code: str) -> str:
@@ -54,43 +90,54 @@ def shown(value: object) -> str:
     return {None: "null", True: "t", False: "f"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def test_every_example_of_python_is_followed_by_what_it_prints() -> None:
-    assert len(blocks(README, "python")) >= 3
-    assert all(prints for document in DOCUMENTS for _, prints in blocks(document, "python"))
-
-
 @pytest.mark.parametrize(
-    ("code", "prints"), [example for document in DOCUMENTS for example in blocks(document, "python")]
+    "block",
+    [block for page in PAGES for block in blocks(page, "python") if (page, "python") not in RUN_BY],
+    ids=lambda block: f"{block.page}:{block.line}",
 )
-def test_an_example_of_python_prints_what_the_document_says(dsn: str, code: str, prints: str) -> None:
+def test_an_example_of_python_prints_what_the_document_says(dsn: str, block: Block) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", block.code],
+        env=environment(dsn),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     said = done.stderr if poolers.MODE is None else re.sub(r"^LISTEN does not work.*\n", "", done.stderr)
     assert (done.returncode, said) == (0, "")
-    assert done.stdout == prints
+    assert done.stdout == block.prints
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "sql")], ids=lambda document: document.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sql") and (page, "sql") not in RUN_BY])
 def test_the_examples_of_sql_run_one_after_the_other_and_return_what_the_document_says(
-    server_dsn: str, document: Path
+    server_dsn: str, page: str
 ) -> None:
     with psycopg.connect(server_dsn, autocommit=True) as connection, contextlib.ExitStack() as stack:
-        if document == OPERATIONS:  # roles belong to the whole server
+        if page == "docs/operations.md":  # roles belong to the whole server
             stack.enter_context(connection.transaction(force_rollback=True))
             connection.execute("create role app")
-        for code, prints in blocks(document, "sql"):
-            returned = run(connection, code)
-            assert prints is None or returned == prints, code
+        for block in blocks(page, "sql"):
+            returned = run(connection, block.code)
+            assert block.prints is None or returned == block.prints, block
 
 
-@pytest.mark.parametrize("script", [code for code, _ in blocks(README, "bash") if code.startswith("pglimits ")])
-def test_an_example_of_the_shell_runs(dsn: str, script: str) -> None:
-    done = subprocess.run(
-        ["bash", "-euc", script], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "the work, under a slot" in done.stdout
+@pytest.mark.parametrize("page", [page for page in SESSIONS if page != TERMINAL])
+def test_the_sessions_of_a_page_run_one_after_the_other_and_print_what_it_says(
+    dsn: str, tmp_path: Path, page: str
+) -> None:
+    for block in blocks(page, "bash", "sh"):
+        done = shell(block.code, environment(dsn), tmp_path)
+        assert done.returncode == 0, (block, done.stdout, done.stderr)
+        assert block.prints is None or done.stdout == block.prints, (block, done.stderr)
+
+
+@pytest.mark.parametrize("block", blocks("docs/how-to/cron-jobs.md", "cron"), ids=lambda block: str(block.line))
+def test_a_line_for_cron_runs_its_job_under_a_slot(dsn: str, tmp_path: Path, block: Block) -> None:
+    found = re.fullmatch(r"(?:[\d*/]+ ){5}(pglimits run (\w+) .* -- )(/usr/local/bin/\w+)\n", block.code)
+    assert found is not None
+    done = shell(f"pglimits create {found[2]} --limit 1; {found[1]} echo done", environment(dsn), tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "done"), done.stderr
 
 
 def masked(printed: str) -> str:
@@ -103,26 +150,13 @@ def masked(printed: str) -> str:
     return printed
 
 
-def test_the_commands_of_the_terminal_print_what_the_document_says(dsn: str) -> None:
+def test_the_commands_of_the_terminal_print_what_the_document_says(dsn: str, tmp_path: Path) -> None:
     examples = blocks(TERMINAL, "bash")
     assert len(examples) == 3
-    script = "; echo; ".join(f"{{ {code}}}" for code, _ in examples)  # one after the other, in one shell
-    done = subprocess.run(
-        ["bash", "-euc", script], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60
-    )
+    script = "; echo; ".join(f"{{ {block.code}}}" for block in examples)  # one after the other, in one shell
+    done = shell(script, environment(dsn), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert masked(done.stdout) == masked("\n".join(str(prints) for _, prints in examples))
-
-
-def test_the_commands_for_files_of_limits_print_what_the_document_says(dsn: str, tmp_path: Path) -> None:
-    examples = blocks(AS_CODE, "bash")
-    assert len(examples) == 6
-    for code, prints in examples:  # one after the other, in one folder
-        done = subprocess.run(
-            ["bash", "-euc", code], env=environment(dsn), capture_output=True, text=True, check=False, timeout=60,
-            cwd=tmp_path,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (0, prints), done.stderr
+    assert masked(done.stdout) == masked("\n".join(str(block.prints) for block in examples))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +168,7 @@ def test_the_workflow_comments_on_what_there_is_to_do_and_fails_on_errors_only(
     from ruamel.yaml import YAML
 
     conn.execute("select pglimits.create_limit('a', 1)")
-    (workflow,) = [YAML(typ="safe", pure=True).load(example) for example, _ in blocks(AS_CODE, "yaml")]
+    (workflow,) = [YAML(typ="safe", pure=True).load(block.code) for block in blocks("docs/limits-as-code.md", "yaml")]
     script = workflow["jobs"]["plan"]["steps"][-1]["run"]
     (tmp_path / "limits.toml").write_text(f"[limits]\n{limits}\n")
     gh = tmp_path / "gh"
@@ -152,13 +186,9 @@ def test_the_workflow_comments_on_what_there_is_to_do_and_fails_on_errors_only(
     assert ("~ 'a'" in commented) is (comments == 1)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_what_a_document_links_to_and_names_is_there(
-    conn: psycopg.Connection[tuple[object, ...]], document: Path
-) -> None:
-    text = document.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (document.parent / target).exists(), target
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith(GENERATED)])
+def test_what_a_page_names_is_there(conn: psycopg.Connection[tuple[object, ...]], page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     for path in re.findall(r"`((?:sql|pglimits|cli|bench|tests|docs)/[\w/.]*)`", text):
         assert (ROOT / path).exists(), path
     for file in re.findall(r"`(\d{3}_\w+\.sql)`", text):
@@ -179,7 +209,14 @@ def test_what_a_document_links_to_and_names_is_there(
         ), name
 
 
-def test_the_architecture_names_every_file_of_the_functions() -> None:
-    text = ARCHITECTURE.read_text(encoding="utf-8")
-    for file in sorted((ROOT / "sql" / "functions").glob("*.sql")):
+def test_the_architecture_names_every_file_of_the_functions_and_its_drawings_no_other() -> None:
+    page = "docs/architecture.md"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    files = sorted((ROOT / "sql" / "functions").glob("*.sql"))
+    for file in files:
         assert f"`sql/functions/{file.name}`" in text
+    drawn = "".join(block.code for block in blocks(page, "text"))
+    numbers, modules = set(re.findall(r"\b\d{3}\b", drawn)), set(re.findall(r"\b_\w+\.py", drawn))
+    assert min(len(numbers), len(modules)) > 5
+    assert numbers <= {file.name[:3] for file in files}
+    assert modules <= {file.name for file in (ROOT / "pglimits").glob("*.py")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,6 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from clitest import Terminal
+from documents import blocks
 from pglimits_cli._top_app import Top
 from pglimits_cli._top_limit import LimitScreen
 from psycopg.conninfo import make_conninfo
@@ -104,6 +106,25 @@ def busy(conn: Connection, clock: Any) -> UUID:
 def one(conn: Connection, query: str, *params: Any) -> Any:
     row = conn.execute(query.encode(), params).fetchone()
     return row if row is None or len(row) > 1 else row[0]
+
+
+@pytest.mark.usefixtures("busy")
+def test_the_document_shows_the_screen_as_it_is(dsn: str) -> None:
+    (shown,) = blocks("docs/terminal.md", "text")
+    title, summary, heads, *rows, keys = shown.code.splitlines()
+    states = {"backlogged", "at capacity", "active", "idle", "off", "shut"}
+
+    async def test(screen: Screen) -> None:
+        text = await screen.until("busiest first", "backlogged", "Quit")
+        lines = [line.split() for line in text.splitlines()]
+        assert heads.split() in lines
+        assert keys.split() in lines
+        assert set(re.findall("|".join(states), "\n".join(rows))) == set(re.findall("|".join(states), text)) == states
+        assert summary.split("·")[1].strip() in text
+        assert len(rows) == int(summary.split()[0])
+        assert title.split()[:2] == text.split()[:2] == ["pglimits", "top"]
+
+    show(dsn, test)
 
 
 @pytest.mark.usefixtures("busy")

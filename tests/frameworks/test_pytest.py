@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from documents import blocks
+
 import pglimits
 
 TESTS = """
@@ -38,15 +40,19 @@ def test_the_next_one_begins_anew(pglimits_limiter, pglimits_async_limiter):
 """
 
 
+CONFTEST, EXAMPLE = (block.code for block in blocks("docs/frameworks.md", "py") if block.section == "pytest")
+
+
 def run(folder: Path, **environment: str) -> None:
-    (folder / "conftest.py").write_text('pytest_plugins = ["pglimits.pytest"]\n')
+    (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_project.py").write_text(TESTS)
+    (folder / "test_reports.py").write_text(EXAMPLE)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PGLIMITS_DSN"))}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull],
         cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
-    assert (done.returncode, "2 passed" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
 def test_a_project_without_a_database_gets_a_throwaway_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
+from documents import blocks
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -216,6 +217,20 @@ def test_a_migration_installs_and_removes(driver: str, bare_dsn: str, server_dsn
         command.downgrade(config, "base")
         with pytest.raises(psycopg.errors.UndefinedTable):
             connection.execute(limits)
+
+
+def test_the_migration_of_the_document_installs_and_removes(bare_dsn: str, environment: Any, tmp_path: Path) -> None:
+    (migration,) = [block.code for block in blocks("docs/frameworks.md", "py") if "alembic" in block.code]
+    (tmp_path / "versions" / "first.py").write_text(migration)
+    config = environment(url("psycopg", bare_dsn))
+    with psycopg.connect(bare_dsn, autocommit=True) as connection:
+        is_there = "select to_regclass('pglimits.limits') is not null"
+        for go, there in (
+            (lambda: command.upgrade(config, "0001"), True),
+            (lambda: command.downgrade(config, "base"), False),
+        ):
+            go()
+            assert connection.execute(is_there).fetchone() == (there,)
 
 
 def test_a_script_of_a_migration_installs(bare_dsn: str, environment: Any, tmp_path: Path) -> None:

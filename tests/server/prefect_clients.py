@@ -60,6 +60,12 @@ def surface() -> None:
     say({name: [each.names for each in commands[name].assemble_argument_collection()] for name in named})
 
 
+def program(code: str) -> int:
+    """A program of Prefect's users."""
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
+    return 0
+
+
 def say(*words: object) -> None:
     print(json.dumps(words[0] if len(words) == 1 else words), flush=True)
 

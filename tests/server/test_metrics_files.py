@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import blocks, environment, shell
 from metricstest import OF_A_CLIENT, OF_THE_SERVER, PROMTOOL, ROOT, metrics_in, needs_promtool
 from prometheus_client import CollectorRegistry
 
@@ -53,6 +54,27 @@ def test_the_document_tells_of_every_metric_and_every_alert_and_of_no_other() ->
     whole = {re.sub(r"_(bucket|sum|count)$", "", name) for name in OF_A_CLIENT}
     assert told == OF_THE_SERVER | whole
     assert re.findall(r"^\| `(Pglimits\w+)`", text, re.MULTILINE) == NAMES
+
+
+@needs_promtool
+def test_prometheus_reads_the_configuration_of_the_document(tmp_path: Path) -> None:
+    (block,) = blocks("docs/metrics.md", "yaml")
+    token = tmp_path / "token"
+    token.write_text("secret")
+    file = tmp_path / "prometheus.yml"
+    file.write_text(block.code.replace("/etc/prometheus/pglimits-token", str(token)))
+    done = promtool("check", "config", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_line_for_cron_writes_metrics_into_the_file(dsn: str, tmp_path: Path) -> None:
+    (block,) = blocks("docs/metrics.md", "cron")
+    found = re.fullmatch(r"(?:\S+ ){5}(pglimits .*) (/var/lib/\S+)\n", block.code)
+    assert found is not None
+    file = tmp_path / "pglimits.prom"
+    done = shell(f"{found[1]} {file}", environment(dsn), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pglimits_up 1\n" in file.read_text()
 
 
 # The dashboard.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from documents import blocks
 from prefecttest import Prefect, Process, _prefect, gcl, looks, most_at_once, notes, prefect
 
 Connection = Any
@@ -60,6 +61,18 @@ def test_each_command_and_flag_of_prefect_gcl(gcl: Callable[..., str], looks: Co
     assert "Deleted" in gcl("delete", "jobs")
     assert "not found" in gcl("delete", "jobs", code=1)
     assert limit("jobs") is None
+
+
+def test_the_examples_of_the_document_run(
+    prefect: Prefect, gcl: Callable[..., str], looks: Connection, tmp_path: Path
+) -> None:
+    (session,), (example,) = blocks("docs/prefect-api.md", "sh"), blocks("docs/prefect-api.md", "py")
+    _, *commands = session.code.splitlines()  # the first line names the server: the one of the tests
+    for command in commands:
+        gcl(*command.removeprefix("prefect gcl ").split())
+    ended = prefect.run("program", example.code)
+    assert (ended.code, ended.out) == (0, "two slots of the database\n"), ended.err_file.read_text()
+    looks.execute("select pglimits.delete_limit('database')")
 
 
 def test_eight_processes_contend_without_too_many_at_once(prefect: Prefect, looks: Connection, tmp_path: Path) -> None:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
-from servertest import Server
+from documents import ROOT, blocks, environment, shell
+from servertest import Server, messages, until
 
-DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "server.md"
-BLOCK = re.compile(r"^```bash\n(.*?)^```\n\n^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = "docs/server.md"
+DOCUMENT = ROOT / PAGE
+ADDRESS = "http://127.0.0.1:4200"
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+def sessions(section: str) -> str:
+    (found,) = [block.code for block in blocks(PAGE, "sh") if block.section == section]
+    return found
 
 
 def test_the_examples_with_curl_print_what_the_document_says(serve: Callable[..., Server], tmp_path: Path) -> None:
     url = serve().url
-    examples = BLOCK.findall(DOCUMENT.read_text(encoding="utf-8"))
-    assert len(examples) >= 6
-    for code, prints in examples:
+    for block in blocks(PAGE, "bash"):
         done = subprocess.run(
-            ["bash", "-uc", code.replace("http://127.0.0.1:4200", url)],
+            ["bash", "-uc", block.code.replace(ADDRESS, url)],
             cwd=tmp_path,
             env=os.environ,
             capture_output=True,
@@ -29,7 +38,69 @@ def test_the_examples_with_curl_print_what_the_document_says(serve: Callable[...
             timeout=60,
             check=False,
         )
-        assert (done.stdout.replace("\r", ""), done.stderr) == (prints, ""), code
+        assert (done.stdout.replace("\r", ""), done.stderr) == (block.prints, ""), block
+
+
+def test_the_server_starts_as_the_document_says(dsn: str, tmp_path: Path) -> None:
+    script = sessions("Run it").replace("postgresql://app@db/app", f"'{dsn}'")
+    for code in (script, sessions("Who may use it")):
+        done = shell(code, environment(dsn), tmp_path)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        assert "Serving " in done.stdout
+
+
+def test_the_server_is_measured_as_the_document_says(serve: Callable[..., Server], dsn: str, tmp_path: Path) -> None:
+    code = sessions("What it can take").replace(ADDRESS, serve().url).replace("1000", "20")
+    code = re.sub("$", " --seconds 0.1", code.rstrip("\n"), flags=re.MULTILINE)
+    done = shell(code, environment(dsn), tmp_path)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+
+
+def test_a_stream_begins_as_the_document_says(serve: Callable[..., Server]) -> None:
+    command = sessions("A stream of changes").replace(ADDRESS, serve().url)
+    with subprocess.Popen(["bash", "-c", f"exec {command}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as curl:
+        assert curl.stdout is not None
+        assert any(line.startswith(b"event: limits") for line in curl.stdout)
+        curl.kill()
+
+
+@pytest.mark.skipif(NGINX is None, reason="there is no nginx (Debian's package nginx-light)")
+def test_nginx_shows_the_server_under_a_prefix(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (location,) = [block.code for block in blocks(PAGE, "nginx")]
+    behind = serve("--root-path", "/pglimits")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"pid {tmp_path}/pid; error_log stderr; daemon off; worker_processes 1; events {{}}\n"
+        f"http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port};\n"
+        f"{location.replace(ADDRESS, f'http://127.0.0.1:{behind.port}')}}} }}\n"
+    )
+    tmp_path.chmod(0o755)
+    assert NGINX is not None
+    with subprocess.Popen([NGINX, "-c", str(config), "-p", str(tmp_path)], stderr=subprocess.PIPE, text=True) as nginx:
+        try:
+            url = f"http://127.0.0.1:{port}/pglimits"
+
+            def is_up() -> bool:
+                assert nginx.poll() is None, nginx.communicate()[1]
+                try:
+                    return httpx.get(f"{url}/healthz").status_code == 200
+                except httpx.ConnectError:
+                    return False
+
+            until(is_up, "for nginx")
+            assert httpx.post(f"{url}/v1/limits", json={"name": "a", "limit": 1}).status_code == 201
+            assert 'href="/pglimits/' in httpx.get(f"{url}/").text
+            with httpx.stream("GET", f"{url}/v1/changes", timeout=20) as stream:
+                assert any(kind == "limits" for kind, _, _ in messages(stream))
+        finally:
+            nginx.terminate()
+            nginx.communicate()
 
 
 @pytest.mark.parametrize("option", re.findall(r"`(--[a-z-]+)", DOCUMENT.read_text(encoding="utf-8")))

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 
 import psycopg
 import pytest
+from documents import blocks
 from editions import Edition
 from installtest import SQL, assert_same, catalog
 from psycopg.conninfo import make_conninfo
@@ -57,13 +59,12 @@ join pg_class c on c.oid = x.relation where e.extname = 'pglimits' order by 1
 Cli: TypeAlias = Callable[..., Any]
 
 
-def sections() -> dict[str, list[str]]:
+def sections(language: str = "bash") -> dict[str, list[str]]:
     """The commands for a shell of each part of the document."""
-    text = (ROOT / "docs" / "extension.md").read_text(encoding="utf-8")
-    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    return {
-        part.split("\n", 1)[0]: re.findall(r"^```bash\n(.*?)^```$", part, re.MULTILINE | re.DOTALL) for part in parts
-    }
+    found: dict[str, list[str]] = {}
+    for block in blocks("docs/extension.md", language):
+        found.setdefault(block.section, []).append(block.code)
+    return found
 
 
 def files_of(edition: Edition | None = None) -> dict[str, str]:
@@ -243,11 +244,11 @@ def shell(server: Any) -> Callable[..., str]:
     )
     if not near:
         pytest.skip(f"needs pg_dump of PostgreSQL {server.version}")
-    tools = near[0][1].parent
+    path = f"{near[0][1].parent}:{Path(sys.executable).parent}"
 
     def run(script: str, folder: Path | None = None, **to: str) -> str:
         done = subprocess.run(
-            ["bash", "-euc", script], env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **to},
+            ["bash", "-euc", script], env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **to},
             cwd=folder or ROOT, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -635,6 +636,16 @@ def test_the_command_writes_all_files_and_they_are_what_pgxn_wants(cli: Cli, tmp
         assert cli("sql", *refused).exit_code == 2
 
 
+def test_the_files_are_written_to_where_the_document_says(tmp_path: Path, shell: Callable[..., str]) -> None:
+    (tmp_path / "extension").mkdir()
+    config = tmp_path / "pg_config"
+    config.write_text(f"#!/bin/sh\ntest $1 = --sharedir && echo {tmp_path}\n")
+    config.chmod(0o755)
+    (script,) = sections("sh")["The files"]
+    shell(f"PATH={tmp_path}:$PATH\n{script}")
+    assert {path.name for path in (tmp_path / "extension").iterdir()} == set(_extension.files())
+
+
 def test_make_installs_the_files(server: Any, tmp_path: Path) -> None:
     pg_config = server.bin / "pg_config"
     if not pg_config.exists() or shutil.which("make") is None:
@@ -693,6 +704,8 @@ def test_pg_tle_is_given_what_the_files_have(
     script = cli("sql", "--tle").stdout
     for _ in range(2):
         run(dsn, script)
+    (shown,) = sections("sh")["Managed servers: pg_tle"]
+    assert shown.splitlines()[0].startswith("pglimits sql --tle | psql ")
     bodies = "select source, version, body from pgtle.scripts order by 1, 2"
     with session(dsn) as s:
         assert s.all("select name, default_version from pgtle.controls") == [("pglimits", __version__)]
@@ -714,11 +727,14 @@ def test_pg_tle_is_given_what_the_files_have(
         }  # fmt: skip
 
 
-def test_pg_tle_creates_and_updates_the_extension(here: str, database: Callable[[str], str]) -> None:
+def test_pg_tle_creates_and_updates_the_extension(
+    here: str, database: Callable[[str], str], shell: Callable[..., str]
+) -> None:
     with session(here) as s:
         if not s.value("select exists (select from pg_available_extensions where name = 'pg_tle')"):
             pytest.skip("needs pg_tle")
     dsn = database("one")
-    run(make_conninfo(here, dbname="one"), "create extension pg_tle", _extension.tle(), "create extension pglimits")
+    run(make_conninfo(here, dbname="one"), "create extension pg_tle")
+    shell(sections("sh")["Managed servers: pg_tle"][0], NEW=make_conninfo(here, dbname="one"))
     fill(dsn)
     goes_on(dsn, rows(dsn))

@@ -30,8 +30,10 @@ FAMILIES = {
     "bench": ("bench",),
     "cron": ("cron",),
     "embedded": ("embedded",),
+    "terraform": ("terraform",),
 }
-"""The modules, and the commands of each, in the order of the help. ``cron`` and ``embedded`` are groups of commands."""
+"""The modules, and the commands of each, in the order of the help. ``cron``, ``embedded`` and ``terraform`` are groups
+of commands."""
 
 _PANEL_OF_GROUPS = "Set up and look after"
 

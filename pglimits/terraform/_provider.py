@@ -127,7 +127,11 @@ class PglimitsProvider(Provider):
             said = self._without_secrets(str(error))
             if isinstance(error, PermissionDenied):
                 said += ". Changing limits takes a member of pglimits_admin, data sources one of pglimits_reader"
-            diags.add_error(f"{said[:1].upper()}{said[1:]}", path=[attribute] if attribute else None)
+            path = [attribute] if attribute else None
+            if isinstance(error, InvalidArgument) and attribute:
+                diags.add_error(f"Invalid {attribute}", f"{said}.", path=path)
+            else:
+                diags.add_error(f"{said[:1].upper()}{said[1:]}", path=path)
 
     def close(self) -> None:
         """Terraform needs it no longer."""

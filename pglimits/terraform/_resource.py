@@ -15,7 +15,7 @@ from tf.utils import Diagnostics
 
 from .. import _arguments
 from .._definition import CHECKS, Definition
-from ..errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
+from ..errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound, PglimitsError
 from ._provider import Found, PglimitsProvider
 from ._schema import RESOURCE, state
 
@@ -68,8 +68,8 @@ class LimitResource(Resource):
             if current is not None:
                 provider.unfinished.end(current["name"])
             elif name is not Unknown and not ctx.diagnostics.has_errors():
-                found = provider.by_name(name)
-                if found is not None and not provider.unfinished.is_of_a_killed_run(found[0]):
+                found, left = provider.by_name(name), provider.unfinished.left(name)
+                if found is not None and (left is None or not left.is_it(found[0])):
                     ctx.diagnostics.add_warning(f"Limit {name!r} exists already", _import_it(name), path=["name"])
         return planned
 
@@ -80,33 +80,39 @@ class LimitResource(Resource):
             if wanted is None:
                 return None
             name, of = wanted
-            unfinished = provider.unfinished
-            there = provider.by_name(name)
-            if there is not None and unfinished.is_of_a_killed_run(there[0]):
-                return state(self._changed(name, None, of), there[1])
+            left = provider.unfinished.left(name)
             try:
-                if there is not None:
-                    raise LimitExists
-                unfinished.begin(name, of)
-                made = provider.limiter.create(
-                    name, of.limit, of.slot_decay_per_second, of.active, of.max_waiters, of.description
-                )
-                unfinished.made(made)
-                found = provider.by_name(name)
-                if found is None or found[0].created_at != made.created_at:
-                    raise LimitNotFound(f"somebody else deleted limit {name!r} meanwhile, or renamed it: apply again")
-                return state(*found)
+                return state(*self._created(name, of))
             except LimitExists:
-                if there is None:
-                    unfinished.end(name)
-                ctx.diagnostics.add_error(f"Limit {name!r} exists already", _import_it(name), path=["name"])
-            except LimiterUnavailable:
-                unfinished.leave(name)
-                raise
-            except Exception:
-                unfinished.end(name)
-                raise
+                there = provider.by_name(name)
+            if left is not None and there is not None and left.is_it(there[0]):
+                changed = self._changed(name, None, of)
+                provider.unfinished.made(changed)
+                return state(changed, there[1])
+            ctx.diagnostics.add_error(f"Limit {name!r} exists already", _import_it(name), path=["name"])
         return None
+
+    def _created(self, name: str, of: Definition) -> Found:
+        """Create a limit. There is a note of it for as long as nobody knows what became of that."""
+        provider, unfinished = self._provider, self._provider.unfinished
+        if provider.by_name(name) is not None:
+            raise LimitExists
+        unfinished.begin(name, of)
+        try:
+            made = provider.limiter.create(
+                name, of.limit, of.slot_decay_per_second, of.active, of.max_waiters, of.description
+            )
+        except LimiterUnavailable:
+            unfinished.leave(name)
+            raise
+        except PglimitsError:
+            unfinished.end(name)
+            raise
+        unfinished.made(made)
+        found = provider.by_name(name)
+        if found is None or found[0].created_at != made.created_at:
+            raise LimitNotFound(f"somebody else deleted limit {name!r} meanwhile, or renamed it: apply again")
+        return found
 
     def read(self, ctx: ReadContext, current: State) -> State | None:
         provider = self._provider
@@ -130,13 +136,8 @@ class LimitResource(Resource):
                 return current
             found = self._there(current)
             name, of = wanted
-            try:
-                changed = self._changed(found[0].name, name, of)
-            except LimitExists as error:
-                with provider.told(ctx.diagnostics, "name"):
-                    raise error
-                return current
-            return state(changed, found[1])
+            with provider.told(ctx.diagnostics, "name" if name != current["name"] else None):
+                return state(self._changed(found[0].name, name, of), found[1])
         return current
 
     def delete(self, ctx: DeleteContext, current: State) -> State | None:

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict
@@ -21,6 +21,21 @@ from psycopg.conninfo import conninfo_to_dict
 from .._definition import Definition, definition
 from ..models import Limit
 from ._schema import moment
+
+_TERRAFORM = os.getppid()
+"""The Terraform that started this process. When it is killed, another becomes the parent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A limit that a killed run wanted, and when it was created, if it lived to see that."""
+
+    wanted: Definition
+    created: str | None
+
+    def is_it(self, limit: Limit) -> bool:
+        """Whether that became this limit."""
+        return self.wanted == definition(limit) if self.created is None else self.created == moment(limit.created_at)
 
 
 class Unfinished:
@@ -34,27 +49,27 @@ class Unfinished:
 
     def begin(self, name: str, wanted: Definition) -> None:
         """A limit is about to be created."""
-        self._write(name, {"definition": asdict(wanted), "terraform": os.getppid()})
+        self._write(name, {"definition": asdict(wanted), "terraform": _TERRAFORM})
         self._mine.add(name)
 
     def made(self, limit: Limit) -> None:
         """It was created, and Terraform will be told."""
-        note = {"definition": asdict(definition(limit)), "created": moment(limit.created_at), "terraform": os.getppid()}
+        note = {"definition": asdict(definition(limit)), "created": moment(limit.created_at), "terraform": _TERRAFORM}
         self._write(limit.name, note)
+        self._mine.add(limit.name)
 
-    def is_of_a_killed_run(self, limit: Limit) -> bool:
-        """Whether a limit was made for this folder by a run that was killed before Terraform knew of it."""
-        if limit.name in self._mine:
-            return False
+    def left(self, name: str) -> Left | None:
+        """What a run that was killed has left of the limit that it wanted."""
+        if name in self._mine:
+            return None
         try:
-            note = json.loads(self._path(limit.name).read_text(encoding="utf-8"))
-            created, wanted = note.get("created"), Definition(**note["definition"])
-            there = note["terraform"] not in (os.getpid(), os.getppid()) and _is_alive(int(note["terraform"]))
+            note = json.loads(self._path(name).read_text(encoding="utf-8"))
+            terraform, created = int(note["terraform"]), note.get("created")
+            if terraform != _TERRAFORM and _is_alive(terraform):
+                return None
+            return Left(Definition(**note["definition"]), created)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return False
-        if there:
-            return False
-        return wanted == definition(limit) if created is None else bool(created == moment(limit.created_at))
+            return None
 
     def end(self, name: str) -> None:
         """Terraform knows of it, or it was not created."""
@@ -95,4 +110,7 @@ def _is_alive(pid: int) -> bool:
         return False
     except OSError:
         pass
-    return True
+    try:  # one that nobody has waited for is dead too
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True

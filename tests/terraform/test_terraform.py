@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -317,3 +318,52 @@ def test_an_apply_that_was_interrupted_is_completed_by_the_next(
     assert set(folder.state) == {"database", "emails", "third"}
     folder.plan(code=0)
     assert not (folder.path / ".terraform" / "pglimits").exists()
+
+
+PREFECT = """
+terraform {
+  required_providers {
+    prefect = { source = "prefecthq/prefect" }
+  }
+}
+resource "prefect_global_concurrency_limit" "api" {
+  name                  = "api"
+  limit                 = 5
+  slot_decay_per_second = 0.1
+}
+resource "prefect_global_concurrency_limit" "database" {
+  name  = "database"
+  limit = 10
+}
+"""
+MOVED = """
+moved {
+  from = prefect_global_concurrency_limit.api
+  to   = pglimits_limit.api
+}
+moved {
+  from = prefect_global_concurrency_limit.database
+  to   = pglimits_limit.database
+}
+"""
+
+
+def test_a_limit_of_prefects_provider_moves_by_its_new_type(folder: Folder, conn: Connection, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "terraform-provider-prefect"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("prefect_provider.py")}"\n')
+    program.chmod(0o755)
+    config = Path(folder.environment["TF_CLI_CONFIG_FILE"]).read_text()
+    overrides = f'provider_installation {{\n  dev_overrides {{\n    "prefecthq/prefect" = "{program.parent}"\n  }}'
+    (tmp_path / "both.tfrc").write_text(config.replace("provider_installation {", overrides))
+    folder.environment["TF_CLI_CONFIG_FILE"] = str(tmp_path / "both.tfrc")
+    (folder.path / "main.tf").write_text(PREFECT)
+    folder.run("apply", "-auto-approve")
+    conn.execute("select pglimits.create_limit('database', 10)")
+    resources = PREFECT[PREFECT.index("resource") :].replace("prefect_global_concurrency", "pglimits")
+    # The one that pglimits has already is taken over, the other is created; Prefect keeps both.
+    assert "Resources: 1 added, 0 changed, 0 destroyed" in folder.apply(resources + MOVED)
+    assert limits(conn) == [("api", 5, 0.1, True, None, None), ("database", 10, 0.0, True, None, None)]
+    numbers = dict(conn.execute("select name, limit_id::text from pglimits.counters").fetchall())
+    assert {name: each["id"] for name, each in folder.state.items()} == numbers
+    assert not (folder.path / "DELETED").exists()

@@ -1,0 +1,132 @@
+"""Which database the provider talks to, what its errors tell, and numbers on their way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg.conninfo import make_conninfo
+from terraformtest import Folder
+
+pytest.importorskip("tf", reason="needs the extra pglimits[terraform]")
+
+from tf.types import Unknown
+from tf.utils import Diagnostics
+
+from pglimits import Limiter
+from pglimits.terraform._provider import PglimitsProvider
+from pglimits.terraform._resource import LimitResource
+from pglimits.terraform._schema import Numeral
+
+
+def told(dsn: Any) -> list[tuple[str, list[str] | None]]:
+    """What Terraform is told of a dsn, and of a limit that is looked for there."""
+    provider, diags = PglimitsProvider(), Diagnostics()
+    provider.configure_provider(diags, {"dsn": dsn})
+    if not diags.has_errors():
+        with provider.told(diags):
+            provider.by_name("database")
+    provider.close()
+    return [(f"{each.summary} {each.detail}", each.path) for each in diags.diagnostics]
+
+
+@pytest.fixture(autouse=True)
+def _no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PGLIMITS_DSN", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_database_is_the_one_of_the_dsn_or_of_the_environment(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(dsn) == []
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    assert told(None) == []
+    monkeypatch.setenv("PGLIMITS_DSN", "host=/nowhere")
+    assert len(told(None)) == 1
+
+
+def test_no_embedded_server_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PGLIMITS_HOME", str(tmp_path / "home"))
+    ((said, path),) = told(None)
+    assert "no database is named: set the provider's dsn, or PGLIMITS_DSN, or DATABASE_URL" in said and path == ["dsn"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "",
+        "geheim",
+        "postgresql://me:geheim@127.0.0.1:1/database",
+        "postgresql://me:12@geheim@127.0.0.1:1/database",
+        "postgresql://me:geheim/34@127.0.0.1:1/database",
+        "host=127.0.0.1 port=1 password=geheim sslmode=geheim",
+        "host=geheim.invalid password=geheim user=me",
+        "host=127.0.0.1 port=geheim",
+    ],
+)
+def test_no_error_tells_a_password(dsn: str) -> None:
+    ((said, _),) = told(dsn)
+    assert "geheim" not in said
+
+
+def test_a_dsn_that_is_not_known_yet_keeps_what_is_known() -> None:
+    provider, diags = PglimitsProvider(), Diagnostics()
+    provider.configure_provider(diags, {"dsn": Unknown})
+    resource, state = LimitResource(provider), {"name": "a", "limit": 1}
+
+    class Context:
+        diagnostics = diags
+
+    assert resource.read(Context(), state) is state and diags.has_warnings() and not diags.has_errors()
+    assert resource.plan(Context(), None, state) is state
+    assert resource.delete(Context(), state) is state and diags.has_errors()
+
+
+def test_a_role_that_may_not_change_limits_is_told_which_may(server_dsn: str, conn: Any) -> None:
+    conn.execute("create role looks login in role pglimits_reader")
+    try:
+        provider, diags = PglimitsProvider(), Diagnostics()
+        provider.configure_provider(diags, {"dsn": make_conninfo(server_dsn, user="looks")})
+        with provider.told(diags):
+            provider.limiter.create("a", 1)
+        provider.close()
+        assert "pglimits_admin" in diags.diagnostics[0].summary
+    finally:
+        conn.execute("drop role looks")
+
+
+def test_a_number_comes_as_it_was_written_and_goes_back_so() -> None:
+    number = Numeral()
+    for travels, is_, goes in (
+        (7, 7, 7), ("0.1", 0.1, "0.1"), (0.5, 0.5, "0.5"), ("1e-9", 1e-9, "1e-09"), (2.0, 2.0, 2), (None, None, None),
+        ("123456789012345678901234567890", 123456789012345678901234567890, 123456789012345678901234567890),
+    ):  # fmt: skip
+        assert number.decode(travels) == is_ and number.encode(number.decode(travels)) == goes
+    assert isinstance(number.decode("10.00000000000000000000000000001"), float)  # not a whole number
+
+
+def test_the_provider_says_who_starts_it(folder: Folder) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("terraform-provider-pglimits")], env=folder.environment, capture_output=True,
+        text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "pglimits terraform install" in done.stderr
+
+
+def test_the_password_is_in_no_output_and_in_no_state(folder: Folder, dsn: str) -> None:
+    with Limiter(dsn) as limiter:
+        limiter.create("theirs", 1)
+    dsn = make_conninfo(dsn, password="geheim")
+    folder.environment["TF_VAR_dsn"] = dsn
+    del folder.environment["PGLIMITS_DSN"]
+    head = 'variable "dsn" {\n  type = string\n}\nprovider "pglimits" {\n  dsn = var.dsn\n}\n'
+    limit = 'resource "pglimits_limit" "a" {\n  name  = "%s"\n  limit = 1\n}\n'
+    said = folder.apply(head + limit % "a") + folder.apply(head + limit % "theirs", code=1)
+    folder.environment["TF_VAR_dsn"] = "postgresql://me:geheim@127.0.0.1:1/db"
+    said += folder.run("plan", code=1)
+    assert "onnection" in said and "geheim" not in said
+    for path in folder.path.rglob("*"):
+        assert not path.is_file() or b"geheim" not in path.read_bytes()

@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 HEAD = 'terraform {\n  required_providers {\n    pglimits = { source = "pglimits/pglimits" }\n  }\n}\n'
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "terraform.md"
+
+
+def blocks(language: str) -> list[tuple[str, str | None]]:
+    """The examples of the page, each with what it prints if the page says so."""
+    between = r"(?:(?!```|#)[^\n]*\n)*?"
+    pattern = rf"^```{language}\n(.*?)^```\n(?:{between}```text\n(.*?)^```\n)?"
+    found = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [(code, prints or None) for code, prints in found]
 
 
 class Folder:

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from terraformtest import Folder, unfolded
+from terraformtest import Folder, blocks, unfolded
 
 Connection = psycopg.Connection[Any]
 
@@ -326,21 +326,12 @@ terraform {
     prefect = { source = "prefecthq/prefect" }
   }
 }
-resource "prefect_global_concurrency_limit" "api" {
-  name                  = "api"
-  limit                 = 5
-  slot_decay_per_second = 0.1
-}
 resource "prefect_global_concurrency_limit" "database" {
   name  = "database"
   limit = 10
 }
 """
 MOVED = """
-moved {
-  from = prefect_global_concurrency_limit.api
-  to   = pglimits_limit.api
-}
 moved {
   from = prefect_global_concurrency_limit.database
   to   = pglimits_limit.database
@@ -357,12 +348,14 @@ def test_a_limit_of_prefects_provider_moves_by_its_new_type(folder: Folder, conn
     overrides = f'provider_installation {{\n  dev_overrides {{\n    "prefecthq/prefect" = "{program.parent}"\n  }}'
     (tmp_path / "both.tfrc").write_text(config.replace("provider_installation {", overrides))
     folder.environment["TF_CLI_CONFIG_FILE"] = str(tmp_path / "both.tfrc")
-    (folder.path / "main.tf").write_text(PREFECT)
+    ((page, _),) = [example for example in blocks("hcl") if "moved" in example[0]]
+    theirs = page[: page.index("moved")].replace('"pglimits_limit"', '"prefect_global_concurrency_limit"')
+    (folder.path / "main.tf").write_text(PREFECT + theirs)
     folder.run("apply", "-auto-approve")
     conn.execute("select pglimits.create_limit('database', 10)")
     resources = PREFECT[PREFECT.index("resource") :].replace("prefect_global_concurrency", "pglimits")
     # The one that pglimits has already is taken over, the other is created; Prefect keeps both.
-    assert "Resources: 1 added, 0 changed, 0 destroyed" in folder.apply(resources + MOVED)
+    assert "Resources: 1 added, 0 changed, 0 destroyed" in folder.apply(resources + MOVED + page)
     assert limits(conn) == [("api", 5, 0.1, True, None, None), ("database", 10, 0.0, True, None, None)]
     numbers = dict(conn.execute("select name, limit_id::text from pglimits.counters").fetchall())
     assert {name: each["id"] for name, each in folder.state.items()} == numbers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from psycopg.conninfo import make_conninfo
-from terraformtest import Folder
+from terraformtest import Folder, blocks
 
 pytest.importorskip("tf", reason="needs the extra pglimits[terraform]")
 
@@ -122,7 +122,7 @@ def test_the_password_is_in_no_output_and_in_no_state(folder: Folder, dsn: str) 
     dsn = make_conninfo(dsn, password="geheim")
     folder.environment["TF_VAR_dsn"] = dsn
     del folder.environment["PGLIMITS_DSN"]
-    head = 'variable "dsn" {\n  type = string\n}\nprovider "pglimits" {\n  dsn = var.dsn\n}\n'
+    ((head, _),) = [example for example in blocks("hcl") if "provider" in example[0]]
     limit = 'resource "pglimits_limit" "a" {\n  name  = "%s"\n  limit = 1\n}\n'
     said = folder.apply(head + limit % "a") + folder.apply(head + limit % "theirs", code=1)
     folder.environment["TF_VAR_dsn"] = "postgresql://me:geheim@127.0.0.1:1/db"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("tf", reason="needs the extra pglimits[terraform]")
 from tf.types import Unknown
 from tf.utils import Diagnostics
 
-from pglimits import Limiter
+from pglimits._install import install
 from pglimits.terraform._provider import PglimitsProvider
 from pglimits.terraform._resource import LimitResource
 from pglimits.terraform._schema import Numeral
@@ -76,26 +77,64 @@ def test_a_dsn_that_is_not_known_yet_keeps_what_is_known() -> None:
     provider, diags = PglimitsProvider(), Diagnostics()
     provider.configure_provider(diags, {"dsn": Unknown})
     resource, state = LimitResource(provider), {"name": "a", "limit": 1}
-
-    class Context:
-        diagnostics = diags
-
-    assert resource.read(Context(), state) is state and diags.has_warnings() and not diags.has_errors()
-    assert resource.plan(Context(), None, state) is state
-    assert resource.delete(Context(), state) is state and diags.has_errors()
+    context = SimpleNamespace(diagnostics=diags)
+    assert resource.read(context, state) is state and diags.has_warnings() and not diags.has_errors()
+    assert resource.plan(context, None, state) is state
+    assert resource.delete(context, state) is state and diags.has_errors()
 
 
-def test_a_role_that_may_not_change_limits_is_told_which_may(server_dsn: str, conn: Any) -> None:
+def test_a_role_that_may_look_can_plan_and_is_told_who_may_apply(server_dsn: str, conn: Any) -> None:
     conn.execute("create role looks login in role pglimits_reader")
     try:
         provider, diags = PglimitsProvider(), Diagnostics()
         provider.configure_provider(diags, {"dsn": make_conninfo(server_dsn, user="looks")})
-        with provider.told(diags):
-            provider.limiter.create("a", 1)
+        resource, wanted = LimitResource(provider), {"name": "a", "limit": 1}
+        context = SimpleNamespace(diagnostics=diags)
+        resource.validate(diags, "pglimits_limit", wanted)
+        resource.plan(context, None, wanted)
+        assert resource.read(context, {**wanted, "id": "1", "created": ""}) is None and not diags.diagnostics
+        planned = {**wanted, "slot_decay_per_second": 0, "active": True, "max_waiters": None, "description": None}
+        assert resource.create(context, planned) is None
         provider.close()
         assert "pglimits_admin" in diags.diagnostics[0].summary
     finally:
         conn.execute("drop role looks")
+
+
+def test_a_plan_warns_of_a_name_that_is_taken_and_an_import_of_one_that_is_not(dsn: str) -> None:
+    provider, diags = PglimitsProvider(), Diagnostics()
+    provider.configure_provider(diags, {"dsn": dsn})
+    provider.limiter.create("taken", 1)
+    context = SimpleNamespace(diagnostics=diags)
+    LimitResource(provider).plan(context, None, {"name": "taken"})
+    assert [each.summary for each in diags.diagnostics] == ["Limit 'taken' exists already"] and not diags.has_errors()
+    assert LimitResource(provider).import_(context, "nowhere") is None
+    assert diags.diagnostics[1].summary == "There is no limit named 'nowhere'"
+    provider.close()
+
+
+def test_a_limit_that_was_renamed_is_the_same_and_one_of_its_number_elsewhere_is_not(dsn: str, bare_dsn: str) -> None:
+    provider, diags = PglimitsProvider(), Diagnostics()
+    provider.configure_provider(diags, {"dsn": dsn})
+    resource, context = LimitResource(provider), SimpleNamespace(diagnostics=diags)
+    provider.limiter.create("a", 1)
+    state = resource.import_(context, "a")
+    assert state is not None
+    provider.limiter.update("a", new_name="b")
+    provider.limiter.create("a", 2)
+    renamed = resource.read(context, state)
+    assert renamed is not None and (renamed["name"], renamed["id"]) == ("b", state["id"])
+    # Another database numbers its limits anew.
+    install(bare_dsn)
+    elsewhere = PglimitsProvider()
+    elsewhere.configure_provider(diags, {"dsn": bare_dsn})
+    elsewhere.limiter.create("other", 1)
+    assert elsewhere.by_name("other")[1] == int(state["id"])  # type: ignore[index]
+    assert LimitResource(elsewhere).read(context, state) is None
+    assert LimitResource(elsewhere).delete(context, state) is None
+    assert [limit.name for limit in elsewhere.limiter.list()] == ["other"] and not diags.diagnostics
+    for each in (provider, elsewhere):
+        each.close()
 
 
 def test_a_number_comes_as_it_was_written_and_goes_back_so() -> None:
@@ -117,14 +156,11 @@ def test_the_provider_says_who_starts_it(folder: Folder) -> None:
 
 
 def test_the_password_is_in_no_output_and_in_no_state(folder: Folder, dsn: str) -> None:
-    with Limiter(dsn) as limiter:
-        limiter.create("theirs", 1)
     dsn = make_conninfo(dsn, password="geheim")
     folder.environment["TF_VAR_dsn"] = dsn
     del folder.environment["PGLIMITS_DSN"]
     ((head, _),) = [example for example in blocks("hcl") if "provider" in example[0]]
-    limit = 'resource "pglimits_limit" "a" {\n  name  = "%s"\n  limit = 1\n}\n'
-    said = folder.apply(head + limit % "a") + folder.apply(head + limit % "theirs", code=1)
+    said = folder.apply(head + 'resource "pglimits_limit" "a" {\n  name  = "a"\n  limit = 1\n}\n')
     folder.environment["TF_VAR_dsn"] = "postgresql://me:geheim@127.0.0.1:1/db"
     said += folder.run("plan", code=1)
     assert "onnection" in said and "geheim" not in said

@@ -66,9 +66,12 @@ class PglimitsProvider(Provider):
                 checked(config["dsn"])
 
     def configure_provider(self, diags: Diagnostics, config: dict[str, Any]) -> None:
-        if config["dsn"] is not Unknown:  # as that of a database that is to be created
-            with self.told(diags, "dsn"):
-                self._conninfo = checked(config["dsn"])
+        dsn = config["dsn"]
+        if dsn is Unknown:  # as that of a database that is to be created
+            return
+        with self.told(diags, None if dsn is None else "dsn"):
+            self._conninfo = checked(dsn)
+            self.limiter.version()  # so that what keeps all from working is told once
 
     # What resources and data sources need.
 
@@ -131,7 +134,7 @@ class PglimitsProvider(Provider):
             if isinstance(error, InvalidArgument) and attribute:
                 diags.add_error(f"Invalid {attribute}", f"{said}.", path=path)
             else:
-                diags.add_error(f"{said[:1].upper()}{said[1:]}", path=path)
+                diags.add_error(said if said.startswith("pglimits") else f"{said[:1].upper()}{said[1:]}", path=path)
 
     def close(self) -> None:
         """Terraform needs it no longer."""

@@ -25,7 +25,7 @@ from tf.gen import grpc_stdio_pb2_grpc as stdio
 from tf.gen import tfplugin_pb2_grpc as plugin
 
 from ._provider import PglimitsProvider
-from ._servicer import Servicer
+from ._servicer import Plain, Servicer
 
 _LOOKS_EVERY = 0.5
 """Seconds between two looks whether Terraform is still there."""
@@ -48,7 +48,7 @@ def serve() -> None:
 
     provider = PglimitsProvider()
     server = grpc.server(ThreadPoolExecutor(max_workers=10))
-    plugin.add_ProviderServicer_to_server(Servicer(provider), server)
+    plugin.add_ProviderServicer_to_server(Plain(Servicer(provider)), server)
     controllers.add_GRPCControllerServicer_to_server(Controller(), server)
     stdio.add_GRPCStdioServicer_to_server(Stdio(), server)
     certificate, credentials = _certificate()

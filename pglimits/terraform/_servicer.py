@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgpack
 from tf.gen import tfplugin_pb2 as pb
 from tf.iface import PlanContext
 from tf.provider import ProviderServicer
 from tf.types import Unknown
 from tf.utils import Diagnostics, read_dynamic_value, to_dynamic_value
 
+_UNKNOWN = msgpack.ExtType(0, b"\0")
 _PREFECT = "prefect_global_concurrency_limit"
 
 
@@ -58,6 +60,24 @@ class Servicer(ProviderServicer):
             name: source.get(name) for name in ("name", "limit", "active", "slot_decay_per_second")
         }
         return pb.MoveResourceState.Response(target_state=to_dynamic_value(taken))
+
+
+class Plain:
+    """The same for values of which Terraform knows a part, such as how a name begins: to `tf` those are no values."""
+
+    def __init__(self, servicer: Servicer) -> None:
+        self._servicer = servicer
+
+    def __getattr__(self, name: str) -> Any:
+        answer = getattr(self._servicer, name)
+        return lambda request, context: answer(_plain(request), context)
+
+
+def _plain(request: Any) -> Any:
+    for _, value in request.ListFields():
+        if isinstance(value, pb.DynamicValue) and value.msgpack:
+            value.msgpack = msgpack.packb(msgpack.unpackb(value.msgpack, ext_hook=lambda code, data: _UNKNOWN))
+    return request
 
 
 def _planned(attribute: Any, said: Any, prior: dict[str, Any] | None) -> Any:

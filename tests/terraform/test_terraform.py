@@ -192,7 +192,7 @@ resource "terraform_data" "number" {
   input = -5
 }
 resource "pglimits_limit" "unknown" {
-  name  = "unknown"
+  name  = "unknown ${terraform_data.number.output}"
   limit = terraform_data.number.output
 }
 """

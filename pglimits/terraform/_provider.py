@@ -17,7 +17,7 @@ from tf.utils import Diagnostics
 
 from .._dsn import resolve
 from .._limiter import Limiter
-from ..errors import InvalidArgument, PermissionDenied, PglimitsError
+from ..errors import InvalidArgument, LimitNotFound, PermissionDenied, PglimitsError
 from ..models import Limit
 from . import _schema
 from ._unfinished import Unfinished
@@ -99,9 +99,10 @@ class PglimitsProvider(Provider):
 
     def by_name(self, name: str) -> Found | None:
         """The limit of a name."""
-        counted = self.limiter.counters(name)
-        limits = {limit.name: limit for limit in ([self.limiter.get(name)] if counted else [])}
-        return (limits[name], counted[0].limit_id) if counted else None
+        try:
+            return self.limiter.get(name), self.limiter.counters(name)[0].limit_id
+        except (LimitNotFound, IndexError):
+            return None
 
     def same(self, state: dict[str, Any]) -> Found | None:
         """The limit that a state tells of, by whatever name it goes now; None if it was deleted.

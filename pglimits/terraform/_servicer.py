@@ -18,6 +18,7 @@ from tf.utils import Diagnostics, read_dynamic_value, to_dynamic_value
 
 _UNKNOWN = msgpack.ExtType(0, b"\0")
 _PREFECT = "prefect_global_concurrency_limit"
+_OF_PREFECT = {"name", "limit", "active", "slot_decay_per_second"}
 
 
 class Servicer(ProviderServicer):
@@ -50,16 +51,16 @@ class Servicer(ProviderServicer):
         return pb.PlanResourceChange.Response(planned_state=to_dynamic_value(planned), diagnostics=diags.to_pb())
 
     def MoveResourceState(self, request: Any, context: Any) -> Any:
-        diags = Diagnostics()
-        if request.source_type_name != _PREFECT:
-            diags.add_error(f"A {request.source_type_name} cannot become a {request.target_type_name}")
+        attributes = self._get_res_attrs(request.target_type_name)
+        # From another registry, as from Terraform's to OpenTofu's, it is the same. Of Prefect's limit that is taken
+        # which says what to read next: the limit of that name, or none, and then it is created.
+        taken = {request.target_type_name: set(attributes), _PREFECT: _OF_PREFECT}.get(request.source_type_name)
+        if taken is None:
+            diags = Diagnostics().add_error(f"A {request.source_type_name} cannot become a {request.target_type_name}")
             return pb.MoveResourceState.Response(diagnostics=diags.to_pb())
-        # What Terraform reads next: the limit of that name, or none, and then it creates it.
         source = json.loads(request.source_state.json, parse_float=str)
-        taken = dict.fromkeys(self._get_res_attrs(request.target_type_name)) | {
-            name: source.get(name) for name in ("name", "limit", "active", "slot_decay_per_second")
-        }
-        return pb.MoveResourceState.Response(target_state=to_dynamic_value(taken))
+        moved = {name: source.get(name) if name in taken else None for name in attributes}
+        return pb.MoveResourceState.Response(target_state=to_dynamic_value(moved))
 
 
 class Plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,15 @@ from terraformtest import Folder
 
 pytest.importorskip("tf", reason="needs the extra pglimits[terraform]")
 
+from tf.gen import tfplugin_pb2 as pb
 from tf.types import Unknown
-from tf.utils import Diagnostics
+from tf.utils import Diagnostics, read_dynamic_value
 
 from pglimits._install import install
 from pglimits.terraform._provider import PglimitsProvider
 from pglimits.terraform._resource import LimitResource
 from pglimits.terraform._schema import Numeral
+from pglimits.terraform._servicer import Servicer
 
 
 def told(dsn: Any) -> list[tuple[str, list[str] | None]]:
@@ -167,6 +170,21 @@ def test_a_number_comes_as_it_was_written_and_goes_back_so() -> None:
     ):  # fmt: skip
         assert number.decode(travels) == is_ and number.encode(number.decode(travels)) == goes
     assert isinstance(number.decode("10.00000000000000000000000000001"), float)  # not a whole number
+
+
+@pytest.mark.parametrize("kind", ["pglimits_limit", "prefect_global_concurrency_limit", "aws_instance"])
+def test_a_state_is_moved_from_another_registry_or_from_prefects_provider(kind: str) -> None:
+    state = dict.fromkeys(("id", "created", "updated", "max_waiters", "description"))
+    state |= {"name": "a", "limit": 1, "active": True, "slot_decay_per_second": 0.1, "id": "7", "active_slots": 3}
+    request = pb.MoveResourceState.Request(source_type_name=kind, target_type_name="pglimits_limit")
+    request.source_state.json = json.dumps(state).encode()
+    answer = Servicer(PglimitsProvider()).MoveResourceState(request, None)
+    moved = read_dynamic_value(answer.target_state)
+    if kind == "aws_instance":
+        assert answer.diagnostics[0].summary == "A aws_instance cannot become a pglimits_limit" and moved is None
+        return
+    assert (moved["name"], moved["limit"], moved["slot_decay_per_second"]) == ("a", 1, "0.1")
+    assert moved["id"] == ("7" if kind == "pglimits_limit" else None) and "active_slots" not in moved
 
 
 def test_the_provider_says_who_starts_it(folder: Folder) -> None:

@@ -31,9 +31,10 @@ FAMILIES = {
     "import_prefect": ("import",),
     "cron": ("cron",),
     "embedded": ("embedded",),
+    "terraform": ("terraform",),
 }
-"""The modules, and the commands of each, in the order of the help. ``import``, ``cron`` and ``embedded`` are groups of
-commands."""
+"""The modules, and the commands of each, in the order of the help. ``import``, ``cron``, ``embedded`` and ``terraform`` are
+groups of commands."""
 
 _PANEL_OF_GROUPS = "Set up and look after"
 

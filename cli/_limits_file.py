@@ -13,13 +13,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pglimits import _arguments
+from pglimits._definition import CHECKS
+from pglimits._definition import Definition as Definition
+from pglimits._definition import checked_definition as checked_definition
+from pglimits._definition import definition as definition
 from pglimits.errors import InvalidArgument
-from pglimits.models import Limit
 
 from . import _errors, _trees
 from ._trees import Fault, Node, Place, Unreadable
@@ -40,17 +42,6 @@ class OnConflict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Definition:
-    """What somebody has decided about a limit."""
-
-    limit: int
-    slot_decay_per_second: float = 0.0
-    active: bool = True
-    max_waiters: int | None = None
-    description: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Wanted:
     """A limit as a file has it."""
 
@@ -59,33 +50,13 @@ class Wanted:
     on_conflict: OnConflict
 
 
-def definition(limit: Limit) -> Definition:
-    """What was decided about a limit that is there."""
-    return Definition(limit.limit, limit.slot_decay_per_second, limit.active, limit.max_waiters, limit.description)
-
-
-def checked_definition(fields: Mapping[str, Any]) -> Definition:
-    """The fields of a limit, checked as those of a file are. Raises InvalidArgument."""
-    names = {field.name for field in dataclasses.fields(Definition)}
-    if set(fields) != names:
-        raise InvalidArgument(f"a limit must have just the fields {', '.join(sorted(names))}")
-    return Definition(**{field: _CHECKS[field](field, value) for field, value in fields.items()})
-
-
 def _on_conflict(argument: str, value: object) -> OnConflict:
     if not isinstance(value, str) or value not in set(OnConflict):
         raise InvalidArgument(f"{argument} must be {' or '.join(map(repr, map(str, OnConflict)))}, not {value!r}")
     return OnConflict(value)
 
 
-_CHECKS: dict[str, Callable[[str, object], Any]] = {
-    "limit": partial(_arguments.whole, least=0),
-    "slot_decay_per_second": lambda _, value: _arguments.rate(value) + 0.0,
-    "active": _arguments.flag,
-    "max_waiters": partial(_arguments.optional_whole, least=0),
-    "description": lambda argument, value: _arguments.optional_text(argument, value) or None,
-    "on_conflict": _on_conflict,
-}
+_CHECKS = {**CHECKS, "on_conflict": _on_conflict}
 """What may be said of a limit, and what checks it."""
 
 Ask = Callable[[str], Iterable[tuple[int, str, str]]]

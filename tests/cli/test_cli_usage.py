@@ -56,7 +56,7 @@ def test_every_help_has_an_example_that_names_the_command(pglimits: Cli) -> None
 def test_every_command_that_connects_takes_a_dsn_and_prints_json(pglimits: Cli) -> None:
     for command in commands(pglimits):
         said = pglimits(*command, "--help").out
-        assert ("--dsn" in said) is (command[0] not in ("sql", "embedded")), command
+        assert ("--dsn" in said) is (command[0] not in ("sql", "embedded", "terraform")), command
         assert ("--output" in said) is (command[0] not in ("sql", "run", "top", "serve")), command
 
 

@@ -1,0 +1,189 @@
+"""The resource ``pglimits_limit``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from tf.iface import CreateContext, DeleteContext, ImportContext, PlanContext, ReadContext, Resource, UpdateContext
+from tf.schema import Schema
+from tf.types import Unknown
+from tf.utils import Diagnostics
+
+from .. import _arguments
+from .._definition import CHECKS, Definition
+from ..errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound, PglimitsError
+from ._provider import Found, PglimitsProvider
+from ._schema import RESOURCE, state
+
+State = dict[str, Any]
+
+
+class LimitResource(Resource):
+    """A limit, which is the same as long as its number is, by whatever name."""
+
+    def __init__(self, provider: PglimitsProvider) -> None:
+        self._provider = provider
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "limit"
+
+    @classmethod
+    def get_schema(cls) -> Schema:
+        return RESOURCE
+
+    def validate(self, diags: Diagnostics, type_name: str, config: State) -> None:
+        decode = {each.name: each.type.decode for each in RESOURCE.attributes}
+        said = {name: decode[name](value) for name, value in config.items() if value not in (None, Unknown)}
+        self._values(diags, said)
+
+    def _values(self, diags: Diagnostics, said: Mapping[str, Any]) -> State:
+        """What is said of a limit and can be right. Tells what is wrong with the rest, each fault of its attribute."""
+        values: State = {}
+        for field, check in {"name": _arguments.text, **CHECKS}.items():
+            if said.get(field) not in (None, Unknown):
+                with self._provider.told(diags, field):
+                    values[field] = check(field, said[field])
+        if self._provider.is_known:
+            with self._provider.told(diags):
+                for _, field, fault in self._provider.limiter._limit_faults(json.dumps([values])):
+                    with self._provider.told(diags, field):
+                        raise InvalidArgument(fault)
+        return values
+
+    def _wanted(self, diags: Diagnostics, planned: State) -> tuple[str, Definition] | None:
+        """The name and the definition that a plan came to; None if something is wrong with them."""
+        values = self._values(diags, planned)
+        return None if diags.has_errors() else (values.pop("name"), Definition(**values))
+
+    def plan(self, ctx: PlanContext, current: State | None, planned: State) -> State:
+        provider, name = self._provider, planned["name"]
+        if not provider.is_known:
+            return planned
+        with provider.told(ctx.diagnostics):
+            if current is not None:
+                provider.unfinished.end(current["name"])
+            elif name is not Unknown and not ctx.diagnostics.has_errors():
+                found, left = provider.by_name(name), provider.unfinished.left(name)
+                if found is not None and (left is None or not left.is_it(found[0])):
+                    ctx.diagnostics.add_warning(f"Limit {name!r} exists already", _import_it(name), path=["name"])
+        return planned
+
+    def create(self, ctx: CreateContext, planned: State) -> State | None:
+        provider = self._provider
+        with provider.creates, provider.told(ctx.diagnostics):
+            wanted = self._wanted(ctx.diagnostics, planned)
+            if wanted is None:
+                return None
+            name, of = wanted
+            left = provider.unfinished.left(name)
+            try:
+                return state(*self._created(name, of))
+            except LimitExists:
+                there = provider.by_name(name)
+            if left is not None and there is not None and left.is_it(there[0]):
+                changed = self._changed(name, None, of)
+                provider.unfinished.made(changed)
+                return state(changed, there[1])
+            ctx.diagnostics.add_error(f"Limit {name!r} exists already", _import_it(name), path=["name"])
+        return None
+
+    def _created(self, name: str, of: Definition) -> Found:
+        """Create a limit. There is a note of it for as long as nobody knows what became of that."""
+        provider, unfinished = self._provider, self._provider.unfinished
+        if provider.by_name(name) is not None:
+            raise LimitExists
+        unfinished.begin(name, of)
+        try:
+            made = provider.limiter.create(
+                name, of.limit, of.slot_decay_per_second, of.active, of.max_waiters, of.description
+            )
+        except LimiterUnavailable:
+            unfinished.leave(name)
+            raise
+        except PglimitsError:
+            unfinished.end(name)
+            raise
+        unfinished.made(made)
+        found = provider.by_name(name)
+        if found is None or found[0].created_at != made.created_at:
+            raise LimitNotFound(f"somebody else deleted limit {name!r} meanwhile, or renamed it: apply again")
+        return found
+
+    def read(self, ctx: ReadContext, current: State) -> State | None:
+        provider = self._provider
+        if not provider.is_known:
+            ctx.diagnostics.add_warning(
+                f"It is not known how limit {current['name']!r} is now",
+                "The provider's dsn is not known yet, so the limit is taken to be as it was.",
+            )
+            return current
+        with provider.told(ctx.diagnostics):
+            provider.unfinished.end(current["name"])
+            found = provider.same(current) or provider.by_name(current["name"])
+            return None if found is None else state(*found)
+        return current
+
+    def update(self, ctx: UpdateContext, current: State, planned: State) -> State:
+        provider = self._provider
+        with provider.told(ctx.diagnostics):
+            wanted = self._wanted(ctx.diagnostics, planned)
+            if wanted is None:
+                return current
+            found = self._there(current)
+            name, of = wanted
+            with provider.told(ctx.diagnostics, "name" if name != current["name"] else None):
+                return state(self._changed(found[0].name, name, of), found[1])
+        return current
+
+    def delete(self, ctx: DeleteContext, current: State) -> State | None:
+        with self._provider.told(ctx.diagnostics):
+            self._provider.unfinished.end(current["name"])
+            found = self._provider.same(current)
+            if found is not None:
+                with contextlib.suppress(LimitNotFound):  # just what is wanted
+                    self._provider.limiter.delete(found[0].name)
+            return None
+        return current
+
+    def import_(self, ctx: ImportContext, id: str) -> State | None:
+        with self._provider.told(ctx.diagnostics):
+            found = self._provider.by_name(_arguments.text("the name", id))
+            if found is None:
+                raise LimitNotFound(f"there is no limit named {id!r}")
+            return state(*found)
+        return None
+
+    def _there(self, current: State) -> Found:
+        found = self._provider.same(current)
+        if found is None:
+            raise LimitNotFound(f"limit {current['name']!r} was deleted since the plan: plan and apply again")
+        return found
+
+    def _changed(self, name: str, new_name: str | None, of: Definition) -> Any:
+        limiter = self._provider.limiter
+        # Terraform composes what a name is made of; one that is the same but for that stays.
+        if new_name is not None and unicodedata.normalize("NFC", name) == new_name:
+            new_name = None
+        return limiter.update(
+            name,
+            limit=of.limit,
+            slot_decay_per_second=of.slot_decay_per_second,
+            active=of.active,
+            max_waiters=-1 if of.max_waiters is None else of.max_waiters,
+            description=of.description or "",
+            new_name=new_name,
+        )
+
+
+def _import_it(name: str) -> str:
+    """What to do with a limit that is there and not in the state."""
+    quoted = json.dumps(name, ensure_ascii=False)
+    return (
+        f"To manage it from here, import it: terraform import ADDRESS {quoted}, where ADDRESS is that of this resource,"
+        " or an import block. Else give this one another name."
+    )

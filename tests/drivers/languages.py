@@ -157,7 +157,7 @@ def watched(dsn: str, *, ends_wide: bool = False) -> Iterator[Watched]:
         with psycopg.connect(dsn, autocommit=True) as connection:
             while not over.is_set():
                 look(connection)
-                time.sleep(0.05)
+                time.sleep(0.1)
 
     looking = threading.Thread(target=look_on)
     looking.start()

@@ -126,7 +126,8 @@ def env(
     page.save(tmp_path, jobs)
     for statements in page.code("sql"):
         connect().execute(statements.encode())
-    return environment(server_dsn) | request.getfixturevalue(program.language)
+    of_language: Env = request.getfixturevalue(program.language)
+    return environment(server_dsn) | of_language
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=command_of)
@@ -159,7 +160,7 @@ def test_a_helper_tells_that_its_lease_was_lost(program: Program, env: Env, tmp_
     assert (done.returncode, done.stderr, seen.ended) == (0, "", 1)
     said = done.stdout.splitlines()
     assert said[0].startswith("8 jobs, ")
-    assert said[1].lower() == "after 1.5 s under a lease of 1 s, lost: true"
+    assert said[1].lower() == "after 3 s under a lease of 2 s, lost: true"
     assert [line[:5] for line in said[2:]] == ["PL004", "PL002"]  # and nobody was refused
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,18 +14,6 @@ import psycopg
 import pytest
 from drivers import STYLES, Driver, address, node_pg, sqlstate
 from psycopg.rows import dict_row
-
-
-@pytest.fixture(scope="session")
-def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where Node's client is installed."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("needs npm")
-    folder = tmp_path_factory.mktemp("node")
-    command = [npm, "install", "--silent", "--no-audit", "--no-fund", "pg@8"]
-    subprocess.run(command, cwd=folder, check=True, timeout=240)
-    return folder
 
 
 @pytest.fixture(params=[*STYLES, "Node's pg"])

@@ -147,6 +147,7 @@ class Gate:
         self._serving: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._room = asyncio.Lock()
+        self._kept: set[Any] = set()
         # In whose place no other task was fetched, as the pool was full: one worker shall not have what another could
         # be doing.
         self._uncounted: deque[Any] = deque()
@@ -166,14 +167,16 @@ class Gate:
 
     def keep(self, request: Any) -> None:
         """Have a task wait. The worker fetches another one in its place, as with a countdown, if it can run one."""
-        if self._is_free():
+        if self._is_free(len(self._kept)):
             self._count(request)
+        self._kept.add(request)
         state.reserved_requests.discard(request)
         self._loop.call_soon_threadsafe(self._join, request)
 
-    def _is_free(self) -> bool:
-        """Whether there is a process in the pool that does nothing."""
-        return bool(len(self.going) + len(state.active_requests) < self._consumer.pool.num_processes)
+    def _is_free(self, more: int = 0) -> bool:
+        """Whether there is a process in the pool that does nothing, and will not have to if so many more come."""
+        busy = len(self.going) + len(state.active_requests) + more
+        return bool(busy < self._consumer.pool.num_processes)
 
     def _count(self, request: Any) -> None:
         if not request.counted:
@@ -215,6 +218,7 @@ class Gate:
             self._serving.pop(place).cancel()
             for request in self._lines.pop(place):
                 request.goes = True
+                self._kept.discard(request)
                 state.requests.pop(request.id, None)
 
     def _join(self, request: Any) -> None:
@@ -303,6 +307,7 @@ class Gate:
     def _go(self, request: Any, told: dict[str, Any] | None) -> None:
         """Let it into the pool, with what it is told. None: it was revoked, which is seen to on the way there; or its
         message is to be sent anew."""
+        self._kept.discard(request)
         if request.timer is not None:
             request.timer.cancel()
         if told is None and request.leaves:

@@ -96,6 +96,8 @@ class _LimitedTask:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = cast(Any, self).request
         told = request.get(TOLD)
+        if request.headers:  # where Celery puts all that it does not know, and its retries copy that
+            request.headers.pop(TOLD, None)
         if told is None and not request.called_directly:
             return self._wait_and_call(request, args, kwargs)
         if told and "error" in told:

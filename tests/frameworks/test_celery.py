@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 pytest.importorskip("celery", reason="Celery is not installed")
 
+from queues import pages
 from queues.crews import PATIENCE, QUEUES, Crew, database
 
 from pglimits import AcquireTimeout, InvalidArgument, Limiter, LimitNotFound
@@ -274,3 +278,13 @@ def test_an_eager_task_waits_where_it_is_called_and_a_plain_call_is_not_limited(
     limiter.upsert("eager", 0)
     with pytest.raises(AcquireTimeout):
         held.delay(3)
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(server_dsn: str, dsn: str, tmp_path: Path) -> None:
+    pytest.importorskip("sqlalchemy", reason="SQLAlchemy, the broker of the example, is not installed")
+    to = conninfo_to_dict(server_dsn)
+    url = f"postgresql+psycopg://{to['user']}@/{to['dbname']}?host={quote(str(to['host']), '')}&port={to['port']}"
+    printed, said = pages.run(
+        "Celery", tmp_path, PGLIMITS_DSN=dsn, CELERY_BROKER_URL=f"sqla+{url}", CELERY_RESULT_BACKEND=f"db+{url}"
+    )
+    assert printed == said

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("procrastinate", reason="procrastinate is not installed")
 
+from queues import pages
 from queues.crews import PATIENCE, QUEUES, Crew, database
 
 from pglimits import InvalidArgument
@@ -213,3 +215,12 @@ def test_a_plain_call_is_not_limited_and_a_test_in_memory_works(environment: str
     see.defer(number=2)
     app.run_worker(wait=False, install_signal_handlers=False)
     assert seen == [(1, 0), (2, 1)]
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(
+    _bare_database: Any, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGLIMITS_DSN", raising=False)
+    dsn = server.dsn(_bare_database.info.dbname)
+    printed, said = pages.run("procrastinate", tmp_path, DATABASE_URL=dsn)
+    assert printed == said

@@ -61,9 +61,10 @@ def limiter(app: App) -> Limiter:
     Raises:
         AppNotOpen: the app has not been opened.
     """
-    if not hasattr(type(app.connector), "pool"):
+    connector: Any = app.connector.get_sync_connector()  # the one that is open, be it sync or async
+    if not hasattr(type(connector), "pool"):
         return _default.limiter()
-    pool: Any = app.connector.pool  # type: ignore[attr-defined]
+    pool = connector.pool
     with _lock:
         if pool not in _limiters:
             for other in [other for other in _limiters if other.closed]:

@@ -104,7 +104,9 @@ def test_who_waits_occupies_no_worker_and_goes_in_order(
     assert [101 + number - 100 for (number,) in done[-8:]] == [got(result) for result in received]
 
 
-def test_chains_groups_chords_links_and_the_headers_of_tasks_stay_as_they_are(crew: CeleryCrew) -> None:
+def test_chains_groups_chords_links_and_the_headers_of_tasks_stay_as_they_are(
+    crew: CeleryCrew, wait_until: Callable[..., Any]
+) -> None:
     one, add = crew.tasks.one, crew.tasks.add
     assert got((one.s(1) | one.s(plus=2) | add.s(more=3)).apply_async()) == 6
     from celery import chord, group
@@ -114,7 +116,8 @@ def test_chains_groups_chords_links_and_the_headers_of_tasks_stay_as_they_are(cr
     word = f"linked {uuid4()}"
     linked = crew.tasks.sent_anew.apply_async((5,), link=crew.tasks.said.s(word=word), headers={"tenant": "t42"})
     assert got(linked) == [5, {"tenant": "t42"}]
-    assert crew.limiter.get("one").held == 0
+    wait_until(lambda: crew.held("one") == 0, what="for the slot to come back")
+    wait_until(lambda: crew.rows("select from said where said = %s", word), what="for the link")
 
 
 def test_what_waits_long_is_sent_anew_and_is_the_same_task(crew: CeleryCrew, wait_until: Callable[..., Any]) -> None:
@@ -206,8 +209,9 @@ def test_a_task_that_is_killed_gives_back_at_once(crew: CeleryCrew, wait_until: 
         got(crew.tasks.too_long.apply_async(queue="processes"))
     wait_until(lambda: crew.held("one") == 0, what="for the slot")
     word = str(uuid4())
-    killed = crew.tasks.one.apply_async((3, 0, word), queue="processes")
-    wait_until(lambda: crew.held("one") == 1, what="for it to be at work")
+    killed = crew.tasks.one.apply_async((3000, 0, word), queue="processes")
+    # Not before: a pool whose process is killed as it takes a task up is stuck, whatever the task.
+    wait_until(lambda: crew.rows("select from at_work where number = 3000"), what="for it to be at work")
     killed.revoke(terminate=True, signal="SIGKILL")
     wait_until(lambda: crew.held("one") == 0, what="for the slot")
     assert got(crew.tasks.one.apply_async((4,), queue="processes")) == 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,8 +49,9 @@ class Crew:
         """A worker: a module of Python, with options."""
         with (self.folder / f"{name}.log").open("wb") as log:
             worker = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=QUEUES, stdout=log, stderr=subprocess.STDOUT
-            )
+                [sys.executable, "-m", *command], cwd=QUEUES, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
         self.processes.append(worker)
         return worker
 
@@ -78,11 +81,9 @@ class Crew:
 
     def stop(self) -> None:
         for worker in self.processes:
-            worker.terminate()
-        for worker in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.wait(PATIENCE)
-            worker.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # its pool too
+            worker.wait(PATIENCE)
         self.conn.close()
 
 

@@ -107,6 +107,7 @@ REQUEST = {
 }  # fmt: skip
 ACQUIRE = {"lease_duration": DURATIONS, **REQUEST, "clamp": BOOLEANS}
 WAIT = {name: values for name, values in ACQUIRE.items() if name != "channel"}
+RATE_WAIT = {name: values for name, values in REQUEST.items() if name != "channel"}
 ONE = {"name": NAMES, "slots": SLOTS, "key": KEYS}
 SEVERAL = {"names": NAMES_ARRAYS, "slots": SLOTS_ARRAYS, "keys": KEYS_ARRAYS}
 PEEK = {"timeout_seconds": TIMEOUTS, "priority": PRIORITIES, "strict": BOOLEANS, "for_rate": BOOLEANS}
@@ -120,7 +121,7 @@ FUNCTIONS: dict[str, tuple[dict[str, str], dict[str, dict[str, str]]]] = {
     "acquire_wait": ({"name": "'database'"}, ONE | WAIT),
     "rate_limit": ({"name": "'api'"}, ONE | REQUEST),
     "rate_limit_all": ({"names": RATES_OF_TWO}, SEVERAL | REQUEST),
-    "rate_limit_wait": ({"name": "'api'"}, ONE | {n: v for n, v in WAIT.items() if n not in ("lease_duration", "clamp")}),
+    "rate_limit_wait": ({"name": "'api'"}, ONE | RATE_WAIT),
     "peek": ({"name": "'database'"}, ONE | PEEK),
     "peek_all": ({"names": TWO}, SEVERAL | PEEK),
     # Without a duration, renew goes by the one the lease was taken with.

@@ -88,8 +88,8 @@ def test_everything_has_a_comment_that_is_a_sentence(s: Session) -> None:
 
 def test_all_arguments_are_named_and_all_but_the_names_have_defaults(s: Session) -> None:
     needed = {
-        "create_limit": 2, "adjust": 2, "settle": 3, "settle_all": 3, "sweep": 0, "version": 0, "errors": 0, "cron_enable": 0, "cron_disable": 0,
-        "keep_history": 0, "last_sweep": 0,
+        "create_limit": 2, "adjust": 2, "settle": 3, "settle_all": 3, "sweep": 0, "version": 0, "errors": 0,
+        "cron_enable": 0, "cron_disable": 0, "keep_history": 0, "last_sweep": 0,
     }  # fmt: skip
     for row in routines(s):
         if row.name in USE | CHANGE:

@@ -254,6 +254,8 @@ class Calls(Base):
 
         Of a rate limit the slots are held, and added to its level. ``use.settle({name: slots})`` corrects the level.
 
+        clamp: more slots than a limit has count as the limit; ``use.slots`` says what was taken.
+
         renew: False leaves the lease alone: it lives on after this process, for ``lease_duration`` or until somebody
         releases it by its id.
         """

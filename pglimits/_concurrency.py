@@ -46,7 +46,6 @@ class _Hold:
         *,
         key: str = "",
         priority: int = 0,
-        clamp: bool = False,
     ) -> None:
         """Hold slots of one or several limits, all or none, for as long as a block or a function runs.
 
@@ -61,7 +60,6 @@ class _Hold:
             raise_on_lease_renewal_failure: whether a lost lease raises; None: as ``strict``.
             key: each key of a limit has the whole budget for itself.
             priority: higher goes first; within one priority, in order of arrival.
-            clamp: more slots than a limit has count as the limit; ``slots`` of the lease says what was taken.
 
         Entering gives a Lease, which can be settled. Raises AcquireTimeout, LimitNotFound (strict), SlotsExceedLimit,
         QueueFull, InvalidArgument, LimiterUnavailable; leaving raises LeaseLost if the lease was lost and that is to
@@ -74,7 +72,7 @@ class _Hold:
         self._raise = raise_on_lease_renewal_failure
         self._holder = None if holder is None else _arguments.holder(holder)
         self._rest = (occupy, timeout_seconds, max_retries, lease_duration)
-        self._more = (key, priority, False, _arguments.flag("clamp", clamp))
+        self._more = (key, priority)
         self._last: tuple[bool, Kind] | None = None
         # By the thread or task that has entered it.
         self._holds: dict[Any, tuple[_Entered, ...]] = {}

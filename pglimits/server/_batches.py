@@ -66,7 +66,7 @@ class Alike:
     lease_duration: float
     priority: int
     strict: bool
-    clamp: bool
+    clamp: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

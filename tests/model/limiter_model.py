@@ -97,6 +97,8 @@ class Waiter:
 class Part:
     slots: int
     fence: int | None = None
+    # What it has used of a rate limit, as far as is known.
+    used: int | None = None
 
 
 @dataclass(eq=False)
@@ -414,7 +416,7 @@ class Model:
             self.book(place, slots, moment if booked_at is None else booked_at)
             self.expires(place, ends)
         self.numbers += 1
-        kept = {place: Part(slots) for place, slots in parts.items()}
+        kept = {place: Part(slots, used=slots if place.limit.rate else None) for place, slots in parts.items()}
         self.leases[request.lease_id] = Lease(
             request, kept, moment, ends, request.duration, claimed, number=self.numbers
         )
@@ -745,6 +747,26 @@ class Model:
             self.serve(place, own)
         return live
 
+    def settle(self, lease_id: UUID, used: dict[Place, int]) -> bool:
+        """Whether it was live."""
+        lease = self.live(lease_id)
+        if lease is None:
+            return False
+        if any(lease.parts[place].used is None and not place.limit.rate for place in used):
+            raise Wrong("PL005")
+        for place in sorted(used, key=Place.order):
+            part = lease.parts[place]
+            before, part.used = part.used, None if part.used is None else used[place]
+            if before is not None and before != used[place] and place.limit.rate:
+                self.correct(place, used[place] - before)
+        return True
+
+    def correct(self, place: Place, slots: int) -> None:
+        virtual = place.limit.virtual(self.now)
+        place.booked = max(max(place.booked, virtual) + slots, virtual)
+        if place.limit.active and place.line:
+            self.serve(place, own=False)
+
     # Limits.
 
     def create(
@@ -817,10 +839,7 @@ class Model:
         if not limit.rate:
             raise Wrong("PL005")
         place = limit.place(key)
-        virtual = limit.virtual(self.now)
-        place.booked = max(max(place.booked, virtual) + slots, virtual)
-        if limit.active and place.line:
-            self.serve(place, own=False)
+        self.correct(place, slots)
         return self.level(place)
 
     def reset(self, name: str, key: str | None) -> int:

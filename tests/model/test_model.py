@@ -575,6 +575,26 @@ class Lives(RuleBasedStateMachine):
         expected = {lease_id: self.model.renew(lease_id, duration) for lease_id in lease_ids}
         assert entry_points.renew(self.s, lease_ids, duration, way) == expected
 
+    @precondition(lambda self: self.held())
+    @rule(nth=which, used=st.lists(st.sampled_from([0, 1, 2, 5, 9, 100]), min_size=1, max_size=3))
+    def settle(self, nth: int, used: list[int]) -> None:
+        lease_id = self.among(self.held(), nth)
+        lease = self.model.live(lease_id)
+        places = [] if lease is None else sorted(lease.parts, key=Place.order)
+        wanted = dict(zip(places[nth % len(places) :] if places else [], used, strict=False))
+        if lease is None:  # it has ended: whatever is said of it
+            named = dict.fromkeys(zip(self.asked[lease_id].names, self.asked[lease_id].keys, strict=True), 1)
+        else:
+            named = {(place.limit.name, place.key): slots for place, slots in wanted.items()}
+        expected, live = self.both(
+            lambda: self.model.settle(lease_id, wanted),
+            lambda: self.s.value(
+                "select pglimits.settle_all(%s::uuid, %s::text[], %s::int[], %s::text[])", lease_id,
+                [name for name, _ in named], list(named.values()), [key for _, key in named],
+            ),
+        )  # fmt: skip
+        assert live == expected
+
     @precondition(lambda self: self.looks)
     @rule(nth=which)
     def die(self, nth: int) -> None:

@@ -19,7 +19,7 @@ from uuid import UUID
 from psycopg.pq.abc import PGresult
 
 from . import _arguments, _codec, _observer, _sql
-from ._arguments import Names
+from ._arguments import Counts, Names
 from ._codec import Row, Value
 from ._courier import Courier, courier_for, forget
 from ._database import Callback, OfPool, Source
@@ -27,7 +27,7 @@ from ._dsn import resolve
 from ._leases import Lease, orphan
 from ._requests import PATIENCE, Errand, Kind, OnUnavailable, Query, Release, Request, User, checked, new_id, who
 from ._sql import Statement
-from ._uses import Used, settled, settled_by_id
+from ._uses import settled, settled_by_id
 from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
@@ -296,7 +296,7 @@ class Calls(Base):
             lease = Lease.foreign(_lease_id(lease))
         return bool((yield from self._releasing(lease)))
 
-    def settle(self, lease: Lease | UUID | str, used: Used) -> Course[bool]:
+    def settle(self, lease: Lease | UUID | str, used: Counts) -> Course[bool]:
         """Tell how many slots of rate limits a lease has really used: their levels get them instead of what was taken.
 
         Up, even past the limit, so that who is in line waits until it has decayed; or down. What is held stays as it is

@@ -9,15 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import _arguments
-from ._arguments import Part
+from ._arguments import Counts, Part
 from ._leases import Lease, Place
 from .errors import InvalidArgument, LeaseLost
 
 if TYPE_CHECKING:
     from ._limiter import AsyncLimiter, Limiter
-
-Used = Mapping[str, int] | Mapping[Place, int] | Mapping[str | Place, int]
-"""Slots that were really used, by limit or by (limit, key)."""
 
 
 class Use(Lease):
@@ -25,7 +22,7 @@ class Use(Lease):
 
     __slots__ = ()
 
-    def settle(self, used: Used) -> bool:
+    def settle(self, used: Counts) -> bool:
         """Tell how many slots of rate limits were really used. As ``Limiter.settle``."""
         settled: bool = self._limiter.settle(self, used)
         return settled
@@ -44,7 +41,7 @@ class AsyncUse(Lease):
 
     __slots__ = ()
 
-    async def settle(self, used: Used) -> bool:
+    async def settle(self, used: Counts) -> bool:
         """Tell how many slots of rate limits were really used. As ``AsyncLimiter.settle``."""
         settled: bool = await self._limiter.settle(self, used)
         return settled
@@ -82,19 +79,19 @@ class Acquiring(Coroutine[Any, Any, AsyncUse]):
         await end_in_task(self._limiter, self._lease, self._canceller, error, self._lease._strict)
 
 
-def settled(lease: Lease, used: Used) -> list[Part]:
+def settled(lease: Lease, used: Counts) -> list[Part]:
     """What there is to settle of a lease that is ours: not what is not enforced. Raises InvalidArgument."""
     fences = dict(zip(lease.places, lease.fences, strict=True))
     parts = [Part(*_place(lease, name), slots) for name, slots in _counted(used)]
     return [part for part in parts if fences[part.name, part.key] is not None]
 
 
-def settled_by_id(used: Used) -> list[Part]:
+def settled_by_id(used: Counts) -> list[Part]:
     """The same of a lease of which only the id is known."""
     return [Part(*((name, "") if isinstance(name, str) else name), slots) for name, slots in _counted(used)]
 
 
-def _counted(used: Used) -> list[tuple[str | Place, int]]:
+def _counted(used: Counts) -> list[tuple[str | Place, int]]:
     if not isinstance(used, Mapping):
         raise InvalidArgument(f"used must be a mapping of limits to slots, not {used!r}")
     if not used:

@@ -113,7 +113,7 @@ class Request(Errand):
     until: float | None
     renew: bool
     task: Any
-    made: type[Lease]
+    made: type[Lease] = Lease
     lease: Lease | None = field(default=None, init=False)
     goes_at: float = field(default=0.0, init=False)
     given_up: bool = field(default=False, init=False)

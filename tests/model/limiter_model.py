@@ -138,6 +138,7 @@ class Request:
     strict: bool = False
     for_rate: bool = False
     channel: str | None = None
+    clamp: bool = False
 
 
 @dataclass(frozen=True)
@@ -436,6 +437,8 @@ class Model:
         for limit, key, slots in zip(found, request.keys, request.slots, strict=True):
             if limit is not None and limit.active:
                 parts[limit.place(key)] = parts.get(limit.place(key), 0) + slots
+        if request.clamp:
+            parts = {place: min(slots, place.limit.most or slots) for place, slots in parts.items()}
         codes = set()
         for place, slots in parts.items():
             if request.for_rate and not place.limit.rate:
@@ -621,8 +624,10 @@ class Model:
                 place = self.limits[name].place(key)
                 asked[place] = asked.get(place, 0) + slots
         same = [place for place in asked if place in known]
-        if any(known[place] not in (None, asked[place]) for place in same):
-            return False
+        for place in same:
+            slots = known[place]
+            if slots is not None and (slots > asked[place] or (slots < asked[place] and not request.clamp)):
+                return False
         return not (asked and known) or (bool(same) and for_rate == request.for_rate)
 
     def is_outdated(self, waiter: Waiter) -> bool:

@@ -68,7 +68,7 @@ as $$
 declare
   asked record;
   part record;
-  parts pglimits._part[] := '{}';
+  parts pglimits._part[] := array[]::pglimits._part[];
   stray text;
   missing text[];
   state pglimits.states;

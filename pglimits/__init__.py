@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 from ._leases import Lease
 from ._limiter import AsyncLimiter, Limiter
+from ._uses import AsyncUse, Use
 from .errors import (
     AcquireTimeout,
     CommitFirst,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AcquireTimeout",
     "AsyncLimiter",
+    "AsyncUse",
     "CommitFirst",
     "Counters",
     "CronUnavailable",
@@ -72,6 +74,7 @@ __all__ = [
     "Step",
     "Swept",
     "Usage",
+    "Use",
     "VersionMismatch",
     "Waiter",
     "install",

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from .errors import InvalidArgument
 
-Names = str | Sequence[str | tuple[str, str]] | Mapping[str | tuple[str, str], int]
+Counts = Mapping[str, int] | Mapping[tuple[str, str], int] | Mapping[str | tuple[str, str], int]
+"""Slots by limit, or by (limit, key)."""
+
+Names = str | Sequence[str | tuple[str, str]] | Counts
 """One limit, several, or a count (and, where wanted, a key) for each: ``{("tenant", "t42"): 1, "everyone": 1}``."""
 
 _MAX_INT = 2**31 - 1

@@ -269,7 +269,7 @@ class Batch:
         params += (
             *kind.head, _codec.encode(self.lanes[0].wait), *kind.between, ids, f"[{holders}]".encode(),
             b"t" if again else b"f", b"t" if kind.strict else b"f", self._courier.waiting.channel.encode(), durable,
-            patience,
+            patience, b"t" if kind.clamp else b"f",
         )  # fmt: skip
         return [(_sql.RELEASE_AND_ACQUIRE if self.releases else _sql.ACQUIRE, params)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import math
 import time
 import weakref
@@ -18,7 +19,7 @@ from uuid import UUID
 from psycopg.pq.abc import PGresult
 
 from . import _arguments, _codec, _observer, _sql
-from ._arguments import Names
+from ._arguments import Counts, Names
 from ._codec import Row, Value
 from ._courier import Courier, courier_for, forget
 from ._database import Callback, OfPool, Source
@@ -26,6 +27,7 @@ from ._dsn import resolve
 from ._leases import Lease, orphan
 from ._requests import PATIENCE, Errand, Kind, OnUnavailable, Query, Release, Request, User, checked, new_id, who
 from ._sql import Statement
+from ._uses import settled, settled_by_id
 from ._wake import Waker
 from .errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound
 from .models import Holder, Key, Limit, Peek, Swept, Waiter
@@ -33,6 +35,8 @@ from .models import Holder, Key, Limit, Peek, Swept, Waiter
 if TYPE_CHECKING:
     import psycopg
     from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+log = logging.getLogger("pglimits")
 
 T = TypeVar("T")
 B = TypeVar("B", bound="Base")
@@ -61,6 +65,7 @@ class Base:
     _user: User
     _on_unavailable: OnUnavailable
     _strict: bool
+    _use: type[Lease] = Lease
 
     def __init__(
         self,
@@ -121,6 +126,7 @@ class Base:
             None if timeout is None else now + timeout,
             renew,
             None if task is None else weakref.ref(task),
+            self._use,
             waker=waker,
             user=self._user,
         )
@@ -148,13 +154,31 @@ class Base:
                 yield waker, left
             lease, request.lease = request.lease, None
             assert lease is not None
+            lease.slots, lease._limiter, lease._strict = kind.counts, self, kind.strict
             request.orphan = None
-            return lease
         except BaseException:
             if request.error is None:
                 courier.put(courier.give_up, request)
             request.orphan = None  # not before: another interrupt may strike here
             raise
+        if kind.clamp and lease.enforced:
+            yield from self._clamped(lease)
+        return lease
+
+    def _clamped(self, lease: Lease) -> Course[None]:
+        """Find out how many slots a lease has got."""
+        try:
+            found = yield from self._ask(_sql.TAKEN, lease.id)
+        except BaseException:
+            self._release_later(lease)
+            raise
+        left = {(name, key): slots for name, key, slots in found}
+        slots = []
+        for place, count in zip(lease.places, lease.slots, strict=True):
+            slots.append(min(count, left.get(place, count)))
+            if place in left:
+                left[place] -= slots[-1]
+        lease.slots = tuple(slots)
 
     def _releasing(self, lease: Lease) -> Course[bool | None]:
         """Whether it was still live; None if the database could not be asked."""
@@ -221,16 +245,23 @@ class Calls(Base):
         key: str = "",
         priority: int = 0,
         renew: bool = True,
+        clamp: bool = False,
     ) -> Course[Lease]:
-        """Take slots until ``release``. Arguments and errors as ``concurrency``.
+        """Take slots until ``release``, or for a block. Arguments and errors as ``concurrency``.
 
-        Keep what it returns: a lease that nobody refers to any longer is given back.
+        ``with limiter.acquire(…) as use`` (``async with`` for tasks) gives them back at the end of the block. Else keep
+        what it returns: a lease that nobody refers to any longer is given back.
+
+        Of a rate limit the slots are held, and added to its level. ``use.settle({name: slots})`` corrects the level.
+
+        clamp: more slots than a limit has count as the limit; ``use.slots`` says what was taken.
 
         renew: False leaves the lease alone: it lives on after this process, for ``lease_duration`` or until somebody
         releases it by its id.
         """
         kind = checked(
-            names, occupy, timeout_seconds, max_retries, lease_duration, self._is_strict(strict), None, key, priority
+            *(names, occupy, timeout_seconds, max_retries, lease_duration, self._is_strict(strict)),
+            *(None, key, priority, False, clamp),
         )
         return self._acquiring(kind, None if holder is None else _arguments.holder(holder), renew)
 
@@ -264,6 +295,38 @@ class Calls(Base):
         if not isinstance(lease, Lease):
             lease = Lease.foreign(_lease_id(lease))
         return bool((yield from self._releasing(lease)))
+
+    def settle(self, lease: Lease | UUID | str, used: Counts) -> Course[bool]:
+        """Tell how many slots of rate limits a lease has really used: their levels get them instead of what was taken.
+
+        Up, even past the limit, so that who is in line waits until it has decayed; or down. What is held stays as it is
+        until the lease ends. Called again, the last numbers count. Without it, what was taken stands.
+
+        used: by limit, or by (name, key) where the lease has several keys of it. What is not enforced is left out.
+
+        Returns whether the lease was live. If it had ended, nothing was changed: settle before the release. With
+        ``on_unavailable="allow"`` also False, with a warning, where the database cannot be reached.
+
+        Raises:
+            InvalidArgument: a number below 0, or a limit or key that the lease is not of.
+            NoSlotDecay: the limit has no ``slot_decay_per_second``, and so no level.
+            LimiterUnavailable: what was taken stands, unless the database has heard of it.
+        """
+        if isinstance(lease, Lease) and lease.places:
+            parts = settled(lease, used)
+            if not parts or lease.released:
+                return False
+        else:
+            parts = settled_by_id(used)
+        columns = ([part.name for part in parts], [part.slots for part in parts], [part.key for part in parts])
+        try:
+            found = yield from self._ask(_sql.SETTLE, _lease_id(lease), *columns)
+        except LimiterUnavailable as error:
+            if self._on_unavailable != "allow":
+                raise
+            log.warning("%s not settled: %s", ", ".join(columns[0]), error)
+            return False
+        return bool(found[0][0])
 
     # Limits.
 

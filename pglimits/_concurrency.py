@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from . import _arguments
 from ._leases import Lease, orphan
 from ._requests import Kind, checked
-from .errors import InvalidArgument, LeaseLost
+from ._uses import NOBODY, AsyncUse, Canceller, Use, end_in_task, end_in_thread
+from .errors import InvalidArgument
 
 if TYPE_CHECKING:
     from ._arguments import Names
@@ -60,10 +61,10 @@ class _Hold:
             key: each key of a limit has the whole budget for itself.
             priority: higher goes first; within one priority, in order of arrival.
 
-        Entering gives a Lease. Raises AcquireTimeout, LimitNotFound (strict), SlotsExceedLimit, QueueFull,
-        InvalidArgument, LimiterUnavailable; leaving raises LeaseLost if the lease was lost and that is to raise. On a
-        coroutine function the slots are held while its task runs. What returns at once and works later (a generator,
-        a context manager, a task, a future) is an InvalidArgument.
+        Entering gives a Lease, which can be settled. Raises AcquireTimeout, LimitNotFound (strict), SlotsExceedLimit,
+        QueueFull, InvalidArgument, LimiterUnavailable; leaving raises LeaseLost if the lease was lost and that is to
+        raise. On a coroutine function the slots are held while its task runs. What returns at once and works later (a
+        generator, a context manager, a task, a future) is an InvalidArgument.
         """
         self._limiter = limiter
         self._names = names
@@ -82,7 +83,7 @@ class _Hold:
             self._last = strict, checked(self._names, *self._rest, strict, self._raise, *self._more)
         return self._last[1]
 
-    def _entered(self, who: Any, lease: Lease, canceller: _Canceller, courier: Courier) -> tuple[_Entered, ...]:
+    def _entered(self, who: Any, lease: Lease, canceller: Canceller, courier: Courier) -> tuple[_Entered, ...]:
         """What a thread or task has entered, with a lease that it has now."""
         entered = _Entered(lease, canceller)
         if lease.enforced:
@@ -104,46 +105,34 @@ class _Hold:
         return _decorate(function, lambda: self._as(Concurrency), lambda: self._as(AsyncConcurrency))
 
 
-class Concurrency(_Hold, AbstractContextManager[Lease]):
+class Concurrency(_Hold, AbstractContextManager[Use]):
     """Slots held while a ``with`` block or a decorated function runs."""
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> Use:
         limiter = self._limiter()._in_threads()
         kind = self._kind(limiter._is_strict(self._strict))
-        lease = limiter._run(limiter._acquiring(kind, self._holder))
+        lease = cast(Use, limiter._run(limiter._acquiring(kind, self._holder)))
         mine = threading.get_ident()
         # No call between this and the body: with each, an interrupt may come.
-        self._holds[mine] = self._entered(mine, lease, _NOBODY, limiter._courier)
+        self._holds[mine] = self._entered(mine, lease, NOBODY, limiter._courier)
         return lease
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         entered = _leave(self._holds, threading.get_ident())
-        lease = entered.lease
-        ours = lease.is_here()
-        lost = lease.lost
         limiter = self._limiter()._in_threads()
-        if kind is GeneratorExit and asyncio._get_running_loop() is not None:
-            # Perhaps of the garbage collector, in the midst of what a task does here.
-            live: bool | None = limiter._release_later(lease)
-        else:
-            live = limiter._run(limiter._releasing(lease))
-        lease._left = None
-        if ours and (lost or live is False) and error is None and self._raises(limiter):
-            raise _lost(lease)
+        end_in_thread(limiter, entered.lease, kind, error, self._raises(limiter))
 
 
-class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
+class AsyncConcurrency(_Hold, AbstractAsyncContextManager[AsyncUse]):
     """Slots held while an ``async with`` block or a decorated coroutine function runs."""
 
-    async def __aenter__(self) -> Lease:
+    async def __aenter__(self) -> AsyncUse:
         limiter = self._limiter()._in_tasks()
         kind = self._kind(limiter._is_strict(self._strict))
-        lease = await limiter._run(limiter._acquiring(kind, self._holder))
-        canceller = _Canceller(None if lease._task is None else lease._task())
-        if self._raises(limiter):
-            lease.on_lost(canceller.lost_elsewhere)
+        lease = cast(AsyncUse, await limiter._run(limiter._acquiring(kind, self._holder)))
+        canceller = Canceller.of(lease, self._raises(limiter))
         self._holds[canceller.task] = self._entered(canceller.task, lease, canceller, limiter._courier)
         return lease
 
@@ -151,20 +140,8 @@ class AsyncConcurrency(_Hold, AbstractAsyncContextManager[Lease]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         entered = _leave(self._holds, asyncio.current_task())
-        lease, canceller = entered.lease, entered.canceller
-        canceller.over = True
-        ours = lease.is_here()
-        lost = lease.lost
         limiter = self._limiter()._in_tasks()
-        live = await limiter._run(limiter._releasing(lease))
-        lease._left = None
-        if not ours or not (lost or live is False) or not self._raises(limiter):
-            return
-        if canceller.cancelled and canceller.task is not None and canceller.task.uncancel() > canceller.cancelling:
-            return  # as asyncio.timeout does it: our own cancellation ends here, somebody else's goes on
-        if error is not None and not (canceller.cancelled and isinstance(error, asyncio.CancelledError)):
-            return
-        raise _lost(lease) from error
+        await end_in_task(limiter, entered.lease, entered.canceller, error, self._raises(limiter))
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -173,38 +150,7 @@ class _Entered:
     strike before the first line of the exit."""
 
     lease: Lease
-    canceller: _Canceller
-
-
-class _Canceller:
-    """Cancels the task that works under a lease when that is lost. It knows the task and not the lease: else the two
-    would keep each other alive."""
-
-    __slots__ = ("cancelled", "cancelling", "over", "task")
-
-    def __init__(self, task: asyncio.Task[Any] | None) -> None:
-        self.task = task
-        self.cancelling = task.cancelling() if task is not None else 0
-        self.cancelled = False
-        self.over = False
-
-    def lost_elsewhere(self) -> None:
-        """Called by the courier."""
-        if self.task is not None:
-            with contextlib.suppress(RuntimeError):  # the loop may have been closed
-                self.task.get_loop().call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        if not self.over and self.task is not None:
-            self.cancelled = True
-            self.task.cancel()
-
-
-_NOBODY = _Canceller(None)
-
-
-def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(f"the lease {lease.id} on {', '.join(lease.names)} ended before the work did")
+    canceller: Canceller
 
 
 def _leave(entered: dict[Any, tuple[_Entered, ...]], who: Any) -> _Entered:

@@ -23,7 +23,7 @@ from psycopg.pq.abc import PGresult
 from . import _codec, _observer, _sql
 from ._batches import Outbox
 from ._database import TRIES, Connection, may_go_again
-from ._leases import Lease, Leases
+from ._leases import Leases
 from ._requests import Errand, Params, Query, Release, Request
 from ._sql import Statement
 from ._waiting import Waiting
@@ -129,7 +129,7 @@ class Errands:
         kind = request.kind
         enforced = expires_at is not None and not kind.for_rate
         duration = kind.lease_duration
-        lease = Lease(
+        lease = request.made(
             request.lease_id,
             kind.places,
             tuple(fences) if fences is not None else (None,) * len(kind.places),
@@ -170,7 +170,7 @@ class Errands:
 
     def _let_in(self, request: Request, result: _observer.Result) -> None:
         kind = request.kind
-        request.lease = Lease(
+        request.lease = request.made(
             request.lease_id, kind.places, (None,) * len(kind.places), False, self.pid, _task=request.task
         )
         self._settle(request, result=result)

@@ -66,6 +66,7 @@ class Lease:
         id: the lease's id.
         places: each limit and key that it was asked of.
         fences: for each of them a number that grows with every grant; None where the limit is not enforced.
+        slots: for each of them, how many were taken; with ``clamp`` they may be fewer than were asked for.
         enforced: False if every limit is missing or inactive: nothing is held then.
         released: whether it was given back with ``release``, or by leaving its block.
         pid: of the process that holds it.
@@ -91,6 +92,10 @@ class Lease:
     _lost: bool = field(default=False, init=False)
     # Given back when the context that has it is forgotten.
     _left: Orphan | None = field(default=None, init=False)
+    slots: tuple[int, ...] = field(default=(), init=False)
+    # Whose it is, and whether that it was lost raises at the end of a block.
+    _limiter: Any = field(default=None, init=False)
+    _strict: bool = field(default=False, init=False)
     # By the courier, as its limiter or its loop was closed.
     _given_back: bool = field(default=False, init=False)
     # Taken out by whoever calls it, so that it is called once.

@@ -7,17 +7,20 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ._calls import Base, Calls, Course
 from ._concurrency import AsyncConcurrency, Concurrency, _Hold
+from ._leases import Lease
 from ._reports import Reports
+from ._uses import Acquiring, AsyncUse, Use
 from ._wake import TaskWaker, ThreadWaker
 
 P = ParamSpec("P")
 T = TypeVar("T")
 L = TypeVar("L", bound=Base)
 H = TypeVar("H")
+U = TypeVar("U", bound=Lease)
 
 
 def _as_made(wrapper: Any, made: Callable[..., Any]) -> None:
@@ -41,6 +44,25 @@ def _in_task(
 ) -> Callable[Concatenate[AsyncLimiter, P], Coroutine[Any, Any, T]]:
     async def method(self: AsyncLimiter, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._run(made(self, *args, **kwargs))
+
+    _as_made(method, made)
+    return method
+
+
+def _using(
+    made: Callable[Concatenate[Any, P], Course[Lease]], use: type[U]
+) -> Callable[Concatenate[Any, P], Course[U]]:
+    """Of that limiter, leases are of that class."""
+    return cast("Callable[Concatenate[Any, P], Course[U]]", made)
+
+
+def _acquiring(
+    made: Callable[Concatenate[Any, P], Course[AsyncUse]],
+) -> Callable[Concatenate[AsyncLimiter, P], Acquiring]:
+    in_task = _in_task(made)
+
+    def method(self: AsyncLimiter, /, *args: P.args, **kwargs: P.kwargs) -> Acquiring:
+        return Acquiring(self, in_task(self, *args, **kwargs))
 
     _as_made(method, made)
     return method
@@ -108,8 +130,10 @@ class Limiter(_Either):
     """
 
     concurrency = _holds(_Hold.__init__, Concurrency, _Either)
-    acquire = _in_thread(Calls.acquire)
+    _use = Use
+    acquire = _in_thread(_using(Calls.acquire, Use))
     release = _in_thread(Calls.release)
+    settle = _in_thread(Calls.settle)
     rate_limit = _in_thread(Calls.rate_limit)
     create = _in_thread(Calls.create)
     update = _in_thread(Calls.update)
@@ -176,8 +200,10 @@ class AsyncLimiter(_Either):
     """
 
     concurrency = _holds(_Hold.__init__, AsyncConcurrency, _Either)
-    acquire = _in_task(Calls.acquire)
+    _use = AsyncUse
+    acquire = _acquiring(_using(Calls.acquire, AsyncUse))
     release = _in_task(Calls.release)
+    settle = _in_task(Calls.settle)
     rate_limit = _in_task(Calls.rate_limit)
     create = _in_task(Calls.create)
     update = _in_task(Calls.update)

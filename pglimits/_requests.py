@@ -55,6 +55,8 @@ class Kind:
         lease_duration: seconds.
         for_rate: whether it is a rate_limit.
         limits, slots: each limit, and how many slots of all its keys.
+        counts: of each of the places, how many slots.
+        clamp: more slots than a limit has count as the limit.
         head, tail: the parameters of a statement, before and behind the timeout and the ids.
     """
 
@@ -67,6 +69,8 @@ class Kind:
     between: Params
     limits: tuple[str, ...]
     slots: tuple[int, ...]
+    counts: tuple[int, ...]
+    clamp: bool
 
     @property
     def named(self) -> str:
@@ -90,7 +94,7 @@ class Request(Errand):
     Attributes:
         holder: as JSON. says_who: its caller has said so; else what the database cannot take in it is left out.
         until: when (monotonic) its caller has no more time.
-        task: a reference to the task that asks, if one does.
+        task: a reference to the task that asks, if one does. made: of which class its lease is.
         lease, goes_at: what came of it, and when (monotonic) it goes.
         given_up: its caller waits no longer. leaving: it waits only to hear that it has left.
         waits: it stands in line. looks_at: when it is to look, unless there is news before. frees_at: when time alone
@@ -109,6 +113,7 @@ class Request(Errand):
     until: float | None
     renew: bool
     task: Any
+    made: type[Lease] = Lease
     lease: Lease | None = field(default=None, init=False)
     goes_at: float = field(default=0.0, init=False)
     given_up: bool = field(default=False, init=False)
@@ -202,6 +207,7 @@ def _kind(
     key: str,
     priority: int,
     for_rate: bool = False,
+    clamp: bool = False,
 ) -> Kind:
     _arguments.optional_flag("raise_on_lease_renewal_failure", raise_on_lease_renewal_failure)
     parts = _arguments.parts(names, occupy, key)
@@ -219,7 +225,12 @@ def _kind(
     for part in parts:
         slots[part.name] = slots.get(part.name, 0) + part.slots
     is_strict = _arguments.flag("strict", strict)
-    return _same(places, timeout, duration, for_rate, is_strict, head, between, tuple(slots), tuple(slots.values()))
+    counts = tuple(part.slots for part in parts)
+    clamp = _arguments.flag("clamp", clamp)
+    return _same(
+        places, timeout, duration, for_rate, is_strict, head, between, tuple(slots), tuple(slots.values()), counts,
+        clamp,
+    )  # fmt: skip
 
 
 # One object for all that are alike: requests of one kind travel together.

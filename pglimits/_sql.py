@@ -22,7 +22,7 @@ VERSION = Statement(b"select pglimits.version(), pg_backend_pid()")
 _ACQUIRED = "a.first, a.last, a.status, a.fences, a.expires_at, a.ends_in, a.seconds, a.missing"
 _TYPES = (
     *("text[]", "int[]", "text[]", "bool", "float8", "float8", "int"),
-    *("uuid[]", "jsonb", "bool", "bool", "text", "bool", "float8"),
+    *("uuid[]", "jsonb", "bool", "bool", "text", "bool", "float8", "bool"),
 )
 
 
@@ -230,6 +230,8 @@ BEGIN = Statement(b"begin isolation level read committed")
 COMMIT = Statement(b"commit")
 
 ADJUST = Statement(b"select pglimits.adjust($1, $2::int, $3)")
+SETTLE = Statement(b"select pglimits.settle_all($1::uuid, $2::text[], $3::int[], $4::text[])", b"pglimits_settle")
+TAKEN = Statement(b"select t.name, t.key, t.slots from pglimits._taken($1::uuid) t", b"pglimits_taken")
 SWEEP = Statement(b"select s.leases, s.waiters, s.keys from pglimits.sweep() s")
 PEEK = Statement(
     b"""

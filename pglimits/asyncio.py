@@ -1,4 +1,4 @@
-"""``concurrency`` and ``rate_limit`` for asyncio, on the database that the environment names.
+"""``concurrency``, ``rate_limit`` and ``acquire`` for asyncio, on the database that the environment names.
 
 PGLIMITS_DSN, then DATABASE_URL, then the embedded server. Parameters that Prefect has keep their names, order and
 meaning: ``from pglimits.asyncio import concurrency, rate_limit`` is the whole migration.
@@ -11,8 +11,9 @@ from ._default import async_limiter
 from ._leases import Lease
 from ._limiter import AsyncLimiter, on_default
 
-__all__ = ["Lease", "concurrency", "rate_limit"]
+__all__ = ["Lease", "acquire", "concurrency", "rate_limit"]
 
+acquire = on_default(AsyncLimiter.acquire, lambda *args, **kwargs: async_limiter().acquire(*args, **kwargs))
 concurrency = on_default(
     AsyncLimiter.concurrency, lambda *args, **kwargs: AsyncConcurrency(async_limiter, *args, **kwargs)
 )

@@ -6,7 +6,7 @@
 do $$
 declare
   -- What callers call, and what only the wrapper and the procedures do.
-  users constant text[] := '{acquire,acquire_all,acquire_wait,rate_limit,rate_limit_all,rate_limit_wait,renew,renew_all,release,release_all,release_wait,peek,peek_all,version,errors,_acquire_batch,_release_batch,_watch,_beat,_locked_by,_wait,_sleep,_stay,_remaining,_can_commit,_cannot_commit,_refuse_transaction,_flush}';
+  users constant text[] := '{acquire,acquire_all,acquire_wait,rate_limit,rate_limit_all,rate_limit_wait,renew,renew_all,release,release_all,release_wait,settle,settle_all,peek,peek_all,version,errors,_acquire_batch,_release_batch,_taken,_watch,_beat,_locked_by,_wait,_sleep,_stay,_remaining,_can_commit,_cannot_commit,_refuse_transaction,_flush}';
   administrators constant text[] := '{create_limit,update_limit,delete_limit,adjust,reset,force_release,sweep,keep_history,cron_enable,cron_disable,_apply}';
   readers constant text[] := '{history,sparklines,why_waiting,last_sweep,_limit_faults,_now,_decayed,_as_holder,_ended_slots,_ended_slot_seconds,_slot_seconds,_sum_waits,_dead_waiters,version,errors}';
   visible constant text[] := '{limits,keys,holders,waiters,counters,events}';

@@ -43,6 +43,7 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \ir functions/090_acquire.sql
 \ir functions/095_batches.sql
 \ir functions/100_leases.sql
+\ir functions/105_settle.sql
 \ir functions/110_waiting.sql
 \ir functions/115_why_waiting.sql
 \ir functions/120_limits.sql

@@ -27,7 +27,7 @@ _ACQUIRE = """
     select a.first, a.last, a.status, a.fences, a.expires_at, a.seconds
     from pglimits._acquire_batch(
       %s::text[], %s::int[], %s::text[], %s::boolean, 0, %s::float8, %s::int, %s::uuid[], %s::jsonb, true, %s::boolean,
-      null) a
+      null, clamp => %s::boolean) a
 """
 
 
@@ -66,6 +66,7 @@ class Alike:
     lease_duration: float
     priority: int
     strict: bool
+    clamp: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +158,7 @@ class Batches:
                         [asked.lease_id for asked in batch],
                         f"[{','.join(asked.holder for asked in batch)}]",
                         alike.strict,
+                        alike.clamp,
                     ],
                 )
         except Busy as error:

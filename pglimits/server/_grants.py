@@ -14,7 +14,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -60,7 +60,7 @@ _ACQUIRE = """
          pglimits.acquire_all(
            case when patience <> '' then %(names)s::text[] end, %(slots)s::int[], %(keys)s::text[], %(timeout)s::float8,
            %(duration)s::float8, %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean,
-           %(channel)s::text) a
+           %(channel)s::text, %(clamp)s::boolean) a
 """
 _ACQUIRE_ONE = """
     select a.status, a.lease_id, array[a.fence] as fences, a.expires_at, a.retry_after, a."position"
@@ -68,7 +68,7 @@ _ACQUIRE_ONE = """
          pglimits.acquire(
            case when patience <> '' then %(name)s::text end, %(count)s::int, %(key)s::text, %(timeout)s::float8,
            %(duration)s::float8, %(priority)s::int, %(holder)s::jsonb, %(id)s::uuid, %(strict)s::boolean,
-           %(channel)s::text) a
+           %(channel)s::text, %(clamp)s::boolean) a
 """
 """The same of one limit, which has a shorter way."""
 _RATE_LIMIT = """
@@ -119,6 +119,7 @@ class Grants:
         holder: Any = None,
         lease_id: UUID | None = None,
         strict: bool = False,
+        clamp: bool = False,
     ) -> Answer:
         """Ask for slots of one limit or several, all or none.
 
@@ -127,6 +128,7 @@ class Grants:
         hold: seconds after which a request that is still queued is answered so. Its place then lives for 10 seconds:
             it is asked for again by its lease_id, and with the same arguments.
         lease_id: chosen by the client, so that it may repeat the request; or that of its place in line.
+        clamp: slots above a limit count as the limit.
 
         Cancelled, it gives up its place, or what it was granted. Under an id that the client knows, the place lapses
         instead: the client may be asking again already, of another server.
@@ -137,7 +139,7 @@ class Grants:
         operation = "rate_limit" if for_rate else "acquire"
         try:
             answer = await self._acquire(
-                names, slots, keys, for_rate, timeout, hold, lease_duration, priority, holder, lease_id, strict
+                names, slots, keys, for_rate, timeout, hold, lease_duration, priority, holder, lease_id, strict, clamp
             )
         except QueueFull:
             self._count_refusal(names, operation)
@@ -169,6 +171,7 @@ class Grants:
         holder: Any,
         lease_id: UUID | None,
         strict: bool,
+        clamp: bool,
     ) -> Answer:
         many = len(names)
         if len(slots) not in (1, many) or len(keys) not in (1, many):
@@ -177,7 +180,7 @@ class Grants:
         keys = list(keys) if len(keys) == many else list(keys) * many
         if lease_id is None:
             try:
-                answer = await self._once(names, slots, keys, for_rate, lease_duration, priority, holder, strict)
+                answer = await self._once(names, slots, keys, for_rate, lease_duration, priority, holder, strict, clamp)
             except (LimitLocked, Busy, Cancelled):
                 if not hold:
                     raise
@@ -186,7 +189,7 @@ class Grants:
                     return answer
         elif timeout == 0:
             duration = 1.0 if for_rate else lease_duration
-            alike = Alike(tuple(names), tuple(slots), tuple(keys), for_rate, duration, priority, strict)
+            alike = Alike(tuple(names), tuple(slots), tuple(keys), for_rate, duration, priority, strict, clamp)
             return await self._batches.ask(alike, lease_id, "null" if holder is None else as_json(holder))
         arguments = {
             "names": list(names),
@@ -198,6 +201,7 @@ class Grants:
             "holder": None if holder is None else Jsonb(holder, dumps=as_json),
             "id": lease_id or new_id(),
             "strict": strict,
+            "clamp": clamp,
             "channel": self._listener.channel if timeout != 0 else None,  # who tries once has nothing to be told
         }
         query = _RATE_LIMIT if for_rate else _ACQUIRE
@@ -216,13 +220,14 @@ class Grants:
         priority: int,
         holder: Any,
         strict: bool,
+        clamp: bool,
     ) -> Answer:
         """Try once, by the courier."""
         counts: dict[str | tuple[str, str], int] = {}
         for name, count, key in zip(names, slots, keys, strict=True):
             counts[name, key] = counts.get((name, key), 0) + count
         limiter = self._limiter
-        kind = checked(counts, 1, 0, None, 1 if for_rate else duration, strict, None, "", priority, for_rate)
+        kind = checked(counts, 1, 0, None, 1 if for_rate else duration, strict, None, "", priority, for_rate, clamp)
         try:
             lease = await limiter._run(limiter._acquiring(kind, None if holder is None else as_json(holder), False))
         except LimitLocked:
@@ -349,6 +354,10 @@ class Grants:
     async def release(self, lease_id: UUID) -> bool:
         """End a lease. Whether it was still live; doing it twice is harmless."""
         return await self._limiter.release(lease_id)
+
+    async def settle(self, lease_id: UUID, used: Mapping[tuple[str, str], int]) -> bool:
+        """Tell how many slots of rate limits a lease has really used. Whether it was live."""
+        return await self._limiter.settle(lease_id, used)
 
     async def leave(self, lease_id: UUID) -> bool:
         """Give up a place in line, or what was granted under that id meanwhile."""

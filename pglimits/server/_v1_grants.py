@@ -37,7 +37,9 @@ def grants(request: Request) -> Grants:
 def add_to(routes: APIRouter, settings: Settings) -> None:
     """Add these routes."""
 
-    async def ask(request: Request, caller: Caller, body: models.RateRequest, duration: float | None) -> Response:
+    async def ask(
+        request: Request, caller: Caller, body: models.RateRequest, duration: float | None, clamp: bool = False
+    ) -> Response:
         parts = body.parts
         names, keys = [part.name for part in parts], [part.key for part in parts]
         hold = min(body.wait, settings.longest_wait)
@@ -63,6 +65,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
             holder=holder,
             lease_id=body.lease_id,
             strict=body.strict,
+            clamp=clamp,
         )
 
         async def answering() -> tuple[Answer, list[fields.Budget]]:
@@ -86,7 +89,7 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
         While it is queued, the request is held for ``wait`` seconds. If its connection ends before, it gives up its
         place. A place lives for 10 seconds after the answer ``queued``, or until it is asked for again.
         """
-        return await ask(request, caller, body, body.lease_duration)
+        return await ask(request, caller, body, body.lease_duration, body.clamp)
 
     @routes.post("/rate_limit", tags=["slots"], responses=_ANSWERS)
     async def rate_limit(request: Request, caller: Writer, body: models.RateRequest) -> Response:
@@ -119,6 +122,14 @@ def add_to(routes: APIRouter, settings: Settings) -> None:
         if not renewed.live:
             raise LeaseLost(f"the lease {lease_id} has ended")
         return {"lease_id": lease_id, "expires_at": renewed.expires_at}
+
+    @routes.post("/leases/{lease_id}/settle", tags=["slots"], response_model=models.Settled)
+    async def settle(request: Request, _: Writer, lease_id: UUID, body: models.Settlement) -> dict[str, bool]:
+        """Tell how many slots of rate limits a lease has really used: their levels get them instead of what it took.
+
+        Before it is released, as often as you like: the last numbers count.
+        """
+        return {"settled": await grants(request).settle(lease_id, body.used)}
 
     @routes.delete("/leases/{lease_id}", tags=["slots"], response_model=models.Released)
     async def release(request: Request, _: Writer, lease_id: UUID) -> Response:

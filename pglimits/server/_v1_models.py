@@ -123,6 +123,35 @@ class AcquireRequest(RateRequest):
     """A request for slots that are held."""
 
     lease_duration: Duration = 300.0
+    clamp: Annotated[StrictBool, Field(description="More slots than a limit has count as the limit.")] = False
+
+
+class UsedPart(Body):
+    """What was used of one rate limit."""
+
+    name: LimitName
+    slots: Annotated[Count, Field(description="How many were really used.")]
+    key: KeyText = ""
+
+
+class Settlement(Body):
+    """What a lease has really used of rate limits."""
+
+    limits: Annotated[list[UsedPart], Field(min_length=1, max_length=100)]
+
+    @property
+    def used(self) -> dict[tuple[str, str], int]:
+        """The same limit named twice: the slots add up, as they do when they are taken."""
+        found: dict[tuple[str, str], int] = {}
+        for part in self.limits:
+            found[part.name, part.key] = min(found.get((part.name, part.key), 0) + part.slots, _MOST)
+        return found
+
+
+class Settled(BaseModel):
+    """Whether the lease was still live. If it had ended, what it took stands."""
+
+    settled: bool
 
 
 class Granted(BaseModel):

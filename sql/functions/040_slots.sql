@@ -84,9 +84,10 @@ begin
     state := pglimits._count_wait(state, date_part('epoch', moment - arrival));
   end if;
   insert into pglimits.leases (
-    lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
+    lease_id, limit_id, key, slots, used, holder, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
   values (
-    lease_id, state.limit_id, state.key, case when lease_duration is not null then slots else 0 end, holder, state.version,
+    lease_id, state.limit_id, state.key, case when lease_duration is not null then slots else 0 end,
+    case when lease_duration is not null and state.slot_decay_per_second > 0 then slots end, holder, state.version,
     -rank, coalesce(lease_duration, 0), claimed, parts, moment, ends);
   return state;
 end $$;

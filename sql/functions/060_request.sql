@@ -25,10 +25,22 @@ end;
 
 comment on function pglimits._arrays_fault(text[], integer[], text[]) is 'What is wrong with the arrays of a request, or null.';
 
+-- Of a name of which there is no limit: a driver may have made such a text of a list; to take it for one limit that is missing would let
+-- everybody in.
+create or replace function pglimits._list_fault(what text, name text)
+returns text
+language sql
+immutable
+return case when name ~ '[{},]|^[[(].*[])]$' then
+  format('there is no limit named %L; for several limits call %s', name, case when what like '%\_all' then what else what || '_all' end) end;
+
+comment on function pglimits._list_fault(text, text) is
+  'What is wrong with a name of which there is no limit, and that looks like a list, or null. what: the function that was called.';
+
 -- Checks what a caller asks for and finds its limits. Raises what is wrong with it. what: the function, as an error names it.
 create or replace function pglimits._check_request(
   what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
-  lease_duration double precision, priority integer, strict boolean, channel text)
+  lease_duration double precision, priority integer, strict boolean, channel text, clamp boolean default false)
 returns pglimits._request
 language plpgsql
 volatile
@@ -47,6 +59,7 @@ begin
   request.timeout_seconds := timeout_seconds;
   request.lease_duration := lease_duration;
   request.channel := channel;
+  request.clamp := clamp;
   request.limit_ids := '{}';
   request.keys := '{}';
   request.slots := '{}';
@@ -58,12 +71,7 @@ begin
     select c.* into config from pglimits.configs c where c.name = request.names[i];
     if not found then
       perform pglimits._check(pglimits._name_fault('name', request.names[i]));
-      if request.names[i] ~ '[{},]|^[[(].*[])]$' then
-        -- A driver may have made such a text of a list; to take it for one limit that is missing would let everybody in.
-        perform pglimits._fail('InvalidArgument',
-          format('there is no limit named %L; for several limits call %s', request.names[i],
-                 case when what like '%\_all' then what else what || '_all' end));
-      end if;
+      perform pglimits._check(pglimits._list_fault(what, request.names[i]));
     end if;
     perform pglimits._check(coalesce(
       pglimits._name_fault('key', key, true),
@@ -81,10 +89,13 @@ begin
           amount := amount + request.slots[p];
         end if;
       end loop;
-      if amount > config."limit" and config."limit" > 0 and not (strict and request.missing is not null) then
+      if clamp and config."limit" > 0 then
+        amount := least(amount, config."limit");
+      elsif amount > config."limit" and config."limit" > 0 and not (strict and request.missing is not null) then
         perform pglimits._fail('SlotsExceedLimit', format(
           'slots must be at most the limit: %L has %s, asked for %s', config.name, config."limit", amount));
-      elsif for_rate and config.slot_decay_per_second = 0 then
+      end if;
+      if for_rate and config.slot_decay_per_second = 0 then
         perform pglimits._fail('NoSlotDecay', format(
           'limit %L has no slot_decay_per_second: its slots never come back by themselves', config.name));
       end if;
@@ -104,8 +115,8 @@ begin
 end $$;
 
 comment on function pglimits._check_request(
-  text, text[], integer[], text[], boolean, double precision, double precision, integer, boolean, text) is
-  'Checks the arguments of a request and finds its limits. Raises InvalidArgument, LimitNotFound, SlotsExceedLimit, NoSlotDecay.';
+  text, text[], integer[], text[], boolean, double precision, double precision, integer, boolean, text, boolean) is
+  'Checks the arguments of a request and finds its limits. clamp: slots above a limit count as the limit. Raises InvalidArgument, LimitNotFound, SlotsExceedLimit, NoSlotDecay.';
 
 create or replace function pglimits._missing(names text[])
 returns text[]

@@ -78,8 +78,8 @@ begin
     else
       if not request.for_rate then
         insert into pglimits.leases (
-          lease_id, limit_id, key, slots, holder, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
-        select u.lease_id, state.limit_id, state.key, slots, nullif(holders -> (u.nth - 1)::integer, 'null'),
+          lease_id, limit_id, key, slots, used, holder, fence, priority, lease_duration, claimed, parts, acquired_at, expires_at)
+        select u.lease_id, state.limit_id, state.key, slots, case when rate > 0 then slots end, nullif(holders -> (u.nth - 1)::integer, 'null'),
                state.version + u.nth, -request.rank, request.lease_duration, true, 1,
                now + seconds[u.nth] * interval '1 second',
                now + (seconds[u.nth] + request.lease_duration) * interval '1 second'

@@ -74,7 +74,7 @@ comment on function pglimits._claim(uuid[], timestamptz) is
   'Begins the full duration of leases that were handed over to waiters. Returns those, with their new ends.';
 
 -- Whether what is asked now can be what is known under that id: a request over none of the same limits, or for another number of slots,
--- is another one. Names of limits that are missing by now say nothing.
+-- is another one (clamped, it may have got less). Names of limits that are missing by now say nothing.
 create or replace function pglimits._is_same(request pglimits._request, lease_id uuid)
 returns boolean
 language plpgsql
@@ -96,7 +96,7 @@ begin
       join pglimits.configs c on c.name = n.name
       group by c.limit_id, n.key
     )
-    select not coalesce(bool_or(k.slots <> a.slots), false) and coalesce(bool_and(k.for_rate = request.for_rate), true)
+    select not coalesce(bool_or(k.slots <> a.slots and (k.slots > a.slots or request.clamp is not true)), false) and coalesce(bool_and(k.for_rate = request.for_rate), true)
            and (count(k.limit_id) > 0 or count(a.limit_id) = 0 or not exists (select from known))
     from asked a left join known k on k.limit_id = a.limit_id and k.key = a.key);
 end $$;
@@ -183,7 +183,7 @@ comment on function pglimits._is_outdated(pglimits._part[], boolean) is
 create or replace function pglimits._ask(
   what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
   lease_duration double precision, priority integer, strict boolean, channel text, lease_ids uuid[], holders jsonb, again boolean,
-  told boolean)
+  told boolean, clamp boolean default false)
 returns setof pglimits._outcome
 language plpgsql
 volatile
@@ -198,7 +198,7 @@ begin
       for i in 1 .. many loop
         for outcome in
           select a.* from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel,
-                                        array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told) a
+                                        array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told, clamp) a
         loop
           outcome.first := i;
           outcome.last := i;
@@ -211,6 +211,7 @@ begin
       request.for_rate := for_rate;
       request.timeout_seconds := timeout_seconds;
       request.names := names;
+      request.clamp := clamp;
       select array_agg(keys[array_lower(keys, 1) + least(n, cardinality(keys)) - 1]),
              array_agg(slots[array_lower(slots, 1) + least(n, cardinality(slots)) - 1])
       into request.keys, request.slots from generate_series(1, cardinality(names)) n;
@@ -221,7 +222,7 @@ begin
       end if;
     end if;
     request := pglimits._check_request(
-      what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel);
+      what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, clamp);
     if cardinality(request.keys) = 0 then
       return next row(1, many, 'unlimited', null, null, null)::pglimits._outcome;
       return;
@@ -247,14 +248,15 @@ end $$;
 
 comment on function pglimits._ask(
   text, text[], integer[], text[], boolean, double precision, double precision, integer, boolean, text, uuid[], jsonb, boolean,
-  boolean) is
+  boolean, boolean) is
   'Answers requests that are alike, in their order. Raises what is wrong with them.';
 
 -- One request, as plain SQL makes it: with its missing limits named, and no longer wait for a lock than its caller is ready to wait (a
 -- second, if not at all: contention is no reason to refuse). Past that, somebody keeps a limit locked in an open transaction.
 create or replace function pglimits._answer(
   what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
-  lease_duration double precision, priority integer, holder jsonb, lease_id uuid, strict boolean, channel text, contended boolean)
+  lease_duration double precision, priority integer, holder jsonb, lease_id uuid, strict boolean, channel text, contended boolean,
+  clamp boolean default false)
 returns pglimits.acquired_all
 language plpgsql
 volatile
@@ -273,7 +275,7 @@ begin
   end if;
   perform pglimits._check(coalesce(
     pglimits._request_fault(timeout_seconds, lease_duration, priority, holder, strict, channel),
-    pglimits._arrays_fault(names, slots, keys)));
+    pglimits._arrays_fault(names, slots, keys), case when clamp is null then 'clamp must not be null' end));
   begin
     if bounded then
       -- In milliseconds, an integer. To try once, a lock is waited for one second.
@@ -288,7 +290,8 @@ begin
     else
       select a.* into outcome
       from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
-                         jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false) a;
+                         jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false,
+                         clamp) a;
     end if;
     if bounded then
       perform set_config('lock_timeout', lock_timeout, true);
@@ -327,7 +330,8 @@ begin
 end $$;
 
 comment on function pglimits._answer(
-  text, text[], integer[], text[], boolean, double precision, double precision, integer, jsonb, uuid, boolean, text, boolean) is
+  text, text[], integer[], text[], boolean, double precision, double precision, integer, jsonb, uuid, boolean, text, boolean,
+  boolean) is
   'Serves one request; raises what is wrong with it. contended: the short way was clear, but for somebody else at work.';
 
 -- The fences of a lease, one for each name; null where it is not enforced.
@@ -379,7 +383,8 @@ create or replace function pglimits.acquire(
   holder jsonb default null,
   lease_id uuid default null,
   strict boolean default false,
-  channel text default null)
+  channel text default null,
+  clamp boolean default false)
 returns pglimits.acquired
 language plpgsql
 volatile
@@ -390,7 +395,7 @@ declare
   answer pglimits.acquired;
   whole pglimits.acquired_all;
 begin
-  if pglimits._is_plain(timeout_seconds, lease_duration, priority, holder, strict, channel) then
+  if clamp is not null and pglimits._is_plain(timeout_seconds, lease_duration, priority, holder, strict, channel) then
     answer := pglimits._take_at_once(
       name, slots, key, timeout_seconds, lease_duration, priority, holder, lease_id, lease_id is not null, false);
     if answer.status <> 'busy' then
@@ -398,19 +403,19 @@ begin
     end if;
   end if;
   whole := pglimits._answer('acquire', array[name], array[slots], array[key], false, timeout_seconds, lease_duration, priority,
-                            holder, lease_id, strict, channel, answer.status is not null);
+                            holder, lease_id, strict, channel, answer.status is not null, clamp);
   return row(whole.status, whole.lease_id, whole.fences[1], whole.expires_at, whole.retry_after, whole."position")
          ::pglimits.acquired;
 end $$;
 
 comment on function pglimits.acquire(
-  text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text) is
+  text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text, boolean) is
 $$Takes slots of one limit, until they are released or the lease ends. Durations are in seconds.
 
 key: each key of a limit has the whole budget for itself. timeout_seconds: how long the caller is ready to wait in all; 0 tries once,
 null waits for ever. lease_duration: 1 second to 366 days. priority: higher goes first. holder: who it is (the session, if null).
 lease_id: an id of the caller's choice, so that the call can be repeated. strict: a missing limit is an error. channel: what to notify
-when there is news.
+when there is news. clamp: more slots than the limit has count as the limit, as it is at the grant.
 
 status: granted (go now); queued (call again with the same arguments and lease_id within retry_after, after a commit; who does not call
 for 10 seconds loses the place; the deadline counts from the first call); refused (retry_after: when time alone would let it in; null:
@@ -434,7 +439,8 @@ create or replace function pglimits.acquire_all(
   holder jsonb default null,
   lease_id uuid default null,
   strict boolean default false,
-  channel text default null)
+  channel text default null,
+  clamp boolean default false)
 returns pglimits.acquired_all
 language plpgsql
 volatile
@@ -443,11 +449,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return pglimits._answer('acquire_all', names, slots, keys, false, timeout_seconds, lease_duration, priority, holder, lease_id,
-                          strict, channel, false);
+                          strict, channel, false, clamp);
 end $$;
 
 comment on function pglimits.acquire_all(
-  text[], integer[], text[], double precision, double precision, integer, jsonb, uuid, boolean, text) is
+  text[], integer[], text[], double precision, double precision, integer, jsonb, uuid, boolean, text, boolean) is
 $$Takes slots of several limits, all or none. As acquire, with slots and keys given once for all names or once for each, and a fence for
 each name in the answer (null where it is not enforced).$$;
 

@@ -38,7 +38,8 @@ create or replace function pglimits._acquire_batch(
   strict boolean,
   channel text,
   durable boolean default true,
-  patience double precision default null)
+  patience double precision default null,
+  clamp boolean default false)
 returns table (
   first integer, last integer, status text, fences bigint[], expires_at timestamptz, ends_in double precision,
   seconds double precision[], missing text[])
@@ -67,7 +68,8 @@ begin
          when pg_column_size(holders) > 8000 and exists (
            select from jsonb_array_elements(holders) h where pg_column_size(h.value) > 8000)
            then 'holder must be at most 8000 bytes of JSON'
-         when for_rate is null then 'for_rate must not be null' end));
+         when for_rate is null then 'for_rate must not be null'
+         when clamp is null then 'clamp must not be null' end));
 
   if cardinality(names) = 1 then
     first := 1;
@@ -105,7 +107,7 @@ begin
   missing := pglimits._missing(names);
   for outcome in
     select a.* from pglimits._ask('acquire', names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel,
-                                  lease_ids, holders, again, true) a
+                                  lease_ids, holders, again, true, clamp) a
   loop
     first := outcome.first;
     last := outcome.last;
@@ -121,7 +123,7 @@ end $$;
 
 comment on function pglimits._acquire_batch(
   text[], integer[], text[], boolean, double precision, double precision, integer, uuid[], jsonb, boolean, boolean, text, boolean,
-  double precision) is
+  double precision, boolean) is
 $$Answers requests that differ in nothing but their ids and holders, in their order, in one transaction. For the wrapper.
 
 A row for each run of them, from the first to the last: status (as acquire; or full: their line is), the fences of the first (one for

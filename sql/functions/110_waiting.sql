@@ -352,7 +352,8 @@ create or replace procedure pglimits.acquire_wait(
   inout status text default null,
   inout fence bigint default null,
   inout expires_at timestamptz default null,
-  inout retry_after double precision default null)
+  inout retry_after double precision default null,
+  clamp boolean default false)
 language plpgsql
 as $$
 declare
@@ -366,7 +367,8 @@ begin
   end if;
   loop
     perform pg_catalog.set_config('synchronous_commit', 'off', true);
-    answer := pglimits.acquire(name, slots, key, remaining, lease_duration, priority, holder, lease_id, strict);
+    answer := pglimits.acquire(name, slots, key, remaining, lease_duration, priority, holder, lease_id, strict,
+                                clamp => clamp);
     commit;
     exit when answer.status operator(pg_catalog.<>) 'queued';
     lease_id := answer.lease_id;
@@ -385,7 +387,7 @@ end $$;
 
 comment on procedure pglimits.acquire_wait(
   text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text, bigint, timestamptz,
-  double precision) is
+  double precision, boolean) is
 $$Takes slots of one limit and waits for them, in plain SQL, without keeping the limit locked while its answer is written to disk.
 Arguments as of acquire, but timeout_seconds null, the default, waits for ever; 0 tries once. Answers lease_id, status (granted, refused,
 unlimited), fence, expires_at, retry_after. Call it outside a transaction block.

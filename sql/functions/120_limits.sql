@@ -270,48 +270,6 @@ end $$;
 comment on function pglimits.delete_limit(text) is
   'Deletes a limit with its leases; its waiters are told; a later release is a no-op. Errors: PL002 no such limit.';
 
--- Corrects what was charged before the call was made: up, even past the limit, or down, never below zero.
-create or replace function pglimits.adjust(name text, slots integer, key text default '')
-returns double precision
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  state pglimits.states;
-  now timestamptz;
-  decayed double precision;
-begin
-  if pg_is_in_recovery() then
-    perform pglimits._refuse_standby();
-  end if;
-  perform pglimits._check(coalesce(
-    pglimits._name_fault('name', name), case when slots is null then 'slots must not be null' end,
-    pglimits._name_fault('key', key, true)));
-  while state.limit_id is null loop
-    state := pglimits._lock(pglimits._limit_id(name), key);
-  end loop;
-  now := pglimits._now();
-  if state.slot_decay_per_second = 0 then
-    perform pglimits._fail('NoSlotDecay', format('limit %L has no slot_decay_per_second: it has no level', name));
-  end if;
-  decayed := pglimits._decayed(state.decayed, state.slot_decay_per_second, state.decayed_at, now);
-  state.booked := greatest(greatest(state.booked, decayed) + pglimits._millionths(slots), decayed);
-  if state.active and state.waiting > 0 then
-    perform pglimits._serve(state, now, false);
-    state := pglimits._reload(state.limit_id, state.key);
-  else
-    perform pglimits._save(state, now);
-  end if;
-  return greatest(state.booked - decayed, 0) / 1000000;
-end $$;
-
-comment on function pglimits.adjust(text, integer, text) is
-$$Adds slots to the level of a rate limit after the fact (an estimate was 500 tokens, the call used 1312: adjust by 812),
-or takes them off, never below zero. Past the limit, whoever is in line waits until it has decayed. Returns the new level in slots.
-Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;
-
 create or replace function pglimits.reset(name text, key text default null)
 returns integer
 language plpgsql

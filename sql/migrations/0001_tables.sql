@@ -121,6 +121,7 @@ create table pglimits.leases (
   limit_id bigint not null,
   key text collate "C" not null,
   slots integer not null,
+  used integer,
   holder jsonb,
   session text[],
   fence bigint not null,
@@ -142,6 +143,8 @@ comment on table pglimits.leases is 'What was granted: a row for each limit of a
 comment on column pglimits.leases.slots is
   '0: no lease, but what became of a request that stood in line, until its caller knows: a rate_limit that was granted, or, with '
   'fence 0, one whose time was over.';
+comment on column pglimits.leases.used is
+  'What it has used of a rate limit, as far as is known: what it took, until that is settled. Null: it added to no level.';
 comment on column pglimits.leases.session is 'Where no holder was given: whose it is.';
 comment on column pglimits.leases.fence is '0: slots that are kept for a request over several limits while it waits for the others.';
 comment on column pglimits.leases.claimed is
@@ -266,11 +269,13 @@ create type pglimits._request as (
   timeout_seconds double precision,
   lease_duration double precision,
   channel text,
-  missing text[]
+  missing text[],
+  clamp boolean
 );
 comment on type pglimits._request is
   'A checked request. limit_ids, keys and slots are its parts that are enforced, in the order in which they are locked. '
-  'timeout_seconds null: for ever. missing: the names of which there is no limit.';
+  'timeout_seconds null: for ever. missing: the names of which there is no limit. '
+  'clamp: slots above a limit count as the limit.';
 
 create type pglimits._outcome as (
   first integer,

@@ -95,6 +95,8 @@ WRITING = [
     f"release('{OTHER}')",
     f"release_all('{{{HELD}}}')",
     f"release_wait('{HELD}')",
+    f"settle('{HELD}', 'api', 1)",
+    f"settle_all('{HELD}', '{{api}}', '{{1}}')",
     f"_acquire_batch('{{free}}', {BATCH % ('false', repr(OTHER))})",
     f"_acquire_batch('{{shut}}', {BATCH % ('false', repr(OTHER))})",
     f"_acquire_batch('{{api}}', {BATCH % ('true', repr(OTHER))})",

@@ -61,7 +61,7 @@ def _arguments(request: Request, several: bool) -> dict[str, Any]:
         "channel": request.channel,
     }
     if not request.for_rate:
-        found["lease_duration"] = seconds(request.duration)
+        found |= {"lease_duration": seconds(request.duration), "clamp": request.clamp}
     return found
 
 
@@ -92,10 +92,11 @@ def batch(s: Session, requests: Sequence[Request]) -> list[Reply]:
     try:
         runs = s.all(
             "select * from pglimits._acquire_batch(%s::text[], %s::int[], %s::text[], %s, %s::float8, %s::float8, %s,"
-            " %s::uuid[], %s::jsonb, true, %s, %s)",
+            " %s::uuid[], %s::jsonb, true, %s, %s, clamp => %s)",
             list(first.names), list(first.slots), list(first.keys), first.for_rate, seconds(first.timeout),
             seconds(first.duration), first.priority, [each.lease_id for each in requests],
             json.dumps([each.holder for each in requests]), first.strict, first.channel,
+            first.clamp,
         )  # fmt: skip
     except psycopg.Error as error:
         return [{"status": "error", "code": error.diag.sqlstate}] * len(requests)
@@ -125,10 +126,11 @@ def waiting(s: Session, requests: Sequence[Request]) -> list[Reply]:
 
     def call(request: Request) -> Reply:
         lasts, values = ("", []) if request.for_rate else ("%s::float8, ", [seconds(request.duration)])
+        clamp = ", clamp => true" if request.clamp else ""
         reply = _read(
             s.one(
                 f"call pglimits.{'rate_limit' if request.for_rate else 'acquire'}_wait("
-                f"%s, %s::int, %s, %s::float8, {lasts}%s::int, %s::jsonb, %s::uuid, %s)",
+                f"%s, %s::int, %s, %s::float8, {lasts}%s::int, %s::jsonb, %s::uuid, %s{clamp})",
                 request.names[0], request.slots[0], request.keys[0], seconds(request.timeout), *values,
                 request.priority, json.dumps(request.holder), request.lease_id, request.strict,
             )

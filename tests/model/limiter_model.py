@@ -97,6 +97,8 @@ class Waiter:
 class Part:
     slots: int
     fence: int | None = None
+    # What it has used of a rate limit, as far as is known.
+    used: int | None = None
 
 
 @dataclass(eq=False)
@@ -136,6 +138,7 @@ class Request:
     strict: bool = False
     for_rate: bool = False
     channel: str | None = None
+    clamp: bool = False
 
 
 @dataclass(frozen=True)
@@ -414,7 +417,7 @@ class Model:
             self.book(place, slots, moment if booked_at is None else booked_at)
             self.expires(place, ends)
         self.numbers += 1
-        kept = {place: Part(slots) for place, slots in parts.items()}
+        kept = {place: Part(slots, used=slots if place.limit.rate else None) for place, slots in parts.items()}
         self.leases[request.lease_id] = Lease(
             request, kept, moment, ends, request.duration, claimed, number=self.numbers
         )
@@ -434,6 +437,8 @@ class Model:
         for limit, key, slots in zip(found, request.keys, request.slots, strict=True):
             if limit is not None and limit.active:
                 parts[limit.place(key)] = parts.get(limit.place(key), 0) + slots
+        if request.clamp:
+            parts = {place: min(slots, place.limit.most or slots) for place, slots in parts.items()}
         codes = set()
         for place, slots in parts.items():
             if request.for_rate and not place.limit.rate:
@@ -619,8 +624,10 @@ class Model:
                 place = self.limits[name].place(key)
                 asked[place] = asked.get(place, 0) + slots
         same = [place for place in asked if place in known]
-        if any(known[place] not in (None, asked[place]) for place in same):
-            return False
+        for place in same:
+            slots = known[place]
+            if slots is not None and (slots > asked[place] or (slots < asked[place] and not request.clamp)):
+                return False
         return not (asked and known) or (bool(same) and for_rate == request.for_rate)
 
     def is_outdated(self, waiter: Waiter) -> bool:
@@ -745,6 +752,26 @@ class Model:
             self.serve(place, own)
         return live
 
+    def settle(self, lease_id: UUID, used: dict[Place, int]) -> bool:
+        """Whether it was live."""
+        lease = self.live(lease_id)
+        if lease is None:
+            return False
+        if any(lease.parts[place].used is None and not place.limit.rate for place in used):
+            raise Wrong("PL005")
+        for place in sorted(used, key=Place.order):
+            part = lease.parts[place]
+            before, part.used = part.used, None if part.used is None else used[place]
+            if before is not None and before != used[place] and place.limit.rate:
+                self.correct(place, used[place] - before)
+        return True
+
+    def correct(self, place: Place, slots: int) -> None:
+        virtual = place.limit.virtual(self.now)
+        place.booked = max(max(place.booked, virtual) + slots, virtual)
+        if place.limit.active and place.line:
+            self.serve(place, own=False)
+
     # Limits.
 
     def create(
@@ -817,10 +844,7 @@ class Model:
         if not limit.rate:
             raise Wrong("PL005")
         place = limit.place(key)
-        virtual = limit.virtual(self.now)
-        place.booked = max(max(place.booked, virtual) + slots, virtual)
-        if limit.active and place.line:
-            self.serve(place, own=False)
+        self.correct(place, slots)
         return self.level(place)
 
     def reset(self, name: str, key: str | None) -> int:

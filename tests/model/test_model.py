@@ -53,6 +53,7 @@ channels = st.sampled_from([CHANNELS[0], CHANNELS[0], CHANNELS[1], None])
 which = st.integers(0, 30)
 parts = st.lists(st.tuples(names, keys, few), min_size=1, max_size=3)
 one_part = st.lists(st.tuples(names, keys, few), min_size=1, max_size=1)
+clamps = st.sampled_from([False, False, True])
 for_rates = st.sampled_from([False, False, True])
 priorities = st.sampled_from([0, 0, 0, 1, -1])
 
@@ -443,6 +444,7 @@ class Lives(RuleBasedStateMachine):
         self.both(lambda: self.model.update(name, **changes), lambda: self.s.update(name, **texts))
 
     def request(self, parts: list[tuple[str, str, int]], **more: Any) -> Request:
+        more["clamp"] = more.get("clamp", False) and not more.get("for_rate")
         return Request(
             self.new_id(), tuple(part[0] for part in parts), tuple(part[2] for part in parts),
             tuple(part[1] for part in parts), **more,
@@ -451,11 +453,11 @@ class Lives(RuleBasedStateMachine):
     @rule(
         parts=one_part | parts, timeout=timeouts, duration=durations, priority=priorities, for_rate=for_rates,
         holder=holders, strict=st.sampled_from([False, False, False, True]), channel=channels, way=which,
-        look_first=st.booleans(),
+        look_first=st.booleans(), clamp=clamps,
     )  # fmt: skip
     def ask_for(self, parts: Any, way: int, look_first: bool, **more: Any) -> None:
         request = self.request(parts, **more)
-        peeked = entry_points.peek(self.s, request) if look_first else None
+        peeked = entry_points.peek(self.s, request) if look_first and not request.clamp else None
         due = any(self.model.is_due(place) or self.is_to_look(place) for place in self.model.places())
         (answer,) = self.ask([request], way)
         if peeked is not None and not due and answer.wait in (None, 0) and answer.codes != ("PL006",):
@@ -463,7 +465,7 @@ class Lives(RuleBasedStateMachine):
             assert peeked["status"] == answer.status, (peeked, answer)
             assert peeked.get("code") in (answer.codes or (None,)), (peeked, answer)
 
-    @rule(name=names, slots=few, priority=priorities, channel=channels, for_rate=for_rates)
+    @rule(name=names, slots=few, priority=priorities, channel=channels, for_rate=for_rates, clamp=clamps)
     def wait_for(self, name: str, slots: int, **more: Any) -> None:
         self.ask([self.request([(name, "", slots)], timeout=None, **more)])
 
@@ -505,7 +507,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(
         part=one_part, count=st.integers(2, 5), timeout=timeouts, duration=durations, for_rate=for_rates,
-        priority=priorities, channel=st.sampled_from(CHANNELS), again=st.none() | which,
+        priority=priorities, channel=st.sampled_from(CHANNELS), again=st.none() | which, clamp=clamps,
     )  # fmt: skip
     def several_alike(self, part: Any, count: int, again: int | None, **more: Any) -> None:
         requests = [self.request(part, **more) for _ in range(count)]
@@ -574,6 +576,26 @@ class Lives(RuleBasedStateMachine):
         lease_ids = sorted({self.among(list(self.asked), nth) for nth in nths})
         expected = {lease_id: self.model.renew(lease_id, duration) for lease_id in lease_ids}
         assert entry_points.renew(self.s, lease_ids, duration, way) == expected
+
+    @precondition(lambda self: self.held())
+    @rule(nth=which, used=st.lists(st.sampled_from([0, 1, 2, 5, 9, 100]), min_size=1, max_size=3))
+    def settle(self, nth: int, used: list[int]) -> None:
+        lease_id = self.among(self.held(), nth)
+        lease = self.model.live(lease_id)
+        places = [] if lease is None else sorted(lease.parts, key=Place.order)
+        wanted = dict(zip(places[nth % len(places) :] if places else [], used, strict=False))
+        if lease is None:  # it has ended: whatever is said of it
+            named = dict.fromkeys(zip(self.asked[lease_id].names, self.asked[lease_id].keys, strict=True), 1)
+        else:
+            named = {(place.limit.name, place.key): slots for place, slots in wanted.items()}
+        expected, live = self.both(
+            lambda: self.model.settle(lease_id, wanted),
+            lambda: self.s.value(
+                "select pglimits.settle_all(%s::uuid, %s::text[], %s::int[], %s::text[])", lease_id,
+                [name for name, _ in named], list(named.values()), [key for _, key in named],
+            ),
+        )  # fmt: skip
+        assert live == expected
 
     @precondition(lambda self: self.looks)
     @rule(nth=which)

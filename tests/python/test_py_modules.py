@@ -89,7 +89,7 @@ def test_rate_limit_has_prefects_parameters_in_its_order(function: Any) -> None:
 
 @BOTH
 def test_the_modules_export_what_they_say(module: ModuleType) -> None:
-    assert set(module.__all__) == {"Lease", "concurrency", "rate_limit"}
+    assert set(module.__all__) == {"Lease", "acquire", "concurrency", "rate_limit"}
 
 
 # Examples as they stand in Prefect's documentation, with only the import changed.

@@ -168,6 +168,36 @@ def test_peek_adjust_and_reset(http: httpx.Client) -> None:
     assert http.post("/v1/peek", json={"name": "tokens", "for_rate": True}).json()["status"] == "granted"
 
 
+def test_a_lease_settles_what_it_used_and_a_request_is_clamped_to_what_a_limit_has(http: httpx.Client) -> None:
+    made(http, "calls", 2)
+    made(http, "tokens", 1000, slot_decay_per_second=1e-6)
+    wanted = {"limits": [{"name": "calls"}, {"name": "tokens", "slots": 5000, "key": "t"}]}
+    assert http.post("/v1/acquire", json=wanted).json()["code"] == "PL004"
+    ids: list[str] = []
+    for more in ({}, {"lease_id": str(uuid.uuid4())}, {"timeout_seconds": 9, "lease_id": str(uuid.uuid4())}):
+        taken = http.post("/v1/acquire", json={**wanted, **more, "clamp": True}).json()
+        ids.append(taken["lease_id"])
+        assert taken["status"] == "granted"
+        assert [row["slots"] for row in http.get("/v1/holders", params={"name": "tokens"}).json()["holders"]] == [1000]
+        at = f"/v1/leases/{ids[-1]}/settle"
+        used = {"limits": [{"name": "tokens", "key": "t", "slots": slots} for slots in (3000, 2000)]}
+        assert http.post(at, json=used).json() == {"settled": True}
+        assert http.get("/v1/limits/tokens").json()["level"] == pytest.approx(5000)
+        used["limits"] = [{"name": "tokens", "key": "t", "slots": 0}]
+        assert http.post(at, json=used).json() == {"settled": True}
+        assert http.get("/v1/limits/tokens").json()["level"] == 0
+        http.delete(f"/v1/leases/{ids[-1]}")
+        assert http.post(at, json=used).json() == {"settled": False}
+    lease = http.post("/v1/acquire", json={"name": "calls", "slots": 9, "clamp": True}).json()["lease_id"]
+    for limits, code in (
+        ([{"name": "calls", "slots": 1}], "PL005"), ([{"name": "tokens", "slots": 1}], "PL001"),
+        ([{"name": "calls", "slots": -1}], "PL001"), ([{"name": "calls"}], "PL001"), ([], "PL001"),
+    ):  # fmt: skip
+        assert http.post(f"/v1/leases/{lease}/settle", json={"limits": limits}).json()["code"] == code
+    missing = {"limits": [{"name": "missing", "slots": 1}]}
+    assert http.post(f"/v1/leases/{lease}/settle", json=missing).json() == {"settled": True}
+
+
 def test_a_held_request_is_granted_when_the_slot_comes_free(http: httpx.Client, shared: Server) -> None:
     made(http, "one", 1)
     first = http.post("/v1/acquire", json={"name": "one"}).json()

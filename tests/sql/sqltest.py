@@ -17,7 +17,7 @@ from psycopg.rows import namedtuple_row
 KINDS = {
     "slots": "int", "key": "text", "keys": "text[]", "timeout_seconds": "float8", "lease_duration": "float8",
     "priority": "int", "holder": "jsonb", "lease_id": "uuid", "strict": "boolean", "channel": "text",
-    "for_rate": "boolean",
+    "for_rate": "boolean", "clamp": "boolean",
 }  # fmt: skip
 FOREVER = None
 
@@ -84,6 +84,9 @@ class Session:
 
     def renew(self, lease_id: UUID | str, lease_duration: float | None = None) -> bool:
         return bool(self.value("select pglimits.renew(%s::uuid, %s::float8)", lease_id, lease_duration))
+
+    def settle(self, lease_id: UUID | str, name: str, slots: int, key: str = "") -> bool:
+        return bool(self.value("select pglimits.settle(%s::uuid, %s, %s::int, %s)", lease_id, name, slots, key))
 
     def watch(self, *lease_ids: UUID | str) -> list[Any]:
         return self.all("select * from pglimits._watch(%s::uuid[], false)", [str(each) for each in lease_ids])

@@ -105,8 +105,9 @@ STEPS = {
 REQUEST = {
     "timeout_seconds": TIMEOUTS, "priority": PRIORITIES, "holder": HOLDERS, "strict": BOOLEANS, "channel": CHANNELS,
 }  # fmt: skip
-ACQUIRE = {"lease_duration": DURATIONS, **REQUEST}
+ACQUIRE = {"lease_duration": DURATIONS, **REQUEST, "clamp": BOOLEANS}
 WAIT = {name: values for name, values in ACQUIRE.items() if name != "channel"}
+RATE_WAIT = {name: values for name, values in REQUEST.items() if name != "channel"}
 ONE = {"name": NAMES, "slots": SLOTS, "key": KEYS}
 SEVERAL = {"names": NAMES_ARRAYS, "slots": SLOTS_ARRAYS, "keys": KEYS_ARRAYS}
 PEEK = {"timeout_seconds": TIMEOUTS, "priority": PRIORITIES, "strict": BOOLEANS, "for_rate": BOOLEANS}
@@ -120,7 +121,7 @@ FUNCTIONS: dict[str, tuple[dict[str, str], dict[str, dict[str, str]]]] = {
     "acquire_wait": ({"name": "'database'"}, ONE | WAIT),
     "rate_limit": ({"name": "'api'"}, ONE | REQUEST),
     "rate_limit_all": ({"names": RATES_OF_TWO}, SEVERAL | REQUEST),
-    "rate_limit_wait": ({"name": "'api'"}, ONE | {n: v for n, v in WAIT.items() if n != "lease_duration"}),
+    "rate_limit_wait": ({"name": "'api'"}, ONE | RATE_WAIT),
     "peek": ({"name": "'database'"}, ONE | PEEK),
     "peek_all": ({"names": TWO}, SEVERAL | PEEK),
     # Without a duration, renew goes by the one the lease was taken with.
@@ -129,6 +130,14 @@ FUNCTIONS: dict[str, tuple[dict[str, str], dict[str, dict[str, str]]]] = {
     "release": ({"lease_id": ID}, {"lease_id": IDS}),
     "release_all": ({"lease_ids": IDS_OF_TWO}, {"lease_ids": ID_ARRAYS}),
     "release_wait": ({"lease_id": ID}, {"lease_id": IDS}),
+    "settle": (
+        {"lease_id": ID, "name": "'api'", "slots": "1"},
+        {"lease_id": IDS, "name": NAMES, "slots": {"null": "null::int", "negative": "-1"}, "key": KEYS},
+    ),
+    "settle_all": (
+        {"lease_id": ID, "names": RATES_OF_TWO, "slots": "array[1]"},
+        {"lease_id": IDS, **SEVERAL, "slots": {n: v for n, v in SLOTS_ARRAYS.items() if n != "zero"}},
+    ),
     "_watch": ({"lease_ids": IDS_OF_TWO, "only_news": "false"}, {"lease_ids": ID_ARRAYS, "only_news": BOOLEANS}),
     "_beat": ({"channel": "'pglimits_a'"}, {"channel": {"null": "null::text", **CHANNELS}}),
     "_release_batch": ({"lease_ids": IDS_OF_TWO}, {"lease_ids": ID_ARRAYS}),
@@ -219,7 +228,7 @@ def test_every_argument_of_every_public_function_is_in_the_table(s: Session) -> 
         ("lease_ids", "'{}'"), ("lease_ids", "array_fill(gen_random_uuid(), array[10001])"),
         ("lease_ids", "array[null]::uuid[]"), ("holders", "'{}'"), ("holders", "'[]'"), ("holders", "'[1, 2]'"),
         ("for_rate", "null"), ("strict", "null"), ("priority", "null"), ("lease_duration", "0.5"), ("names", "'{}'"),
-        ("slots", "'{1,1}'"), ("keys", "null"), ("channel", "'x'"),
+        ("slots", "'{1,1}'"), ("keys", "null"), ("channel", "'x'"), ("clamp", "null"),
     ],
 )  # fmt: skip
 def test_a_batch_that_is_wrong_is_an_error_too(s: Session, what: str, bad: str) -> None:

@@ -13,7 +13,7 @@ from sqltest import FOREVER, Db, Session, fails, member
 
 USE = {
     "acquire", "acquire_all", "acquire_wait", "rate_limit", "rate_limit_all", "rate_limit_wait", "renew", "renew_all",
-    "release", "release_all", "release_wait", "peek", "peek_all", "version", "errors",
+    "release", "release_all", "release_wait", "settle", "settle_all", "peek", "peek_all", "version", "errors",
 }  # fmt: skip
 CHANGE = {
     "create_limit", "update_limit", "delete_limit", "adjust", "reset", "force_release", "sweep", "keep_history",
@@ -22,7 +22,7 @@ CHANGE = {
 FILES = {"_apply", "_limit_faults"}
 """What the command line calls for limits in a file."""
 READ = {"history", "sparklines", "why_waiting", "last_sweep"}
-WRAPPER = {"_acquire_batch", "_release_batch", "_watch", "_beat", "_locked_by"}
+WRAPPER = {"_acquire_batch", "_release_batch", "_taken", "_watch", "_beat", "_locked_by"}
 PROCEDURES = {"acquire_wait", "rate_limit_wait", "release_wait", "_wait", "_refuse_transaction"}
 QUALIFIED = {"_can_commit", "_remaining", "_flush"}
 """They run as whoever calls them, and name nothing that a search_path could change."""
@@ -88,8 +88,8 @@ def test_everything_has_a_comment_that_is_a_sentence(s: Session) -> None:
 
 def test_all_arguments_are_named_and_all_but_the_names_have_defaults(s: Session) -> None:
     needed = {
-        "create_limit": 2, "adjust": 2, "sweep": 0, "version": 0, "errors": 0, "cron_enable": 0, "cron_disable": 0,
-        "keep_history": 0, "last_sweep": 0,
+        "create_limit": 2, "adjust": 2, "settle": 3, "settle_all": 3, "sweep": 0, "version": 0, "errors": 0,
+        "cron_enable": 0, "cron_disable": 0, "keep_history": 0, "last_sweep": 0,
     }  # fmt: skip
     for row in routines(s):
         if row.name in USE | CHANGE:
@@ -148,7 +148,9 @@ CALLS = {
         "select pglimits.rate_limit_all(array['api'])", f"select pglimits.renew({ID})",
         f"select * from pglimits.renew_all(array[{ID}])", f"select pglimits.release({ID})",
         f"select * from pglimits.release_all(array[{ID}])", "select pglimits.peek('database')",
-        "select pglimits.peek_all(array['database'])", f"select * from pglimits._watch(array[{ID}], false)",
+        "select pglimits.peek_all(array['database'])", f"select pglimits.settle({ID}, 'api', 1)",
+        f"select pglimits.settle_all({ID}, '{{api}}', '{{1}}')", f"select * from pglimits._taken({ID})",
+        f"select * from pglimits._watch(array[{ID}], false)",
         "select pglimits._beat('pglimits_a')", f"select pglimits._release_batch(array[{ID}])",
     ],
     "reader": [

@@ -18,7 +18,7 @@ COMMITTED = "read committed"
 LEVELS = [COMMITTED, "repeatable read", "serializable"]
 SNAPSHOTS = LEVELS[1:]
 
-LEASE, HOLDER, WAITER, NEW, NEWER = (f"00000000-0000-0000-0000-00000000000{n}" for n in range(1, 6))
+LEASE, HOLDER, WAITER, NEW, NEWER, USED = (f"00000000-0000-0000-0000-00000000000{n}" for n in range(1, 7))
 CHANNEL = "pglimits_isolation"
 
 CALLS = {
@@ -41,6 +41,7 @@ CALLS = {
     "_release_batch": (f"select pglimits._release_batch('{{{LEASE},{HOLDER}}}')::text", "{}"),
     "_watch": (f"select status from pglimits._watch('{{{WAITER}}}', false)", "queued"),
     "peek": ("select status from pglimits.peek('free')", "granted"),
+    "settle": (f"select pglimits.settle('{USED}', 'rate', 2)::text", "true"),
     "adjust": ("select (round(pglimits.adjust('rate', 2)) > 1)::text", "true"),
     "sweep": ("select leases::text from pglimits.sweep()", "0"),
 }  # fmt: skip
@@ -85,7 +86,7 @@ def world(s: Session) -> Session:
     s.create("rate", 9, 0.001)
     s.acquire("free", lease_id=LEASE)
     s.acquire("other")
-    s.rate_limit("rate")
+    s.acquire("rate", lease_id=USED)
     s.acquire("full", lease_id=HOLDER)
     s.queue("full", lease_id=WAITER, channel=CHANNEL)
     s.run("create table said (what text)")

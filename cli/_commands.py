@@ -33,8 +33,8 @@ FAMILIES = {
     "embedded": ("embedded",),
     "terraform": ("terraform",),
 }
-"""The modules, and the commands of each, in the order of the help. ``import``, ``cron``, ``embedded`` and ``terraform`` are
-groups of commands."""
+"""The modules, and the commands of each, in the order of the help. ``import``, ``cron``, ``embedded`` and ``terraform``
+are groups of commands."""
 
 _PANEL_OF_GROUPS = "Set up and look after"
 

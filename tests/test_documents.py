@@ -26,10 +26,26 @@ RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("docs/extension.md", "bash"): ("tests/upgrade/test_extension.py",),
     ("docs/extension.md", "sh"): ("tests/upgrade/test_extension.py",),
     ("docs/frameworks.md", "py"): ("tests/frameworks/test_sqlalchemy.py", "tests/frameworks/test_pytest.py"),
+    ("docs/from-prefect.md", "bash"): ("tests/cli/test_from_prefect.py",),
+    ("docs/from-prefect.md", "py"): ("tests/cli/test_from_prefect.py",),
+    ("docs/from-prefect.md", "sh"): ("tests/cli/test_from_prefect.py",),
+    ("docs/from-prefect.md", "text"): ("tests/cli/test_from_prefect.py",),
     ("docs/how-to/api-quota.md", "bash"): (HERE,),
     ("docs/how-to/cron-jobs.md", "bash"): (HERE,),
     ("docs/how-to/cron-jobs.md", "cron"): (HERE,),
     ("docs/how-to/database-connections.md", "bash"): (HERE,),
+    **{
+        (f"docs/languages/{page}.md", language): ("tests/drivers/test_languages.py",)
+        for page, of in (
+            ("go", "go"),
+            ("java", "java"),
+            ("node", "js"),
+            ("php", "php"),
+            ("python-drivers", "python"),
+            ("ruby", "ruby"),
+        )
+        for language in ("bash", of, "text")
+    },
     ("docs/limits-as-code.md", "bash"): (HERE,),
     ("docs/limits-as-code.md", "yaml"): (HERE,),
     ("docs/metrics.md", "cron"): ("tests/server/test_metrics_files.py",),
@@ -43,8 +59,13 @@ RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("docs/server.md", "bash"): ("tests/server/test_server_document.py",),
     ("docs/server.md", "nginx"): ("tests/server/test_server_document.py",),
     ("docs/server.md", "sh"): ("tests/server/test_server_document.py",),
+    ("docs/task-queues.md", "bash"): ("tests/frameworks/queues/pages.py",),
+    ("docs/task-queues.md", "py"): ("tests/frameworks/queues/pages.py",),
     ("docs/terminal.md", "bash"): (HERE,),
     ("docs/terminal.md", "text"): ("tests/cli/test_cli_top.py",),
+    ("docs/terraform.md", "bash"): ("tests/terraform/terraformtest.py",),
+    ("docs/terraform.md", "hcl"): ("tests/terraform/terraformtest.py",),
+    ("docs/terraform.md", "text"): ("tests/terraform/terraformtest.py",),
     ("docs/tutorial.md", "bash"): (HERE,),
 }
 """The tests that run, or check, the blocks of a page in a language; of Python and SQL, where they are not run here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -9,16 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-PAGES = Path(__file__).resolve().parent.parent.parent / "docs" / "languages"
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = ROOT / "docs" / "languages"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-CUTS = (300, 900)
+CUTS_AFTER = 500
 """After so many grants, all connections are cut."""
 
 
@@ -50,11 +52,12 @@ class Page:
     def commands(self) -> list[str]:
         return [line for code in self.code("bash") for line in code.splitlines()]
 
-    def save(self, folder: Path) -> None:
-        """Save its files, as it tells to."""
-        for each in self.blocks:
-            if each.title:
-                (folder / each.title).write_text(each.code, encoding="utf-8")
+    def save(self, folder: Path, jobs: int) -> None:
+        """Save its files, as it tells to, with so many jobs for a worker."""
+        files = {each.title: each.code for each in self.blocks if each.title}
+        assert any("200" in code for code in files.values())
+        for title, code in files.items():
+            (folder / title).write_text(code.replace("200", str(jobs)), encoding="utf-8")
 
     def prints(self) -> str:
         (printed,) = self.code("text")
@@ -70,10 +73,43 @@ def environment(dsn: str) -> dict[str, str]:
     return known | {name: str(to[part]) for name, part in names.items()} | {"PGSSLMODE": "disable"}
 
 
-def run(command: str, folder: Path, env: Mapping[str, str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(command: str, folder: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-euc", command], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=timeout
+        ["bash", "-euc", command], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240
     )
+
+
+@contextmanager
+def by_tcp(dsn: str) -> Iterator[int]:
+    """A port by which a driver reaches the server that knows no unix sockets."""
+    to = conninfo_to_dict(dsn)
+    loop = asyncio.new_event_loop()
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream = await asyncio.open_unix_connection(f"{to['host']}/.s.PGSQL.{to['port']}")
+        await asyncio.gather(pump(reader, upstream[1]), pump(upstream[0], writer))
+
+    listener = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        listener.close()
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        while any(not task.done() for task in left):
+            loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
 
 
 @dataclass(slots=True)
@@ -83,13 +119,18 @@ class Watched:
     most: int = 0
     leases: dict[object, tuple[float, int]] = field(default_factory=dict)
     """The moment and the fence of leases on the limit, as far as somebody looked."""
-    cuts: int = 0
+    was_cut: bool = False
     listened: bool = False
+    ended: int = 0
+    """Leases that an operator has ended."""
 
 
 @contextmanager
-def watched(dsn: str) -> Iterator[Watched]:
-    """Look on what a program does, and cut all of its connections now and then."""
+def watched(dsn: str, *, ends_wide: bool = False) -> Iterator[Watched]:
+    """Look on what a program does, and cut all of its connections once.
+
+    ends_wide: end leases on all three slots, as an operator may.
+    """
     seen, over = Watched(), threading.Event()
 
     def look(connection: psycopg.Connection[tuple[object, ...]]) -> None:
@@ -100,20 +141,23 @@ def watched(dsn: str) -> Iterator[Watched]:
         ):
             held += int(str(slots))
             seen.leases[lease_id] = (float(str(moment)), int(str(fence)))
+            if ends_wide and slots == 3:
+                seen.ended += 1
+                connection.execute("select pglimits.force_release(%s)", [lease_id])
         seen.most = max(seen.most, held)
         row = connection.execute("select grants from pglimits.counters where name = 'database'").fetchone()
-        if row and seen.cuts < len(CUTS) and int(str(row[0])) >= CUTS[seen.cuts]:
+        if row and not seen.was_cut and int(str(row[0])) >= CUTS_AFTER:
             others = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
             row = connection.execute(f"select count(*) {others} and query ~* '^listen \"?pglimits_'").fetchone()
-            seen.listened = seen.listened or (row is not None and row[0] != 0)
+            seen.listened = row is not None and row[0] != 0
             connection.execute(f"select pg_terminate_backend(pid) {others}")
-            seen.cuts += 1
+            seen.was_cut = True
 
     def look_on() -> None:
         with psycopg.connect(dsn, autocommit=True) as connection:
             while not over.is_set():
                 look(connection)
-                time.sleep(0.05)
+                time.sleep(0.1)
 
     looking = threading.Thread(target=look_on)
     looking.start()

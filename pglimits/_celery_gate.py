@@ -146,7 +146,6 @@ class Gate:
         self._lines: dict[tuple[str, str], deque[Any]] = {}
         self._serving: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
-        self._room = asyncio.Lock()
         self._kept: set[Any] = set()
         # In whose place no other task was fetched, as the pool was full: one worker shall not have what another could
         # be doing.
@@ -289,13 +288,12 @@ class Gate:
         return None
 
     async def _has_room(self) -> bool:
-        """Whether a process of the pool is free. One looks for all."""
-        async with self._room:
-            if self._is_free():
-                self._fetch_more(1)
-                return True
-            await asyncio.sleep(_LOOKS)
-            return False
+        """Whether a process of the pool is free; if not, some time has passed. Many lines look less often."""
+        if self._is_free():
+            self._fetch_more(1)
+            return True
+        await asyncio.sleep(_LOOKS * max(len(self._serving) / 20, 1))
+        return False
 
     def _fetch_more(self, most: int) -> None:
         """The pool has room again."""

@@ -171,7 +171,7 @@ class _Turns:
                     if wanted.rate is not None:
                         await tasks.rate_limit(wanted.rate, wanted.occupy, self._stand, wanted.strict, key)
                 except _NOT_YET as error:
-                    raise await self._later(context, error, by_time) from error
+                    raise await self._later(context, error, by_time) from None
                 return await function(*args, **kwargs)
 
         return in_task
@@ -196,7 +196,7 @@ class _Turns:
                     if wanted.rate is not None:
                         threads.rate_limit(wanted.rate, wanted.occupy, self._stand, wanted.strict, key)
                 except _NOT_YET as error:
-                    raise utils.async_to_sync(self._later, context, error, by_time) from error
+                    raise utils.async_to_sync(self._later, context, error, by_time) from None
                 return function(*args, **kwargs)
 
         return in_thread

@@ -188,6 +188,14 @@ def test_a_missing_limit_is_not_enforced_unless_strict(crew: CeleryCrew) -> None
         got(crew.tasks.strictly_of_nothing.delay())
 
 
+def test_a_database_that_cannot_be_reached_is_waited_for_until_the_time_is_over(crew: CeleryCrew) -> None:
+    result = crew.tasks.unreachable.apply_async(queue="threads")
+    assert got(crew.tasks.unlimited.apply_async((1,), queue="threads")) == 1
+    with pytest.raises(AcquireTimeout):
+        got(result)
+    assert "wait until the database can be reached" in crew.log("threads")
+
+
 def test_a_task_that_is_revoked_or_expires_leaves_the_line(crew: CeleryCrew, wait_until: Callable[..., Any]) -> None:
     from celery.exceptions import TaskRevokedError
 

@@ -13,6 +13,7 @@ from celery import Celery
 from kombu.transport import filesystem
 from kombu.utils.json import dumps
 
+from pglimits import Limiter
 from pglimits.celery import limited
 
 FOLDER = os.environ["QUEUE_FOLDER"]
@@ -93,6 +94,14 @@ def of_tenant(self: Any, tenant: str, number: int, until: str | None = None) -> 
 @app.task(base=limited(concurrency="one", hold_seconds=0.3), bind=True)
 def sent_anew(self: Any, number: int) -> tuple[int, Any]:
     return do(self, number), self.request.headers
+
+
+def out_of_reach() -> Limiter:
+    return Limiter("host=127.0.0.1 port=1 connect_timeout=1")
+
+
+@app.task(base=limited(concurrency="one", timeout_seconds=0.5, limiter=out_of_reach))
+def unreachable() -> None: ...
 
 
 @app.task(base=limited(concurrency="nowhere"), bind=True)

@@ -158,8 +158,8 @@ def routine_parts(
 # Python.
 
 MODULES = {
-    "pglimits": ("Limiter", "AsyncLimiter", "Lease", "install", "Installed"),
-    "pglimits.sync": ("concurrency", "rate_limit"),
+    "pglimits": ("Limiter", "AsyncLimiter", "Lease", "Use", "AsyncUse", "install", "Installed"),
+    "pglimits.sync": ("concurrency", "rate_limit", "acquire"),
     "pglimits.asyncio": (),
     "pglimits.models": None,
     "pglimits.errors": None,
@@ -169,6 +169,8 @@ MODULES = {
     "pglimits.django": None,
     "pglimits.httpx": None,
     "pglimits.sqlalchemy": None,
+    "pglimits.celery": None,
+    "pglimits.procrastinate": None,
     "pglimits.pytest": None,
 }
 """The public modules, and what is told of each; None: all that it exports. Those of asyncio are as those of sync."""
@@ -236,7 +238,9 @@ def signature(name: str, found: Any) -> str:
         if each.kind is each.KEYWORD_ONLY and not star:
             words.append("*")
         star = star or each.kind in (each.KEYWORD_ONLY, each.VAR_POSITIONAL)
-        words.append(re.sub(r"<function (\w+) at \w+>", r"\1", str(each.replace(annotation=each.empty))))
+        words.append(
+            re.sub(r"<(?:function|class) \W?(?:\w+\.)*(\w+)\b[^>]*>", r"\1", str(each.replace(annotation=each.empty)))
+        )
         words[-1] = words[-1].replace("'", '"')
     line = f"{name}({', '.join(words)})"
     if len(line) > 100:

@@ -61,7 +61,7 @@ def test_every_command_that_connects_takes_a_dsn_and_prints_json(pglimits: Cli) 
 
 
 def test_without_a_command_there_is_help(pglimits: Cli) -> None:
-    for arguments in ((), ("cron",), ("embedded",)):
+    for arguments in ((), ("cron",), ("embedded",), ("import",), ("terraform",)):
         result = pglimits(*arguments)
         assert result.code == 2
         assert "Usage: pglimits" in result.out

@@ -204,7 +204,13 @@ class Gate:
         context = request._context
         waited = request.waited + time.monotonic() - request.since
         headers = {**(context.headers or {}), WAITED: waited}
-        request.task.signature_from_request(context, context.args, context.kwargs, headers=headers).apply_async()
+        try:
+            request.task.signature_from_request(context, context.args, context.kwargs, headers=headers).apply_async()
+        except Exception:
+            request.leaves = request.goes = False
+            self._kept.add(request)
+            self._loop.call_soon_threadsafe(self._join, request)
+            raise
         request.acknowledge()
         state.task_ready(request)
         if request.counted:
@@ -309,6 +315,7 @@ class Gate:
         if request.timer is not None:
             request.timer.cancel()
         if told is None and request.leaves:
+            request.goes = True
             self._hand(self._send_anew, request)
             return
         if told is not None:

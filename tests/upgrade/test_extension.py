@@ -185,6 +185,7 @@ def fill(dsn: str) -> None:
         s.create("mails", 5, 0.001)
         s.acquire("db", holder={"job": 1})
         s.queue("db")
+        s.run("update pglimits.queue set expires_at = expires_at + interval '1 hour'")  # a restore may take its time
         s.rate_limit("mails", slots=3)
         s.run("select pglimits.keep_history(86400); select pglimits.sweep()")
 

@@ -24,7 +24,7 @@ def connect(target: Target, findings: list[Finding]) -> psycopg.Connection[tuple
     import psycopg
 
     try:
-        connection = psycopg.connect(target.conninfo, autocommit=True, prepare_threshold=None)
+        connection = psycopg.connect(target.conninfo, autocommit=True, prepare_threshold=None, client_encoding="utf8")
     except psycopg.Error as error:
         text, fix = _why_not(str(error), target)
         findings.append(Finding("reachable", FAIL, text, fix))

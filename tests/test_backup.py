@@ -129,10 +129,12 @@ def by_owner(dsn: str) -> str:
     return make_conninfo(dsn, user="owner")
 
 
-def test_a_dba_installs_without_python(binaries: Binaries, new: str, run: Run) -> None:
+@pytest.mark.parametrize("is_superuser", [True, False])
+def test_a_dba_installs_without_python(binaries: Binaries, new: str, run: Run, is_superuser: bool) -> None:
     install, use = commands("Installing without Python")
-    run(install, new)
-    run(use, new)
+    dba = new if is_superuser else by_owner(new)
+    run(install, dba)
+    run(use, dba)
     with connect(new) as connection:
         connection.execute("create database fresh owner limits_owner")
         connection.execute("alter role limits_owner createrole")

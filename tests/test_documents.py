@@ -108,7 +108,10 @@ def run(connection: psycopg.Connection[tuple[object, ...]], code: str) -> str:
 
 
 def shown(value: object) -> str:
-    return {None: "null", True: "t", False: "f"}[value] if value is None or isinstance(value, bool) else str(value)
+    """As psql shows it, after ``\\pset null null``."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "t", False: "f"}[value]
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 @pytest.mark.parametrize(

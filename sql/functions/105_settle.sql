@@ -2,7 +2,7 @@
 --
 -- A lease on a rate limit took an estimate: that is held, and was added to the level. Settled, the level has what was really used in its
 -- place. What is held stays the estimate until the lease ends: so what is under way never exceeds the limit, and what is really used in t
--- seconds is at most twice the limit, and what decays in t, if no estimate is too low.
+-- seconds is at most twice the limit, and what decays in t, if no estimate is too low and each is settled once.
 --
 -- Invariant: a lease corrects what it took itself, and nothing else (leases.used): so settling is safe for whoever may acquire.
 -- Called by: anybody who was granted pglimits_user and knows the lease's id; adjust: pglimits_admin.

@@ -232,6 +232,15 @@ def test_roles_whose_dead_clients_the_server_would_not_notice(
     assert find("clients")["status"] == "ok"
 
 
+def test_a_server_whose_text_is_of_no_encoding(
+    find: Callable[..., Any], role: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a database in SQL_ASCII has its clients by default."""
+    monkeypatch.setenv("PGCLIENTENCODING", "SQL_ASCII")
+    name = role("pglimits_user")
+    assert name in find("clients")["text"]
+
+
 def test_a_server_that_is_read_only(
     find: Callable[..., Any], role: Callable[..., str], conn: Connection, dsn: str
 ) -> None:

@@ -288,6 +288,24 @@ def test_what_is_really_used_in_a_window_is_at_most_twice_the_limit_and_what_dec
     assert sum(slots for _, slots in answered) > 1000 + 10 * now / 2, "and they are not kept from it"
 
 
+@pytest.mark.parametrize(("so_far", "used_at_once"), [(900, 2000), (0, 2900)])
+def test_who_settles_below_the_estimate_while_at_work_gives_that_up(
+    clock: Clock, tokens: Session, so_far: int, used_at_once: int
+) -> None:
+    long_call = tokens.acquire("tokens", slots=1000).lease_id
+    clock.advance(100)
+    used = 1000  # counted when its answer is made, now
+    tokens.release(long_call)
+    stream = tokens.acquire("tokens", slots=900).lease_id
+    used += 900  # counted at once
+    assert tokens.settle(stream, "tokens", so_far)
+    while (short := tokens.acquire("tokens", slots=100)).status == "granted":
+        used += 100
+        tokens.release(short.lease_id)
+    assert tokens.settle(stream, "tokens", 900)
+    assert used == used_at_once, "of 2 * 1000"
+
+
 # Clamping.
 
 

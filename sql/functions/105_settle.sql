@@ -58,7 +58,8 @@ begin
 end $$;
 
 comment on function pglimits.settle_all(uuid, text[], integer[], text[]) is
-  'Settles a lease on several limits, in one transaction. As settle, with slots and keys given once for all names or once for each.';
+  'Settles a lease on several limits, in one transaction. As settle, with slots and keys given once for all names or once for each. '
+  'Named twice, a limit gets the sum.';
 
 create or replace function pglimits._settle(lease_id uuid, names text[], slots integer[], keys text[])
 returns boolean

@@ -415,7 +415,7 @@ $$Takes slots of one limit, until they are released or the lease ends. Durations
 key: each key of a limit has the whole budget for itself. timeout_seconds: how long the caller is ready to wait in all; 0 tries once,
 null waits for ever. lease_duration: 1 second to 366 days. priority: higher goes first. holder: who it is (the session, if null).
 lease_id: an id of the caller's choice, so that the call can be repeated. strict: a missing limit is an error. channel: what to notify
-when there is news. clamp: more slots than the limit has count as the limit, as it is at the grant.
+when there is news. clamp: more slots than the limit has count as the limit; to who waits meanwhile, it may shrink and not grow.
 
 status: granted (go now); queued (call again with the same arguments and lease_id within retry_after, after a commit; who does not call
 for 10 seconds loses the place; the deadline counts from the first call); refused (retry_after: when time alone would let it in; null:

@@ -169,7 +169,10 @@ class Base:
         """Find out how many slots a lease has got."""
         try:
             found = yield from self._ask(_sql.TAKEN, lease.id)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, LimiterUnavailable) and self._on_unavailable == "allow":
+                log.warning("what was taken of %s is not known: %s", ", ".join(lease.names), error)
+                return
             self._release_later(lease)
             raise
         left = {(name, key): slots for name, key, slots in found}

@@ -161,7 +161,9 @@ class Waiting:
         due = dict.fromkeys(self._unclaimed)
         self._unclaimed = []
         while self._next_look() <= now:
-            due[heapq.heappop(self._agenda)[2].lease_id] = None
+            request = heapq.heappop(self._agenda)[2]
+            request.looks_at = math.inf
+            due[request.lease_id] = None
         if not self._locked:
             return list(due)
         return [lease_id for lease_id in due if not self._is_locked(lease_id)]
@@ -263,10 +265,9 @@ class Waiting:
                 claimed = expires_at if status == "granted" else None
                 self._courier.leases.claimed(lease_id, watch.sent_at, claimed, ends)
             elif status == "queued":
-                looks_at = request.frees_at = math.inf if seconds is None else now + seconds
-                if watch.only_news or self.polls:
-                    looks_at = min(looks_at, request.looks_at)
-                self._schedule(request, looks_at)
+                request.frees_at = math.inf if seconds is None else now + seconds
+                # It may have been told something since it was looked at.
+                self._schedule(request, min(request.frees_at, request.looks_at))
             else:
                 self.remove(request)
                 if status == "granted" and len(request.kind.places) == 1:

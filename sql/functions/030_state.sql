@@ -84,8 +84,8 @@ end $$;
 
 comment on function pglimits._unused(pglimits.configs, text) is 'The state of a key that was never used.';
 
--- Creates the state of a (limit, key), unless there is one or the limit is gone. Before any state is locked: the config is shared
--- with other first users, but not with update_limit and delete_limit, which have to meet every state of the limit.
+-- Creates the state of a (limit, key), unless there is one or the limit is gone. Before any state of the limit is locked: the config is
+-- shared with other first users, but not with update_limit and delete_limit, which have to meet every state of the limit.
 create or replace function pglimits._create_state(limit_id bigint, key text)
 returns void
 language plpgsql
@@ -109,7 +109,8 @@ end $$;
 comment on function pglimits._create_state(bigint, text) is
   'Creates the state of a (limit, key), unless there is one already.';
 
--- Locks the states of several (limit, key)s, in their order, creating those that are missing first. False: one of the limits is gone.
+-- Locks the states of several (limit, key)s, in their order, each created at its turn: whoever has created one, and has not committed yet,
+-- waits for none of a lower order. False: one of the limits is gone.
 create or replace function pglimits._lock_all(limit_ids bigint[], keys text[])
 returns boolean
 language plpgsql
@@ -119,15 +120,13 @@ declare
   state pglimits.states;
 begin
   for p in 1 .. cardinality(keys) loop
-    if limit_ids[p] = limit_ids[p - 1] then
+    if limit_ids[p] = limit_ids[p + 1] then
       -- Several keys of a limit: none of them may be swept away, to be created again, once another is locked.
       perform from pglimits.configs c where c.limit_id = limit_ids[p] for share;
     end if;
     if not exists (select from pglimits.known_keys k where k.limit_id = limit_ids[p] and k.key = keys[p]) then
       perform pglimits._create_state(limit_ids[p], keys[p]);
     end if;
-  end loop;
-  for p in 1 .. cardinality(keys) loop
     state := pglimits._lock_used(limit_ids[p], keys[p]);
     if state.limit_id is null then
       return false;

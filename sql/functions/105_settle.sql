@@ -4,7 +4,7 @@
 -- place. What is held stays the estimate until the lease ends: so what is under way never exceeds the limit, and what is really used in t
 -- seconds is at most twice the limit, and what decays in t, if no estimate is too low and each is settled once.
 --
--- Invariant: a lease corrects what it took itself, and nothing else (leases.used): so settling is safe for whoever may acquire.
+-- Invariant: a lease takes off a level no more than it has added itself (leases.used). What it really used, its holder says.
 -- Called by: anybody who was granted pglimits_user and knows the lease's id; adjust: pglimits_admin.
 
 -- Adds slots to the level of a state that is locked, or takes them off, has its line served, and saves it.
@@ -140,9 +140,7 @@ begin
     update pglimits.leases l set used = part.slots
     where l.lease_id = _settle.lease_id
       and l.limit_id is not distinct from part.limit_id and l.key is not distinct from part.key;
-    if state.slot_decay_per_second > 0 then
-      perform pglimits._correct(state, part.slots::bigint - used, now);
-    end if;
+    perform pglimits._correct(state, part.slots::bigint - used, now);
   end loop;
   if missing is not null then
     raise warning 'not settled, because there is no such limit: %', pglimits._listed(missing);

@@ -71,7 +71,6 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  changing bigint[];
   doomed bigint[];
   changed text[];
   step record;
@@ -81,10 +80,17 @@ begin
   end if;
   perform pglimits._refuse_snapshot('apply');
   perform from pglimits.meta m for update;
-  -- Whoever needs several limits shares their configs first, then locks their states.
-  perform from pglimits.configs c
-  where c.name in (select w.name from jsonb_to_recordset(plan -> 'limits') w(name text))
-  order by c.limit_id for update;
+  -- Each config before its states, and limit after limit, as whoever needs several of them and uses a key first.
+  for step in
+    select c.limit_id, w.action from pglimits.configs c
+    join jsonb_to_recordset(plan -> 'limits') w(name text, action text) on w.name = c.name
+    order by c.limit_id
+  loop
+    perform from pglimits.configs c where c.limit_id = step.limit_id for update;
+    if step.action in ('update', 'delete') then
+      perform from pglimits.states s where s.limit_id = step.limit_id order by s.key for update;
+    end if;
+  end loop;
   changed := pglimits._changed_since(plan);
   if changed is not null then
     perform pglimits._fail('LimitsChanged', format(
@@ -92,12 +98,10 @@ begin
       case when cardinality(changed) > 20 then format(' and %s more', cardinality(changed) - 20) end));
   end if;
 
-  select array_agg(c.limit_id) filter (where w.action in ('update', 'delete')),
-         array_agg(c.limit_id) filter (where w.action = 'delete')
-  into changing, doomed
-  from jsonb_to_recordset(plan -> 'limits') w(name text, action text)
-  join pglimits.configs c on c.name = w.name;
-  perform from pglimits.states s where s.limit_id = any (changing) order by s.limit_id, s.key for update;
+  doomed := array(
+    select c.limit_id from jsonb_to_recordset(plan -> 'limits') w(name text, action text)
+    join pglimits.configs c on c.name = w.name
+    where w.action = 'delete');
   -- In the order in which renew locks them.
   perform from pglimits.leases l
   where l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = any (doomed))

@@ -339,6 +339,18 @@ def test_when_what_it_took_cannot_be_found_out_it_is_given_back(
     wait_until(lambda: nothing_left(conn))
 
 
+def test_a_limiter_that_allows_goes_on_when_what_it_took_cannot_be_asked(
+    dsn: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Limiter(dsn, on_unavailable="allow") as limiter:
+        for _ in range(TRIES):
+            lose_reply(monkeypatch, lambda: None, of="_taken")
+        with limiter.acquire({"tokens": 5000}, clamp=True) as use:
+            assert (use.slots, held(conn)) == ((5000,), 1000)
+    assert "what was taken of tokens is not known" in caplog.text
+    assert nothing_left(conn)
+
+
 # The page.
 
 

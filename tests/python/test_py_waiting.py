@@ -43,6 +43,7 @@ from pglimits import (
     SlotsExceedLimit,
     _database,
     _requests,
+    _waiting,
 )
 
 
@@ -325,6 +326,30 @@ def test_a_waiter_that_became_too_wide_is_told(api: Api, conn: Connection, wait_
         wide.result(30)
     assert (held(conn), waiting(conn)) == (1, 0)
     api.release(holder)
+
+
+@pytest.mark.skipif(poolers.MODE is not None, reason="who polls looks again without being told")
+def test_news_that_come_before_the_answer_of_a_look_that_has_not_seen_them_are_heeded(
+    api: Api, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conn.execute("select pglimits.create_limit('database', 2)")
+    lease = api.acquire("database")
+    has_looked, notified = _waiting.Waiting.has_looked, _waiting.Waiting.notified
+    looks: list[object] = []
+
+    def has_looked_too_early(waiting: _waiting.Waiting, watch: _waiting.Watch, result: Any) -> None:
+        if not looks:
+            conn.execute("select pglimits.update_limit('database', 1)")
+            notified(waiting, waiting.channel, str(watch.due[0]))
+        looks.append(watch)
+        has_looked(waiting, watch, result)
+
+    monkeypatch.setattr(_waiting, "HEARTBEAT", 3600.0)
+    monkeypatch.setattr(_waiting.Waiting, "notified", lambda *_: None)
+    monkeypatch.setattr(_waiting.Waiting, "has_looked", has_looked_too_early)
+    with pytest.raises(SlotsExceedLimit):
+        api.start("acquire", "database", 2).result(30)
+    assert held(conn) == 1 and not lease.lost
 
 
 def test_a_waiter_over_several_limits_is_told_what_becomes_of_one_for_which_it_does_not_stand_in_line(

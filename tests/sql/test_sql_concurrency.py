@@ -438,9 +438,9 @@ def outcome_of(session: Session, ask: Callable[[], Any]) -> str:
     return status
 
 
-def work_until_told(db: Db, works: Sequence[Callable[[Session, random.Random], object]]) -> None:
+def work_until_told(db: Db, works: Sequence[Callable[[Session, random.Random], object]], seconds: float = 4) -> None:
     """All of them again and again, side by side; each has to get somewhere."""
-    until = time.monotonic() + 4
+    until = time.monotonic() + seconds
 
     def again(number: int, work: Callable[[Session, random.Random], object]) -> Callable[[Session], int]:
         def rounds(session: Session) -> int:
@@ -530,6 +530,39 @@ def test_lines_of_rates_over_several_limits_give_ups_and_changes_never_deadlock(
         session.adjust(name, rng.choice([-2, 1]))
 
     work_until_told(db, [*[caller] * 5, administrator])
+
+
+def test_leases_that_settle_under_changes_and_deletions_never_deadlock_and_lose_no_level(db: Db, s: Session) -> None:
+    lasting = {"one": 1400, "two": 1150, "three": 1090}
+    for name, limit in lasting.items():
+        s.create(name, limit, 1e-9)
+        s.adjust(name, 1000)
+    s.create("gone", 100, 1000)
+
+    def caller(session: Session, rng: random.Random) -> None:
+        names = rng.sample([*lasting, "gone"], rng.randint(2, 4))
+        request = {"slots": [rng.randint(1, 90) for _ in names], "timeout_seconds": None, "clamp": True}
+        lease_id = uuid4()
+        assert outcome_of(session, lambda: session.acquire(names, lease_id=lease_id, **request)) == "granted"
+        named = [name for name in names if name in lasting]
+        used: list[int] = []
+        for _ in range(2):
+            rng.shuffle(named)
+            used = [rng.choice([0, 20, 300]) for _ in named]
+            assert session.value("select pglimits.settle_all(%s::uuid, %s::text[], %s::int[])", lease_id, named, used)
+        assert session.release(lease_id)
+        for name, slots in zip(named, used, strict=True):
+            assert session.adjust(name, -slots) >= 999.999
+
+    def administrator(session: Session, rng: random.Random) -> None:
+        name = rng.choice([*lasting])
+        session.update(name, limit=lasting[name] + rng.randint(0, 5), max_waiters=rng.choice([50, 60]))
+        session.update("gone", new_name="renamed")
+        session.delete("renamed")
+        session.create("gone", rng.randint(50, 100), 1000)
+
+    work_until_told(db, [*[caller] * (THREADS - 1), administrator], seconds=2)
+    assert [round(s.limit(name).level, 3) for name in lasting] == [1000] * 3
 
 
 # Rings of locks that there must not be. Each is set up step by step, no luck needed.

@@ -198,7 +198,13 @@ def test_a_lease_corrects_no_more_than_it_took_itself(tokens: Session) -> None:
         tokens.settle(mine, "tokens", 0)
     assert level(tokens) == 400
     tokens.update("tokens", slot_decay_per_second=0)
-    assert tokens.settle(theirs, "tokens", 0) is True, "there is no level any more"
+    assert tokens.settle(theirs, "tokens", 10) is True, "there is no level just now"
+    tokens.update("tokens", slot_decay_per_second=1)
+    assert level(tokens) == 10, "and here it is again"
+    tokens.settle(mine, "tokens", 2_147_483_647)
+    assert tokens.acquire("tokens").status == "refused"
+    tokens.reset("tokens")
+    assert tokens.acquire("tokens", slots=1000).status == "granted", "an administrator ends that"
 
 
 def test_what_was_kept_for_a_request_or_used_by_rate_limit_is_no_lease(tokens: Session) -> None:

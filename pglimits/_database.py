@@ -63,6 +63,8 @@ _BUSY = {"40001", "40P01", "55P03"}
 _CANCELLED = "57014"
 _ENCODING = {"22021", "22P05"}
 """A character that the encoding of the database lacks."""
+_OF_ENCODINGS = "pg_unicode_to_server"
+"""Where the server says the same of a database in SQL_ASCII, as a feature that is missing (0A000)."""
 _CHANGED = {"26000", "42883", "42P01", "42703", "42704", "42804"}
 """What a statement meets, at its start or in its middle, that counts on functions or tables of another version, or on
 what somebody has told the session to forget."""
@@ -110,7 +112,7 @@ def translate(error: BaseException) -> PglimitsError:
         return BY_SQLSTATE[state](message)
     if state in _BUSY:
         return Busy(message)
-    if state in _ENCODING:
+    if state in _ENCODING or error.diag.source_function == _OF_ENCODINGS:
         return InvalidArgument(f"the encoding of the database lacks a character: {message}")
     if state == "25006":
         return ReadOnlyServer(

@@ -48,6 +48,9 @@ _lock = threading.Lock()
 class Postponed(Exception):
     """The turn of a job has not come. procrastinate writes it into its log, and runs the job again in ``seconds``."""
 
+    # In the log, each time would be a dozen lines of where it was raised.
+    __traceback__: Any = property(lambda self: None, lambda self, traceback: None)
+
     def __init__(self, seconds: float) -> None:
         super().__init__(f"its turn has not come: it looks again in {seconds:.3g} s")
         self.seconds = seconds

@@ -7,17 +7,19 @@ gives Alembic ``op.install_pglimits()`` and ``op.uninstall_pglimits()``, where A
 from __future__ import annotations
 
 import contextlib
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _install
 from ._dsn import keywords
 from ._limiter import AsyncLimiter, Limiter
 from .errors import InvalidArgument
+
+if TYPE_CHECKING:  # needs greenlet, which not everybody has who needs no async engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["dsn", "install", "limiter_for", "uninstall"]
 
@@ -42,9 +44,9 @@ def limiter_for(engine: Engine | AsyncEngine, **options: Any) -> Limiter | Async
     Raises:
         InvalidArgument: the engine is not for PostgreSQL.
     """
-    if isinstance(engine, AsyncEngine):
-        return AsyncLimiter(dsn(engine.url), **options)
-    return Limiter(dsn(engine.url), **options)
+    if isinstance(engine, Engine):
+        return Limiter(dsn(engine.url), **options)
+    return AsyncLimiter(dsn(engine.url), **options)
 
 
 def dsn(url: URL | str) -> str:

@@ -162,8 +162,10 @@ def checked(dsn: str | None) -> str:
     conninfo = resolve(dsn).conninfo
     given = conninfo_to_dict(conninfo)
     # A password that has an @ or a / in it is cut there, and errors of the network would quote the rest as the host.
-    if "@" in str(given.get("host", "")) or not re.fullmatch(r"[\d,]*", str(given.get("port", ""))):
+    if any("@" in str(given.get(name, "")) for name in ("host", "dbname")) or not re.fullmatch(
+        r"[\d,]*", str(given.get("port", ""))
+    ):
         raise InvalidArgument(
-            "the host or port of the dsn cannot be right: in a password, write @ as %40, / as %2F, : as %3A"
+            "the host, port or database of the dsn cannot be right: in a password, write @ as %40, / as %2F, : as %3A"
         )
     return conninfo

@@ -38,6 +38,12 @@ class LimitResource(Resource):
 
     def validate(self, diags: Diagnostics, type_name: str, config: State) -> None:
         decode = {each.name: each.type.decode for each in RESOURCE.attributes}
+        for each in RESOURCE.attributes:
+            with self._provider.told(diags, each.name):
+                if each.required and config.get(each.name) is None:  # one that is left out Terraform sees itself
+                    raise InvalidArgument(f"{each.name} must not be null")
+                if not each.required and not each.optional and config.get(each.name) is not None:
+                    raise InvalidArgument(f"{each.name} is computed, so it cannot be set")
         said = {name: decode[name](value) for name, value in config.items() if value not in (None, Unknown)}
         self._values(diags, said)
 

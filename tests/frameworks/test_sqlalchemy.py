@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,18 @@ def url(driver: str, dsn: str) -> str:
         "pg8000": f"?unix_sock={folder}%2F.s.PGSQL.{port}",
     }.get(driver, f"?host={folder}&port={port}&application_name=of_engine")
     return f"postgresql+{driver}://{to['user']}:secret@/{to['dbname']}{place}"
+
+
+def test_an_engine_for_threads_needs_no_greenlet() -> None:
+    program = """
+import sys
+sys.modules["greenlet"] = None
+import sqlalchemy
+from pglimits.sqlalchemy import limiter_for
+print(type(limiter_for(sqlalchemy.create_engine("postgresql+psycopg://u@h/d"))).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "Limiter\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -672,3 +672,17 @@ def test_a_connection_that_ends_behind_the_rows_is_a_database_that_cannot_be_rea
         with pytest.raises(psycopg.OperationalError) as caught:
             _database._raise(made)
         assert isinstance(_database.translate(caught.value), LimiterUnavailable)
+
+
+def test_a_character_that_a_database_in_sql_ascii_cannot_have_is_no_other_version(server: Any) -> None:
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as connection:
+        connection.execute("create database ascii_only encoding 'SQL_ASCII' locale 'C' template template0")
+    try:
+        there = psycopg.connect(server.dsn("ascii_only"), client_encoding="utf8")
+        with there, pytest.raises(psycopg.Error) as caught:
+            there.execute("""select '"\\u00fc"'::jsonb""")
+        said = _database.translate(caught.value)
+        assert isinstance(said, InvalidArgument) and "the encoding of the database lacks a character" in str(said)
+    finally:
+        with psycopg.connect(server.dsn("postgres"), autocommit=True) as connection:
+            connection.execute("drop database ascii_only with (force)")

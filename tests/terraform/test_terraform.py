@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_limits_are_created_changed_in_place_and_destroyed_and_no_password_is_to
     assert as_stated["created"] == f"{row['created_at'].astimezone():%Y}" + as_stated["created"][4:]
     assert folder.state["third"]["description"] == ""
     folder.plan(code=0)
+    folder.run("plan", "-out", "saved")
 
     # In place: leases and the number stay; what is left out has its default again.
     conn.execute("select pglimits.acquire('database', 3)")
@@ -111,6 +113,8 @@ def test_limits_are_created_changed_in_place_and_destroyed_and_no_password_is_to
     assert said.count("connection to server") == 1 and "geheim" not in said
     for path in folder.path.rglob("*"):
         assert not path.is_file() or b"geheim" not in path.read_bytes()
+    with zipfile.ZipFile(folder.path / "saved") as saved:
+        assert b"geheim" not in b"".join(saved.read(each) for each in saved.namelist())
 
 
 def test_drift_is_found_and_mended(folder: Folder, conn: Connection) -> None:
@@ -178,6 +182,11 @@ resource "pglimits_limit" "c" {
   slot_decay_per_second = -0.5
   max_waiters           = -1
 }
+resource "pglimits_limit" "d" {
+  name  = "d"
+  limit = null
+  id    = "7"
+}
 """
 WRONG_TO_THE_DATABASE = """
 resource "pglimits_limit" "a" {
@@ -229,6 +238,8 @@ def test_an_error_names_the_attribute_and_nothing_is_changed(folder: Folder, con
         ("limit", 13, "limit must be a whole number, not 1.5."),
         ("slot_decay_per_second", 18, "slot_decay_per_second must be from 0 to 1000000000, not -0.5."),
         ("max_waiters", 19, "max_waiters must be from 0 to 2147483647, not -1."),
+        ("limit", 23, "limit must not be null."),
+        ("id", 24, "id is computed, so it cannot be set."),
     ]
     # What only the database knows.
     folder.write(WRONG_TO_THE_DATABASE)

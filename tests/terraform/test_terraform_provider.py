@@ -67,6 +67,7 @@ def test_no_embedded_server_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path
         "postgresql://me:geheim@127.0.0.1:1/database",
         "postgresql://me:12@geheim@127.0.0.1:1/database",
         "postgresql://me:geheim/34@127.0.0.1:1/database",
+        "postgresql://me:12@geheim/34@127.0.0.1:1/database",
         "host=127.0.0.1 port=1 password=geheim sslmode=geheim",
         "host=geheim.invalid password=geheim user=me",
         "host=127.0.0.1 port=geheim",

@@ -461,7 +461,9 @@ def test_limits_are_changed_whatever_isolation_level_transactions_have_by_defaul
             api.delete("other")
             assert api.list() == []
         # None stays open; that of somebody else may just be ending.
-        wait_until(lambda: value(conn, "select count(*) from pg_stat_activity where state ~ '^idle in transaction'") == 0)
+        wait_until(
+            lambda: value(conn, "select count(*) from pg_stat_activity where state ~ '^idle in transaction'") == 0
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"row_factory": dict_row}, {"autocommit": True}, {"prepare_threshold": 0}])

@@ -51,6 +51,8 @@ class Crew:
             worker = subprocess.Popen(
                 [sys.executable, "-m", *command], cwd=QUEUES, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # What a killed worker leaves goes with the folder.
+                env={**os.environ, "TMPDIR": str(self.folder)},
             )  # fmt: skip
         self.processes.append(worker)
         return worker

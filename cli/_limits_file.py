@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pglimits import _arguments
-from pglimits._definition import CHECKS
-from pglimits._definition import Definition as Definition
-from pglimits._definition import checked_definition as checked_definition
-from pglimits._definition import definition as definition
+from pglimits._definition import CHECKS, Definition
 from pglimits.errors import InvalidArgument
 
 from . import _errors, _trees

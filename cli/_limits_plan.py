@@ -11,11 +11,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pglimits import _arguments
+from pglimits._definition import Definition, checked_definition, definition
 from pglimits.errors import InvalidArgument
 from pglimits.models import Limit
 
 from . import _errors, _output
-from ._limits_file import Definition, OnConflict, Wanted, checked_definition, definition
+from ._limits_file import OnConflict, Wanted
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -207,6 +207,8 @@ def export(
 
     Example: pglimits export --schema --out limits.schema.json
     """
+    from pglimits._definition import definition
+
     from . import _limits_file as files
 
     written = "The JSON Schema"
@@ -216,7 +218,7 @@ def export(
         path = "-" if out is None else str(out)
         chosen = None if output is Format.json else files.syntax_of(path, _syntax(syntax))
         with _client.limiter(dsn, _rights.READER) as limiter:
-            limits = [(limit.name, files.definition(limit)) for limit in limiter.list()]
+            limits = [(limit.name, definition(limit)) for limit in limiter.list()]
         written = _output.count(len(limits), "limit")
         if chosen is None:
             text = _output.as_json({"limits": {name: files.said(of) for name, of in limits}}) + "\n"

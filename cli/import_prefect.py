@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pglimits import Limiter
+    from pglimits._definition import Definition
     from pglimits.models import Limit
 
-    from ._limits_file import Definition, Wanted
+    from ._limits_file import Wanted
     from ._limits_plan import Plan
     from ._prefect import Found
 
@@ -130,9 +131,8 @@ def _read(api_url: str | None, api_key: str | None, database: str | None) -> Fou
 def _checked(limiter: Limiter, found: Found) -> tuple[dict[str, Definition], dict[str, str]]:
     """What can be taken over, and what is wrong with the rest, by name."""
     from pglimits import _arguments
+    from pglimits._definition import checked_definition
     from pglimits.errors import InvalidArgument
-
-    from ._limits_file import checked_definition
 
     good: dict[str, Definition] = {}
     faults: dict[str, str] = {}

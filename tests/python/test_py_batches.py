@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from wrappertest import Api, Connection, Future, Locked, WaitUntil, held, nothing_left, open_api, value, waiting
+from wrappertest import Api, Busy, Connection, Future, Locked, WaitUntil, held, nothing_left, open_api, value, waiting
 
 from pglimits import (
     AcquireTimeout,
@@ -104,7 +104,7 @@ def test_a_release_and_a_request_on_one_limit_travel_together_and_the_release_co
 ) -> None:
     api.create("database", 2)
     lease, other = api.acquire("database"), api.acquire("database")
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("release", other)
     wait_until(lambda: blocked(conn) == 1)
     # They may not wait, and find the slots free.
@@ -191,7 +191,7 @@ def test_requests_that_queue_up_meanwhile_travel_as_one_batch(
 ) -> None:
     api.create("database", 100)
     sent.clear()
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("acquire", "database")
     wait_until(lambda: blocked(conn) == 1)
     others = submit(api, wait_until, *[("database", {})] * 20)
@@ -201,7 +201,7 @@ def test_requests_that_queue_up_meanwhile_travel_as_one_batch(
     assert held(conn) == 21
     # And so do their releases.
     sent.clear()
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("release", leases.pop())
     wait_until(lambda: blocked(conn) == 1)
     others = []
@@ -221,7 +221,7 @@ def test_an_event_loop_that_is_blocked_holds_up_no_thread(
     with open_api("sync", dsn=dsn) as threads, open_api("async", dsn=dsn) as tasks:
         threads.create("database", 100)
         assert threads.limiter._courier is tasks.limiter._courier
-        locked = Locked(connect, "database")
+        locked = Busy(connect, "database")
         asked = tasks.start("acquire", "database")
         wait_until(lambda: blocked(conn) == 1)
         go_on = threading.Event()
@@ -240,7 +240,7 @@ def test_requests_of_a_batch_are_served_in_their_order(
     api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
     api.create("database", 1)
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("acquire", "database")
     wait_until(lambda: blocked(conn) == 1)
     others = submit(api, wait_until, *[("database", {"holder": number}) for number in range(8)])
@@ -256,7 +256,7 @@ def test_requests_of_a_batch_are_served_in_their_order(
 
 def test_bad_requests_in_a_batch_harm_no_other(api: Api, conn: Connection, connect: Any, wait_until: WaitUntil) -> None:
     api.create("database", 100)
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("acquire", "database")
     wait_until(lambda: blocked(conn) == 1)
     bad = [
@@ -284,7 +284,7 @@ def test_a_rate_limit_call_on_a_limit_without_decay_harms_no_other_in_its_batch(
     api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
     api.create("database", 100)
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("acquire", "database")
     wait_until(lambda: blocked(conn) == 1)
     good = submit(api, wait_until, ("database", {}))
@@ -312,7 +312,7 @@ def test_text_that_is_no_unicode_is_refused_and_harms_no_other(
     api: Api, conn: Connection, connect: Any, wait_until: WaitUntil, names: Any, options: dict[str, Any]
 ) -> None:
     api.create("database", 100)
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("acquire", "database")
     wait_until(lambda: blocked(conn) == 1)
     good = submit(api, wait_until, ("database", {}))
@@ -331,7 +331,7 @@ def test_one_who_runs_out_of_time_in_a_batch_harms_no_other(
     api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
 ) -> None:
     api.create("database", 100)
-    locked = Locked(connect, "database")
+    locked = Busy(connect, "database")
     first = api.start("acquire", "database")
     wait_until(lambda: blocked(conn) == 1)
     others = submit(

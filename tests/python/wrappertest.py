@@ -295,6 +295,15 @@ class Locked:
         self.connection.rollback()
 
 
+class Busy(Locked):
+    """Keeps a limit locked as somebody does who is at work: batches wait for it, however slow the machine is."""
+
+    def __init__(self, connect: Any, *names: str) -> None:
+        for function in ("_acquire_batch", "_release_batch"):
+            connect().execute(f"alter function pglimits.{function} set lock_timeout = '60s'")
+        super().__init__(connect, *names)
+
+
 def terminate(conn: Connection, pids: list[int]) -> None:
     conn.execute("select pg_terminate_backend(pid) from unnest(%s::int[]) as u(pid)", [pids])
 

@@ -90,7 +90,8 @@ def test_sigterm_answers_what_is_held_and_ends_streams(
     assert conn.execute("select count(*) from pglimits.waiters").fetchone() == (2,)
 
 
-def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Server]) -> None:
+def test_killed_and_started_again_it_has_lost_nothing(serve: Callable[..., Server], clock: Any) -> None:
+    clock.freeze()  # who waits gives no sign of life while there is no server
     server = serve()
     wanted: dict[str, Any] = {"name": "one", "wait": 0, "timeout_seconds": 60}
     with server.client() as http:

@@ -643,7 +643,7 @@ def _at_work(conn: Connection) -> int:
 ABANDONS = """
     import faulthandler, gc, threading
     from pglimits import Limiter
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(200, exit=True)
     gc.set_threshold(50, 5, 5)
     limiter = Limiter()
     class Job:
@@ -695,7 +695,7 @@ def test_a_generator_that_is_closed_leaves_its_block_at_once(limiter: Limiter, c
 HANDLES = """
     import faulthandler, signal, threading
     from pglimits import Limiter
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(200, exit=True)
     limiter = Limiter()
     mine = []
     handled = 0

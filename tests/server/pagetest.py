@@ -14,7 +14,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the tests of the page need playwright (pip)")
 
-playwright.expect.set_options(timeout=15000)
+playwright.expect.set_options(timeout=60000)
 
 HERE = Path(__file__).resolve().parent
 CHROMIUM = os.environ.get("PGLIMITS_TEST_CHROMIUM") or shutil.which("chromium")
@@ -59,7 +59,7 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
 
     def begin(**options: Any) -> Any:
         context = chromium.new_context(**{"viewport": WIDE, "reduced_motion": "reduce", **options})
-        context.set_default_timeout(15000)
+        context.set_default_timeout(60000)
         contexts.append(context)
         tab = context.new_page()
         tab.wrong = []
@@ -90,7 +90,7 @@ def _note(tab: Any, said: Any) -> None:
 
 def is_live(tab: Any) -> None:
     """Wait until news arrive there."""
-    playwright.expect(tab.locator("#live-state")).to_have_attribute("data-kind", "on", timeout=15000)
+    playwright.expect(tab.locator("#live-state")).to_have_attribute("data-kind", "on")
 
 
 def does_not_scroll(tab: Any) -> None:

@@ -394,7 +394,7 @@ def test_ten_thousand_limits_are_filtered_sorted_and_paged_on_the_server(
     holds(sql, "limit-07777")
     tab = browse()
     tab.goto(f"{shared.url}/")
-    expect(tab.locator("td.name").first).to_have_text("limit-07777", timeout=30000)  # the busiest
+    expect(tab.locator("td.name").first).to_have_text("limit-07777")  # the busiest
     assert tab.locator("tbody tr").count() == 50
     expect(tab.locator(".counted")).to_contain_text("of 10,000")
     tab.get_by_role("link", name="Next").click()
@@ -495,7 +495,7 @@ def test_a_database_that_is_gone_is_said_with_since_when_and_comes_back_by_itsel
         expect(fresh.locator("#down")).to_be_visible()
         proxy.refuses = False
         for each in (tab, other, fresh):
-            expect(each.locator("#down")).to_have_count(0, timeout=20000)
+            expect(each.locator("#down")).to_have_count(0)
         is_live(tab)
         connection.execute("select pglimits.acquire('steady')")
         expect(tab.locator(".figure b")).to_have_text("1")

@@ -261,7 +261,7 @@ def test_an_error_in_the_middle_names_the_attribute_and_a_limit_that_exists_is_t
     assert third == ("limit", 26, "limit must be from 0 to 2147483647, not -5.")
     for at, name in ((first, "database"), (second, "new")):
         assert at[0] == "name" and at[2].startswith(
-            f"To manage it from here, import it: terraform import ADDRESS {name}, where"
+            f"To manage it from here, import it: terraform import ADDRESS {name}, with"
         )
     assert (names(conn), set(folder.state)) == (["database", "new"], {"once", "number"})
 
@@ -321,7 +321,7 @@ def test_an_apply_that_was_interrupted_is_completed_by_the_next_after_imports_if
         by == signal.SIGKILL
     ):  # nobody wrote down what was made: the next apply names it, with the command that imports it
         for error in folder.errors("apply", "-auto-approve"):
-            (command,) = re.findall("terraform (import ADDRESS .+), where", error["detail"])
+            (command,) = re.findall("terraform (import ADDRESS .+), with", error["detail"])
             folder.run(*shlex.split(command.replace("ADDRESS", error["address"])))
     assert "0 destroyed" in folder.run("apply", "-auto-approve")
     assert limits(conn) == [

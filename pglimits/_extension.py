@@ -54,6 +54,19 @@ do $$ begin
 end $$;
 """
 
+# The isolation cannot be chosen here: create extension, and what a restore runs, is a statement on its way already.
+_READ_COMMITTED = """\
+do $$ begin
+  if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+    raise exception using errcode = 'active_sql_transaction',
+      message = 'pglimits is installed in a read committed transaction, not in a '
+                || pg_catalog.current_setting('transaction_isolation') || ' one: nothing was changed',
+      hint = 'set default_transaction_isolation = ''read committed''; '
+             'for a restore: PGOPTIONS=''-c default_transaction_isolation=read\\ committed''';
+  end if;
+end $$;
+"""
+
 _ADOPT = """\
 do $$
 declare
@@ -178,7 +191,7 @@ def _adopt() -> str:
 
 
 def _update() -> str:
-    return "\n".join(_pieces(without_roles=False, extension=True)) + _DUMPED
+    return _READ_COMMITTED + "\n".join(_pieces(without_roles=False, extension=True)) + _DUMPED
 
 
 def _meta() -> str:

@@ -140,6 +140,20 @@ def test_the_extension_is_not_created_over_what_plain_sql_has_installed(database
     assert_same(catalog(dsn), before)
 
 
+def test_another_isolation_than_read_committed_is_refused_with_the_way_on(
+    here: str, database: Callable[[str], str], shell: Callable[..., str]
+) -> None:
+    old, new = database("old"), database("new")
+    create(old)
+    fill(old)
+    run(new, "alter database new set default_transaction_isolation = 'repeatable read'")
+    with pytest.raises(psycopg.errors.ActiveSqlTransaction, match="read committed") as caught:
+        create(new)
+    (options,) = re.findall(r"PGOPTIONS='.*?'", str(caught.value.diag.message_hint))
+    shell(f'pg_dump -d "$OLD" | {options} psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
+    assert rows(new) == rows(old)
+
+
 # Dump and restore.
 
 
@@ -201,8 +215,9 @@ def test_a_dump_is_restored_into_a_newer_version(shell: Callable[..., str], data
     fill(old)
     was = rows(old)
     create(new, NEXT)
-    shell('pg_dump -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
-    assert rows(new) == was
+    for clean in ("", "--clean --if-exists"):  # where there are limits already, it has to be cleaned
+        shell(f'pg_dump {clean} -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
+        assert rows(new) == was
     goes_on(new, was)
 
 
@@ -403,7 +418,7 @@ def test_doctor_warns_of_functions_that_run_as_a_superuser_and_the_lines_of_the_
     shell: Callable[..., str], here: str, database: Callable[[str], str], cli: Cli
 ) -> None:
     for nth, make in enumerate((install, create)):
-        owned = database(f"of_superuser{nth}")
+        database(f"of_superuser{nth}")
         dsn = make_conninfo(here, dbname=f"of_superuser{nth}")
         make(dsn)
         fill(dsn)
@@ -415,9 +430,16 @@ def test_doctor_warns_of_functions_that_run_as_a_superuser_and_the_lines_of_the_
         install(plain)
         fill(plain)
         assert str(catalog(dsn)).replace("pglimits_owner", "owner") == str(catalog(plain))
-        del owned
         goes_on(dsn, rows(dsn))
         install(dsn)
+        if make is create:
+            run(dsn, f"alter extension pglimits update to '{NEXT}'")
+            with session(dsn) as s:
+                owners = (
+                    "select relowner from pg_class where relnamespace = 'pglimits'::regnamespace and relkind <> 'i'"
+                )
+                owners += " union select proowner from pg_proc where pronamespace = 'pglimits'::regnamespace"
+                assert s.all(f"select x.relowner::regrole::text from ({owners}) x") == [("pglimits_owner",)]
     with psycopg.connect(here, autocommit=True) as connection:
         for nth in range(2):
             connection.execute(f"drop database of_superuser{nth} with (force)".encode())
@@ -455,8 +477,9 @@ def test_the_files_are_written_to_where_the_document_says(tmp_path: Path, shell:
     config.write_text(f"#!/bin/sh\ntest $1 = --sharedir && echo {tmp_path}\n")
     config.chmod(0o755)
     (script,) = sections("sh")["The files"]
-    shell(f"PATH={tmp_path}:$PATH\n{script}")
-    assert {path.name for path in (tmp_path / "extension").iterdir()} == set(_extension.files())
+    shell(f"PATH={tmp_path}:$PATH\n{script}", tmp_path)
+    written = {path.name for path in (tmp_path / "extension").iterdir()}
+    assert written == {name for name in _extension.files() if name.startswith("pglimits")}
 
 
 def test_make_installs_the_files(server: Any, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def tle() -> str:
 def _tle() -> Iterator[str]:
     yield (
         f"-- Gives pglimits {__version__} to pg_tle, in the database that you are connected to. Safe to repeat. Then:\n"
-        f"-- create extension {NAME}; or, where an older one is: alter extension {NAME} update;"
+        f"-- create extension {NAME} schema pg_catalog; or, where an older one is: alter extension {NAME} update;"
     )
     yield _TLE.format(name=NAME, version=__version__, comment=COMMENT, create=_create())
     yield _TLE_UNPACKAGED.format(name=NAME, version=UNPACKAGED, create=_adopt())

@@ -40,6 +40,8 @@ def here(server: Any) -> Iterator[str]:
     folder = share(server.bin)
     if folder is None or not (folder / "pg_tle.control").exists():
         pytest.skip(f"needs pg_tle for PostgreSQL {server.version}, which neither Debian, PyPI nor npm has")
+    if (folder / "pglimits.control").exists():
+        pytest.skip(f"an extension pglimits is in {folder}")
     settings = {"shared_preload_libraries": "pg_tle"}
     with Path(tempfile.gettempdir(), f"pglimits-test-{server.version}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the tests of the files put them where pg_tle would see them
@@ -90,10 +92,15 @@ def test_the_extension_is_the_same_as_plain_sql_is_kept_by_a_dump_and_dropped(
     assert checks["installed"]["status"] == checks["owner"]["status"] == "ok"
     assert "as an extension" in checks["installed"]["text"]
     was = rows(dsn)
+    run(make_conninfo(here, dbname="one"), "drop schema public cascade")
     copy = restored(shell, here, database)
     assert rows(copy) == was
     assert of_extension(copy) == of_extension(dsn)
     goes_on(copy, was)
+    # As on a managed server: pg_tle is there already, and somebody else's.
+    other = managed("other")
+    shell('pg_dump -d "$OLD" | psql -q -d "$NEW"', OLD=make_conninfo(here, dbname="one"), NEW=other)
+    assert rows(other) == was
     run(dsn, "drop extension pglimits", "select pgtle.uninstall_extension('pglimits')")
     with session(dsn) as s:
         assert s.value("select to_regnamespace('pglimits')") is None

@@ -48,8 +48,8 @@ do $$ begin
   if pg_catalog.to_regnamespace('pglimits') is not null then
     raise exception using errcode = 'duplicate_schema',
       message = 'there is a schema pglimits already, and it belongs to no extension: nothing was changed',
-      hint = 'Where pglimits was installed without an extension: create extension pglimits version ''{UNPACKAGED}''; '
-             'alter extension pglimits update;';
+      hint = 'Where pglimits was installed without an extension: '
+             'create extension pglimits schema pg_catalog version ''{UNPACKAGED}''; alter extension pglimits update;';
   end if;
 end $$;
 """

@@ -136,7 +136,7 @@ def test_the_extension_is_not_created_over_what_plain_sql_has_installed(database
     before = catalog(dsn)
     with pytest.raises(psycopg.errors.DuplicateSchema, match="no extension") as caught:
         create(dsn)
-    assert "version 'unpackaged'" in str(caught.value.diag.message_hint)
+    assert "create extension pglimits schema pg_catalog version 'unpackaged'" in str(caught.value.diag.message_hint)
     assert_same(catalog(dsn), before)
 
 

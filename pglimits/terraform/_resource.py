@@ -164,6 +164,7 @@ def _exists(name: str) -> tuple[str, str]:
     """What is told of a limit that is there and not in the state: the fault, and the way on."""
     return (
         f"Limit {name!r} exists already",
-        f"To manage it from here, import it: terraform import ADDRESS {shlex.quote(name)}, with the address of this"
-        " resource, or an import block. If it is in the state under a former address, write a moved block instead.",
+        f"If no state has it, import it: terraform import ADDRESS {shlex.quote(name)}, with the address of this"
+        " resource, or an import block. If this state has it under another address, write a moved block, or apply again"
+        " once that one has another name.",
     )

@@ -261,7 +261,7 @@ def test_an_error_in_the_middle_names_the_attribute_and_a_limit_that_exists_is_t
     assert third == ("limit", 26, "limit must be from 0 to 2147483647, not -5.")
     for at, name in ((first, "database"), (second, "new")):
         assert at[0] == "name" and at[2].startswith(
-            f"To manage it from here, import it: terraform import ADDRESS {name}, with"
+            f"If no state has it, import it: terraform import ADDRESS {name}, with"
         )
     assert (names(conn), set(folder.state)) == (["database", "new"], {"once", "number"})
 

@@ -317,12 +317,15 @@ def test_an_apply_that_was_interrupted_is_completed_by_the_next_after_imports_if
     assert (set(folder.state) != set()) is (by == signal.SIGINT)
 
     folder.write(INTERRUPTED)
-    if (
-        by == signal.SIGKILL
-    ):  # nobody wrote down what was made: the next apply names it, with the command that imports it
+    if by == signal.SIGKILL:
+        # Nobody wrote down what was made: the next apply names it, with the command that imports it.
+        imports = []
         for error in folder.errors("apply", "-auto-approve"):
             (command,) = re.findall("terraform (import ADDRESS .+), with", error["detail"])
-            folder.run(*shlex.split(command.replace("ADDRESS", error["address"])))
+            imports.append(shlex.split(command.replace("ADDRESS", error["address"])))
+        folder.run(*imports[0])
+        rest = [f"import {{\n  to = {address}\n  id = {json.dumps(name)}\n}}\n" for _, address, name in imports[1:]]
+        folder.write(INTERRUPTED + "".join(rest))
     assert "0 destroyed" in folder.run("apply", "-auto-approve")
     assert limits(conn) == [
         ("database", 11, 0.0, True, None, None),

@@ -48,8 +48,21 @@ do $$ begin
   if pg_catalog.to_regnamespace('pglimits') is not null then
     raise exception using errcode = 'duplicate_schema',
       message = 'there is a schema pglimits already, and it belongs to no extension: nothing was changed',
-      hint = 'Where pglimits was installed without an extension: create extension pglimits version ''{UNPACKAGED}''; '
-             'alter extension pglimits update;';
+      hint = 'Where pglimits was installed without an extension: '
+             'create extension pglimits schema pg_catalog version ''{UNPACKAGED}''; alter extension pglimits update;';
+  end if;
+end $$;
+"""
+
+# The isolation cannot be chosen here: create extension, and what a restore runs, is a statement on its way already.
+_READ_COMMITTED = """\
+do $$ begin
+  if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+    raise exception using errcode = 'active_sql_transaction',
+      message = 'pglimits is installed in a read committed transaction, not in a '
+                || pg_catalog.current_setting('transaction_isolation') || ' one: nothing was changed',
+      hint = 'set default_transaction_isolation = ''read committed''; '
+             'for a restore: PGOPTIONS=''-c default_transaction_isolation=read\\ committed''';
   end if;
 end $$;
 """
@@ -161,7 +174,7 @@ def tle() -> str:
 def _tle() -> Iterator[str]:
     yield (
         f"-- Gives pglimits {__version__} to pg_tle, in the database that you are connected to. Safe to repeat. Then:\n"
-        f"-- create extension {NAME}; or, where an older one is: alter extension {NAME} update;"
+        f"-- create extension {NAME} schema pg_catalog; or, where an older one is: alter extension {NAME} update;"
     )
     yield _TLE.format(name=NAME, version=__version__, comment=COMMENT, create=_create())
     yield _TLE_UNPACKAGED.format(name=NAME, version=UNPACKAGED, create=_adopt())
@@ -178,7 +191,7 @@ def _adopt() -> str:
 
 
 def _update() -> str:
-    return "\n".join(_pieces(without_roles=False, extension=True)) + _DUMPED
+    return _READ_COMMITTED + "\n".join(_pieces(without_roles=False, extension=True)) + _DUMPED
 
 
 def _meta() -> str:

@@ -24,7 +24,7 @@ RUN_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("README.md", "sh"): (HERE,),
     ("docs/architecture.md", "text"): (HERE,),
     ("docs/extension.md", "bash"): ("tests/upgrade/test_extension.py",),
-    ("docs/extension.md", "sh"): ("tests/upgrade/test_extension.py",),
+    ("docs/extension.md", "sh"): ("tests/upgrade/test_extension.py", "tests/upgrade/test_pg_tle.py"),
     ("docs/frameworks.md", "py"): ("tests/frameworks/test_sqlalchemy.py", "tests/frameworks/test_pytest.py"),
     ("docs/from-prefect.md", "bash"): ("tests/cli/test_from_prefect.py",),
     ("docs/from-prefect.md", "py"): ("tests/cli/test_from_prefect.py",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,6 @@ from .._limiter import Limiter
 from ..errors import InvalidArgument, LimitNotFound, PermissionDenied, PglimitsError
 from ..models import Limit
 from . import _schema
-from ._unfinished import Unfinished
 
 _VARIABLES = ("PGLIMITS_DSN", "DATABASE_URL")
 _SECRET = ("password", "sslpassword", "oauth_client_secret")
@@ -35,9 +33,6 @@ class PglimitsProvider(Provider):
     def __init__(self) -> None:
         self._conninfo: str | None = None
         self._limiter: Limiter | None = None
-        self._unfinished: Unfinished | None = None
-        self.creates = threading.Lock()
-        """Held while a limit is created, so that one configuration cannot have it twice."""
 
     # What Terraform asks.
 
@@ -89,14 +84,6 @@ class PglimitsProvider(Provider):
             self._limiter = Limiter(self._conninfo)
         return self._limiter
 
-    @property
-    def unfinished(self) -> Unfinished:
-        """What earlier runs may have left. Raises InvalidArgument as ``limiter``."""
-        if self._unfinished is None:
-            assert self.limiter is not None
-            self._unfinished = Unfinished(self._conninfo or "")
-        return self._unfinished
-
     def by_name(self, name: str) -> Found | None:
         """The limit of a name."""
         try:
@@ -139,8 +126,6 @@ class PglimitsProvider(Provider):
 
     def close(self) -> None:
         """Terraform needs it no longer."""
-        if self._unfinished is not None:
-            self._unfinished.end_all()
         if self._limiter is not None:
             self._limiter.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from tf.utils import Diagnostics
 
 from .. import _arguments
 from .._definition import CHECKS, Definition
-from ..errors import InvalidArgument, LimiterUnavailable, LimitExists, LimitNotFound, PglimitsError
+from ..errors import InvalidArgument, LimitExists, LimitNotFound
 from ._provider import Found, PglimitsProvider
 from ._schema import RESOURCE, state
 
@@ -68,57 +69,32 @@ class LimitResource(Resource):
 
     def plan(self, ctx: PlanContext, current: State | None, planned: State) -> State:
         provider, name = self._provider, planned["name"]
-        if not provider.is_known:
-            return planned
-        with provider.told(ctx.diagnostics):
-            if current is not None:
-                provider.unfinished.end(current["name"])
-            elif name is not Unknown and not ctx.diagnostics.has_errors():
-                found, left = provider.by_name(name), provider.unfinished.left(name)
-                if found is not None and (left is None or not left.is_it(found[0])):
-                    ctx.diagnostics.add_warning(f"Limit {name!r} exists already", _import_it(name), path=["name"])
+        if provider.is_known and current is None and name is not Unknown and not ctx.diagnostics.has_errors():
+            with provider.told(ctx.diagnostics):
+                if provider.by_name(name) is not None:
+                    ctx.diagnostics.add_warning(*_exists(name), path=["name"])
         return planned
 
     def create(self, ctx: CreateContext, planned: State) -> State | None:
+        # One that is there may be somebody else's, even if it is just as wanted: two states would fight over it.
         provider = self._provider
-        with provider.creates, provider.told(ctx.diagnostics):
+        with provider.told(ctx.diagnostics):
             wanted = self._wanted(ctx.diagnostics, planned)
             if wanted is None:
                 return None
             name, of = wanted
-            left = provider.unfinished.left(name)
             try:
-                return state(*self._created(name, of))
+                made = provider.limiter.create(
+                    name, of.limit, of.slot_decay_per_second, of.active, of.max_waiters, of.description
+                )
             except LimitExists:
-                there = provider.by_name(name)
-            if left is not None and there is not None and left.is_it(there[0]):
-                changed = self._changed(name, None, of)
-                provider.unfinished.made(changed)
-                return state(changed, there[1])
-            ctx.diagnostics.add_error(f"Limit {name!r} exists already", _import_it(name), path=["name"])
+                ctx.diagnostics.add_error(*_exists(name), path=["name"])
+                return None
+            found = provider.by_name(name)
+            if found is None or found[0].created_at != made.created_at:
+                raise LimitNotFound(f"somebody else deleted limit {name!r} meanwhile, or renamed it: apply again")
+            return state(*found)
         return None
-
-    def _created(self, name: str, of: Definition) -> Found:
-        """Create a limit. There is a note of it for as long as nobody knows what became of that."""
-        provider, unfinished = self._provider, self._provider.unfinished
-        if provider.by_name(name) is not None:
-            raise LimitExists
-        unfinished.begin(name, of)
-        try:
-            made = provider.limiter.create(
-                name, of.limit, of.slot_decay_per_second, of.active, of.max_waiters, of.description
-            )
-        except LimiterUnavailable:
-            unfinished.leave(name)
-            raise
-        except PglimitsError:
-            unfinished.end(name)
-            raise
-        unfinished.made(made)
-        found = provider.by_name(name)
-        if found is None or found[0].created_at != made.created_at:
-            raise LimitNotFound(f"somebody else deleted limit {name!r} meanwhile, or renamed it: apply again")
-        return found
 
     def read(self, ctx: ReadContext, current: State) -> State | None:
         provider = self._provider
@@ -129,7 +105,6 @@ class LimitResource(Resource):
             )
             return current
         with provider.told(ctx.diagnostics):
-            provider.unfinished.end(current["name"])
             found = provider.same(current) or provider.by_name(current["name"])
             return None if found is None else state(*found)
         return current
@@ -148,7 +123,6 @@ class LimitResource(Resource):
 
     def delete(self, ctx: DeleteContext, current: State) -> State | None:
         with self._provider.told(ctx.diagnostics):
-            self._provider.unfinished.end(current["name"])
             found = self._provider.same(current)
             if found is not None:
                 with contextlib.suppress(LimitNotFound):  # just what is wanted
@@ -186,10 +160,11 @@ class LimitResource(Resource):
         )
 
 
-def _import_it(name: str) -> str:
-    """What to do with a limit that is there and not in the state."""
-    quoted = json.dumps(name, ensure_ascii=False)
+def _exists(name: str) -> tuple[str, str]:
+    """What is told of a limit that is there and not in the state: the fault, and the way on."""
     return (
-        f"To manage it from here, import it: terraform import ADDRESS {quoted}, where ADDRESS is that of this resource,"
-        " or an import block. Else give this one another name."
+        f"Limit {name!r} exists already",
+        f"If no state has it, import it: terraform import ADDRESS {shlex.quote(name)}, with the address of this"
+        " resource, or an import block. If this state has it under another address, write a moved block, or apply again"
+        " once that one has another name.",
     )

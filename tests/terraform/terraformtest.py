@@ -46,16 +46,19 @@ class Folder:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def faults(self, *arguments: str) -> list[tuple[str, int, str]]:
-        """What a command finds wrong: the attribute and the line that each fault points at, and the fault."""
-        written = (self.path / "main.tf").read_text(encoding="utf-8").splitlines()
+    def errors(self, *arguments: str) -> list[dict[str, Any]]:
+        """What a command that fails finds wrong, as the program tells other programs."""
         said = [json.loads(line) for line in self._run(*arguments, "-json", code=1).splitlines() if line[:1] == "{"]
         found = [each["diagnostic"] for each in said if each["type"] == "diagnostic" and each["@level"] == "error"]
-        lines = [each["range"]["start"]["line"] for each in found]
-        return [
-            (written[line - 1].split("=")[0].strip(), line, each["detail"] or each["summary"])
-            for line, each in sorted(zip(lines, found, strict=True), key=lambda pair: pair[0])
+        return sorted(found, key=lambda each: each["range"]["start"]["line"])
+
+    def faults(self, *arguments: str) -> list[tuple[str, int, str]]:
+        """The same: the attribute and the line that each fault points at, and the fault."""
+        written = (self.path / "main.tf").read_text(encoding="utf-8").splitlines()
+        found = [
+            (each["range"]["start"]["line"], each["detail"] or each["summary"]) for each in self.errors(*arguments)
         ]
+        return [(written[line - 1].split("=")[0].strip(), line, fault) for line, fault in found]
 
     def run(self, *arguments: str, code: int = 0) -> str:
         """A command, and what it said, on one line: Terraform folds its errors."""

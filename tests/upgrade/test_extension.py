@@ -1,4 +1,4 @@
-"""pglimits as an extension: the same as by plain SQL, kept by a dump, updated, adopted, and given back."""
+"""pglimits as an extension (docs/extension.md): as by plain SQL, kept by a dump, updated, adopted, given back."""
 
 from __future__ import annotations
 
@@ -9,93 +9,35 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import psycopg
 import pytest
-from documents import blocks
 from editions import Edition
+from extensiontest import (
+    NEXT,
+    ROOT,
+    Cli,
+    create,
+    files_of,
+    fill,
+    goes_on,
+    of_extension,
+    rows,
+    run,
+    sections,
+    session,
+    share,
+)
 from installtest import SQL, assert_same, catalog
 from psycopg.conninfo import make_conninfo
-from sqltest import Session, check_consistent
-from typer.testing import CliRunner
 
-from pglimits import PglimitsError, VersionMismatch, __version__, _embedded, _extension, _install, install
+from pglimits import PglimitsError, VersionMismatch, __version__, _extension, _install, install
 from pglimits._embedded import Binaries, throwaway
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-NEXT = "0.1.1"
-MIGRATION = """
-alter table pglimits.meta alter schema_version set default 2;
-alter table pglimits.configs add column note text;
-comment on column pglimits.configs.note is 'What comes next.';
-create table pglimits.notes (note_id bigint generated always as identity primary key, taken_at timestamptz not null);
-comment on table pglimits.notes is 'What comes next.';
-comment on column pglimits.notes.taken_at is 'When.';
-drop view if exists pglimits.waiters;
-drop function if exists pglimits._ids_fault(uuid[]);
-"""
-TABLES = ("meta", "configs", "known_keys", "states", "leases", "queue", "processes", "event_log", "samples", "upkeep")
-MEMBERS = """
-select pg_describe_object(d.classid, d.objid, 0) from pg_depend d
-left join pg_type t on d.classid = 'pg_type'::regclass and t.oid = d.objid
-left join pg_class c on c.oid = t.typrelid
-where d.refclassid = 'pg_extension'::regclass and d.deptype = 'e'
-  and d.refobjid = (select x.oid from pg_extension x where x.extname = 'pglimits')
-  and (t.oid is null or c.relkind = 'c') order by 1
-"""
-"""But for the types of tables and arrays, which belong to an extension on some versions and not on others."""
-DUMPED = """
-select c.oid::regclass::text, x.condition
-from pg_extension e cross join lateral unnest(e.extconfig, e.extcondition) x(relation, condition)
-join pg_class c on c.oid = x.relation where e.extname = 'pglimits' order by 1
-"""
-
-Cli: TypeAlias = Callable[..., Any]
-
-
-def sections(language: str = "bash") -> dict[str, list[str]]:
-    """The commands for a shell of each part of the document."""
-    found: dict[str, list[str]] = {}
-    for block in blocks("docs/extension.md", language):
-        found.setdefault(block.section, []).append(block.code)
-    return found
-
-
-def files_of(edition: Edition | None = None) -> dict[str, str]:
-    """The files of this version, or of another."""
-    with pytest.MonkeyPatch.context() as patch:
-        if edition is not None:
-            patch.setattr(_install, "_folder", lambda: edition.folder)
-            patch.setattr(_extension, "__version__", NEXT)
-            patch.setattr(_extension, "RELEASED", (__version__,))
-        return _extension.files()
-
-
-def share(binaries: Path) -> Path | None:
-    """Where a server looks for its extensions."""
-    for folder in (binaries / "../share/postgresql/extension", binaries / "../share/extension"):
-        if (folder / "plpgsql.control").exists():
-            return folder.resolve()
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        said = subprocess.run([binaries / "pg_config", "--sharedir"], capture_output=True, text=True, check=True).stdout
-        return Path(said.strip()) / "extension"
-    return None
-
-
-@pytest.fixture(scope="module")
-def next_edition() -> Iterator[Edition]:
-    with tempfile.TemporaryDirectory() as folder:
-        made = Edition(Path(folder) / NEXT, NEXT).migrate(MIGRATION)
-        made.edit("functions/010_basics.sql", "_ids_fault(lease_ids uuid[])", "_ids_fault(ids uuid[])")
-        for use in ("when {} is null", "array_ndims({})", "array_position({}, null)"):
-            made.edit("functions/010_basics.sql", use.format("lease_ids"), use.format("ids"))
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -139,136 +81,6 @@ def here(server: Any, folder: Path) -> Iterator[str]:
     """A server with the extension."""
     with cluster(server, folder) as dsn:
         yield dsn
-
-
-@pytest.fixture
-def database(here: str) -> Iterator[Callable[[str], str]]:
-    """database("one"): the DSN of a new database that belongs to the role owner."""
-    made: list[str] = []
-
-    def create(name: str) -> str:
-        with psycopg.connect(here, autocommit=True) as connection:
-            connection.execute(f"create database {name} owner owner".encode())
-        made.append(name)
-        return make_conninfo(here, dbname=name, user="owner")
-
-    yield create
-    with psycopg.connect(here, autocommit=True) as connection:
-        for name in made:
-            connection.execute(f"drop database {name} with (force)".encode())
-
-
-@contextlib.contextmanager
-def session(dsn: str) -> Iterator[Session]:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        yield Session(connection)
-
-
-def run(dsn: str, *statements: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement.encode())
-
-
-def create(dsn: str, version: str = __version__) -> None:
-    run(dsn, f"create extension pglimits version '{version}'")
-
-
-def fill(dsn: str) -> None:
-    """With limits, of which one was deleted, leases, a waiter, a level, events, samples, and a setting."""
-    with session(dsn) as s:
-        s.create("gone", 1)
-        for _ in range(40):
-            s.release(s.acquire("gone").lease_id)
-        s.run("select pglimits.delete_limit('gone')")
-        s.create("db", 1)
-        s.create("mails", 5, 0.001)
-        s.acquire("db", holder={"job": 1})
-        s.queue("db")
-        s.run("update pglimits.queue set expires_at = expires_at + interval '1 hour'")  # a restore may take its time
-        s.rate_limit("mails", slots=3)
-        s.run("select pglimits.keep_history(86400); select pglimits.sweep()")
-
-
-def rows(dsn: str) -> dict[str, list[Any]]:
-    """What every table has in it."""
-    with session(dsn) as s:
-        return {
-            table: s.all(f"select to_jsonb(x) - 'note' - 'schema_version' from pglimits.{table} x order by to_jsonb(x)")
-            for table in TABLES
-        }
-
-
-def goes_on(dsn: str, was: dict[str, list[Any]]) -> None:
-    """New limits get ids of their own, and fences never go back."""
-    ids = [row[0]["limit_id"] for row in was["configs"]]
-    events = [row[0]["event_id"] for row in was["event_log"]]
-    ((meta,),) = was["meta"]
-    with session(dsn) as s:
-        s.create("new", 1)
-        assert s.value("select limit_id from pglimits.configs where name = 'new'") > max(ids)
-        assert s.value("select max(event_id) from pglimits.event_log") > max(events)
-        assert s.acquire("new").fence > meta["fence_floor"] >= 40
-        (holder,) = s.holders("db")
-        (waiter,) = s.waiters("db")
-        assert s.release(holder.lease_id)
-        lease = s.watch_one(waiter.lease_id)
-        assert lease.status == "granted" and lease.fence > holder.fence
-        check_consistent(s)
-
-
-def of_extension(dsn: str) -> list[Any]:
-    """What belongs to the extension, and what of it is part of a dump."""
-    with session(dsn) as s:
-        return [
-            s.value("select extversion from pg_extension where extname = 'pglimits'"),
-            s.all(MEMBERS),
-            s.all(DUMPED),
-        ]
-
-
-def version_of(pg_dump: Path) -> int:
-    said = subprocess.run([pg_dump, "--version"], capture_output=True, text=True, check=False).stdout
-    number = re.search(r"\) (\d+)", said)
-    return int(number[1]) if number else 0
-
-
-@pytest.fixture(scope="module")
-def shell(server: Any) -> Callable[..., str]:
-    """shell(script, folder, NEW=dsn): has a shell run commands of the document, with pg_dump in reach."""
-    found = [*server.bin.glob("pg_dump"), *Path("/usr/lib/postgresql").glob("*/bin/pg_dump")]
-    with contextlib.suppress(PglimitsError):
-        found += _embedded.find_binaries().bin.glob("pg_dump")
-    # That of another version puts settings into a dump that an older server does not know.
-    near = sorted(
-        (version, path) for path in found if server.version <= (version := version_of(path)) <= server.version + 1
-    )
-    if not near:
-        pytest.skip(f"needs pg_dump of PostgreSQL {server.version}")
-    path = f"{near[0][1].parent}:{Path(sys.executable).parent}"
-
-    def run(script: str, folder: Path | None = None, **to: str) -> str:
-        done = subprocess.run(
-            ["bash", "-euc", script], env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **to},
-            cwd=folder or ROOT, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    return run
-
-
-@pytest.fixture
-def cli() -> Cli:
-    from pglimits_cli._app import app
-
-    def call(*arguments: str) -> Any:
-        result = CliRunner().invoke(app, list(arguments), prog_name="pglimits")
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return call
 
 
 def finding(cli: Cli, dsn: str, check: str) -> dict[str, Any]:
@@ -324,8 +136,22 @@ def test_the_extension_is_not_created_over_what_plain_sql_has_installed(database
     before = catalog(dsn)
     with pytest.raises(psycopg.errors.DuplicateSchema, match="no extension") as caught:
         create(dsn)
-    assert "version 'unpackaged'" in str(caught.value.diag.message_hint)
+    assert "create extension pglimits schema pg_catalog version 'unpackaged'" in str(caught.value.diag.message_hint)
     assert_same(catalog(dsn), before)
+
+
+def test_another_isolation_than_read_committed_is_refused_with_the_way_on(
+    here: str, database: Callable[[str], str], shell: Callable[..., str]
+) -> None:
+    old, new = database("old"), database("new")
+    create(old)
+    fill(old)
+    run(new, "alter database new set default_transaction_isolation = 'repeatable read'")
+    with pytest.raises(psycopg.errors.ActiveSqlTransaction, match="read committed") as caught:
+        create(new)
+    (options,) = re.findall(r"PGOPTIONS='.*?'", str(caught.value.diag.message_hint))
+    shell(f'pg_dump -d "$OLD" | {options} psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
+    assert rows(new) == rows(old)
 
 
 # Dump and restore.
@@ -389,8 +215,9 @@ def test_a_dump_is_restored_into_a_newer_version(shell: Callable[..., str], data
     fill(old)
     was = rows(old)
     create(new, NEXT)
-    shell('pg_dump -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
-    assert rows(new) == was
+    for clean in ("", "--clean --if-exists"):  # where there are limits already, it has to be cleaned
+        shell(f'pg_dump {clean} -d "$OLD" | psql -q -v ON_ERROR_STOP=1 -d "$NEW"', OLD=old, NEW=new)
+        assert rows(new) == was
     goes_on(new, was)
 
 
@@ -591,7 +418,7 @@ def test_doctor_warns_of_functions_that_run_as_a_superuser_and_the_lines_of_the_
     shell: Callable[..., str], here: str, database: Callable[[str], str], cli: Cli
 ) -> None:
     for nth, make in enumerate((install, create)):
-        owned = database(f"of_superuser{nth}")
+        database(f"of_superuser{nth}")
         dsn = make_conninfo(here, dbname=f"of_superuser{nth}")
         make(dsn)
         fill(dsn)
@@ -603,9 +430,16 @@ def test_doctor_warns_of_functions_that_run_as_a_superuser_and_the_lines_of_the_
         install(plain)
         fill(plain)
         assert str(catalog(dsn)).replace("pglimits_owner", "owner") == str(catalog(plain))
-        del owned
         goes_on(dsn, rows(dsn))
         install(dsn)
+        if make is create:
+            run(dsn, f"alter extension pglimits update to '{NEXT}'")
+            with session(dsn) as s:
+                owners = (
+                    "select relowner from pg_class where relnamespace = 'pglimits'::regnamespace and relkind <> 'i'"
+                )
+                owners += " union select proowner from pg_proc where pronamespace = 'pglimits'::regnamespace"
+                assert s.all(f"select x.relowner::regrole::text from ({owners}) x") == [("pglimits_owner",)]
     with psycopg.connect(here, autocommit=True) as connection:
         for nth in range(2):
             connection.execute(f"drop database of_superuser{nth} with (force)".encode())
@@ -643,8 +477,9 @@ def test_the_files_are_written_to_where_the_document_says(tmp_path: Path, shell:
     config.write_text(f"#!/bin/sh\ntest $1 = --sharedir && echo {tmp_path}\n")
     config.chmod(0o755)
     (script,) = sections("sh")["The files"]
-    shell(f"PATH={tmp_path}:$PATH\n{script}")
-    assert {path.name for path in (tmp_path / "extension").iterdir()} == set(_extension.files())
+    shell(f"PATH={tmp_path}:$PATH\n{script}", tmp_path)
+    written = {path.name for path in (tmp_path / "extension").iterdir()}
+    assert written == {name for name in _extension.files() if name.startswith("pglimits")}
 
 
 def test_make_installs_the_files(server: Any, tmp_path: Path) -> None:
@@ -726,16 +561,3 @@ def test_pg_tle_is_given_what_the_files_have(
             ("", __version__), ("", NEXT), ("", "unpackaged"), ("unpackaged", __version__), ("unpackaged", NEXT),
             (__version__, NEXT),
         }  # fmt: skip
-
-
-def test_pg_tle_creates_and_updates_the_extension(
-    here: str, database: Callable[[str], str], shell: Callable[..., str]
-) -> None:
-    with session(here) as s:
-        if not s.value("select exists (select from pg_available_extensions where name = 'pg_tle')"):
-            pytest.skip("needs pg_tle")
-    dsn = database("one")
-    run(make_conninfo(here, dbname="one"), "create extension pg_tle")
-    shell(sections("sh")["Managed servers: pg_tle"][0], NEW=make_conninfo(here, dbname="one"))
-    fill(dsn)
-    goes_on(dsn, rows(dsn))

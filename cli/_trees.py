@@ -6,13 +6,10 @@ TOML is read by tomllib, which knows no places, so a scan over the same text fin
 from __future__ import annotations
 
 import bisect
-import importlib.util
 import re
 import tomllib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-from . import _errors
 
 
 class Place(NamedTuple):
@@ -29,6 +26,10 @@ class Node:
     value: Any
     at: Place
     key_at: Place
+
+    def plain(self) -> Any:
+        """The value without places."""
+        return {name: node.plain() for name, node in self.value.items()} if isinstance(self.value, dict) else self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +203,8 @@ _TAG = "tag:yaml.org,2002:"
 def yaml(text: str) -> tuple[Node, list[Fault]]:
     """The tree of a YAML document (YAML 1.2), and what is wrong with names and values in it.
 
-    Raises Unreadable, and typer.Exit where the library is missing.
+    Raises Unreadable.
     """
-    if importlib.util.find_spec("ruamel") is None or importlib.util.find_spec("ruamel.yaml") is None:
-        raise _errors.fail("YAML needs ruamel.yaml: pip install 'pglimits[yaml]'. TOML needs nothing")
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
     from ruamel.yaml.reader import ReaderError
@@ -247,12 +246,14 @@ class _Yaml:
     def _value(self, node: Any) -> Any:
         if node.id == "mapping":
             return self._mapping(node, set())
-        if node.id == "sequence":
-            return [self._value(item) for item in node.value]
         from ruamel.yaml.error import MarkedYAMLError
 
         try:
-            return self._reader.constructor.construct_object(node)
+            if node.id == "scalar":  # JSON may write one character as two
+                node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+            return self._reader.constructor.construct_object(node, deep=True)
+        except UnicodeDecodeError:
+            self.faults.append(Fault(_mark(node), "what \\u stands for is no character"))
         except ValueError:
             self.faults.append(Fault(_mark(node), "a number has too many digits, or is none"))
         except MarkedYAMLError as error:
@@ -272,11 +273,11 @@ class _Yaml:
                         merged = {**self._mapping(other, around | {id(node)}), **merged}
             elif key.tag != f"{_TAG}str":
                 self.faults.append(Fault(_mark(key), _no_name(key)))
-            elif key.value in found:
-                before = found[key.value].key_at
-                self.faults.append(Fault(_mark(key), f"{key.value!r} is there twice, first in line {before.line}"))
-            else:
-                found[key.value] = self.node(value, key)
+            elif (name := self._value(key)) in found:
+                before = found[name].key_at
+                self.faults.append(Fault(_mark(key), f"{name!r} is there twice, first in line {before.line}"))
+            elif name is not Broken:
+                found[name] = self.node(value, key)
         return {**found, **{name: item for name, item in merged.items() if name not in found}}
 
 

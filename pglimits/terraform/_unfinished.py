@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict
@@ -49,12 +49,16 @@ class Unfinished:
 
     def begin(self, name: str, wanted: Definition) -> None:
         """A limit is about to be created."""
-        self._write(name, {"definition": asdict(wanted), "terraform": _TERRAFORM})
+        self._write(name, {"definition": wanted.model_dump(), "terraform": _TERRAFORM})
         self._mine.add(name)
 
     def made(self, limit: Limit) -> None:
         """It was created, and Terraform will be told."""
-        note = {"definition": asdict(definition(limit)), "created": moment(limit.created_at), "terraform": _TERRAFORM}
+        note = {
+            "definition": definition(limit).model_dump(),
+            "created": moment(limit.created_at),
+            "terraform": _TERRAFORM,
+        }
         self._write(limit.name, note)
         self._mine.add(limit.name)
 

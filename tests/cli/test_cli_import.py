@@ -166,12 +166,12 @@ def test_what_cannot_be_taken_over_is_named_and_nothing_is_done_unless_it_is_lef
         refuses(
             result,
             "'a\\tb' cannot be taken over: name must not contain control characters",
-            "'big' cannot be taken over: limit must be from 0 to 2147483647, not 2147483648",
-            "'fast' cannot be taken over: slot_decay_per_second must be from 0 to 1000000000",
+            "'big' cannot be taken over: limit must be at most 2147483647, not 2147483648",
+            "'fast' cannot be taken over: slot_decay_per_second must be at most 1000000000",
             f"'{'x' * 60}…' cannot be taken over: name must have 1 to 200 characters, not 201",
             "'a/b' cannot be taken over: name must not contain any of / % & > <",
             "'' cannot be taken over: name must have 1 to 200 characters",
-            "'less' cannot be taken over: limit must be from 0",
+            "'less' cannot be taken over: limit must be at least 0",
             "Error: nothing was changed. Take over the others with --leave-out, and create these as pglimits allows it",
         )
         assert len(result.err.splitlines()) == 8

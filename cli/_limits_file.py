@@ -173,8 +173,8 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string as both TOML and YAML read it: as JSON has it, with all escaped that one of them would not take."""
-    odd = "[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]"
+    """A string as both TOML and YAML read it: as JSON has it. Escaped is also what could steer a terminal."""
+    odd = "[\x7f-\xa0\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"
     return re.sub(odd, lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 

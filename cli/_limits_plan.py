@@ -210,4 +210,4 @@ def some(names: Sequence[str]) -> str:
 def nothing(made: Plan) -> str:
     """What to say of a plan that is empty."""
     said = summary(made, done=False)
-    return f"Nothing to do: {said}." if said else "Nothing to do: there are no limits."
+    return f"Nothing to do: {said}." if said else "Nothing to do."

@@ -60,7 +60,7 @@ _HUGE = re.compile(r"[\d_]{4300,}")
 def decoded(content: bytes) -> str:
     """Text out of UTF-8, with or without a byte order mark."""
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return re.sub("\r+\n", "\n", content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         before = content[: error.start].decode("utf-8-sig", "replace")
         byte = content[error.start]
@@ -210,6 +210,7 @@ def yaml(text: str) -> tuple[Node, list[Fault]]:
     from ruamel.yaml.reader import ReaderError
 
     reader = YAML(typ="safe", pure=True)
+    reader.composer.warn_double_anchors = False
     try:
         root = reader.compose(text)
         if root is None:
@@ -254,8 +255,9 @@ class _Yaml:
             return self._reader.constructor.construct_object(node, deep=True)
         except UnicodeDecodeError:
             self.faults.append(Fault(_mark(node), "what \\u stands for is no character"))
-        except ValueError:
-            self.faults.append(Fault(_mark(node), "a number has too many digits, or is none"))
+        except (ValueError, LookupError):
+            kind = node.tag.rpartition(":")[2]
+            self.faults.append(Fault(_mark(node), f"it is no {kind}, or one of too many digits"))
         except MarkedYAMLError as error:
             self.faults.append(Fault(_mark(node), str(error.problem)))
         return Broken

@@ -377,7 +377,7 @@ def test_who_asks_is_said_as_prefects_client_says_it(
 
     def sent(*options: str) -> str | None:
         prefect.heard.clear()
-        assert pglimits("import", "prefect", *options).out == "Nothing to do: there are no limits.\n"
+        assert pglimits("import", "prefect", *options).out == "Nothing to do.\n"
         return prefect.heard[0][1].get("Authorization")
 
     assert sent() is None

@@ -501,7 +501,9 @@ HUGE = "9" * 5000
         ("a.yaml", "limits:\n  a: \x01\n", "2:6: the character U+0001 is not allowed"),
         ("a.yaml", "a: !!python/object:os.system 1\nlimits: {}", "1:1: there is no field 'a', only limits"),
         ("a.toml", f"[limits.a]\nlimit = {HUGE}", "2:9: a number has too many digits"),
-        ("a.yaml", f"limits:\n  a: {{limit: {HUGE}}}", "2:14: a number has too many digits"),
+        ("a.yaml", f"limits:\n  a: {{limit: {HUGE}}}", "2:14: it is no int, or one of too many digits"),
+        ("a.yaml", "limits: {a: {limit: !!int , active: !!bool x}}", "1:21: it is no int, or one of too many digits"),
+        ("a.yaml", "limits: {a: {limit: 1, active: !!bool x}}", "1:32: it is no bool, or one of too many digits"),
         (
             "a.toml",
             f"[limits.a]\nlimit = 0x{HUGE}",
@@ -539,16 +541,20 @@ def test_a_file_that_is_none_is_an_error_with_its_place(
 
 def test_a_byte_order_mark_and_carriage_returns_are_nothing(pglimits: Cli, write: Any) -> None:
     for name, text in (("a.toml", TOML), ("a.yaml", YAML)):
-        file = write(name, b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-        assert pglimits("plan", file, "-o", "json").json["summary"]["create"] == 2
+        for end in ("\r\n", "\r\r\n"):
+            file = write(name, b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+            assert pglimits("plan", file, "-o", "json").json["summary"]["create"] == 2
 
 
-def test_yaml_can_name_what_limits_have_in_common(pglimits: Cli, conn: Connection, write: Any) -> None:
-    text = "limits:\n  a: &a {limit: 3, max_waiters: 5}\n  b: {<<: *a, limit: 4}\n  c: *a\n"
+def test_yaml_can_name_what_limits_have_in_common(
+    pglimits: Cli, conn: Connection, write: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    text = "limits:\n  a: &a {limit: 3, max_waiters: 5}\n  b: {<<: *a, limit: 4}\n  c: &a {limit: 1}\n  d: *a\n"
     assert pglimits("apply", write("a.yaml", text)).code == 0
     assert [(name, limit, most) for name, limit, _, _, most, _ in limits(conn)] == [
-        ("a", 3, 5), ("b", 4, 5), ("c", 3, 5),
+        ("a", 3, 5), ("b", 4, 5), ("c", 1, None), ("d", 1, None),
     ]  # fmt: skip
+    assert not recwarn.list
 
 
 def test_json_is_read_as_yaml(pglimits: Cli, conn: Connection, write: Any) -> None:
@@ -606,6 +612,7 @@ def test_who_may_only_look_can_plan_and_export_but_not_apply(
 
 def test_export_writes_what_apply_reads(pglimits: Cli, conn: Connection, write: Any, tmp_path: Path) -> None:
     assert pglimits("export").out == "[limits]\n"
+    assert pglimits("plan", "-", stdin="[limits]").out == "Nothing to do.\n"
     assert pglimits("export", "--format", "yaml").out == "limits: {}\n"
     pglimits("apply", write("limits.toml", TOML))
     assert pglimits("export").out == (
@@ -620,6 +627,8 @@ def test_export_writes_what_apply_reads(pglimits: Cli, conn: Connection, write: 
         assert (result.code, result.out) == (0, "Nothing to do: 2 unchanged.\n")
     assert pglimits("export", "-o", "json").json["limits"]["database"] == {"limit": 10, "description": "the main one"}
     assert pglimits("plan", "-", "--format", "yaml", stdin=pglimits("export", "-o", "json").out).code == 0
+    conn.execute("select pglimits.update_limit('database', description => E'\\u202e\\u009b')")
+    assert 'description = "\\u202e\\u009b"' in pglimits("export").out
     assert pglimits("export", "--out", str(tmp_path / "a.txt")).code == 1
 
 

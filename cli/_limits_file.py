@@ -93,7 +93,7 @@ def read(text: str, syntax: Syntax, ask: Ask) -> dict[str, Wanted]:
         limit = root.value["limits"].value[name]
         faults.append(Fault(limit.key_at if field == "name" else limit.value[field].at, f"limit {name!r}: {said}"))
     if faults:
-        raise Unreadable(*sorted(faults, key=lambda fault: fault.at))
+        raise Unreadable(*sorted(set(faults), key=lambda fault: (fault.at, fault.message)))
     return wanted
 
 

@@ -198,6 +198,8 @@ class _Scan:
 # YAML.
 
 _TAG = "tag:yaml.org,2002:"
+_DEPTH = 3
+"""How deep tables are in each other: the document, its limits, one of them."""
 
 
 def yaml(text: str) -> tuple[Node, list[Fault]]:
@@ -240,19 +242,22 @@ class _Yaml:
         self._reader = reader
         self.faults: list[Fault] = []
 
-    def node(self, value: Any, key: Any) -> Node:
+    def node(self, value: Any, key: Any, depth: int = 0) -> Node:
         is_nothing = value.id == "scalar" and not value.value  # its mark is behind what comes between
-        return Node(self._value(value), _mark(key if is_nothing else value), _mark(key))
+        return Node(self._value(value, depth), _mark(key if is_nothing else value), _mark(key))
 
-    def _value(self, node: Any) -> Any:
+    def _value(self, node: Any, depth: int) -> Any:
+        """A value. What holds others where nothing may is read as empty: with anchors it can be endless."""
         if node.id == "mapping":
-            return self._mapping(node, set())
+            return self._mapping(node, depth, {id(node)}) if depth < _DEPTH else {}
+        if node.id == "sequence":
+            return []
         from ruamel.yaml.error import MarkedYAMLError
 
         try:
-            if node.id == "scalar":  # JSON may write one character as two
-                node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
-            return self._reader.constructor.construct_object(node, deep=True)
+            # JSON may write one character as two.
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+            return self._reader.constructor.construct_object(node)
         except UnicodeDecodeError:
             self.faults.append(Fault(_mark(node), "what \\u stands for is no character"))
         except (ValueError, LookupError):
@@ -262,24 +267,25 @@ class _Yaml:
             self.faults.append(Fault(_mark(node), str(error.problem)))
         return Broken
 
-    def _mapping(self, node: Any, around: set[int]) -> dict[str, Node]:
-        """The entries of a mapping; those of what it merges (``<<: *other``) come after its own."""
+    def _mapping(self, node: Any, depth: int, seen: set[int]) -> dict[str, Node]:
+        """The entries of a mapping; those of what it merges (``<<: *other``), each once, come after its own."""
         found: dict[str, Node] = {}
         merged: dict[str, Node] = {}
         for key, value in node.value:
             if key.tag == f"{_TAG}merge":
                 for other in value.value if value.id == "sequence" else [value]:
-                    if other.id != "mapping" or id(other) in around | {id(node)}:
+                    if other.id != "mapping":
                         self.faults.append(Fault(_mark(value), "only tables can be merged"))
-                    else:
-                        merged = {**self._mapping(other, around | {id(node)}), **merged}
+                    elif id(other) not in seen:
+                        seen.add(id(other))
+                        merged = {**self._mapping(other, depth, seen), **merged}
             elif key.tag != f"{_TAG}str":
                 self.faults.append(Fault(_mark(key), _no_name(key)))
-            elif (name := self._value(key)) in found:
+            elif (name := self._value(key, depth)) in found:
                 before = found[name].key_at
                 self.faults.append(Fault(_mark(key), f"{name!r} is there twice, first in line {before.line}"))
             elif name is not Broken:
-                found[name] = self.node(value, key)
+                found[name] = self.node(value, key, depth + 1)
         return {**found, **{name: item for name, item in merged.items() if name not in found}}
 
 

@@ -468,7 +468,7 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once_and_where_it_is(
 9:3: 'database' is there twice, first in line 2
 10:3: limit 'c': it must be a table with a 'limit', such as {limit = 10} or {limit: 10}
 12:12: limit 'd': limit must be at most 2147483647, not 99999999999
-13:18: limit 'd': description must be a string, not ['x']
+13:18: limit 'd': description must be a string, not []
 """,
         ),
     ):
@@ -555,6 +555,15 @@ def test_yaml_can_name_what_limits_have_in_common(
         ("a", 3, 5), ("b", 4, 5), ("c", 1, None), ("d", 1, None),
     ]  # fmt: skip
     assert not recwarn.list
+
+
+def test_yaml_whose_anchors_multiply_is_read_to_its_end(pglimits: Cli, write: Any) -> None:
+    before = [f"{{<<: [*a{n}, *a{n}], x: *a{n}, description: &l{n + 1} [*l{n}, *l{n}]}}" for n in range(60)]
+    tables = ["{limit: 1, description: &l0 [y]}", *before]
+    text = "limits:\n" + "".join(f"  a{n}: &a{n} {table}\n" for n, table in enumerate(tables))
+    result = pglimits("plan", write("a.yaml", text))
+    assert result.code == 1
+    assert "limit 'a60': there is no field 'x'" in result.err and "limit 'a60': it has no" not in result.err
 
 
 def test_json_is_read_as_yaml(pglimits: Cli, conn: Connection, write: Any) -> None:

@@ -94,7 +94,7 @@ def exit_code(command: Callable[[], object]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("pydantic", "ruamel"):
             raise
-        return fail(f"this command needs {error.name}: pip install 'pglimits[files]'").exit_code
+        return fail("this needs more than is installed: pip install 'pglimits[files]'").exit_code
     except Exception as error:
         code = _code_of(error)
         if code is None:

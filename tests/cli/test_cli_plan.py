@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -596,7 +595,7 @@ def test_without_what_files_need_the_extra_is_named(process: Cli, write: Any, tm
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{hidden!r}] = None")
     result = process("plan", write("limits.yaml", YAML), PYTHONPATH=str(tmp_path))
     assert (result.code, result.out) == (1, "")
-    assert re.fullmatch(rf"Error: this command needs {hidden}.*: pip install 'pglimits\[files\]'\n", result.err)
+    assert result.err == "Error: this needs more than is installed: pip install 'pglimits[files]'\n"
 
 
 def test_who_may_only_look_can_plan_and_export_but_not_apply(

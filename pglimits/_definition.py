@@ -7,6 +7,7 @@ It needs pydantic, which the extras `files` and `terraform` bring along.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def _checked(text: str) -> str:
-    if "\x00" in text:
-        raise PydanticCustomError("storable", "must not contain the character U+0000")
+    if re.search("[\x00\ud800-\udfff]", text):
+        raise PydanticCustomError("storable", "must be Unicode without the character U+0000")
     return text
 
 

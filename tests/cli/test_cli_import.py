@@ -369,6 +369,16 @@ def test_an_api_that_cannot_be_read_is_an_error_that_says_why_and_what_to_do(
     assert limits(conn) == []
 
 
+def test_a_name_that_postgresql_cannot_keep_is_named(pglimits: Cli, prefect: Prefect) -> None:
+    row = {"limit": 1, "slot_decay_per_second": 0.0, "active": True, "active_slots": 0}
+    for name in ("half \ud800", "nul \x00"):
+        prefect.answers[V2] = (200, [{**row, "name": name}])
+        refuses(
+            pglimits("import", "prefect", "--api-url", prefect.url, "--plan"),
+            f"{name!r} cannot be taken over: name must be Unicode without the character U+0000",
+        )
+
+
 def test_who_asks_is_said_as_prefects_client_says_it(
     pglimits: Cli, prefect: Prefect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,10 @@ def exit_code(command: Callable[[], object]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has left: nobody gets the rest
         return ERROR
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("pydantic", "ruamel"):
+            raise
+        return fail("this needs more than is installed: pip install 'pglimits[files]'").exit_code
     except Exception as error:
         code = _code_of(error)
         if code is None:

@@ -1,27 +1,28 @@
 """A file of limits: what it says, checked, each fault with its place. And the same written down.
 
-Values are checked by what checks the arguments of `Limiter.create` and, for what only the database knows (names,
-ranges, lengths), by the database's own functions.
+Values are checked by the model and, for what only the database knows, by the database's own functions.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pglimits import _arguments
-from pglimits._definition import CHECKS, Definition
-from pglimits.errors import InvalidArgument
+from pydantic import ConfigDict, Field, ValidationError
+
+from pglimits import _definition
+from pglimits._definition import Definition, Model, Storable
 
 from . import _errors, _trees
-from ._trees import Fault, Node, Place, Unreadable
+from ._trees import Fault, Node, Unreadable
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Syntax(StrEnum):
@@ -31,30 +32,31 @@ class Syntax(StrEnum):
     yaml = "yaml"
 
 
-class OnConflict(StrEnum):
-    """What becomes of a limit that is there, but not as the file has it."""
-
-    update = "update"
-    create_only = "create-only"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Definition):
     """A limit as a file has it."""
 
-    name: str
-    definition: Definition
-    on_conflict: OnConflict
+    on_conflict: Annotated[
+        Literal["update", "create-only"],
+        Field(description="create-only: a limit that is there stays as it is, whatever the file says."),
+    ] = "update"
+
+    @property
+    def definition(self) -> Definition:
+        """What is to be decided about it."""
+        return Definition(**self.model_dump(exclude={"on_conflict"}))
 
 
-def _on_conflict(argument: str, value: object) -> OnConflict:
-    if not isinstance(value, str) or value not in set(OnConflict):
-        raise InvalidArgument(f"{argument} must be {' or '.join(map(repr, map(str, OnConflict)))}, not {value!r}")
-    return OnConflict(value)
+_NAMES = {"minLength": 1, "maxLength": 200, "pattern": "^[^/%&><\\u0000-\\u001f\\u007f-\\u009f]*$"}
+"""What names there may be, for editors. Else the database is asked."""
 
 
-_CHECKS = {**CHECKS, "on_conflict": _on_conflict}
-"""What may be said of a limit, and what checks it."""
+class File(Model):
+    """A file of limits."""
+
+    model_config = ConfigDict(title="Limits of pglimits")
+
+    limits: Annotated[dict[Storable, Wanted], Field(json_schema_extra={"propertyNames": _NAMES})]
+
 
 Ask = Callable[[str], Iterable[tuple[int, str, str]]]
 """What the database finds wrong with limits: see ``Limiter._limit_faults``."""
@@ -72,132 +74,94 @@ def syntax_of(path: str, given: Syntax | None) -> Syntax:
     raise _errors.fail(f"{path}: is it TOML or YAML? Its name does not end in .toml, .yaml or .yml: give --format")
 
 
-def read(text: str, syntax: Syntax, ask: Ask) -> list[Wanted]:
-    """The limits of a file. Raises Unreadable, with everything that is wrong with it."""
+def read(text: str, syntax: Syntax, ask: Ask) -> dict[str, Wanted]:
+    """The limits of a file, by name. Raises Unreadable, with everything that is wrong with it."""
     root, faults = (_trees.toml(text), []) if syntax is Syntax.toml else _trees.yaml(text)
-    limits = _tables(root, faults)
-    wanted: list[Wanted] = []
-    checked: list[dict[str, Any]] = []
-    for name, node in limits.items():
-        values, wrong = _values(name, node)
-        faults += wrong
-        checked.append(values)
-        if not wrong and "limit" in values:
-            wanted.append(_wanted(values))
-    nodes = list(limits.items())
-    for nth, field, said in ask(json.dumps(checked)):
-        name, node = nodes[nth - 1]
-        at = node.key_at if field == "name" else node.value[field].at
-        faults.append(_fault(at, name, said))
+    plain = root.plain()
+    wanted: dict[str, Wanted] = {}
+    errors: list[ErrorDetails] = []
+    try:
+        wanted = File.model_validate(plain).limits
+    except ValidationError as error:
+        errors = error.errors()
+    faults += [
+        _fault(root, error)
+        for error in errors
+        if error["input"] is not _trees.Broken or error["type"] == "extra_forbidden"
+    ]
+    for name, field, said in _faults_by_database(plain, {error["loc"] for error in errors}, ask):
+        limit = root.value["limits"].value[name]
+        faults.append(Fault(limit.key_at if field == "name" else limit.value[field].at, f"limit {name!r}: {said}"))
     if faults:
-        raise Unreadable(*sorted(faults, key=lambda fault: fault.at))
+        raise Unreadable(*sorted(set(faults), key=lambda fault: (fault.at, fault.message)))
     return wanted
 
 
-def _tables(root: Node, faults: list[Fault]) -> dict[str, Node]:
-    """The limits of a document, each a table or not."""
-    if not isinstance(root.value, dict):
-        raise Unreadable(Fault(root.at, "it must have a table 'limits', and nothing else"))
-    faults += [
-        Fault(node.key_at, f"there is no field {name!r} here, only 'limits'{_meant(name, ['limits'])}")
-        for name, node in root.value.items()
-        if name != "limits"
+def _faults_by_database(plain: Any, wrong: set[tuple[int | str, ...]], ask: Ask) -> list[tuple[str, str, str]]:
+    """What the database finds wrong with what the model found right: limit, field, fault."""
+    limits = {} if wrong & {(), ("limits",)} else plain["limits"]
+    asked = [
+        {"name": name, **{field: value for field, value in of.items() if ("limits", name, field) not in wrong}}
+        for name, of in limits.items()
+        if not wrong & {("limits", name), ("limits", name, _KEY)}
     ]
-    limits = root.value.get("limits")
-    if limits is None:
-        faults.append(Fault(root.at, "there is no table 'limits'; a file of no limits has an empty one"))
-        return {}
-    if not isinstance(limits.value, dict):
-        faults.append(Fault(limits.at, "'limits' must be a table, with a table for each limit"))
-        return {}
-    return limits.value
+    return [(asked[nth - 1]["name"], field, said) for nth, field, said in ask(json.dumps(asked))]
 
 
-def _values(name: str, node: Node) -> tuple[dict[str, Any], list[Fault]]:
-    """What is said of a limit and can be right, its name among it, and what is wrong with the rest."""
-    values: dict[str, Any] = {}
-    if not isinstance(node.value, dict):
-        return values, [_fault(node.at, name, "it must be a table with a 'limit', such as {limit = 10} or {limit: 10}")]
-    faults: list[Fault] = []
-    try:
-        values["name"] = _arguments.text("name", name)
-    except InvalidArgument as error:
-        faults.append(_fault(node.key_at, name, str(error)))
-    for field, item in node.value.items():
-        if field not in _CHECKS:
-            said = f"there is no field {field!r}{_meant(field, list(_CHECKS))}"
-            faults.append(_fault(item.key_at, name, said))
-            continue
-        if item.value is _trees.Broken:
-            continue
-        if isinstance(item.value, (dict, list)):
-            kind = "table" if isinstance(item.value, dict) else "list"
-            faults.append(_fault(item.at, name, f"{field} must not be a {kind}"))
-            continue
-        try:
-            values[field] = _CHECKS[field](field, item.value)
-        except InvalidArgument as error:
-            faults.append(_fault(item.at, name, _in_files_words(str(error))))
-    if "limit" not in node.value:
-        faults.append(_fault(node.key_at, name, "it has no 'limit', which says how many slots there are"))
-    return values, faults
+_KEY = "[key]"
+"""What pydantic says instead of a field if the name of a limit is wrong."""
+
+_WRONG = {
+    ("model_type", 0): "it must have a table 'limits', and nothing else",
+    ("missing", 1): "there is no table 'limits'; a file of no limits has an empty one",
+    ("dict_type", 1): "'limits' must be a table, with a table for each limit",
+    ("model_type", 2): "it must be a table with a 'limit', such as {limit = 10} or {limit: 10}",
+    ("missing", 3): "it has no 'limit', which says how many slots there are",
+}
+"""What is wrong with what a file is made of, by how deep in it that is."""
 
 
-_IN_FILES = {"True": "true", "False": "false", "None": "null"}
-
-
-def _in_files_words(said: str) -> str:
-    short = said if len(said) < 300 else f"{said[:280]}…"
-    short = short.replace("must be True or False", "must be true or false")
-    return re.sub("not (True|False|None)$", lambda found: f"not {_IN_FILES[found[1]]}", short)
-
-
-def _wanted(values: Mapping[str, Any]) -> Wanted:
-    fields = dict(values)
-    name, on_conflict = fields.pop("name"), fields.pop("on_conflict", OnConflict.update)
-    return Wanted(name, Definition(**fields), on_conflict)
-
-
-def _fault(at: Place, name: str, said: str) -> Fault:
-    return Fault(at, f"limit {name!r}: {said}")
+def _fault(root: Node, error: ErrorDetails) -> Fault:
+    """What the model finds wrong, and where that is."""
+    kind, path = error["type"], [str(step) for step in error["loc"]]
+    depth, name = len(path), path[-1] if path else ""
+    is_unknown = kind == "extra_forbidden"
+    is_of_table = kind == "missing" or (name == _KEY and depth == 3 and not is_unknown)
+    node = root
+    for step in path[:-1] if is_of_table else path:
+        node = node.value[step]
+    if is_unknown:
+        said = f"there is no field {name!r}{_meant(name, list((File if depth == 1 else Wanted).model_fields))}"
+    else:
+        said = _WRONG.get((kind, depth)) or f"{'name' if name == _KEY else name} {_definition.said(error)}"
+    limit = f"limit {path[1]!r}: " if depth > 1 else ""
+    return Fault(node.key_at if is_of_table or is_unknown else node.at, limit + said)
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
     """What somebody who wrote a wrong name may have meant."""
     close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(known)}" if len(known) > 1 else ""
+    return f"; did you mean {close[0]!r}?" if close else f", only {', '.join(known)}"
 
 
 # Written down.
 
 
-def written(limits: Iterable[tuple[str, Definition]], syntax: Syntax) -> str:
+def written(limits: Mapping[str, Mapping[str, Any]], syntax: Syntax) -> str:
     """A file of limits. What is as it would be without a word is left out."""
-    tables = [(name, said(of)) for name, of in limits]
+    if not limits:
+        return "[limits]\n" if syntax is Syntax.toml else "limits: {}\n"
     if syntax is Syntax.toml:
-        if not tables:
-            return "[limits]\n"
         return "\n".join(
             "".join(
                 [f"[limits.{_toml_key(name)}]\n", *(f"{field} = {_scalar(value)}\n" for field, value in fields.items())]
             )
-            for name, fields in tables
+            for name, fields in limits.items()
         )
-    if not tables:
-        return "limits: {}\n"
     return "limits:\n" + "".join(
         "".join([f"  {_yaml_key(name)}:\n", *(f"    {field}: {_scalar(value)}\n" for field, value in fields.items())])
-        for name, fields in tables
+        for name, fields in limits.items()
     )
-
-
-def said(of: Definition) -> dict[str, Any]:
-    """The fields of a limit that have to be said."""
-    usual = Definition(of.limit)
-    fields = dataclasses.asdict(of)
-    return {name: value for name, value in fields.items() if name == "limit" or value != getattr(usual, name)}
 
 
 def _scalar(value: Any) -> str:
@@ -209,8 +173,8 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string as both TOML and YAML read it: as JSON has it, with all escaped that one of them would not take."""
-    odd = "[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]"
+    """A string as both TOML and YAML read it: as JSON has it. Escaped is also what could steer a terminal."""
+    odd = "[\x7f-\xa0\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"
     return re.sub(odd, lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
@@ -226,51 +190,4 @@ def _yaml_key(name: str) -> str:
 
 def schema() -> dict[str, Any]:
     """A JSON Schema of such a file, for editors."""
-    limit = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["limit"],
-        "properties": {
-            "limit": {
-                "type": "integer",
-                "minimum": 0,
-                "maximum": 2147483647,
-                "description": "How many slots there are. 0 admits nobody.",
-            },
-            "slot_decay_per_second": {
-                "type": "number",
-                "minimum": 0,
-                "maximum": 1e9,
-                "default": 0,
-                "description": "Slots that come back each second: makes it a rate limit. 0: a concurrency limit.",
-            },
-            "active": {"type": "boolean", "default": True, "description": "false: it is not enforced."},
-            "max_waiters": {
-                "type": ["integer", "null"],
-                "minimum": 0,
-                "maximum": 2147483647,
-                "default": None,
-                "description": "The longest line, for each key. Left out: no bound.",
-            },
-            "description": {
-                "type": ["string", "null"],
-                "maxLength": 2000,
-                "default": None,
-                "description": "What it is for.",
-            },
-            "on_conflict": {
-                "enum": [str(each) for each in OnConflict],
-                "default": "update",
-                "description": "create-only: a limit that is there stays as it is, whatever the file says.",
-            },
-        },
-    }
-    name = {"minLength": 1, "maxLength": 200, "pattern": "^[^/%&><\\u0000-\\u001f\\u007f-\\u009f]*$"}
-    return {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "Limits of pglimits",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["limits"],
-        "properties": {"limits": {"type": "object", "propertyNames": name, "additionalProperties": limit}},
-    }
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **File.model_json_schema()}

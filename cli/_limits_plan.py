@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pglimits import _arguments
-from pglimits._definition import Definition, checked_definition, definition
+from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from pglimits._definition import Definition, Model, Storable, definition, said
 from pglimits.errors import InvalidArgument
 from pglimits.models import Limit
 
 from . import _errors, _output
-from ._limits_file import OnConflict, Wanted
+from ._limits_file import Wanted
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-_VERSION = 1
-_MARK = "pglimits_plan"
 
 
 class Action(StrEnum):
@@ -41,23 +38,38 @@ _TO_BE = {Action.create: "to create", Action.update: "to change", Action.delete:
 _DONE = {Action.create: "created", Action.update: "changed", Action.delete: "deleted"}
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Model):
     """One limit: as the plan found it, and as it is to be."""
 
-    name: str
+    name: Storable
     action: Action
     old: Definition | None
     new: Definition | None
 
+    @model_validator(mode="after")
+    def _fits(self) -> Step:
+        if (self.old is None) is not (self.action is Action.create) or (self.new is None) is not (
+            self.action is Action.delete
+        ):
+            raise PydanticCustomError("fits", "has 'old' and 'new' that do not fit to its action")
+        return self
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+
+class Plan(Model):
     """What is to be done, by name. ``file``: out of which it was made."""
 
-    file: str
+    model_config = ConfigDict(extra="ignore")
+
+    pglimits_plan: Literal[1] = 1
+    file: Storable
     prune: bool
     limits: tuple[Step, ...]
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> Plan:
+        if len({step.name for step in self.limits}) < len(self.limits):
+            raise PydanticCustomError("twice", "names a limit twice")
+        return self
 
     def count(self, *actions: Action) -> int:
         """How many steps are of such a kind."""
@@ -71,66 +83,45 @@ class Plan:
     def plain(self) -> dict[str, Any]:
         """As JSON has it: what `plan --out` saves and the database applies."""
         kinds = Counter(step.action for step in self.limits)
-        return {
-            _MARK: _VERSION,
-            **dataclasses.asdict(self),
-            "summary": {str(action): kinds[action] for action in Action},
-        }
+        return {**self.model_dump(mode="json"), "summary": {str(action): kinds[action] for action in Action}}
 
 
-def plan(file: str, wanted: Iterable[Wanted], there: Iterable[Limit], *, prune: bool) -> Plan:
+def plan(file: str, wanted: Mapping[str, Wanted], there: Iterable[Limit], *, prune: bool) -> Plan:
     """What has to be done for the limits that are there to be as wanted."""
     found = {limit.name: definition(limit) for limit in there}
-    steps = {each.name: _step(each, found.get(each.name)) for each in wanted}
+    steps = {name: _step(name, each, found.get(name)) for name, each in wanted.items()}
     if prune:
-        steps |= {name: Step(name, Action.delete, old, None) for name, old in found.items() if name not in steps}
-    return Plan(file, prune, tuple(steps[name] for name in sorted(steps)))
+        steps |= {
+            name: Step(name=name, action=Action.delete, old=old, new=None)
+            for name, old in found.items()
+            if name not in steps
+        }
+    return Plan(file=file, prune=prune, limits=tuple(steps[name] for name in sorted(steps)))
 
 
-def _step(wanted: Wanted, old: Definition | None) -> Step:
+def _step(name: str, wanted: Wanted, old: Definition | None) -> Step:
     new = wanted.definition
     if old is None:
         action = Action.create
     elif old == new:
         action = Action.none
-    elif wanted.on_conflict is OnConflict.create_only:
+    elif wanted.on_conflict == "create-only":
         action = Action.keep
     else:
         action = Action.update
-    return Step(wanted.name, action, old, new)
+    return Step(name=name, action=action, old=old, new=new)
 
 
 def saved(text: str) -> Plan | None:
     """The plan that `plan --out` saved; None for a text that is none. Raises InvalidArgument if it is damaged."""
-    if not text.lstrip().startswith("{"):
+    if not (text.lstrip().startswith("{") and '"pglimits_plan"' in text):
         return None
     try:
-        read = json.loads(text)
-    except (ValueError, RecursionError):
-        if f'"{_MARK}"' in text:
-            raise InvalidArgument("it is not all of a saved plan, or was changed: it is no JSON") from None
-        return None
-    if _MARK not in read:
-        return None
-    if read[_MARK] != _VERSION:
-        raise InvalidArgument(f"it is a plan of version {read[_MARK]!r}; this pglimits knows version {_VERSION}")
-    try:
-        limits = tuple(_read_step(step) for step in read["limits"])
-        made = Plan(_arguments.text("file", read["file"]), _arguments.flag("prune", read["prune"]), limits)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InvalidArgument(f"it is no plan as pglimits saves it: {error}") from None
-    names = Counter(step.name for step in limits)
-    if len(names) < len(limits):
-        raise InvalidArgument(f"limit {names.most_common(1)[0][0]!r} is there twice")
-    return made
-
-
-def _read_step(step: Mapping[str, Any]) -> Step:
-    action = Action(step["action"])
-    old, new = (None if step[of] is None else checked_definition(step[of]) for of in ("old", "new"))
-    if (old is None) is not (action is Action.create) or (new is None) is not (action is Action.delete):
-        raise InvalidArgument(f"limit {step['name']!r}: 'old' and 'new' do not fit to {str(action)!r}")
-    return Step(_arguments.text("name", step["name"]), action, old, new)
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InvalidArgument(f"it is no plan as this pglimits saves it: {where} {said(first)}") from None
 
 
 # For people.
@@ -157,9 +148,8 @@ def lines(made: Plan, there: Iterable[Limit]) -> list[Text]:
 def _beside(step: Step, limit: Limit | None) -> str:
     if step.action is Action.create:
         assert step.new is not None
-        usual = Definition(step.new.limit)
-        said = [f"{field}: {_value(value)}" for field, value in _fields(step.new) if value != getattr(usual, field)]
-        return f"  {', '.join([f'limit: {_value(step.new.limit)}', *said])}"
+        said = step.new.model_dump(exclude_defaults=True)
+        return f"  {', '.join(f'{field}: {_value(value)}' for field, value in said.items())}"
     if step.action is Action.delete and limit is not None:
         return f"  {in_use(limit)}"
     return ""
@@ -173,13 +163,9 @@ def in_use(limit: Limit) -> str:
 def _changes(old: Definition, new: Definition, between: str) -> list[str]:
     return [
         f"{field}: {_value(before)}{between}{_value(after)}"
-        for (field, before), (_, after) in zip(_fields(old), _fields(new), strict=True)
+        for (field, before), (_, after) in zip(old, new, strict=True)
         if before != after
     ]
-
-
-def _fields(of: Definition) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(of, field.name)) for field in dataclasses.fields(of)]
 
 
 def _value(value: Any) -> str:
@@ -224,4 +210,4 @@ def some(names: Sequence[str]) -> str:
 def nothing(made: Plan) -> str:
     """What to say of a plan that is empty."""
     said = summary(made, done=False)
-    return f"Nothing to do: {said}." if said else "Nothing to do: there are no limits."
+    return f"Nothing to do: {said}." if said else "Nothing to do."

@@ -6,13 +6,10 @@ TOML is read by tomllib, which knows no places, so a scan over the same text fin
 from __future__ import annotations
 
 import bisect
-import importlib.util
 import re
 import tomllib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-from . import _errors
 
 
 class Place(NamedTuple):
@@ -29,6 +26,10 @@ class Node:
     value: Any
     at: Place
     key_at: Place
+
+    def plain(self) -> Any:
+        """The value without places."""
+        return {name: node.plain() for name, node in self.value.items()} if isinstance(self.value, dict) else self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ _HUGE = re.compile(r"[\d_]{4300,}")
 def decoded(content: bytes) -> str:
     """Text out of UTF-8, with or without a byte order mark."""
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return re.sub("\r+\n", "\n", content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         before = content[: error.start].decode("utf-8-sig", "replace")
         byte = content[error.start]
@@ -197,20 +198,21 @@ class _Scan:
 # YAML.
 
 _TAG = "tag:yaml.org,2002:"
+_DEPTH = 3
+"""How deep tables are in each other: the document, its limits, one of them."""
 
 
 def yaml(text: str) -> tuple[Node, list[Fault]]:
     """The tree of a YAML document (YAML 1.2), and what is wrong with names and values in it.
 
-    Raises Unreadable, and typer.Exit where the library is missing.
+    Raises Unreadable.
     """
-    if importlib.util.find_spec("ruamel") is None or importlib.util.find_spec("ruamel.yaml") is None:
-        raise _errors.fail("YAML needs ruamel.yaml: pip install 'pglimits[yaml]'. TOML needs nothing")
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
     from ruamel.yaml.reader import ReaderError
 
     reader = YAML(typ="safe", pure=True)
+    reader.composer.warn_double_anchors = False
     try:
         root = reader.compose(text)
         if root is None:
@@ -240,43 +242,50 @@ class _Yaml:
         self._reader = reader
         self.faults: list[Fault] = []
 
-    def node(self, value: Any, key: Any) -> Node:
+    def node(self, value: Any, key: Any, depth: int = 0) -> Node:
         is_nothing = value.id == "scalar" and not value.value  # its mark is behind what comes between
-        return Node(self._value(value), _mark(key if is_nothing else value), _mark(key))
+        return Node(self._value(value, depth), _mark(key if is_nothing else value), _mark(key))
 
-    def _value(self, node: Any) -> Any:
+    def _value(self, node: Any, depth: int) -> Any:
+        """A value. What holds others where nothing may is read as empty: with anchors it can be endless."""
         if node.id == "mapping":
-            return self._mapping(node, set())
+            return self._mapping(node, depth, {id(node)}) if depth < _DEPTH else {}
         if node.id == "sequence":
-            return [self._value(item) for item in node.value]
+            return []
         from ruamel.yaml.error import MarkedYAMLError
 
         try:
+            # JSON may write one character as two.
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
             return self._reader.constructor.construct_object(node)
-        except ValueError:
-            self.faults.append(Fault(_mark(node), "a number has too many digits, or is none"))
+        except UnicodeDecodeError:
+            self.faults.append(Fault(_mark(node), "what \\u stands for is no character"))
+        except (ValueError, LookupError):
+            kind = node.tag.rpartition(":")[2]
+            self.faults.append(Fault(_mark(node), f"it is no {kind}, or one of too many digits"))
         except MarkedYAMLError as error:
             self.faults.append(Fault(_mark(node), str(error.problem)))
         return Broken
 
-    def _mapping(self, node: Any, around: set[int]) -> dict[str, Node]:
-        """The entries of a mapping; those of what it merges (``<<: *other``) come after its own."""
+    def _mapping(self, node: Any, depth: int, seen: set[int]) -> dict[str, Node]:
+        """The entries of a mapping; those of what it merges (``<<: *other``), each once, come after its own."""
         found: dict[str, Node] = {}
         merged: dict[str, Node] = {}
         for key, value in node.value:
             if key.tag == f"{_TAG}merge":
                 for other in value.value if value.id == "sequence" else [value]:
-                    if other.id != "mapping" or id(other) in around | {id(node)}:
+                    if other.id != "mapping":
                         self.faults.append(Fault(_mark(value), "only tables can be merged"))
-                    else:
-                        merged = {**self._mapping(other, around | {id(node)}), **merged}
+                    elif id(other) not in seen:
+                        seen.add(id(other))
+                        merged = {**self._mapping(other, depth, seen), **merged}
             elif key.tag != f"{_TAG}str":
                 self.faults.append(Fault(_mark(key), _no_name(key)))
-            elif key.value in found:
-                before = found[key.value].key_at
-                self.faults.append(Fault(_mark(key), f"{key.value!r} is there twice, first in line {before.line}"))
-            else:
-                found[key.value] = self.node(value, key)
+            elif (name := self._value(key, depth)) in found:
+                before = found[name].key_at
+                self.faults.append(Fault(_mark(key), f"{name!r} is there twice, first in line {before.line}"))
+            elif name is not Broken:
+                found[name] = self.node(value, key, depth + 1)
         return {**found, **{name: item for name, item in merged.items() if name not in found}}
 
 

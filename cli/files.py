@@ -218,12 +218,9 @@ def export(
         path = "-" if out is None else str(out)
         chosen = None if output is Format.json else files.syntax_of(path, _syntax(syntax))
         with _client.limiter(dsn, _rights.READER) as limiter:
-            limits = [(limit.name, definition(limit)) for limit in limiter.list()]
+            limits = {limit.name: definition(limit).model_dump(exclude_defaults=True) for limit in limiter.list()}
         written = _output.count(len(limits), "limit")
-        if chosen is None:
-            text = _output.as_json({"limits": {name: files.said(of) for name, of in limits}}) + "\n"
-        else:
-            text = files.written(limits, chosen)
+        text = files.written(limits, chosen) if chosen else _output.as_json({"limits": limits}) + "\n"
     if out is None:
         _errors.write(text, end="")
     else:
@@ -264,7 +261,7 @@ def _syntax(given: str | None) -> Syntax | None:
     raise InvalidArgument(f"--format must be 'toml' or 'yaml', not {given!r}")
 
 
-def _wanted(limiter: Limiter, file: str, text: str, syntax: Syntax) -> list[Wanted]:
+def _wanted(limiter: Limiter, file: str, text: str, syntax: Syntax) -> dict[str, Wanted]:
     from . import _limits_file as files
     from . import _trees
 

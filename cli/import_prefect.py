@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from typing import TYPE_CHECKING, Annotated
@@ -130,38 +129,35 @@ def _read(api_url: str | None, api_key: str | None, database: str | None) -> Fou
 
 def _checked(limiter: Limiter, found: Found) -> tuple[dict[str, Definition], dict[str, str]]:
     """What can be taken over, and what is wrong with the rest, by name."""
-    from pglimits import _arguments
-    from pglimits._definition import checked_definition
-    from pglimits.errors import InvalidArgument
+    from pglimits._definition import Definition, faults_of
 
     good: dict[str, Definition] = {}
     faults: dict[str, str] = {}
     for each in found.limits:
         fields = {"limit": each.limit, "slot_decay_per_second": each.slot_decay_per_second, "active": each.active}
-        try:
-            name = _arguments.text("name", each.name)
-            good[name] = checked_definition({**fields, "max_waiters": None, "description": None})
-        except InvalidArgument as error:
-            faults[str(each.name)] = str(error)
+        wrong = faults_of({"name": each.name, **fields})
+        if wrong:
+            faults[str(each.name)] = next(iter(wrong.values()))
+        else:
+            good[each.name] = Definition(**fields)
     names = list(good)
-    asked = [{"name": name, **dataclasses.asdict(of)} for name, of in good.items()]
+    asked = [{"name": name, **of.model_dump()} for name, of in good.items()]
     for nth, _, said in limiter._limit_faults(json.dumps(asked)):
         faults.setdefault(names[nth - 1], said)
     return {name: of for name, of in good.items() if name not in faults}, faults
 
 
-def _wanted(good: dict[str, Definition], there: Iterable[Limit], create_only: bool) -> list[Wanted]:
+def _wanted(good: dict[str, Definition], there: Iterable[Limit], create_only: bool) -> dict[str, Wanted]:
     """The limits as they are to be: what Prefect does not know of them stays as it is here."""
-    from ._limits_file import OnConflict, Wanted
+    from ._limits_file import Wanted
 
-    on_conflict = OnConflict.create_only if create_only else OnConflict.update
     here = {limit.name: limit for limit in there}
-    wanted: list[Wanted] = []
+    wanted: dict[str, Wanted] = {}
     for name, of in good.items():
-        old = here.get(name)
-        if old is not None:
-            of = dataclasses.replace(of, max_waiters=old.max_waiters, description=old.description)
-        wanted.append(Wanted(name, of, on_conflict))
+        fields = of.model_dump()
+        if name in here:
+            fields |= {"max_waiters": here[name].max_waiters, "description": here[name].description}
+        wanted[name] = Wanted(**fields, on_conflict="create-only" if create_only else "update")
     return wanted
 
 

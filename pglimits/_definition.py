@@ -1,51 +1,114 @@
-"""What somebody decides about a limit, and what checks that: the same for files of limits and for Terraform.
+"""What somebody decides about a limit: one model for files of limits, saved plans, what Prefect has, and Terraform.
 
-Values are checked by what checks the arguments of `Limiter.create`. What only the database knows (names, ranges,
-lengths) it says itself: `Limiter._limit_faults`.
+What only the database knows (which names there may be, the lowest rate) it says itself: `Limiter._limit_faults`.
+It needs pydantic, which the extras `files` and `terraform` bring along.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
-from . import _arguments
-from .errors import InvalidArgument
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
 from .models import Limit
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
-@dataclass(frozen=True, slots=True)
-class Definition:
+
+def _checked(text: str) -> str:
+    if re.search("[\x00\ud800-\udfff]", text):
+        raise PydanticCustomError("storable", "must be Unicode without the character U+0000")
+    return text
+
+
+Storable = Annotated[str, AfterValidator(_checked)]
+"""What PostgreSQL can keep."""
+
+_Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Model(BaseModel):
+    """Values that are what they are said to be: nothing is converted, nothing else may be there."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Definition(Model):
     """What somebody has decided about a limit."""
 
-    limit: int
-    slot_decay_per_second: float = 0.0
-    active: bool = True
-    max_waiters: int | None = None
-    description: str | None = None
+    limit: Annotated[_Count, Field(description="How many slots there are. 0 admits nobody.")]
+    slot_decay_per_second: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1e9,
+            allow_inf_nan=False,
+            description="Slots that come back each second: makes it a rate limit. 0, the default: a concurrency limit.",
+        ),
+    ] = 0.0
+    active: Annotated[bool, Field(description="false: it is not enforced. Default: true.")] = True
+    max_waiters: Annotated[_Count | None, Field(description="The longest line, for each key. Left out: no bound.")] = (
+        None
+    )
+    description: Annotated[
+        Annotated[str, Field(max_length=2000), AfterValidator(_checked)] | None,
+        AfterValidator(lambda text: text or None),
+        Field(description="What it is for."),
+    ] = None
 
 
-CHECKS: dict[str, Callable[[str, object], Any]] = {
-    "limit": partial(_arguments.whole, least=0),
-    "slot_decay_per_second": lambda _, value: _arguments.rate(value) + 0.0,
-    "active": _arguments.flag,
-    "max_waiters": partial(_arguments.optional_whole, least=0),
-    "description": lambda argument, value: _arguments.optional_text(argument, value) or None,
-}
-"""What may be decided about a limit, and what checks it. Each raises InvalidArgument."""
+class Named(Definition):
+    """The same, and the name of the limit."""
+
+    name: Storable
+
+
+def faults_of(fields: Mapping[str, object]) -> dict[str, str]:
+    """What is wrong with the fields of a limit, its name among them, by field."""
+    try:
+        Named.model_validate(fields)
+    except ValidationError as error:
+        wrong = {str(each["loc"][0]): said(each) for each in error.errors()}
+        return {field: f"{field} {fault}" for field, fault in wrong.items()}
+    return {}
 
 
 def definition(limit: Limit) -> Definition:
     """What was decided about a limit that is there."""
-    return Definition(limit.limit, limit.slot_decay_per_second, limit.active, limit.max_waiters, limit.description)
+    return Definition(**{field: getattr(limit, field) for field in Definition.model_fields})
 
 
-def checked_definition(fields: Mapping[str, Any]) -> Definition:
-    """All fields of a limit, checked. Raises InvalidArgument."""
-    names = {field.name for field in dataclasses.fields(Definition)}
-    if set(fields) != names:
-        raise InvalidArgument(f"a limit must have just the fields {', '.join(sorted(names))}")
-    return Definition(**{field: CHECKS[field](field, value) for field, value in fields.items()})
+_SAID = {
+    "missing": "is missing",
+    "extra_forbidden": "is unknown",
+    "int_type": "must be a whole number, not {value}",
+    "float_type": "must be a number, not {value}",
+    "finite_number": "must be a number, not {value}",
+    "bool_type": "must be true or false, not {value}",
+    "string_type": "must be a string, not {value}",
+    "string_too_long": "must have at most {max_length} characters",
+    "greater_than_equal": "must be at least {ge:.10g}, not {value}",
+    "less_than_equal": "must be at most {le:.10g}, not {value}",
+    "json_invalid": "is no JSON: {error}",
+    "enum": "must be {expected}, not {value}",
+    "literal_error": "must be {expected}, not {value}",
+}
+
+
+def said(error: ErrorDetails) -> str:
+    """What is wrong with a value, in words that come after the name of its field."""
+    value = error["input"]
+    try:
+        shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    except ValueError:  # of Python: a number of more digits than it writes
+        shown = "one of so many digits"
+    shown = shown if len(shown) < 300 else f"{shown[:280]}…"
+    plainly = _SAID.get(error["type"])
+    if plainly is None:
+        return error["msg"].replace("Input should", "must")
+    return plainly.format(value=shown, **error.get("ctx", {}))

@@ -11,9 +11,10 @@ __all__ = ["main"]
 def main() -> None:
     """Serve Terraform, until it says that it is done."""
     try:
+        import pydantic  # noqa: F401
         import tf  # noqa: F401
-    except ImportError:
-        sys.exit("terraform-provider-pglimits needs the package tf: pip install 'pglimits[terraform]'")
+    except ImportError as error:
+        sys.exit(f"terraform-provider-pglimits needs the package {error.name}: pip install 'pglimits[terraform]'")
     if "TF_PLUGIN_MAGIC_COOKIE" not in os.environ:
         sys.exit("terraform and tofu start this program; have them find it: pglimits terraform install")
     os.environ.setdefault("PGAPPNAME", "terraform-provider-pglimits")

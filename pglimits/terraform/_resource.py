@@ -15,7 +15,7 @@ from tf.types import Unknown
 from tf.utils import Diagnostics
 
 from .. import _arguments
-from .._definition import CHECKS, Definition
+from .._definition import Definition, Named, faults_of
 from ..errors import InvalidArgument, LimitExists, LimitNotFound
 from ._provider import Found, PglimitsProvider
 from ._schema import RESOURCE, state
@@ -50,11 +50,11 @@ class LimitResource(Resource):
 
     def _values(self, diags: Diagnostics, said: Mapping[str, Any]) -> State:
         """What is said of a limit and can be right. Tells what is wrong with the rest, each fault of its attribute."""
-        values: State = {}
-        for field, check in {"name": _arguments.text, **CHECKS}.items():
-            if said.get(field) not in (None, Unknown):
+        values = {field: said[field] for field in Named.model_fields if said.get(field) not in (None, Unknown)}
+        for field, fault in faults_of(values).items():
+            if values.pop(field, None) is not None:  # what is left out may be unknown yet
                 with self._provider.told(diags, field):
-                    values[field] = check(field, said[field])
+                    raise InvalidArgument(fault)
         if self._provider.is_known:
             with self._provider.told(diags):
                 for _, field, fault in self._provider.limiter._limit_faults(json.dumps([values])):

@@ -52,18 +52,16 @@ class Objects(TfType):
         return f'["list",["object",{{{members}}}]]'.encode()
 
 
-_USUAL = Definition(0)
+_KINDS = {
+    "limit": Numeral(),
+    "slot_decay_per_second": Numeral(),
+    "active": Bool(),
+    "max_waiters": Numeral(),
+    "description": Text(),
+}
 _DECIDED = [
-    ("limit", Numeral(), Unknown, "How many slots there are. 0 admits nobody."),
-    (
-        "slot_decay_per_second",
-        Numeral(),
-        _USUAL.slot_decay_per_second,
-        "Slots that come back each second: makes it a rate limit. 0, the default: a concurrency limit.",
-    ),
-    ("active", Bool(), _USUAL.active, "false: it is not enforced. Default: true."),
-    ("max_waiters", Numeral(), None, "The longest line, for each key. Left out: no bound."),
-    ("description", Text(), None, "What it is for."),
+    (name, _KINDS[name], Unknown if field.is_required() else field.default, field.description)
+    for name, field in Definition.model_fields.items()
 ]
 """The fields of a limit, with their defaults. Unknown: it has to be said. None: left out it is null."""
 _NAME = "Its name: 1 to 200 characters, none of / % & > <."

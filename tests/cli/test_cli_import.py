@@ -166,12 +166,12 @@ def test_what_cannot_be_taken_over_is_named_and_nothing_is_done_unless_it_is_lef
         refuses(
             result,
             "'a\\tb' cannot be taken over: name must not contain control characters",
-            "'big' cannot be taken over: limit must be from 0 to 2147483647, not 2147483648",
-            "'fast' cannot be taken over: slot_decay_per_second must be from 0 to 1000000000",
+            "'big' cannot be taken over: limit must be at most 2147483647, not 2147483648",
+            "'fast' cannot be taken over: slot_decay_per_second must be at most 1000000000",
             f"'{'x' * 60}…' cannot be taken over: name must have 1 to 200 characters, not 201",
             "'a/b' cannot be taken over: name must not contain any of / % & > <",
             "'' cannot be taken over: name must have 1 to 200 characters",
-            "'less' cannot be taken over: limit must be from 0",
+            "'less' cannot be taken over: limit must be at least 0",
             "Error: nothing was changed. Take over the others with --leave-out, and create these as pglimits allows it",
         )
         assert len(result.err.splitlines()) == 8
@@ -369,6 +369,16 @@ def test_an_api_that_cannot_be_read_is_an_error_that_says_why_and_what_to_do(
     assert limits(conn) == []
 
 
+def test_a_name_that_postgresql_cannot_keep_is_named(pglimits: Cli, prefect: Prefect) -> None:
+    row = {"limit": 1, "slot_decay_per_second": 0.0, "active": True, "active_slots": 0}
+    for name in ("half \ud800", "nul \x00"):
+        prefect.answers[V2] = (200, [{**row, "name": name}])
+        refuses(
+            pglimits("import", "prefect", "--api-url", prefect.url, "--plan"),
+            f"{name!r} cannot be taken over: name must be Unicode without the character U+0000",
+        )
+
+
 def test_who_asks_is_said_as_prefects_client_says_it(
     pglimits: Cli, prefect: Prefect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,7 +387,7 @@ def test_who_asks_is_said_as_prefects_client_says_it(
 
     def sent(*options: str) -> str | None:
         prefect.heard.clear()
-        assert pglimits("import", "prefect", *options).out == "Nothing to do: there are no limits.\n"
+        assert pglimits("import", "prefect", *options).out == "Nothing to do.\n"
         return prefect.heard[0][1].get("Authorization")
 
     assert sent() is None

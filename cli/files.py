@@ -90,6 +90,8 @@ def plan(
     text = _text(file)
     if _saved(file, text) is not None:
         raise _errors.fail(f"{file} is a saved plan already: pglimits apply {file}")
+    if out is not None and file != "-" and out.exists() and out.samefile(file):
+        raise _errors.fail("--out names the file of limits itself, which the plan would replace")
     chosen = files.syntax_of(file, _syntax(syntax))
     with _client.limiter(dsn, _rights.READER) as limiter:
         there = limiter.list()

@@ -243,6 +243,10 @@ def test_a_saved_plan_is_applied_as_it_is(pglimits: Cli, conn: Connection, write
     assert result.code == 2 and "--prune does not go with a saved plan" in result.err
     result = pglimits("plan", saved)
     assert result.code == 1 and "is a saved plan already" in result.err
+    file = write("limits.toml", TOML)
+    result = pglimits("plan", file, "--out", file)
+    assert result.code == 1 and "--out names the file of limits itself" in result.err
+    assert Path(file).read_text() == TOML
     result = pglimits("apply", "-", "--yes", "-o", "json", stdin=Path(saved).read_text())
     assert result.code == 0 and result.json["summary"]["create"] == 2
     assert limits(conn) == WANTED

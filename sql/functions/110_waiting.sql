@@ -260,7 +260,7 @@ volatile
 return case when timeout_seconds is not null then greatest(timeout_seconds - date_part('epoch', clock_timestamp() - began), 0) end;
 
 comment on function pglimits._remaining(double precision, timestamptz) is
-  'What is left of a timeout that began at a moment; null for ever. For acquire_wait and rate_limit_wait.';
+  'What is left of a timeout that began at a moment; null for ever.';
 
 -- Whether the procedure that asks can certainly commit: it was called by a statement that is all of its query and the first of its
 -- transaction, and from within no other function or procedure. If not, it may be able to all the same.

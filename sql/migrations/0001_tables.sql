@@ -270,12 +270,13 @@ create type pglimits._request as (
   lease_duration double precision,
   channel text,
   missing text[],
-  clamp boolean
+  clamp boolean,
+  at_once boolean
 );
 comment on type pglimits._request is
   'A checked request. limit_ids, keys and slots are its parts that are enforced, in the order in which they are locked. '
   'timeout_seconds null: for ever. missing: the names of which there is no limit. '
-  'clamp: slots above a limit count as the limit.';
+  'clamp: slots above a limit count as the limit. at_once: the call that it is part of has locked states before.';
 
 create type pglimits._outcome as (
   first integer,

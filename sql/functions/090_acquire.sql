@@ -138,7 +138,7 @@ begin
   returning q.* into waiter;
   if waiter.lease_id is not null then
     perform pglimits._look(array[lease_id], told);
-    if waiter.deadline <= now or waiter.parts is not null and pglimits._is_outdated(waiter.parts, waiter.lease_duration is null) then
+    if waiter.deadline <= now or waiter.parts is not null and pglimits._is_outdated(waiter) then
       -- Unless it has just been granted: its time is over, or it is another request by now.
       if exists (select from pglimits.queue q where q.lease_id = _ask_again.lease_id) then
         perform pglimits._release(array[lease_id], told);
@@ -164,18 +164,20 @@ comment on function pglimits._ask_again(pglimits._request, uuid, boolean) is
   'Answers a request whose id is known; null: it is to be asked as a new one.';
 
 -- Whether one of the limits of a request was deleted, deactivated, or became too small for it since it asked.
-create or replace function pglimits._is_outdated(parts pglimits._part[], for_rate boolean)
+create or replace function pglimits._is_outdated(waiter pglimits.queue)
 returns boolean
 language plpgsql
 volatile
 as $$
 begin
   return exists (
-    select from unnest(parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
-    where c.active is not true or pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, for_rate));
+    select from unnest(waiter.parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
+    where c.active is not true
+       or not waiter.clamp
+          and pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, waiter.lease_duration is null));
 end $$;
 
-comment on function pglimits._is_outdated(pglimits._part[], boolean) is
+comment on function pglimits._is_outdated(pglimits.queue) is
   'Whether a request over several limits can no longer be granted as it was asked for.';
 
 -- Requests that are all alike, from first to last. what: the function that was called, for its errors. holders: an array with one for each.

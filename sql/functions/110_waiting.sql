@@ -102,7 +102,7 @@ begin
     where l.lease_id = any (lease_ids) and l.expires_at > now and (l.fence > 0 or l.slots = 0)
     group by l.lease_id
   ), waiting as materialized (
-    select q.lease_id, q.parts is not null and pglimits._is_outdated(q.parts, q.lease_duration is null) as is_outdated,
+    select q.lease_id, q.parts is not null and pglimits._is_outdated(q) as is_outdated,
            case when not only_news or (q.rank, q.arrival) = (s.head_rank, s.head_arrival) then pglimits._looks_in(
              s, (pglimits._before(s, q.rank, q.arrival)).slots, q.slots, q.lease_duration is null, now) end as looks_in
     from pglimits.queue q

@@ -354,15 +354,37 @@ def test_who_waits_clamped_gets_what_the_limit_has_when_its_turn_comes(
     holder = tokens.acquire("tokens", slots=1).lease_id
     more = {"slots": 5000 if names == "tokens" else [5000, 1], "clamp": True, "timeout_seconds": FOREVER}
     waiter = tokens.queue(names, channel="pglimits_t", **more)
+    behind = tokens.queue("tokens", slots=200)
+    heard()
     clock.advance(1)
     tokens.update("tokens", limit=300)
-    assert [message.split()[0] for message in heard()] == [str(waiter)], "it is too wide now, and is told to ask again"
+    assert heard() == [], "it need not ask again"
+    assert [(row.lease_id, row.slots) for row in tokens.waiters("tokens")] == [(waiter, 300), (behind, 200)]
     assert tokens.acquire(names, lease_id=waiter, **more).status == "queued"
-    assert {row.slots for row in tokens.waiters("tokens")} == {300}
     tokens.update("tokens", limit=700)
     tokens.release(holder)
     assert tokens.acquire(names, lease_id=waiter, **more).status == "granted"
-    assert [row.slots for row in tokens.holders("tokens")] == [300], "grown, it keeps what it has waited for"
+    assert tokens.holders("tokens")[0].slots == 300, "grown, it keeps what it has waited for"
+
+
+def test_who_waits_clamped_elsewhere_takes_what_the_limit_has_by_then_and_keeps_its_place(
+    clock: Clock, heard: Callable[[], list[str]], tokens: Session
+) -> None:
+    (call,) = tokens.serves("calls", 1, slots=2)
+    more = {"slots": [1, 5000], "clamp": True, "timeout_seconds": FOREVER}
+    waiter = tokens.queue(["calls", "tokens"], channel="pglimits_t", **more)
+    behind = tokens.queue("calls")
+    holder = tokens.acquire("tokens", slots=10).lease_id
+    clock.advance(1)
+    tokens.update("tokens", limit=300)
+    assert heard() == [], "it need not ask again"
+    assert tokens.watch_one(waiter).status == "queued"
+    tokens.value("select pglimits._release_batch(%s::uuid[])", [call.lease_id])
+    assert [(row.lease_id, row.name, row.slots) for row in tokens.waiters()] == [(waiter, "tokens", 300)]
+    assert [row.lease_id for row in tokens.holders("calls")] == [behind]
+    tokens.release(holder)
+    assert tokens.watch_one(waiter).status == "granted"
+    assert [row.slots for row in tokens.holders() if row.lease_id == waiter] == [1, 300]
 
 
 def test_a_limit_of_none_keeps_a_clamped_request_out_until_it_has_some(tokens: Session) -> None:

@@ -167,21 +167,36 @@ def test_what_is_not_enforced_is_not_settled(clock: Clock, tokens: Session) -> N
     assert level(tokens) == 790, "it counts should the limit be activated again"
 
 
-def test_a_limit_or_key_that_the_lease_is_not_on_is_an_error(tokens: Session) -> None:
-    tokens.create("others", 5, 1)
+def test_another_key_than_those_of_the_lease_is_an_error_and_a_limit_that_it_is_not_on_a_warning(
+    tokens: Session,
+) -> None:
     lease = tokens.acquire(BOTH, slots=[500, 2], keys=["t", ""]).lease_id
     with changes_nothing(tokens):
-        for names, keys in ((["requests", "others"], [""]), (["requests", "tokens"], ["", "u"]), (["tokens"], [""])):
-            with fails("PL001", "name", str(lease), names[-1]):
+        for names, keys in ((["requests", "tokens"], ["", "u"]), (["tokens"], [""])):
+            with fails("PL001", "key", str(lease), names[-1]):
                 settle_all(tokens, lease, names, [1], keys)
         with fails("PL001", "call settle_all"):
             tokens.settle(lease, "{tokens,requests}", 1)
-    tokens.acquire(["calls"], lease_id=(other := uuid4()))
+    other = tokens.acquire("calls").lease_id
     with changes_nothing(tokens):
-        with fails("PL001", "tokens"):
-            tokens.settle(other, "tokens", 0)
+        assert settle_all(tokens, other, BOTH, [0]) is True
+        assert tokens.notices == ["not settled, because the lease is not on it: 'requests', 'tokens'"]
         with fails("PL005", "calls"):
             tokens.settle(other, "calls", 1)
+
+
+def test_a_limit_that_was_not_enforced_when_it_was_asked_for_has_nothing_to_settle_though_it_is_by_the_grant(
+    tokens: Session,
+) -> None:
+    tokens.update("tokens", active=False)
+    (call,) = tokens.serves("calls", 1, slots=2)
+    waiter = tokens.queue(["calls", "requests", "tokens", "later"])
+    tokens.update("tokens", active=True)
+    tokens.create("later", 5, 1)
+    tokens.release(call.lease_id)
+    assert tokens.watch_one(waiter).status == "granted"
+    assert settle_all(tokens, waiter, ["requests", "tokens", "later"], [3]) is True
+    assert (level(tokens, "requests"), tokens.limit("tokens").level, tokens.limit("later").level) == (3, 0, 0)
 
 
 def test_a_lease_corrects_no_more_than_it_took_itself(tokens: Session) -> None:

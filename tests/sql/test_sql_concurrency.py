@@ -202,6 +202,18 @@ def test_what_waited_for_the_lock_of_a_limit_goes_by_what_it_finds_then(
     db.consistent()
 
 
+def test_what_waited_for_the_lock_of_the_largest_limit_there_can_be_is_not_too_much_to_compute_with(
+    db: Db, s: Session
+) -> None:
+    s.create("database", 2_147_483_647)
+    s.serves("database", 1)
+    answer = behind(
+        db, "select pglimits.acquire('database', 2000000000)",
+        lambda session: session.acquire("database", slots=2_000_000_000, timeout_seconds=None),
+    )  # fmt: skip
+    assert answer.status == "queued"
+
+
 ENDED = {
     "released": ("select pglimits.release(%(id)s)", False),
     "renewed": ("select pglimits.renew(%(id)s, 1000)", True),

@@ -163,7 +163,7 @@ end $$;
 comment on function pglimits._ask_again(pglimits._request, uuid, boolean) is
   'Answers a request whose id is known; null: it is to be asked as a new one.';
 
--- Whether one of the limits of a request was deleted, deactivated, or became too small for it since it asked.
+-- Whether one of the limits of a request was deleted, or became too small for it since it asked. One that was deactivated is passed over.
 create or replace function pglimits._is_outdated(waiter pglimits.queue)
 returns boolean
 language plpgsql
@@ -172,8 +172,8 @@ as $$
 begin
   return exists (
     select from unnest(waiter.parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
-    where c.active is not true
-       or not waiter.clamp
+    where c.limit_id is null
+       or c.active and not waiter.clamp
           and pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, waiter.lease_duration is null));
 end $$;
 

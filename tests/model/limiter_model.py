@@ -639,8 +639,12 @@ class Model:
     def is_outdated(self, waiter: Waiter) -> bool:
         return waiter.parts is not None and any(
             not self.exists(place)
-            or not place.limit.active
-            or self.is_hopeless(place.limit, self.clamped(place.limit, waiter.request, slots), waiter.request.for_rate)
+            or (
+                place.limit.active
+                and self.is_hopeless(
+                    place.limit, self.clamped(place.limit, waiter.request, slots), waiter.request.for_rate
+                )
+            )
             for place, slots in waiter.parts.items()
         )
 

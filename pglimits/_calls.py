@@ -317,7 +317,8 @@ class Calls(Base):
         ``on_unavailable="allow"`` also False, with a warning, where the database cannot be reached.
 
         Raises:
-            InvalidArgument: a number below 0, or a limit or key that the lease is not of.
+            InvalidArgument: a number below 0, or a limit or key that the lease is not of. Where only its id is given,
+                a limit that it is not on is left out.
             NoSlotDecay: the limit has no ``slot_decay_per_second``, and so no level.
             LimiterUnavailable: what was taken stands, unless the database has heard of it.
         """

@@ -162,18 +162,20 @@ class Base:
             request.orphan = None  # not before: another interrupt may strike here
             raise
         if kind.clamp and lease.enforced:
-            yield from self._clamped(lease)
+            yield from self._clamped(lease, request, _until(timeout, now, time.monotonic()) + _LEAVES_WITHIN)
         return lease
 
-    def _clamped(self, lease: Lease) -> Course[None]:
-        """Find out how many slots a lease has got."""
+    def _clamped(self, lease: Lease, request: Request, until: float) -> Course[None]:
+        """Find out how many slots a lease has got, until then (monotonic) at the latest."""
         try:
-            found = yield from self._ask(_sql.TAKEN, lease.id)
+            found = yield from self._ask(_sql.TAKEN, lease.id, until=until)
         except BaseException as error:
             if isinstance(error, LimiterUnavailable) and self._on_unavailable == "allow":
                 log.warning("what was taken of %s is not known: %s", ", ".join(lease.names), error)
                 return
             self._release_later(lease)
+            if request.kind.timeout and time.monotonic() >= until:
+                raise request.late() from error
             raise
         left = {(name, key): slots for name, key, slots in found}
         slots = []
@@ -213,14 +215,18 @@ class Base:
         statement: Statement,
         *params: Value | Iterable[Value],
         then: Callable[[PGresult], None] | None = None,
+        until: float = math.inf,
     ) -> Course[builtins.list[Row]]:
-        """Ask the database something. Returns the rows."""
+        """Ask the database something, and wait until then (monotonic) for the answer. Returns the rows."""
         self._check_open()
         waker, _ = self._caller()
         query = Query(statement, [_codec.encode(param) for param in params], then, waker=waker, user=self._user)
         self._courier.put(self._courier.ask_query, query)
         while not query.answered:
-            yield waker, None
+            left = until - time.monotonic()
+            if left <= 0:
+                raise LimiterUnavailable("the database has not answered in time")
+            yield waker, None if left == math.inf else left
         if query.error is not None:
             raise query.error
         return [] if query.result is None else _codec.rows(query.result)
@@ -311,7 +317,8 @@ class Calls(Base):
         ``on_unavailable="allow"`` also False, with a warning, where the database cannot be reached.
 
         Raises:
-            InvalidArgument: a number below 0, or a limit or key that the lease is not of.
+            InvalidArgument: a number below 0, or a limit or key that the lease is not of. Where only its id is given,
+                a limit that it is not on is left out.
             NoSlotDecay: the limit has no ``slot_decay_per_second``, and so no level.
             LimiterUnavailable: what was taken stands, unless the database has heard of it.
         """

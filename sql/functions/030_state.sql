@@ -1,13 +1,14 @@
 -- The state of one (limit, key): locking it, creating it, saving it. Everything that decides goes
 --   _lock  ->  read the clock  ->  decide  ->  _save (or _serve, which saves)
--- in the order of (limit id, key) where there are several, and so no two callers ever wait for each other in a ring.
+-- in the order of (limit id, key) where there are several, and so no two callers ever wait for each other in a ring. A caller that has
+-- locked some, and finds that by now it needs others, takes those at once or not at all (at_once): error 55P03 has it begin again.
 --
 -- Invariant: all that a decision needs is in the row that is locked. A state is in one variable at a time, and saved before another
 -- function looks at it. Every change raises its version, so whoever took a look without the lock can tell that something has changed.
 -- Called by: whatever decides; states are created here alone.
 
 -- The state of a (limit, key), locked. Null where there is none: it was never used, or has been swept or deleted.
-create or replace function pglimits._lock_used(limit_id bigint, key text)
+create or replace function pglimits._lock_used(limit_id bigint, key text, at_once boolean default false)
 returns pglimits.states
 language plpgsql
 volatile
@@ -15,33 +16,39 @@ as $$
 declare
   state pglimits.states;
 begin
-  select s.* into state from pglimits.states s
-  where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
-  order by s.generation desc limit 1 for update;
+  if at_once then
+    select s.* into state from pglimits.states s
+    where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+    order by s.generation desc limit 1 for update nowait;
+  else
+    select s.* into state from pglimits.states s
+    where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+    order by s.generation desc limit 1 for update;
+  end if;
   return state;
 end $$;
 
-comment on function pglimits._lock_used(bigint, text) is
-  'Locks and returns the state of a (limit, key); null where there is none.';
+comment on function pglimits._lock_used(bigint, text, boolean) is
+  'Locks and returns the state of a (limit, key); null where there is none. at_once: without waiting, or error 55P03.';
 
--- The same, created at its first use. Null when the limit is gone. For callers that have no other state locked.
-create or replace function pglimits._lock(limit_id bigint, key text)
+-- The same, created at its first use. Null when the limit is gone. For callers that have no other state locked, unless at once.
+create or replace function pglimits._lock(limit_id bigint, key text, at_once boolean default false)
 returns pglimits.states
 language plpgsql
 volatile
 as $$
 declare
-  state pglimits.states := pglimits._lock_used(limit_id, key);
+  state pglimits.states := pglimits._lock_used(limit_id, key, at_once);
 begin
   if state.limit_id is null then
-    perform pglimits._create_state(limit_id, key);
-    state := pglimits._lock_used(limit_id, key);
+    perform pglimits._create_state(limit_id, key, at_once);
+    state := pglimits._lock_used(limit_id, key, at_once);
   end if;
   return state;
 end $$;
 
-comment on function pglimits._lock(bigint, text) is
-  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone.';
+comment on function pglimits._lock(bigint, text, boolean) is
+  'Locks and returns the state of a (limit, key), creating it at its first use; null when the limit is gone. at_once: as in _lock_used.';
 
 -- The state of a key that was never used.
 create or replace function pglimits._unused(config pglimits.configs, key text)
@@ -86,7 +93,7 @@ comment on function pglimits._unused(pglimits.configs, text) is 'The state of a 
 
 -- Creates the state of a (limit, key), unless there is one or the limit is gone. Before any state of the limit is locked: the config is
 -- shared with other first users, but not with update_limit and delete_limit, which have to meet every state of the limit.
-create or replace function pglimits._create_state(limit_id bigint, key text)
+create or replace function pglimits._create_state(limit_id bigint, key text, at_once boolean default false)
 returns void
 language plpgsql
 volatile
@@ -95,6 +102,10 @@ declare
   config pglimits.configs;
   state pglimits.states;
 begin
+  if at_once then
+    -- Shared with nobody, as another first user's key would be waited for.
+    perform from pglimits.configs c where c.limit_id = _create_state.limit_id for update nowait;
+  end if;
   select c.* into config from pglimits.configs c where c.limit_id = _create_state.limit_id for share;
   if found then
     insert into pglimits.known_keys (limit_id, key) values (_create_state.limit_id, _create_state.key) on conflict do nothing;
@@ -106,37 +117,40 @@ begin
   end if;
 end $$;
 
-comment on function pglimits._create_state(bigint, text) is
-  'Creates the state of a (limit, key), unless there is one already.';
+comment on function pglimits._create_state(bigint, text, boolean) is
+  'Creates the state of a (limit, key), unless there is one already. at_once: as in _lock_used.';
 
 -- Locks the states of several (limit, key)s, in their order, each created at its turn: whoever has created one, and has not committed yet,
--- waits for none of a lower order. False: one of the limits is gone.
-create or replace function pglimits._lock_all(limit_ids bigint[], keys text[])
+-- waits for none of a lower order. False: one of the limits is gone; the others are locked all the same.
+create or replace function pglimits._lock_all(limit_ids bigint[], keys text[], at_once boolean default false)
 returns boolean
 language plpgsql
 volatile
 as $$
 declare
   state pglimits.states;
+  all_there boolean := true;
 begin
   for p in 1 .. cardinality(keys) loop
     if limit_ids[p] = limit_ids[p + 1] then
       -- Several keys of a limit: none of them may be swept away, to be created again, once another is locked.
-      perform from pglimits.configs c where c.limit_id = limit_ids[p] for share;
+      if at_once then
+        perform from pglimits.configs c where c.limit_id = limit_ids[p] for share nowait;
+      else
+        perform from pglimits.configs c where c.limit_id = limit_ids[p] for share;
+      end if;
     end if;
     if not exists (select from pglimits.known_keys k where k.limit_id = limit_ids[p] and k.key = keys[p]) then
-      perform pglimits._create_state(limit_ids[p], keys[p]);
+      perform pglimits._create_state(limit_ids[p], keys[p], at_once);
     end if;
-    state := pglimits._lock_used(limit_ids[p], keys[p]);
-    if state.limit_id is null then
-      return false;
-    end if;
+    state := pglimits._lock_used(limit_ids[p], keys[p], at_once);
+    all_there := all_there and state.limit_id is not null;
   end loop;
-  return true;
+  return all_there;
 end $$;
 
-comment on function pglimits._lock_all(bigint[], text[]) is
-  'Locks the states of several (limit, key)s, given in the order of locking; false if one of the limits is gone.';
+comment on function pglimits._lock_all(bigint[], text[], boolean) is
+  'Locks the states of several (limit, key)s, given in the order of locking; false if one of the limits is gone. at_once: as in _lock_used.';
 
 -- Reads a state that is locked already, as it was saved last.
 create or replace function pglimits._reload(limit_id bigint, key text)

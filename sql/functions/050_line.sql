@@ -104,9 +104,9 @@ declare
   many constant integer := cardinality(lease_ids);
 begin
   insert into pglimits.queue (
-    lease_id, limit_id, key, slots, rank, arrival, parts, lease_duration, holder, channel, deadline, looks_at, expires_at)
+    lease_id, limit_id, key, slots, rank, arrival, parts, clamp, lease_duration, holder, channel, deadline, looks_at, expires_at)
   select u.lease_id, state.limit_id, state.key, _stand.slots, request.rank, arrival + (u.nth - 1) * interval '1 microsecond',
-         _stand.parts, case when not request.for_rate then request.lease_duration end,
+         _stand.parts, request.clamp, case when not request.for_rate then request.lease_duration end,
          nullif(holders -> (skipped + u.nth - 1)::integer, 'null'), request.channel, _stand.deadline,
          coalesce(now + looks_in[u.nth] * interval '1 second', 'infinity'), now + pglimits._liveness()
   from unnest(lease_ids) with ordinality as u(lease_id, nth);

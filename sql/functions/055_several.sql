@@ -72,6 +72,12 @@ begin
     continue when (states[p]).active is not true;
     part := mine.parts[p];
     other := states[p];
+    if p = here then
+      part.slots := mine.slots;
+    elsif mine.clamp and other."limit" > 0 then
+      part.slots := least(part.slots, other."limit");
+    end if;
+    mine.parts[p] := part;
     enforced := enforced + 1;
     if p <> here then
       if now >= other.next_expiry then

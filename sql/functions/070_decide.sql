@@ -18,7 +18,7 @@ declare
   many constant integer := cardinality(lease_ids);
   slots constant integer := request.slots[1];
   may_wait constant boolean := request.timeout_seconds is distinct from 0;
-  state pglimits.states := pglimits._lock(request.limit_ids[1], request.keys[1]);
+  state pglimits.states := pglimits._lock(request.limit_ids[1], request.keys[1], request.at_once);
   now constant timestamptz := pglimits._now();
   deadline constant timestamptz := coalesce(now + request.timeout_seconds * interval '1 second', 'infinity');
   rate constant double precision := state.slot_decay_per_second;
@@ -164,7 +164,7 @@ declare
   by_time boolean := true;
   parts pglimits._part[];
 begin
-  if not pglimits._lock_all(request.limit_ids, request.keys) or again and pglimits._is_known(array[lease_id]) then
+  if not pglimits._lock_all(request.limit_ids, request.keys, request.at_once) or again and pglimits._is_known(array[lease_id]) then
     return null;
   end if;
   now := pglimits._now();

@@ -53,7 +53,7 @@ begin
           grants = s.grants + 1, granted_slots = s.granted_slots + slots,
           held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
       where s.limit_id = seen.limit_id and s.key = _take_at_once.key and s.generation >= seen.generation
-        and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots <= s."limit"
+        and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and slots <= s."limit" - s.held
         and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
       returning s.version, pglimits._now() into fence, now;
       if found then
@@ -109,7 +109,7 @@ begin
       grants = s.grants + many, granted_slots = s.granted_slots + slots * many,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
   where s.limit_id = seen.limit_id and s.key = _take_many_at_once.key and s.generation >= seen.generation
-    and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and s.held + slots * many <= s."limit"
+    and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and slots * many <= s."limit" - s.held
     and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
   returning s.version - many + 1, pglimits._now() into fence, now;
   if found then

@@ -125,10 +125,10 @@ begin
   -- As everywhere, states first, and only then the rows of a line; of all that it wants, as it may go to stand elsewhere meanwhile.
   select q.* into waiter from pglimits.queue q where q.lease_id = _ask_again.lease_id;
   if waiter.parts is not null then
-    perform pglimits._lock_all(array_agg(p.limit_id order by nth), array_agg(p.key order by nth))
+    perform pglimits._lock_all(array_agg(p.limit_id order by nth), array_agg(p.key order by nth), request.at_once)
     from unnest(waiter.parts) with ordinality as p(limit_id, key, slots, nth);
   elsif waiter.lease_id is not null then
-    perform pglimits._lock_used(waiter.limit_id, waiter.key);
+    perform pglimits._lock_used(waiter.limit_id, waiter.key, request.at_once);
   end if;
   now := pglimits._now();
   update pglimits.queue q
@@ -138,7 +138,7 @@ begin
   returning q.* into waiter;
   if waiter.lease_id is not null then
     perform pglimits._look(array[lease_id], told);
-    if waiter.deadline <= now or waiter.parts is not null and pglimits._is_outdated(waiter.parts, waiter.lease_duration is null) then
+    if waiter.deadline <= now or waiter.parts is not null and pglimits._is_outdated(waiter) then
       -- Unless it has just been granted: its time is over, or it is another request by now.
       if exists (select from pglimits.queue q where q.lease_id = _ask_again.lease_id) then
         perform pglimits._release(array[lease_id], told);
@@ -149,7 +149,7 @@ begin
   outcome := pglimits._answer_known(lease_id, told);
   if outcome.status is null then
     -- What has ended is all that is known of it, unless somebody is renewing it right now.
-    perform pglimits._lock_used(p.limit_id, p.key)
+    perform pglimits._lock_used(p.limit_id, p.key, request.at_once)
     from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = _ask_again.lease_id order by 1, 2) p;
     perform from pglimits.leases l where l.lease_id = _ask_again.lease_id order by l.limit_id, l.key for update;
     outcome := pglimits._answer_known(lease_id, told);
@@ -163,27 +163,30 @@ end $$;
 comment on function pglimits._ask_again(pglimits._request, uuid, boolean) is
   'Answers a request whose id is known; null: it is to be asked as a new one.';
 
--- Whether one of the limits of a request was deleted, deactivated, or became too small for it since it asked.
-create or replace function pglimits._is_outdated(parts pglimits._part[], for_rate boolean)
+-- Whether one of the limits of a request was deleted, or became too small for it since it asked. One that was deactivated is passed over.
+create or replace function pglimits._is_outdated(waiter pglimits.queue)
 returns boolean
 language plpgsql
 volatile
 as $$
 begin
   return exists (
-    select from unnest(parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
-    where c.active is not true or pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, for_rate));
+    select from unnest(waiter.parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
+    where c.limit_id is null
+       or c.active and not waiter.clamp
+          and pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, waiter.lease_duration is null));
 end $$;
 
-comment on function pglimits._is_outdated(pglimits._part[], boolean) is
+comment on function pglimits._is_outdated(pglimits.queue) is
   'Whether a request over several limits can no longer be granted as it was asked for.';
 
 -- Requests that are all alike, from first to last. what: the function that was called, for its errors. holders: an array with one for each.
--- again: some of their ids may be known.
+-- again: some of their ids may be known. at_once: this call has locked states already. So it has in a batch once one was decided, and
+-- whoever finds that the limits were changed since they were looked up, and needs others now.
 create or replace function pglimits._ask(
   what text, names text[], slots integer[], keys text[], for_rate boolean, timeout_seconds double precision,
   lease_duration double precision, priority integer, strict boolean, channel text, lease_ids uuid[], holders jsonb, again boolean,
-  told boolean, clamp boolean default false)
+  told boolean, clamp boolean default false, at_once boolean default false)
 returns setof pglimits._outcome
 language plpgsql
 volatile
@@ -198,7 +201,8 @@ begin
       for i in 1 .. many loop
         for outcome in
           select a.* from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel,
-                                        array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told, clamp) a
+                                        array[lease_ids[i]], jsonb_build_array(holders -> (i - 1)), again, told, clamp,
+                                        i > 1 and pg_current_xact_id_if_assigned() is not null) a
         loop
           outcome.first := i;
           outcome.last := i;
@@ -212,6 +216,7 @@ begin
       request.timeout_seconds := timeout_seconds;
       request.names := names;
       request.clamp := clamp;
+      request.at_once := at_once;
       select array_agg(keys[array_lower(keys, 1) + least(n, cardinality(keys)) - 1]),
              array_agg(slots[array_lower(slots, 1) + least(n, cardinality(slots)) - 1])
       into request.keys, request.slots from generate_series(1, cardinality(names)) n;
@@ -220,9 +225,11 @@ begin
         return next outcome;
         return;
       end if;
+      at_once := true;
     end if;
     request := pglimits._check_request(
       what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, clamp);
+    request.at_once := at_once;
     if cardinality(request.keys) = 0 then
       return next row(1, many, 'unlimited', null, null, null)::pglimits._outcome;
       return;
@@ -243,12 +250,13 @@ begin
         return;
       end if;
     end if;
+    at_once := true;
   end loop;
 end $$;
 
 comment on function pglimits._ask(
   text, text[], integer[], text[], boolean, double precision, double precision, integer, boolean, text, uuid[], jsonb, boolean,
-  boolean, boolean) is
+  boolean, boolean, boolean) is
   'Answers requests that are alike, in their order. Raises what is wrong with them.';
 
 -- One request, as plain SQL makes it: with its missing limits named, and no longer wait for a lock than its caller is ready to wait (a
@@ -265,6 +273,8 @@ declare
   id constant uuid := coalesce(lease_id, gen_random_uuid());
   lock_timeout constant text := current_setting('lock_timeout');
   bounded constant boolean := lock_timeout = '0' and timeout_seconds is not null;
+  tried_at timestamptz := clock_timestamp();
+  until timestamptz;
   taken pglimits.acquired;
   outcome pglimits._outcome;
   missing text[];
@@ -276,33 +286,45 @@ begin
   perform pglimits._check(coalesce(
     pglimits._request_fault(timeout_seconds, lease_duration, priority, holder, strict, channel),
     pglimits._arrays_fault(names, slots, keys), case when clamp is null then 'clamp must not be null' end));
-  begin
-    if bounded then
-      -- In milliseconds, an integer. To try once, a lock is waited for one second.
-      perform set_config('lock_timeout', least(ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000), 2147483647)::integer::text, true);
-    end if;
-    if contended then
-      taken := pglimits._take_at_once(
-        names[1], slots[1], keys[1], timeout_seconds, lease_duration, priority, holder, id, lease_id is not null, true);
-    end if;
-    if taken.status = 'granted' then
-      outcome := row(1, 1, 'granted', taken.fence, taken.expires_at, array[0])::pglimits._outcome;
-    else
-      select a.* into outcome
-      from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
-                         jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false,
-                         clamp) a;
-    end if;
-    if bounded then
-      perform set_config('lock_timeout', lock_timeout, true);
-    end if;
-  exception when lock_not_available then
-    perform pglimits._fail('LimitLocked',
-      format(
-        'somebody keeps %s locked in an open transaction: %s', pglimits._listed(names),
-        coalesce(pglimits._locked_by(names, keys), 'one that has ended by now')),
-      'It has to commit or roll back: call acquire and release in transactions of their own.');
-  end;
+  until := tried_at + case when bounded then coalesce(nullif(timeout_seconds, 0), 1) * interval '1 second'
+                           else nullif(lock_timeout, '0')::interval end;
+  loop
+    begin
+      if bounded then
+        -- In milliseconds, an integer. To try once, a lock is waited for one second.
+        perform set_config('lock_timeout', least(ceil(coalesce(nullif(timeout_seconds, 0), 1) * 1000), 2147483647)::integer::text, true);
+      end if;
+      if contended then
+        taken := pglimits._take_at_once(
+          names[1], slots[1], keys[1], timeout_seconds, lease_duration, priority, holder, id, lease_id is not null, true);
+      end if;
+      if taken.status = 'granted' then
+        outcome := row(1, 1, 'granted', taken.fence, taken.expires_at, array[0])::pglimits._outcome;
+      else
+        select a.* into outcome
+        from pglimits._ask(what, names, slots, keys, for_rate, timeout_seconds, lease_duration, priority, strict, channel, array[id],
+                           jsonb_build_array(coalesce(holder, pglimits._as_holder(pglimits._session()))), lease_id is not null, false,
+                           clamp) a;
+      end if;
+      if bounded then
+        perform set_config('lock_timeout', lock_timeout, true);
+      end if;
+      exit;
+    exception when lock_not_available then
+      if clock_timestamp() >= until then
+        perform pglimits._fail('LimitLocked',
+          format(
+            'somebody keeps %s locked in an open transaction: %s', pglimits._listed(names),
+            coalesce(pglimits._locked_by(names, keys), 'one that has ended by now')),
+          'It has to commit or roll back: call acquire and release in transactions of their own.');
+      end if;
+    end;
+    -- It had locked something, and could not have at once what it found that it needs by now. None of it is locked any more.
+    perform pg_sleep(0.005);
+    contended := false;
+    timeout_seconds := pglimits._remaining(timeout_seconds, tried_at);
+    tried_at := clock_timestamp();
+  end loop;
 
   if outcome.status = 'full' then
     perform pglimits._fail('QueueFull', 'the line of ' || pglimits._listed(names) || ' is as long as its max_waiters allows');

@@ -43,8 +43,9 @@ $$Tells how many slots of a rate limit a lease has really used: its level gets t
 even past the limit: who is in line waits until it has decayed. Fewer: waiters are granted. What is held stays as it is until the release.
 
 Call it before the release, as often as you like: the last number counts. True if the lease is live; false if it has ended, and then what
-it took, or was settled last, stands. A limit that is missing or inactive is not enforced, so there is nothing to settle. Errors: PL001 a bad
-argument, or a limit and key that the lease is not on; PL005 the limit has no slot_decay_per_second.$$;
+it took, or was settled last, stands. A limit that is missing, or that the lease is not on as it was inactive then, is not settled: a warning
+names it. Errors: PL001 a bad argument, or another key of the limit than those of the lease; PL005 the limit has no
+slot_decay_per_second.$$;
 
 create or replace function pglimits.settle_all(lease_id uuid, names text[], slots integer[], keys text[] default '{""}')
 returns boolean
@@ -72,6 +73,7 @@ declare
   parts pglimits._part[] := array[]::pglimits._part[];
   stray text;
   missing text[];
+  elsewhere text[];
   state pglimits.states;
   now timestamptz;
   used integer;
@@ -91,25 +93,24 @@ begin
       pglimits._name_fault('name', asked.name), pglimits._name_fault('key', asked.key, true),
       case when asked.slots is null then 'slots must not be null'
            when asked.slots < 0 then 'slots must be at least 0, not ' || asked.slots end));
-    select c.limit_id, l.lease_id is not null as is_on,
-           -- Its lease was not ended there meanwhile (reset), nor was the limit changed: it never was on it.
-           c.active and c.updated_at <= whole.acquired_at and whole.rows = whole.parts as is_certain
-    into part
+    select c.limit_id, c.active, lease.* into part
     from pglimits.configs c
-    left join pglimits.leases l
-      on l.lease_id = _settle.lease_id and l.limit_id is not distinct from c.limit_id and l.key is not distinct from asked.key
-      and l.fence > 0 and l.slots > 0
-    left join lateral (
-      select min(x.acquired_at) as acquired_at, count(*) as rows, min(x.parts) as parts from pglimits.leases x
-      where x.lease_id = _settle.lease_id and x.fence > 0 and x.slots > 0 and x.expires_at > pglimits._now()) whole on true
+    cross join lateral (
+      select bool_or(l.limit_id = c.limit_id and l.key = asked.key) as is_on, bool_or(l.limit_id = c.limit_id) as has_other_keys,
+             count(*) = min(l.parts) as is_whole
+      from pglimits.leases l
+      where l.lease_id = _settle.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > pglimits._now()) lease
     where c.name = asked.name;
     if not found then
       perform pglimits._check(pglimits._list_fault('settle', asked.name));
       missing := missing || asked.name;
     elsif part.is_on then
       parts := parts || row(part.limit_id, asked.key, asked.slots)::pglimits._part;
-    elsif part.is_certain then
-      stray := coalesce(stray, format('name: lease %s is not on limit %L with key %L', _settle.lease_id, asked.name, asked.key));
+    elsif part.has_other_keys and part.is_whole then
+      stray := coalesce(stray, format('key: lease %s is on other keys of %L, not on %L', _settle.lease_id, asked.name, asked.key));
+    elsif part.active and part.is_on is not null then
+      -- It may have been inactive when the lease was asked for, or have ended the lease since (reset).
+      elsewhere := elsewhere || asked.name;
     end if;
   end loop;
   perform pglimits._check(stray);
@@ -144,6 +145,9 @@ begin
   end loop;
   if missing is not null then
     raise warning 'not settled, because there is no such limit: %', pglimits._listed(missing);
+  end if;
+  if elsewhere is not null then
+    raise warning 'not settled, because the lease is not on it: %', pglimits._listed(elsewhere);
   end if;
   return live;
 end $$;

@@ -102,7 +102,7 @@ begin
     where l.lease_id = any (lease_ids) and l.expires_at > now and (l.fence > 0 or l.slots = 0)
     group by l.lease_id
   ), waiting as materialized (
-    select q.lease_id, q.parts is not null and pglimits._is_outdated(q.parts, q.lease_duration is null) as is_outdated,
+    select q.lease_id, q.parts is not null and pglimits._is_outdated(q) as is_outdated,
            case when not only_news or (q.rank, q.arrival) = (s.head_rank, s.head_arrival) then pglimits._looks_in(
              s, (pglimits._before(s, q.rank, q.arrival)).slots, q.slots, q.lease_duration is null, now) end as looks_in
     from pglimits.queue q
@@ -260,7 +260,7 @@ volatile
 return case when timeout_seconds is not null then greatest(timeout_seconds - date_part('epoch', clock_timestamp() - began), 0) end;
 
 comment on function pglimits._remaining(double precision, timestamptz) is
-  'What is left of a timeout that began at a moment; null for ever. For acquire_wait and rate_limit_wait.';
+  'What is left of a timeout that began at a moment; null for ever.';
 
 -- Whether the procedure that asks can certainly commit: it was called by a statement that is all of its query and the first of its
 -- transaction, and from within no other function or procedure. If not, it may be able to all the same.

@@ -185,15 +185,24 @@ none. new_name renames it and keeps everything. Grown: waiters are granted. Shru
 until it fits. Rate: the level so far is kept and decays at the new rate. Inactive: waiters go on at once.
 Errors: PL001 a bad argument, PL002 no such limit, PL003 new_name is taken.$$;
 
--- Takes those out of a line who cannot be granted by a limit as it is now, or need not be: they are told, ask again, and hear why.
+-- Takes those out of a line who cannot be granted by a limit as it is now, or need not be: they are told, ask again, and hear why. Who is
+-- clamped stays, and waits for all that the limit has.
 create or replace function pglimits._send_away(state pglimits.states)
 returns pglimits.states
 language plpgsql
 volatile
 as $$
 declare
+  too_many constant bigint := (
+    select sum(q.slots - state."limit") from pglimits.queue q
+    where q.limit_id = state.limit_id and q.key = state.key and q.clamp and q.slots > state."limit");
   waiter record;
 begin
+  if too_many > 0 and state.active and state."limit" > 0 then
+    update pglimits.queue q set slots = state."limit"
+    where q.limit_id = state.limit_id and q.key = state.key and q.clamp and q.slots > state."limit";
+    state.waiting_slots := state.waiting_slots - too_many;
+  end if;
   for waiter in
     delete from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key
@@ -220,7 +229,7 @@ begin
   perform pglimits._tell(q.channel, q.lease_id::text)
   from pglimits.queue q
   where _tell_elsewhere.limit_id in (select p.limit_id from unnest(q.parts) p)
-    and pglimits._is_outdated(q.parts, q.lease_duration is null);
+    and pglimits._is_outdated(q);
 end $$;
 
 comment on function pglimits._tell_elsewhere(bigint) is

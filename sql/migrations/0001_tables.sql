@@ -167,6 +167,7 @@ create table pglimits.queue (
   rank integer not null,
   arrival timestamptz not null,
   parts pglimits._part[],
+  clamp boolean not null,
   lease_duration double precision,
   holder jsonb,
   channel text,
@@ -186,6 +187,8 @@ comment on column pglimits.queue.rank is 'The priority, negated, so that the ind
 comment on column pglimits.queue.arrival is
   'When the request arrived by the database clock, made unique. Kept when it goes to stand in another line.';
 comment on column pglimits.queue.parts is 'Of a request over several limits: all that it wants, in the order of locking.';
+comment on column pglimits.queue.clamp is
+  'Where the limit has fewer slots than it wants when its turn comes, it takes all that the limit has.';
 comment on column pglimits.queue.lease_duration is 'Seconds. Null: a rate_limit, which gets no lease.';
 comment on column pglimits.queue.deadline is 'Not to be granted later than this: its timeout, counted from its first call.';
 comment on column pglimits.queue.looks_at is 'When its process was told to look, unless it hears something before.';
@@ -270,12 +273,13 @@ create type pglimits._request as (
   lease_duration double precision,
   channel text,
   missing text[],
-  clamp boolean
+  clamp boolean,
+  at_once boolean
 );
 comment on type pglimits._request is
   'A checked request. limit_ids, keys and slots are its parts that are enforced, in the order in which they are locked. '
   'timeout_seconds null: for ever. missing: the names of which there is no limit. '
-  'clamp: slots above a limit count as the limit.';
+  'clamp: slots above a limit count as the limit. at_once: the call that it is part of has locked states before.';
 
 create type pglimits._outcome as (
   first integer,

@@ -235,6 +235,10 @@ class Model:
         return None if seconds is None else self.now + seconds
 
     @staticmethod
+    def clamped(limit: Limit, request: Request, slots: int) -> int:
+        return min(slots, limit.most or slots) if request.clamp else slots
+
+    @staticmethod
     def is_hopeless(limit: Limit, slots: int, for_rate: bool) -> bool:
         return (slots > limit.most > 0) or (for_rate and not limit.rate)
 
@@ -323,7 +327,11 @@ class Model:
     def serve_several(self, here: Place, head: Waiter) -> None:
         assert head.parts is not None
         for_rate = head.request.for_rate
-        parts = {place: slots for place, slots in head.parts.items() if self.is_enforced(place)}
+        parts = {
+            place: head.slots if place is here else self.clamped(place.limit, head.request, slots)
+            for place, slots in head.parts.items()
+            if self.is_enforced(place)
+        }
         had = set()
         for place in parts:
             if place is not here:
@@ -353,22 +361,21 @@ class Model:
             self.time_out(here, head)
         else:
             here.line.remove(head)
-            self.stand_again(targets[0], head)
+            self.stand_again(targets[0], head, parts[targets[0]])
             for place in parts:
                 at = ready[place]
                 keeps = not older and not for_rate and place is not targets[0]
                 if keeps and self.now > head.arrival + HORIZON and at is not None and at <= self.now + HORIZON:
                     until = self.now + round(Fraction(self.now - head.arrival, 4))
-                    place.kept[head.request.lease_id] = (head.parts[place], until)
+                    place.kept[head.request.lease_id] = (parts[place], until)
                     self.expires(place, until)
                     had.add(place)
         for place in parts:
             if place in had and place is not here and place.line:
                 self.serve(place, own=False)
 
-    def stand_again(self, place: Place, head: Waiter) -> None:
-        assert head.parts is not None
-        head.slots = head.parts[place]
+    def stand_again(self, place: Place, head: Waiter, slots: int) -> None:
+        head.slots = slots
         looks_in = self.looks_in(
             place, self.slots_of(self.before(place, head.order())), head.slots, head.request.for_rate
         )
@@ -437,8 +444,7 @@ class Model:
         for limit, key, slots in zip(found, request.keys, request.slots, strict=True):
             if limit is not None and limit.active:
                 parts[limit.place(key)] = parts.get(limit.place(key), 0) + slots
-        if request.clamp:
-            parts = {place: min(slots, place.limit.most or slots) for place, slots in parts.items()}
+        parts = {place: self.clamped(place.limit, request, slots) for place, slots in parts.items()}
         codes = set()
         for place, slots in parts.items():
             if request.for_rate and not place.limit.rate:
@@ -633,8 +639,12 @@ class Model:
     def is_outdated(self, waiter: Waiter) -> bool:
         return waiter.parts is not None and any(
             not self.exists(place)
-            or not place.limit.active
-            or self.is_hopeless(place.limit, slots, waiter.request.for_rate)
+            or (
+                place.limit.active
+                and self.is_hopeless(
+                    place.limit, self.clamped(place.limit, waiter.request, slots), waiter.request.for_rate
+                )
+            )
             for place, slots in waiter.parts.items()
         )
 
@@ -818,6 +828,8 @@ class Model:
             if not changed.active:
                 place.kept.clear()
             if place.line:
+                for waiter in place.line:
+                    waiter.slots = self.clamped(changed, waiter.request, waiter.slots)
                 place.line = [
                     waiter
                     for waiter in place.line

@@ -339,6 +339,29 @@ def test_when_what_it_took_cannot_be_found_out_it_is_given_back(
     wait_until(lambda: nothing_left(conn))
 
 
+@pytest.mark.parametrize(("timeout", "how"), [(0, "raise"), (0.2, "wait"), (0.2, "allow")])
+def test_to_find_out_what_it_took_it_waits_no_longer_than_its_timeout(
+    dsn: str, conn: Connection, connect: Any, wait_until: WaitUntil, timeout: float, how: Any
+) -> None:
+    conn.execute("""
+        create or replace function pglimits._taken(lease_id uuid)
+        returns table (name text, key text, slots integer)
+        language plpgsql volatile security definer
+        as $$ begin perform pg_advisory_xact_lock(1); end $$""")
+    slow = connect()
+    slow.execute("select pg_advisory_lock(1)")
+    with Limiter(dsn, on_unavailable=how) as limiter:
+        limiter.version()  # it is connected
+        request = in_thread(limiter.acquire, {"tokens": 5000}, timeout_seconds=timeout, clamp=True)
+        if how == "allow":
+            assert request.result(20).slots == (5000,)
+        else:
+            with pytest.raises(AcquireTimeout if timeout else LimiterUnavailable):
+                request.result(20)
+            wait_until(lambda: nothing_left(conn))
+        slow.close()
+
+
 def test_a_limiter_that_allows_goes_on_when_what_it_took_cannot_be_asked(
     dsn: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

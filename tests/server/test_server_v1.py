@@ -190,7 +190,7 @@ def test_a_lease_settles_what_it_used_and_a_request_is_clamped_to_what_a_limit_h
         assert http.post(at, json=used).json() == {"settled": False}
     lease = http.post("/v1/acquire", json={"name": "calls", "slots": 9, "clamp": True}).json()["lease_id"]
     for limits, code in (
-        ([{"name": "calls", "slots": 1}], "PL005"), ([{"name": "tokens", "slots": 1}], "PL001"),
+        ([{"name": "calls", "slots": 1}], "PL005"), ([{"name": "calls", "slots": 1, "key": "k"}], "PL001"),
         ([{"name": "calls", "slots": -1}], "PL001"), ([{"name": "calls"}], "PL001"), ([], "PL001"),
     ):  # fmt: skip
         assert http.post(f"/v1/leases/{lease}/settle", json={"limits": limits}).json()["code"] == code

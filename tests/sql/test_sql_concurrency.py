@@ -202,6 +202,18 @@ def test_what_waited_for_the_lock_of_a_limit_goes_by_what_it_finds_then(
     db.consistent()
 
 
+def test_what_waited_for_the_lock_of_the_largest_limit_there_can_be_is_not_too_much_to_compute_with(
+    db: Db, s: Session
+) -> None:
+    s.create("database", 2_147_483_647)
+    s.serves("database", 1)
+    answer = behind(
+        db, "select pglimits.acquire('database', 2000000000)",
+        lambda session: session.acquire("database", slots=2_000_000_000, timeout_seconds=None),
+    )  # fmt: skip
+    assert answer.status == "queued"
+
+
 ENDED = {
     "released": ("select pglimits.release(%(id)s)", False),
     "renewed": ("select pglimits.renew(%(id)s, 1000)", True),
@@ -696,6 +708,59 @@ def test_a_release_of_somebody_who_goes_to_stand_in_another_line_and_a_request_d
     assert [row.released for row in release.result(timeout=60)] == [True, True]
     assert request.result(timeout=60).status == "queued"
     assert len(s.waiters()) == 1
+    db.consistent()
+
+
+@pytest.mark.parametrize("how", ["alone", "in a batch"])
+def test_a_request_that_finds_a_lower_limit_activated_and_another_request_do_not_deadlock(
+    db: Db, s: Session, how: str
+) -> None:
+    """What it has locked by then comes after that limit."""
+    for name in ("a", "b", "c"):
+        s.create(name, 5, active=name != "a")
+    for name in ("b", "c"):
+        s.release(s.serves(name, 1)[0].lease_id)
+    gate = db.session()
+    gate.run("begin")
+    lock_state(gate, "c")
+    if how == "alone":
+        gate.update("c", active=False)
+        request, _ = db.start_blocked(lambda session: session.acquire(["a", "b", "c"], timeout_seconds=60))
+    else:
+        ids = [uuid4(), uuid4()]
+        request, _ = db.start_blocked(
+            lambda session: session.all(
+                "select * from pglimits._acquire_batch('{a,b,c}', '{1}', '{\"\"}', false, 60, 300, 0, %s::uuid[],"
+                " '[null,null]', false, false, null, patience => 60)", ids,
+            )
+        )  # fmt: skip
+    s.update("a", active=True)
+    other, _ = db.start_blocked(lambda session: session.acquire(["a", "b"], timeout_seconds=60))
+    gate.run("commit")
+    found = outcome(request)
+    if how == "alone":
+        assert not isinstance(found, psycopg.Error), found
+        assert found.fences[0] is not None
+    else:
+        assert isinstance(found, psycopg.errors.LockNotAvailable), "and is sent again"
+    assert other.result(timeout=60).status == "granted"
+    db.consistent()
+
+
+def test_who_looks_after_a_limit_that_is_gone_locks_the_others_all_the_same(db: Db, s: Session, clock: Clock) -> None:
+    s.create("a", 1)
+    s.create("b", 1)
+    (held,) = s.serves("b", 1, lease_duration=1)
+    waiter = s.queue(["a", "b"])
+    s.renew(held.lease_id, 300)
+    clock.advance(2)
+    s.queue("b", priority=1)
+    s.delete("a")
+    gate = db.session()
+    with gate.transaction():
+        gate.release(held.lease_id)
+        watch, _ = db.start_blocked(lambda session: session.watch_one(waiter))
+    watch.result(timeout=60)
     db.consistent()
 
 

@@ -167,21 +167,36 @@ def test_what_is_not_enforced_is_not_settled(clock: Clock, tokens: Session) -> N
     assert level(tokens) == 790, "it counts should the limit be activated again"
 
 
-def test_a_limit_or_key_that_the_lease_is_not_on_is_an_error(tokens: Session) -> None:
-    tokens.create("others", 5, 1)
+def test_another_key_than_those_of_the_lease_is_an_error_and_a_limit_that_it_is_not_on_a_warning(
+    tokens: Session,
+) -> None:
     lease = tokens.acquire(BOTH, slots=[500, 2], keys=["t", ""]).lease_id
     with changes_nothing(tokens):
-        for names, keys in ((["requests", "others"], [""]), (["requests", "tokens"], ["", "u"]), (["tokens"], [""])):
-            with fails("PL001", "name", str(lease), names[-1]):
+        for names, keys in ((["requests", "tokens"], ["", "u"]), (["tokens"], [""])):
+            with fails("PL001", "key", str(lease), names[-1]):
                 settle_all(tokens, lease, names, [1], keys)
         with fails("PL001", "call settle_all"):
             tokens.settle(lease, "{tokens,requests}", 1)
-    tokens.acquire(["calls"], lease_id=(other := uuid4()))
+    other = tokens.acquire("calls").lease_id
     with changes_nothing(tokens):
-        with fails("PL001", "tokens"):
-            tokens.settle(other, "tokens", 0)
+        assert settle_all(tokens, other, BOTH, [0]) is True
+        assert tokens.notices == ["not settled, because the lease is not on it: 'requests', 'tokens'"]
         with fails("PL005", "calls"):
             tokens.settle(other, "calls", 1)
+
+
+def test_a_limit_that_was_not_enforced_when_it_was_asked_for_has_nothing_to_settle_though_it_is_by_the_grant(
+    tokens: Session,
+) -> None:
+    tokens.update("tokens", active=False)
+    (call,) = tokens.serves("calls", 1, slots=2)
+    waiter = tokens.queue(["calls", "requests", "tokens", "later"])
+    tokens.update("tokens", active=True)
+    tokens.create("later", 5, 1)
+    tokens.release(call.lease_id)
+    assert tokens.watch_one(waiter).status == "granted"
+    assert settle_all(tokens, waiter, ["requests", "tokens", "later"], [3]) is True
+    assert (level(tokens, "requests"), tokens.limit("tokens").level, tokens.limit("later").level) == (3, 0, 0)
 
 
 def test_a_lease_corrects_no_more_than_it_took_itself(tokens: Session) -> None:
@@ -354,15 +369,37 @@ def test_who_waits_clamped_gets_what_the_limit_has_when_its_turn_comes(
     holder = tokens.acquire("tokens", slots=1).lease_id
     more = {"slots": 5000 if names == "tokens" else [5000, 1], "clamp": True, "timeout_seconds": FOREVER}
     waiter = tokens.queue(names, channel="pglimits_t", **more)
+    behind = tokens.queue("tokens", slots=200)
+    heard()
     clock.advance(1)
     tokens.update("tokens", limit=300)
-    assert [message.split()[0] for message in heard()] == [str(waiter)], "it is too wide now, and is told to ask again"
+    assert heard() == [], "it need not ask again"
+    assert [(row.lease_id, row.slots) for row in tokens.waiters("tokens")] == [(waiter, 300), (behind, 200)]
     assert tokens.acquire(names, lease_id=waiter, **more).status == "queued"
-    assert {row.slots for row in tokens.waiters("tokens")} == {300}
     tokens.update("tokens", limit=700)
     tokens.release(holder)
     assert tokens.acquire(names, lease_id=waiter, **more).status == "granted"
-    assert [row.slots for row in tokens.holders("tokens")] == [300], "grown, it keeps what it has waited for"
+    assert tokens.holders("tokens")[0].slots == 300, "grown, it keeps what it has waited for"
+
+
+def test_who_waits_clamped_elsewhere_takes_what_the_limit_has_by_then_and_keeps_its_place(
+    clock: Clock, heard: Callable[[], list[str]], tokens: Session
+) -> None:
+    (call,) = tokens.serves("calls", 1, slots=2)
+    more = {"slots": [1, 5000], "clamp": True, "timeout_seconds": FOREVER}
+    waiter = tokens.queue(["calls", "tokens"], channel="pglimits_t", **more)
+    behind = tokens.queue("calls")
+    holder = tokens.acquire("tokens", slots=10).lease_id
+    clock.advance(1)
+    tokens.update("tokens", limit=300)
+    assert heard() == [], "it need not ask again"
+    assert tokens.watch_one(waiter).status == "queued"
+    tokens.value("select pglimits._release_batch(%s::uuid[])", [call.lease_id])
+    assert [(row.lease_id, row.name, row.slots) for row in tokens.waiters()] == [(waiter, "tokens", 300)]
+    assert [row.lease_id for row in tokens.holders("calls")] == [behind]
+    tokens.release(holder)
+    assert tokens.watch_one(waiter).status == "granted"
+    assert [row.slots for row in tokens.holders() if row.lease_id == waiter] == [1, 300]
 
 
 def test_a_limit_of_none_keeps_a_clamped_request_out_until_it_has_some(tokens: Session) -> None:

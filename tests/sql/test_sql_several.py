@@ -497,11 +497,14 @@ def test_who_waits_for_several_limits_is_told_what_becomes_of_the_others(
     db.consistent()
 
 
-def test_they_keep_their_place_when_another_one_is_changed_and_they_still_fit(s: Session) -> None:
+@pytest.mark.parametrize("change", [{"limit": 1}, {"active": False}])
+def test_they_keep_their_place_when_another_one_is_changed_and_they_still_fit(
+    s: Session, change: dict[str, Any]
+) -> None:
     full(s, "one")
     s.create("two", 2)
     waiter, behind = s.queue(BOTH), s.queue("one")
-    s.update("two", limit=1)
+    s.update("two", **change)
     assert ask(s, waiter).position == 1
     assert [row.status for row in s.watch(waiter, behind)] == ["queued", "queued"]
 

@@ -37,6 +37,11 @@ class Limits(TestCase):
         self.assertEqual([each.status_code for each in answers], [200, 200, 429])
         self.refused(answers[2], "api")
 
+    async def test_views_of_classes_are_limited_where_they_dispatch(self):
+        for path in ("/of-class", "/async-of-class"):
+            answers = [await self.async_client.get(path, headers={"tenant": path}) for _ in range(3)]
+            self.assertEqual([each.status_code for each in answers], [200, 200, 429])
+
     def test_the_middleware_limits_every_view_and_adds_its_fields(self):
         answers = [self.client.get("/api", headers={"site-key": "s"}) for _ in range(2)]
         self.assertEqual([each.status_code for each in answers], [200, 200])

@@ -180,18 +180,21 @@ def test_a_call_that_is_cancelled_while_it_heeds_an_answer_gives_its_connection_
 
     async def work() -> None:
         only_one = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1))
-        async with AsyncLimiter(dsn) as tasks, asyncio.timeout(20):
-            async with httpx.AsyncClient(transport=AsyncLimitTransport(only_one, tasks), timeout=3) as client:
-                await client.get(url)
-                with conn.transaction():
-                    conn.execute("lock table pglimits.configs in access exclusive mode")
-                    asking = asyncio.create_task(client.get(url + "?status=429&Retry-After=1"))
-                    while not conn.execute(busy).fetchone():
-                        await asyncio.sleep(0.01)
-                    asking.cancel()
-                    await asyncio.gather(asking, return_exceptions=True)
-                assert asking.cancelled()
-                assert (await client.get(url)).status_code == 200
+        async with (
+            asyncio.timeout(20),
+            AsyncLimiter(dsn) as tasks,
+            httpx.AsyncClient(transport=AsyncLimitTransport(only_one, tasks), timeout=3) as client,
+        ):
+            await client.get(url)
+            with conn.transaction():
+                conn.execute("lock table pglimits.configs in access exclusive mode")
+                asking = asyncio.create_task(client.get(url + "?status=429&Retry-After=1"))
+                while not conn.execute(busy).fetchone():
+                    await asyncio.sleep(0.01)
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+            assert asking.cancelled()
+            assert (await client.get(url)).status_code == 200
 
     asyncio.run(work())
 

@@ -4,7 +4,8 @@
 request that gets no slot is answered with 429, ``Retry-After``, the RateLimit fields, and problem details (RFC 9457).
 """
 
-from __future__ import annotations
+# Without ``from __future__ import annotations``: FastAPI before 0.124 looks for types, and not for their names, at a
+# dependency that is an instance.
 
 import asyncio
 import contextlib

@@ -78,6 +78,10 @@ def test_a_dependency_refuses_what_is_beyond_the_rate(limiter: Limiter, tasks: A
     assert [each.status_code for each in ask(app, *[get] * 4)] == [200] * 4  # no key: not limited
 
 
+def test_the_parameters_of_a_dependency_are_types_as_older_versions_of_fastapi_need_them() -> None:
+    assert not [each for each in limits.Limit.__call__.__annotations__.values() if isinstance(each, str)]
+
+
 def test_without_the_handler_a_refusal_is_an_http_exception(limiter: Limiter, tasks: AsyncLimiter) -> None:
     limiter.create("shut", 0)
     app = FastAPI()

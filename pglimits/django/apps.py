@@ -7,6 +7,7 @@ from typing import Any
 from django.apps import AppConfig
 from django.conf import settings
 from django.db import connections, transaction
+from django.db.migrations.loader import MigrationLoader
 from django.db.models.signals import post_migrate
 
 from .. import __version__, _install
@@ -45,15 +46,16 @@ def uninstall(connection: Any) -> None:
 
 
 def _upgrade(using: str, **_: Any) -> None:
-    """After each ``migrate``: bring what is there up to this version."""
+    """After each ``migrate``: bring what is there up to this version. Install it where tests do without migrations."""
     if using != database() or connections[using].vendor != "postgresql":
         return
     with connections[using].cursor() as cursor:
         cursor.execute("select to_regprocedure('pglimits.version()') is not null")
-        if not cursor.fetchone()[0]:
-            return
-        cursor.execute("select pglimits.version()")
-        (there,) = cursor.fetchone()
-    if numbers(there) < numbers(__version__):
+        if cursor.fetchone()[0]:
+            cursor.execute("select pglimits.version()")
+            is_wanted = numbers(cursor.fetchone()[0]) < numbers(__version__)
+        else:
+            is_wanted = MigrationLoader.migrations_module("pglimits")[0] is None
+    if is_wanted:
         with transaction.atomic(using=using):
             install(connections[using])

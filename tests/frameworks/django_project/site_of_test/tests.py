@@ -111,6 +111,9 @@ class Migrations(TransactionTestCase):
         self.assertEqual(there(), "pglimits.version()")
         migrate("zero")
         self.assertIsNone(there())
+        with self.settings(MIGRATION_MODULES={"pglimits": None}):  # as a test run without migrations has it
+            call_command("migrate", run_syncdb=True, database="limits", stdout=io.StringIO())
+        self.assertEqual(there(), "pglimits.version()")
         migrate()
         with connections["limits"].cursor() as cursor:
             cursor.execute(

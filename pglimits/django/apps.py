@@ -8,11 +8,14 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.db import connections, transaction
 from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
 from django.db.models.signals import post_migrate
 
 from .. import __version__, _install
 from .._database import numbers
 from ._limiter import close, database
+
+_MIGRATION = "pglimits", "0001_install"
 
 
 class PglimitsConfig(AppConfig):  # type: ignore[misc]
@@ -46,7 +49,11 @@ def uninstall(connection: Any) -> None:
 
 
 def _upgrade(using: str, **_: Any) -> None:
-    """After each ``migrate``: bring what is there up to this version. Install it where tests do without migrations."""
+    """After each ``migrate``: bring what is there up to this version.
+
+    Install it where that was not done: tests do without migrations, another alias of the same database has recorded
+    it, a router has kept it away.
+    """
     if using != database() or connections[using].vendor != "postgresql":
         return
     with connections[using].cursor() as cursor:
@@ -55,7 +62,8 @@ def _upgrade(using: str, **_: Any) -> None:
             cursor.execute("select pglimits.version()")
             is_wanted = numbers(cursor.fetchone()[0]) < numbers(__version__)
         else:
-            is_wanted = MigrationLoader.migrations_module("pglimits")[0] is None
+            without_migrations = MigrationLoader.migrations_module("pglimits")[0] is None
+            is_wanted = without_migrations or _MIGRATION in MigrationRecorder(connections[using]).applied_migrations()
     if is_wanted:
         with transaction.atomic(using=using):
             install(connections[using])

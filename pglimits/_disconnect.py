@@ -42,5 +42,5 @@ async def until_gone(
 
 async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     """Return when a client has closed its connection. The body of its request has to be read by then."""
-    while (await receive())["type"] != "http.disconnect":
+    while (await receive())["type"] not in ("http.disconnect", "websocket.disconnect"):
         pass

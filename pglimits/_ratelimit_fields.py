@@ -31,7 +31,7 @@ _SETTINGS, _USED = (re.sub(rb"\$\d", b"%s", each.sql).decode() for each in (_sql
 _SETTINGS_LIVE = 2.0
 """Seconds for which the settings of a limit are remembered here. They are a hint: nothing is decided by them."""
 _MOST_SETTINGS = 10_000
-_PATIENCE = 0.5
+PATIENCE = 0.5
 """Seconds for which an answer waits for these fields."""
 
 
@@ -170,7 +170,7 @@ class Budgets:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._answer())
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(PATIENCE):
                 return await found
         except TimeoutError:
             return []

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import _arguments
 from ._arguments import Names, Part
 from ._calls import Course
 from ._leases import Lease, Place
 from ._problem_details import MEDIA_TYPE, details, whole_seconds
-from ._ratelimit_fields import Budget, Known, fields, full, policy
+from ._ratelimit_fields import PATIENCE, Budget, Known, fields, full, policy
 from .errors import AcquireTimeout, LimiterUnavailable, PermissionDenied, PglimitsError, QueueFull
 
 if TYPE_CHECKING:
     from ._limiter import AsyncLimiter, Limiter
 
 log = logging.getLogger("pglimits.web")
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -109,13 +112,30 @@ class Wanted:
         if not self._show_fields:
             return []
         try:
-            return (yield from Reports._budgets(limiter, self._known, places))  # type: ignore[arg-type]
+            looking = Reports._budgets(limiter, self._known, places)  # type: ignore[arg-type]
+            return (yield from _at_most(PATIENCE, looking)) or []
         except PermissionDenied:
             self._show_fields = False
             log.warning("answers have no RateLimit fields: the role of the app is no pglimits_reader")
         except PglimitsError:
             pass  # the answer stands without them
         return []
+
+
+def _at_most(seconds: float, course: Course[T]) -> Course[T | None]:
+    """What a course returns; None if that takes longer."""
+    until = time.monotonic() + seconds
+    try:
+        waker, timeout = next(course)
+        while (left := until - time.monotonic()) > 0:
+            yield waker, left if timeout is None else min(timeout, left)
+            waker, timeout = next(course)
+    except StopIteration as end:
+        found: T = end.value
+        return found
+    finally:
+        course.close()
+    return None
 
 
 def refusal(error: PglimitsError, parts: Sequence[Part], budgets: list[Budget]) -> Refusal:

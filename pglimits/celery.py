@@ -100,9 +100,26 @@ class _LimitedTask:
             request.headers.pop(TOLD, None)
         if told is None and not request.called_directly:
             return self._wait_and_call(request, args, kwargs)
-        if told and "error" in told:
+        return self._call(super().__call__, told, args, kwargs)  # type: ignore[misc]
+
+    def _call(self, run: Callable[..., Any], told: Any, args: Any, kwargs: Any) -> Any:
+        if told and "error" in told and "_orig_run" not in self.__dict__:
             raise told["error"]
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return run(*args, **kwargs)
+
+    @property
+    def _orig_run(self) -> Any:
+        """What Celery's ``autoretry_for`` wraps and calls: so it hears that the turn of a task has not come."""
+        told = cast(Any, self).request.get(TOLD) or {}
+        if "error" in told:
+            raise told["error"]
+        if "_orig_run" not in self.__dict__:
+            raise AttributeError("_orig_run")
+        return self.__dict__["_orig_run"]
+
+    @_orig_run.setter
+    def _orig_run(self, run: Any) -> None:
+        self.__dict__["_orig_run"] = run
 
     def _wait_and_call(self, request: Any, args: Any, kwargs: Any) -> Any:
         """No gate has let it in: it runs eagerly, or in a greenlet, which may wait."""
@@ -113,11 +130,17 @@ class _LimitedTask:
             return run(*args, **kwargs)
         limiter = wanted.limiter_or(_default.limiter)._in_threads()
         holder = {"task": cast(Any, self).name, "id": request.id}
-        lease = limiter._run(wanted.take(limiter, key, wanted.timeout_seconds, holder))
+        lease = None
+        told: dict[str, Any] = {}
+        try:
+            lease = limiter._run(wanted.take(limiter, key, wanted.timeout_seconds, holder))
+        except Exception as error:
+            told = {"error": error}
         try:
             if lease is not None:
-                setattr(request, TOLD, {"fence": lease.fence})
-            return run(*args, **kwargs)
+                told = {"fence": lease.fence}
+            setattr(request, TOLD, told)
+            return self._call(run, told, args, kwargs)
         finally:
             if lease is not None:
                 limiter.release(lease)

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, cast
 import httpx
 
 from . import _default
-from ._arguments import flag
+from ._arguments import flag, number
 from ._calls import Base, Calls, Course
 from ._leases import Lease
 from ._limiter import AsyncLimiter, Limiter
@@ -60,7 +60,9 @@ class _Either:
         self._name = name
         self._key = key
         self._strict = flag("strict", strict)
-        self._longest = longest_retry_after
+        self._longest = number("longest_retry_after", longest_retry_after)
+        if self._longest < 0:
+            raise InvalidArgument(f"longest_retry_after must be at least 0, not {longest_retry_after!r}")
 
     def _name_of(self, request: httpx.Request) -> str | None:
         return self._name(request) if callable(self._name) else self._name
@@ -153,13 +155,17 @@ class LimitTransport(_Either, httpx.BaseTransport):
         lease = limiter._run(self._enter(limiter, name, request))
         try:
             response = self._transport.handle_request(request)
-            limiter._run(self._heed(limiter, name, response))
         except BaseException:
             if lease is not None:
                 limiter.release(lease)
             raise
         if lease is not None:
             response.stream = _Stream(cast(httpx.SyncByteStream, response.stream), limiter, lease)
+        try:
+            limiter._run(self._heed(limiter, name, response))
+        except BaseException:
+            response.close()
+            raise
         return response
 
     def close(self) -> None:
@@ -193,13 +199,17 @@ class AsyncLimitTransport(_Either, httpx.AsyncBaseTransport):
         lease = await limiter._run(self._enter(limiter, name, request))
         try:
             response = await self._transport.handle_async_request(request)
-            await limiter._run(self._heed(limiter, name, response))
         except BaseException:
             if lease is not None:
                 await limiter.release(lease)
             raise
         if lease is not None:
             response.stream = _AsyncStream(cast(httpx.AsyncByteStream, response.stream), limiter, lease)
+        try:
+            await limiter._run(self._heed(limiter, name, response))
+        except BaseException:
+            await response.aclose()
+            raise
         return response
 
     async def aclose(self) -> None:

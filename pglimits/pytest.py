@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 
 from . import _default, _embedded, _install
@@ -40,8 +41,10 @@ def pglimits_limiter(pglimits_dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     """A limiter on the database of the tests. Until the test ends, ``pglimits.sync`` and ``pglimits.asyncio`` use it.
 
     Limits that a test creates are deleted at its end, with their leases. Those that were there before stay as they are.
+    So tests that share a database take turns, such as those of several workers of pytest-xdist.
     """
-    with Limiter(pglimits_dsn) as limiter:
+    with psycopg.connect(pglimits_dsn, autocommit=True) as turn, Limiter(pglimits_dsn) as limiter:
+        turn.execute("select pg_advisory_lock(hashtextextended('pglimits.pytest', 0))")
         monkeypatch.setenv("PGLIMITS_DSN", pglimits_dsn)
         monkeypatch.setattr(_default, "_limiter", limiter)
         before = {limit.name for limit in limiter.list()}

@@ -4,7 +4,8 @@
 request that gets no slot is answered with 429, ``Retry-After``, the RateLimit fields, and problem details (RFC 9457).
 """
 
-from __future__ import annotations
+# Without ``from __future__ import annotations``: FastAPI before 0.124 looks for types, and not for their names, at a
+# dependency that is an instance.
 
 import asyncio
 import contextlib
@@ -15,9 +16,10 @@ from typing import Any, TypeAlias
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from . import _default
 from ._arguments import Names
@@ -27,7 +29,8 @@ from ._web import Entered, Refusal, Wanted
 
 __all__ = ["Limit", "LimitMiddleware", "Refused", "add_handler", "concurrency", "rate_limit"]
 
-Key: TypeAlias = str | Callable[[Request], str | Awaitable[str | None] | None]
+Key: TypeAlias = str | Callable[[Any], str | Awaitable[str | None] | None]
+"""Or a function of the request. That of a WebSocket is one of Starlette's WebSocket."""
 
 
 class Refused(HTTPException):
@@ -50,22 +53,25 @@ class Limit:
         self._key = key
         self._limiter = limiter
 
-    async def __call__(self, request: Request, response: Response) -> AsyncIterator[None]:
-        """As a dependency of FastAPI. Raises Refused."""
+    async def __call__(self, connection: HTTPConnection, response: Response) -> AsyncIterator[None]:
+        """As a dependency of FastAPI, of a route or of a WebSocket. Raises Refused."""
 
         async def gone() -> None:
-            with contextlib.suppress(RuntimeError):  # FastAPI has read it: it was a form
-                await request.body()
-            await disconnected(request.receive)
+            assert isinstance(connection, Request | WebSocket)
+            if isinstance(connection, Request):
+                with contextlib.suppress(RuntimeError):  # FastAPI has read it: it was a form
+                    await connection.body()
+            await disconnected(connection.receive)
 
-        entered = await self._enter(request, gone)
+        entered = await self._enter(connection, gone)
         if isinstance(entered, Refusal):
             raise Refused(entered)
-        response.headers.update(entered.headers)
+        for name, value in entered.headers.items():
+            response.headers.append(name, value)
         async with self._leaving(entered):
             yield
 
-    async def _enter(self, request: Request, gone: Callable[[], Coroutine[Any, Any, None]]) -> Entered | Refusal:
+    async def _enter(self, request: HTTPConnection, gone: Callable[[], Coroutine[Any, Any, None]]) -> Entered | Refusal:
         """``gone``: returns when the client has gone, whose request then leaves the line."""
         key = self._key(request) if callable(self._key) else self._key
         if inspect.isawaitable(key):
@@ -73,7 +79,7 @@ class Limit:
         if key is None:
             return Entered(None, {})
         limiter = self._limiter or _default.async_limiter()
-        holder = {"method": request.method, "path": request.url.path}
+        holder = {"method": request.scope.get("method", "WEBSOCKET"), "path": request.url.path}
         entering = self._wanted.enter(limiter, key, holder)
         if not self._wanted.may_wait:
             return await limiter._run(entering)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from asgiref.sync import iscoroutinefunction
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
+from django.views import View as BaseView
 
 from .._arguments import Names
 from .._leases import Lease
@@ -32,7 +33,7 @@ class Limit:
         self._given = limiter
 
     def __call__(self, view: View) -> View:
-        if iscoroutinefunction(view):
+        if iscoroutinefunction(view) or _dispatches_to_async(view):
 
             @functools.wraps(view)
             async def in_task(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
@@ -93,6 +94,12 @@ class Limit:
             self._limiter().release(lease)
         else:
             self._limiter()._release_later(lease)
+
+
+def _dispatches_to_async(view: Callable[..., Any]) -> bool:
+    """Whether it is the ``dispatch`` of an async class-based view, as ``method_decorator`` hands it to a decorator."""
+    of = getattr(getattr(view, "func", view), "__self__", None)
+    return isinstance(of, BaseView) and of.view_is_async and getattr(view, "__name__", "") == "dispatch"
 
 
 def _holder(request: HttpRequest) -> dict[str, str]:

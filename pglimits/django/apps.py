@@ -7,11 +7,15 @@ from typing import Any
 from django.apps import AppConfig
 from django.conf import settings
 from django.db import connections, transaction
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
 from django.db.models.signals import post_migrate
 
 from .. import __version__, _install
 from .._database import numbers
 from ._limiter import close, database
+
+_MIGRATION = "pglimits", "0001_install"
 
 
 class PglimitsConfig(AppConfig):  # type: ignore[misc]
@@ -45,15 +49,21 @@ def uninstall(connection: Any) -> None:
 
 
 def _upgrade(using: str, **_: Any) -> None:
-    """After each ``migrate``: bring what is there up to this version."""
+    """After each ``migrate``: bring what is there up to this version.
+
+    Install it where that was not done: tests do without migrations, another alias of the same database has recorded
+    it, a router has kept it away.
+    """
     if using != database() or connections[using].vendor != "postgresql":
         return
     with connections[using].cursor() as cursor:
         cursor.execute("select to_regprocedure('pglimits.version()') is not null")
-        if not cursor.fetchone()[0]:
-            return
-        cursor.execute("select pglimits.version()")
-        (there,) = cursor.fetchone()
-    if numbers(there) < numbers(__version__):
+        if cursor.fetchone()[0]:
+            cursor.execute("select pglimits.version()")
+            is_wanted = numbers(cursor.fetchone()[0]) < numbers(__version__)
+        else:
+            without_migrations = MigrationLoader.migrations_module("pglimits")[0] is None
+            is_wanted = without_migrations or _MIGRATION in MigrationRecorder(connections[using]).applied_migrations()
+    if is_wanted:
         with transaction.atomic(using=using):
             install(connections[using])

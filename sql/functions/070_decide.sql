@@ -53,11 +53,12 @@ begin
   if state."limit" > 0 and (state.waiting = 0 or state.head_rank > request.rank) then
     granted := case when request.for_rate then many else least(many, greatest(state."limit" - state.held, 0) / slots) end;
     if rate > 0 then
+      -- The level first, which is 0 without rounding where nothing is used.
       granted := least(granted, greatest(floor((
         pglimits._decayed(state.decayed, rate, state.decayed_at,
                           case when may_wait and (state.waiting < state.max_waiters) is not false
                                then least(now + pglimits._horizon(), deadline) else now end)
-        + pglimits._millionths(state."limit") - booked) / pglimits._millionths(slots)), 0));
+        - booked + pglimits._millionths(state."limit")) / pglimits._millionths(slots)), 0));
     end if;
   end if;
   if granted > 0 then
@@ -110,8 +111,8 @@ begin
       in_time := many - granted;
       if rate > 0 and state."limit" > 0 and request.timeout_seconds is not null then
         in_time := least(in_time, greatest(floor((
-          pglimits._decayed(state.decayed, rate, state.decayed_at, deadline)
-          + pglimits._millionths(state."limit" - before.slots) - greatest(state.booked, decayed))
+          pglimits._decayed(state.decayed, rate, state.decayed_at, deadline) - greatest(state.booked, decayed)
+          + pglimits._millionths(state."limit" - before.slots))
           / pglimits._millionths(slots)), 0));
       end if;
       waiting := in_time;

@@ -156,7 +156,8 @@ begin
   now := pglimits._now();
   decayed := pglimits._decayed(seen.decayed, seen.slot_decay_per_second, seen.decayed_at, now);
   used := greatest(seen.booked, decayed) + pglimits._millionths(slots::bigint * many);
-  too_much := used - pglimits._millionths(seen."limit") - decayed;
+  -- The level first, which is 0 without rounding where nothing is used.
+  too_much := greatest(seen.booked - decayed, 0) + pglimits._millionths(slots::bigint * many - seen."limit");
   if too_much > 0 then
     return case when not may_wait and many = 1 then pglimits._seconds_until(too_much, 0, seen.slot_decay_per_second) end;
   elsif not seen.is_unlocked then

@@ -170,6 +170,17 @@ def test_a_task_whose_time_is_over_fails_and_takes_nothing(crew: CeleryCrew) -> 
     assert crew.rows("select number from at_work where task like '%%.impatient' and change > 0") == [(2,)]
 
 
+def test_a_task_whose_time_is_over_is_retried_where_it_says_so(
+    crew: CeleryCrew, wait_until: Callable[..., Any]
+) -> None:
+    crew.limiter.update("one", limit=0)
+    result = crew.tasks.persistent.delay(1)
+    wait_until(lambda: result.state != "PENDING", what="for its time to be over")
+    assert result.state == "RETRY"
+    crew.limiter.update("one", limit=1)
+    assert got(result) == [1, True]
+
+
 def test_keys_are_of_the_arguments_and_none_is_not_limited(crew: CeleryCrew, wait_until: Callable[..., Any]) -> None:
     word = str(uuid4())
     first = crew.tasks.of_tenant.apply_async(("a", 1, word), queue="threads")
@@ -278,6 +289,7 @@ def test_an_eager_task_waits_where_it_is_called_and_a_plain_call_is_not_limited(
     environment: str, limiter: Limiter
 ) -> None:
     from celery import Celery
+    from celery.exceptions import Retry
 
     app = Celery("eager", broker="memory://", set_as_current=False)
     app.conf.update(task_always_eager=True, task_eager_propagates=True)
@@ -286,6 +298,9 @@ def test_an_eager_task_waits_where_it_is_called_and_a_plain_call_is_not_limited(
     def held(self: Any, number: int) -> tuple[int, int, bool]:
         return number, limiter.get("eager").held, self.fence is not None
 
+    @app.task(base=limited(concurrency="eager", timeout_seconds=0), autoretry_for=(AcquireTimeout,), max_retries=1)
+    def retried() -> None: ...
+
     limiter.upsert("eager", 1)
     assert held.delay(1).get() == (1, 1, True)
     assert limiter.get("eager").held == 0
@@ -293,6 +308,8 @@ def test_an_eager_task_waits_where_it_is_called_and_a_plain_call_is_not_limited(
     limiter.upsert("eager", 0)
     with pytest.raises(AcquireTimeout):
         held.delay(3)
+    with pytest.raises(Retry):
+        retried.delay()
 
 
 def test_the_example_of_the_page_prints_what_the_page_says(server_dsn: str, dsn: str, tmp_path: Path) -> None:

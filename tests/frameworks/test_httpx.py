@@ -172,9 +172,38 @@ def test_a_call_that_fails_gives_its_slot_back(call: Callable[..., httpx.Respons
     assert limiter.holders() == []
 
 
+def test_a_call_that_is_cancelled_while_it_heeds_an_answer_gives_its_connection_back(
+    dsn: str, conn: Any, url: str, limiter: Limiter
+) -> None:
+    limiter.create(LOCAL, 5, slot_decay_per_second=1)
+    busy = "select 1 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+
+    async def work() -> None:
+        only_one = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1))
+        async with (
+            asyncio.timeout(20),
+            AsyncLimiter(dsn) as tasks,
+            httpx.AsyncClient(transport=AsyncLimitTransport(only_one, tasks), timeout=3) as client,
+        ):
+            await client.get(url)
+            with conn.transaction():
+                conn.execute("lock table pglimits.configs in access exclusive mode")
+                asking = asyncio.create_task(client.get(url + "?status=429&Retry-After=1"))
+                while not conn.execute(busy).fetchone():
+                    await asyncio.sleep(0.01)
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+            assert asking.cancelled()
+            assert (await client.get(url)).status_code == 200
+
+    asyncio.run(work())
+
+
 def test_mistakes_are_told(call: Callable[..., httpx.Response]) -> None:
     assert call().status_code == 200  # no limit of that name
     with pytest.raises(LimitNotFound):
         call(strict=True)
     with pytest.raises(InvalidArgument, match="kind must be"):
         call(kind="both")
+    with pytest.raises(InvalidArgument, match="longest_retry_after"):
+        call(longest_retry_after=-1)

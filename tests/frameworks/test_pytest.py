@@ -43,13 +43,14 @@ def test_the_next_one_begins_anew(pglimits_limiter, pglimits_async_limiter):
 CONFTEST, EXAMPLE = (block.code for block in blocks("docs/frameworks.md", "py") if block.section == "pytest")
 
 
-def run(folder: Path, **environment: str) -> None:
+def run(folder: Path, *options: str, **environment: str) -> None:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_project.py").write_text(TESTS)
     (folder / "test_reports.py").write_text(EXAMPLE)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PGLIMITS_DSN"))}
+    nothing_else = ("-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull],
+        [sys.executable, "-m", "pytest", "-q", *nothing_else, *options],
         cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout + done.stderr
@@ -61,7 +62,7 @@ def test_a_project_without_a_database_gets_a_throwaway_one(tmp_path: Path) -> No
 
 def test_limits_of_a_given_database_stay(tmp_path: Path, dsn: str, limiter: pglimits.Limiter) -> None:
     limiter.create("kept", 1)
-    run(tmp_path, PGLIMITS_TEST_DSN=dsn)
+    run(tmp_path, "-n", "2", PGLIMITS_TEST_DSN=dsn)  # workers take turns
     assert [limit.name for limit in limiter.list()] == ["kept"]
 
 

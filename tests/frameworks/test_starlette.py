@@ -9,18 +9,21 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import BackgroundTasks, Body, Depends, FastAPI, File, UploadFile
+from fastapi import APIRouter, BackgroundTasks, Body, Depends, FastAPI, File, UploadFile, WebSocket
+from fastapi.testclient import TestClient
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.testclient import WebSocketDenialResponse
 from wrappertest import in_thread
 
 import pglimits.starlette as limits
 from pglimits import AsyncLimiter, Limiter, LimitNotFound
 
 Serve = Callable[[Any], str]
+WAITS = (("/at-once", 0), ("/in-line", 60))
 QUOTA = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
 
@@ -75,6 +78,10 @@ def test_a_dependency_refuses_what_is_beyond_the_rate(limiter: Limiter, tasks: A
     assert [each.status_code for each in ask(app, *[get] * 4)] == [200] * 4  # no key: not limited
 
 
+def test_the_parameters_of_a_dependency_are_types_as_older_versions_of_fastapi_need_them() -> None:
+    assert not [each for each in limits.Limit.__call__.__annotations__.values() if isinstance(each, str)]
+
+
 def test_without_the_handler_a_refusal_is_an_http_exception(limiter: Limiter, tasks: AsyncLimiter) -> None:
     limiter.create("shut", 0)
     app = FastAPI()
@@ -86,6 +93,50 @@ def test_without_the_handler_a_refusal_is_an_http_exception(limiter: Limiter, ta
     assert (refused.status_code, refused.json()) == (429, {"detail": "no slot of 'shut' is free"})
     assert refused.headers["ratelimit-policy"] == '"shut";q=0;qu="concurrent-requests"'
     assert "retry-after" not in refused.headers
+
+
+def test_several_dependencies_add_their_fields_to_the_same_answer(limiter: Limiter, tasks: AsyncLimiter) -> None:
+    limiter.create("api", 2, slot_decay_per_second=0.01)
+    limiter.create("reports", 1)
+    both = [limits.rate_limit("api", limiter=tasks), limits.concurrency("reports", limiter=tasks)]
+    app = FastAPI()
+
+    @app.get("/", dependencies=[Depends(limit) for limit in both])
+    async def root() -> None: ...
+
+    (answer,) = ask(app, ("GET", "/"))
+    assert answer.headers.get_list("ratelimit") == ['"api";r=1;t=100', '"reports";r=0']
+
+
+def test_a_dependency_of_a_websocket_holds_its_slot_while_it_is_open_and_denies_the_next(
+    limiter: Limiter, tasks: AsyncLimiter, wait_until: Callable[..., Any]
+) -> None:
+    limiter.create("sockets", 1)
+    router = APIRouter()
+    wants = {path: limits.concurrency("sockets", timeout_seconds=seconds, limiter=tasks) for path, seconds in WAITS}
+
+    async def echo(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text(await socket.receive_text())
+
+    for path, limit in wants.items():
+        router.add_api_websocket_route(path, echo, dependencies=[Depends(limit)])
+    app = FastAPI()
+    app.include_router(router)
+    limits.add_handler(app)
+    with TestClient(app) as client:
+        with client.websocket_connect("/at-once") as socket:
+            assert [each.holder for each in limiter.holders()] == [{"method": "WEBSOCKET", "path": "/at-once"}]
+            with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect("/at-once"):
+                pass
+            assert is_refusal(denied.value, "sockets")
+            socket.send_text("hello")
+            assert socket.receive_text() == "hello"
+        wait_until(lambda: not limiter.holders())
+        with client.websocket_connect("/in-line") as socket:
+            socket.send_text("hello")
+            assert socket.receive_text() == "hello"
+    wait_until(lambda: not limiter.holders())
 
 
 def test_a_dependency_holds_its_slot_until_stream_and_background_tasks_are_over(
@@ -232,6 +283,19 @@ def test_a_database_that_is_gone_is_503() -> None:
     allowing = AsyncLimiter("host=127.0.0.1 port=1", on_unavailable="allow")
     app = limits.LimitMiddleware(PlainTextResponse("done"), limits.concurrency("api", limiter=allowing))
     assert ask(app, ("GET", "/"))[0].status_code == 200
+
+
+def test_an_answer_does_not_wait_for_its_fields_where_the_database_cannot_tell(
+    conn: Any, limiter: Limiter, tasks: AsyncLimiter
+) -> None:
+    limiter.create("api", 3, slot_decay_per_second=1)
+    app = limits.LimitMiddleware(PlainTextResponse("done"), limits.rate_limit("api", limiter=tasks))
+    assert "ratelimit" in ask(app, ("GET", "/"))[0].headers
+    another = limits.LimitMiddleware(PlainTextResponse("done"), limits.rate_limit("api", limiter=tasks))
+    with conn.transaction():
+        conn.execute("lock table pglimits.configs in access exclusive mode")
+        (answer,) = ask(another, ("GET", "/"))
+    assert (answer.status_code, "ratelimit" in answer.headers) == (200, False)
 
 
 def test_a_role_that_may_not_look_gets_slots_without_the_fields(

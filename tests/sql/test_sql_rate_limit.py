@@ -109,6 +109,20 @@ def test_the_bucket_is_exact_over_random_arrivals(clock: Clock, s: Session, limi
     assert denied > 15
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.1, 7.3, 33.333333])
+def test_all_of_an_idle_limit_is_granted_whatever_the_moment(clock: Clock, s: Session, rate: float) -> None:
+    clock.freeze(START)
+    s.create("api", 3, rate)
+    rng = random.Random(rate)
+    for _ in range(25):
+        for call in (s.rate_limit, s.acquire):
+            clock.advance(round(3 / rate + rng.random(), 6))
+            assert s.peek("api", slots=3, for_rate=True).status == "granted"
+            assert call("api", slots=3).status == "granted"
+        s.reset("api")
+        assert s.rate_limit("api", slots=3).status == "granted"
+
+
 def test_a_denial_a_read_and_an_update_do_not_restart_the_decay(clock: Clock, s: Session) -> None:
     clock.freeze(START)
     s.create("api", 1, 0.1)

@@ -13,7 +13,7 @@ from celery import Celery
 from kombu.transport import filesystem
 from kombu.utils.json import dumps
 
-from pglimits import Limiter
+from pglimits import AcquireTimeout, Limiter
 from pglimits.celery import limited
 
 FOLDER = os.environ["QUEUE_FOLDER"]
@@ -84,6 +84,14 @@ def at_a_rate(self: Any, number: int) -> int:
 @app.task(base=limited(concurrency="one", rate="slow", timeout_seconds=0.2), bind=True)
 def impatient(self: Any, number: int) -> int:
     return do(self, number)
+
+
+@app.task(
+    base=limited(concurrency="one", timeout_seconds=0.2),
+    bind=True, autoretry_for=(AcquireTimeout,), default_retry_delay=0, max_retries=200,
+)  # fmt: skip
+def persistent(self: Any, number: int) -> tuple[int, bool]:
+    return do(self, number), self.request.retries > 0
 
 
 @app.task(base=limited(concurrency="tenant", key=lambda tenant, *_, **__: tenant or None), bind=True)

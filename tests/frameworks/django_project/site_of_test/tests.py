@@ -37,6 +37,11 @@ class Limits(TestCase):
         self.assertEqual([each.status_code for each in answers], [200, 200, 429])
         self.refused(answers[2], "api")
 
+    async def test_views_of_classes_are_limited_where_they_dispatch(self):
+        for path in ("/of-class", "/async-of-class"):
+            answers = [await self.async_client.get(path, headers={"tenant": path}) for _ in range(3)]
+            self.assertEqual([each.status_code for each in answers], [200, 200, 429])
+
     def test_the_middleware_limits_every_view_and_adds_its_fields(self):
         answers = [self.client.get("/api", headers={"site-key": "s"}) for _ in range(2)]
         self.assertEqual([each.status_code for each in answers], [200, 200])
@@ -106,7 +111,14 @@ class Migrations(TransactionTestCase):
         self.assertEqual(there(), "pglimits.version()")
         migrate("zero")
         self.assertIsNone(there())
+        with self.settings(MIGRATION_MODULES={"pglimits": None}):  # as a test run without migrations has it
+            call_command("migrate", run_syncdb=True, database="limits", stdout=io.StringIO())
+        self.assertEqual(there(), "pglimits.version()")
         migrate()
+        with connections["limits"].cursor() as cursor:
+            cursor.execute("drop schema pglimits cascade")
+        migrate()  # recorded, and not there: by another alias of the same database, or with a router that forbids it
+        self.assertEqual(there(), "pglimits.version()")
         with connections["limits"].cursor() as cursor:
             cursor.execute(
                 "create or replace function pglimits.version() returns text language sql as $$ select '0.0.1' $$"

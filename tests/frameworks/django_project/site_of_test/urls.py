@@ -5,6 +5,8 @@ import asyncio
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
+from django.utils.decorators import method_decorator
+from django.views import View
 
 from pglimits.django import concurrency, limiter, middleware, rate_limit
 
@@ -33,6 +35,18 @@ def api(request: HttpRequest) -> HttpResponse:
 @rate_limit("api", key=later)
 async def async_api(request: HttpRequest) -> HttpResponse:
     return HttpResponse("done")
+
+
+@method_decorator(rate_limit("api", key=tenant), name="dispatch")
+class OfClass(View):
+    def get(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse("done")
+
+
+@method_decorator(rate_limit("api", key=later), name="dispatch")
+class AsyncOfClass(View):
+    async def get(self, request: HttpRequest) -> HttpResponse:
+        return HttpResponse("done")
 
 
 @concurrency("reports")
@@ -70,6 +84,8 @@ async def endless(request: HttpRequest) -> HttpResponse:
 
 
 views = {"endless": endless, "api": api, "async-api": async_api, "report": report, "failing": failing, "stream": stream}
+views |= {"of-class": OfClass.as_view()}
+views |= {"async-of-class": transaction.non_atomic_requests(using="limits")(AsyncOfClass.as_view())}
 urlpatterns = [path(name, view) for name, view in views.items()]
 for name, seconds in (("async-stream", 0), ("waiting", 60)):
     limited = concurrency("reports", timeout_seconds=seconds)(async_stream)

@@ -16,6 +16,8 @@ from typing import Any
 
 import psycopg
 
+from pglimits import Lease
+
 FOLDER = Path(__file__).resolve().parent / "reference"
 Connection = psycopg.Connection[Any]
 
@@ -49,7 +51,7 @@ def paragraphs(text: str, names: Iterable[str] = ()) -> str:
 
 def listed(text: str) -> str:
     """A paragraph that explains several names, as a list of them."""
-    intro, *items = re.split(r"(?<=[.;)] )(?=`\w+`: )", text)
+    intro, *items = re.split(r"(?<=[.;:)] )(?=`\w+`: )", text)
     if intro.startswith("`"):
         intro, items = "", [intro, *items]
     if len(items) < 3:
@@ -109,9 +111,9 @@ def sql(connection: Connection) -> str:
     for routine in routines:
         groups[next(role for role in ROLES if role in routine[3])].append(routine)
     parts = [
-        "What is in the schema `pglimits`, by the comments of an installation. In psql, `\\df+ pglimits.acquire` shows"
-        " the same. Durations are in seconds, everywhere. Arguments can be passed by name: `timeout_seconds => 60`."
-        " What begins with an underscore is private.",
+        "The functions, procedures and views of the schema `pglimits`, with their comments. In psql,"
+        " `\\df+ pglimits.acquire` shows the same. Durations are in seconds, everywhere. Arguments can be passed by"
+        " name: `timeout_seconds => 60`. Names that begin with an underscore are private.",
     ]
     for role, title in ROLES.items():
         may = "" if role == "pglimits_admin" else " or `pglimits_admin`"
@@ -178,8 +180,8 @@ MODULES = {
 
 def python() -> str:
     parts = [
-        "The signatures and docstrings of the public modules. How they are used is in the [tutorial](../tutorial.md),"
-        " and for some of them in [frameworks](../frameworks.md) and [metrics](../metrics.md)."
+        "The signatures and docstrings of the public modules. The [tutorial](../tutorial.md) shows how to use them,"
+        " and so do [Frameworks](../frameworks.md), [Task queues](../task-queues.md) and [Metrics](../metrics.md)."
     ]
     for name, wanted in MODULES.items():
         module = importlib.import_module(name)
@@ -204,7 +206,10 @@ def members(module: str, name: str, found: Any) -> Iterator[str]:
             yield signature(title, found)
             yield docstring(found)
         return
-    if dataclasses.is_dataclass(found):
+    if found.__base__ is Lease:
+        yield docstring(found)
+        yield "It has the attributes and methods of `Lease`, and `settle`."
+    elif dataclasses.is_dataclass(found):
         yield docstring(found)
         fields = ((field.name, field.type) for field in dataclasses.fields(found))
         yield table(["field", "type"], ([code(field), code(of)] for field, of in fields if not field.startswith("_")))
@@ -218,6 +223,8 @@ def members(module: str, name: str, found: Any) -> Iterator[str]:
         found, lambda member: inspect.isfunction(member) or isinstance(member, property)
     ):
         if method.startswith("_") or not of.__doc__ or not in_here(of):
+            continue
+        if found.__base__ is Lease and hasattr(Lease, method):
             continue
         yield f"#### {title}.{method}"
         if not isinstance(of, property):

@@ -12,7 +12,18 @@ __all__ = ["Counters", "Event", "Holder", "Key", "Limit", "Peek", "Reason", "Ste
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A named budget of slots, and how much of it is used right now, over all its keys."""
+    """A named budget of slots, and how much of it is used now, over all its keys.
+
+    Attributes:
+        limit: how many slots it has, for each key.
+        held: slots under live leases.
+        waiting: live requests in line.
+        active: whether it is enforced.
+        slot_decay_per_second: slots that come back each second; 0 for a concurrency limit.
+        level: slots that a rate limit has used and that have not decayed yet.
+        max_waiters: the longest line for each key; None: no bound.
+        updated_at: when its definition was changed last.
+    """
 
     name: str
     limit: int
@@ -29,7 +40,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """How much of a limit one of its keys uses right now. No grant of this key had a higher fence."""
+    """How much of a limit one of its keys uses now: slots held, level in slots, requests waiting.
+
+    No grant of this key had a higher ``fence``.
+    """
 
     name: str
     key: str
@@ -41,7 +55,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A live lease on one limit."""
+    """A live lease on one limit. A lease on several limits is several of these, with the same ``lease_id``.
+
+    ``holder`` says who has it. It ends at ``expires_at`` unless it is renewed.
+    """
 
     lease_id: UUID
     name: str
@@ -56,7 +73,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """A request that stands in line."""
+    """A request that stands in line. ``position`` is its place in the line of its limit and key, from 1."""
 
     lease_id: UUID
     name: str
@@ -70,9 +87,19 @@ class Waiter:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a limit has done since it was created, over all its keys; and who uses it right now.
+    """What was counted of a limit since it was created, over all its keys, and its use now.
 
-    ``held_slot_seconds``: slots times the seconds that they were held. ``waited_seconds``: of all that were granted.
+    Attributes:
+        grants: requests that were granted.
+        granted_slots: slots that they got.
+        releases: leases that were released.
+        expired_leases: leases that ended without a release, counted when they are taken out.
+        force_released_leases: leases that an administrator ended.
+        held_slot_seconds: slots times the seconds that they were held, until now.
+        waited_seconds: how long the granted requests had waited, together.
+        leases: live now.
+        keys: used and not swept since.
+        oldest_waiting_since: when the oldest request in line arrived; None if none waits.
     """
 
     name: str
@@ -91,9 +118,13 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A limit and how it is used, as of ``now``; ``of``: how many limits there are that were asked for.
+    """A limit and how it is used. The fields of ``Limit`` and of ``Counters`` mean the same here.
 
-    ``keys``: each of them has the whole limit. ``oldest_wait``: seconds.
+    Attributes:
+        keys: how many keys are in use; each of them has the whole limit.
+        oldest_wait: for how many seconds the oldest request in line has waited; None if none waits.
+        now: the moment of which all of this is, by the database's clock.
+        of: how many limits match the question, on all pages.
     """
 
     name: str
@@ -139,10 +170,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a limit's history, which ends at ``at``; its samples cover ``covered_seconds``.
+    """A step of a limit's history.
 
-    ``held`` is the mean; limit, level and waiting are those at the end. ``waited_p50`` and ``waited_p95``: half, and
-    95 of 100, of those that were granted had waited for so many seconds at most; None where nobody was granted.
+    Attributes:
+        at: its end.
+        covered_seconds: how much of it the samples cover.
+        limit, level, waiting: at its last sample.
+        held: slots, on average.
+        grants, granted_slots, releases, expired_leases, force_released_leases: counted within the step.
+        waited_seconds: how long the granted requests had waited, together.
+        waited_p50, waited_p95: half, and 95 of 100, of the granted requests had waited for so many seconds at most;
+            None if none was granted.
     """
 
     at: datetime
@@ -163,9 +201,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a waiter waits: in the line of which limit, in words, and when its turn can come at the earliest.
+    """Why a waiter waits.
 
-    ``earliest`` is None where only a release can tell. ``key`` and ``position`` are those of that line.
+    Attributes:
+        blocked_by: the limit in whose line it stands, which may be another limit that it needs too.
+        key, position: of that line; position 1 is the next.
+        reason: a sentence.
+        earliest: its turn does not come before; None where only a release can tell.
     """
 
     lease_id: UUID
@@ -180,8 +222,8 @@ class Reason:
 class Peek:
     """What a request would be answered now: ``granted``, ``queued``, ``refused`` or ``unlimited``.
 
-    ``retry_after``: in how many seconds time alone would let it in (None: only a release can tell). ``position`` is
-    the place that it would have in the queue.
+    ``retry_after``: in how many seconds time alone would let it in (None: only a release can). ``position`` is the
+    place that it would have in line.
     """
 
     status: str
@@ -191,7 +233,7 @@ class Peek:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep removed: slots under ended leases, dead waiters, idle keys."""
+    """What a sweep removed. ``leases``: slots of ended leases. ``waiters``: dead ones. ``keys``: idle ones."""
 
     leases: int
     waiters: int

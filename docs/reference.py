@@ -371,7 +371,28 @@ def http() -> str:
             by_tag.setdefault(tag, []).extend(operation_parts(_docs, api, path, method, operation))
     for tag, told in sorted(by_tag.items(), key=lambda item: item[0].startswith("for ")):
         parts += [f"## {tag[0].upper()}{tag[1:]}", *told]
+    parts.append("## Types")
+    for name, schema in _docs._types(api):
+        fields = [(name, of, False, text) for name, of, _, text in _docs._fields(api, schema)]
+        parts += [f"### {name}", paragraphs(schema.get("description", "")), field_table(_docs, api, "Fields", fields)]
     return page("HTTP reference", *parts)
+
+
+def field_table(docs: Any, api: Any, title: str, fields: Any) -> str:
+    """A table of fields, with their types and bounds."""
+
+    def bounds(schema: Any) -> str:
+        return re.sub(r"(?<=\d)\.0(?=[,)])", "", docs._bounds(schema))
+
+    rows = [
+        [
+            code(name),
+            prose(docs._kind(api, schema)) + (", needed" if needed else ""),
+            prose((" ".join((text or schema.get("description", "")).split()) + bounds(schema)).strip()),
+        ]
+        for name, schema, needed, text in fields
+    ]
+    return f"{title}:\n\n{table(['name', 'type', 'meaning'], rows)}" if rows else ""
 
 
 def operation_parts(docs: Any, api: Any, path: str, method: str, operation: Any) -> Iterator[str]:
@@ -381,31 +402,16 @@ def operation_parts(docs: Any, api: Any, path: str, method: str, operation: Any)
         (each["name"], each.get("schema", {}), each.get("required", False), each.get("description", ""))
         for each in operation.get("parameters", [])
     ]
-
-    def bounds(schema: Any) -> str:
-        return re.sub(r"(?<=\d)\.0(?=[,)])", "", docs._bounds(schema))
-
-    def told(title: str, fields: Any) -> str:
-        rows = [
-            [
-                code(name),
-                prose(docs._kind(api, schema)) + (", needed" if needed else ""),
-                prose((" ".join((text or schema.get("description", "")).split()) + bounds(schema)).strip()),
-            ]
-            for name, schema, needed, text in fields
-        ]
-        return f"{title}:\n\n{table(['name', 'type', 'meaning'], rows)}" if rows else ""
-
-    yield told("Parameters", fields)
+    yield field_table(docs, api, "Parameters", fields)
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body is not None:
-        yield told("Body", docs._fields(api, body))
+        yield field_table(docs, api, "Body", docs._fields(api, body))
     answers: dict[str, list[str]] = {}
     for status, answer in operation.get("responses", {}).items():
         schema = answer.get("content", {}).get("application/json", {}).get("schema")
         if schema is not None and status.startswith("2"):
             answers.setdefault(
-                told("", [(*field[:2], False, field[3]) for field in docs._fields(api, schema)]), []
+                field_table(docs, api, "", [(*field[:2], False, field[3]) for field in docs._fields(api, schema)]), []
             ).append(status)
     for fields_told, statuses in answers.items():
         yield f"Answer {', '.join(statuses)}{fields_told}" if fields_told else ""

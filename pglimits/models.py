@@ -40,9 +40,14 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """How much of a limit one of its keys uses now: slots held, level in slots, requests waiting.
+    """How much of a limit one of its keys uses now.
 
-    No grant of this key had a higher ``fence``.
+    Attributes:
+        name: the limit.
+        held: slots under live leases.
+        level: slots that a rate limit has used and that have not decayed yet.
+        waiting: live requests in line.
+        fence: no grant of this key had a higher one.
     """
 
     name: str
@@ -57,7 +62,13 @@ class Key:
 class Holder:
     """A live lease on one limit. A lease on several limits is several of these, with the same ``lease_id``.
 
-    ``holder`` says who has it. It ends at ``expires_at`` unless it is renewed.
+    Attributes:
+        name: the limit.
+        slots: how many it holds.
+        holder: JSON that says who has it.
+        fence: a number that grows with every grant of the limit and key.
+        acquired_at: when it was granted.
+        expires_at: when it ends unless it is renewed.
     """
 
     lease_id: UUID
@@ -73,7 +84,16 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """A request that stands in line. ``position`` is its place in the line of its limit and key, from 1."""
+    """A request that stands in line.
+
+    Attributes:
+        name: the limit in whose line it stands.
+        slots: how many it asks for.
+        holder: JSON that says who waits.
+        priority: higher goes first.
+        position: its place in the line of the limit and key, from 1.
+        waiting_since: when it arrived.
+    """
 
     lease_id: UUID
     name: str
@@ -148,9 +168,17 @@ class Usage:
 class Event:
     """Something that happened to a limit or to a lease.
 
-    ``kind``: ``created``, ``updated`` (``old`` and ``new`` have what changed), ``deleted``, ``reset``, ``expired``,
-    ``lost`` or ``force_released``. ``by``: who did it: application, user, address, pid, and whom it was done ``for``.
-    ``held_seconds``: for how long a lease was held.
+    Attributes:
+        event_id: grows, but becomes visible with its transaction, so not always in order.
+        at: when it happened.
+        kind: ``created``, ``updated``, ``deleted``, ``reset``, ``expired``, ``lost`` or ``force_released``.
+        name: the limit.
+        slots: that the lease held.
+        holder: who had the lease.
+        held_seconds: for how long the lease was held.
+        old: what was changed, as it was.
+        new: what was changed, as it is since.
+        by: who did it: application, user, address, pid, and whom it was done ``for``.
     """
 
     event_id: int
@@ -179,8 +207,8 @@ class Step:
         held: slots, on average.
         grants, granted_slots, releases, expired_leases, force_released_leases: counted within the step.
         waited_seconds: how long the granted requests had waited, together.
-        waited_p50, waited_p95: half, and 95 of 100, of the granted requests had waited for so many seconds at most;
-            None if none was granted.
+        waited_p50: half of the granted requests had waited for so many seconds at most; None if none was granted.
+        waited_p95: 95 of 100 had waited for so many seconds at most.
     """
 
     at: datetime
@@ -205,7 +233,8 @@ class Reason:
 
     Attributes:
         blocked_by: the limit in whose line it stands, which may be another limit that it needs too.
-        key, position: of that line; position 1 is the next.
+        key: of that line.
+        position: in that line, from 1.
         reason: a sentence.
         earliest: its turn does not come before; None where only a release can tell.
     """

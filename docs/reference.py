@@ -327,7 +327,8 @@ def commands(app: Any, path: str) -> Iterator[Iterable[str]]:
 def command(path: str, function: Any) -> Iterator[str]:
     yield f"## {path}"
     told = [" ".join(part.split()) for part in (inspect.getdoc(function) or "").split("\n\n")]
-    yield "\n\n".join(prose(part) for part in told if not part.startswith("Example: "))
+    # Typer takes brackets for markup, unless they are escaped.
+    yield "\n\n".join(prose(part.replace("\\[", "[")) for part in told if not part.startswith("Example: "))
     usage, rows = [path], []
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
@@ -341,7 +342,7 @@ def command(path: str, function: Any) -> Iterator[str]:
             usage.append(name if is_needed else f"[{name}]")
         else:
             decls = [*([info.default] if isinstance(info.default, str) else ()), *(info.param_decls or ())]
-            takes = info.metavar or ("" if of is bool else "VALUE")
+            takes = info.metavar or ("" if "bool" in str(of) else "VALUE")
             name = f"{', '.join(decls)} {takes}".strip()
         is_told = info.show_default is not False and parameter.default not in (None, False, "", parameter.empty)
         says = [prose(info.help or ""), "Needed." * is_needed, f"Default: {parameter.default}." if is_told else ""]

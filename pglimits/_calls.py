@@ -536,7 +536,7 @@ class Calls(Base):
         return bool(found[0][1])
 
     def sweep(self) -> Course[Swept]:
-        """Tidy up. Nothing depends on it but the size of the tables."""
+        """Tidy up, and take the samples of ``history``. Nothing else depends on it but the size of the tables."""
         found = yield from self._ask(_sql.SWEEP)
         return Swept(*found[0])
 

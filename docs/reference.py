@@ -216,6 +216,8 @@ def members(module: str, name: str, found: Any) -> Iterator[str]:
     else:
         yield signature(title, found)
         yield docstring(found)
+        if "__init__" in vars(found) and found.__init__.__doc__:
+            yield docstring(found.__init__)
     if name == "AsyncLimiter":
         yield "It has the methods of `Limiter` as coroutines, and `concurrency` for `async with`."
         return

@@ -419,16 +419,16 @@ an error; otherwise it is not enforced, with a warning. channel: what to notify 
 to 40 of a-z, 0-9 and _. clamp: more slots than the limit has, at the first call or at the grant, count as the limit.
 
 The answer: status: granted, go now; queued, the request stands in line; refused, there is no room in time; unlimited, the limit is
-missing or inactive. lease_id: what to renew and to release by. fence: a number that grows with every grant of the limit and key. expires_at: when
-the lease ends unless it is renewed. retry_after: in seconds: queued, call again within them;
-refused, time alone would let the request in by then, and null means that only a release can. position: the place in line, from 1.
+missing or inactive. lease_id: what to renew and to release by. fence: a number that grows with every grant of the limit and key.
+expires_at: when the lease ends unless it is renewed. retry_after: in seconds: queued, call again within them; refused, time alone would
+let the request in by then, and null means that only a release can. position: the place in line, from 1.
 
 After queued, call again with the same arguments and lease_id, after a commit. The deadline counts from the first call. A request that is
 not asked again for 10 seconds loses its place. A caller that is interrupted keeps it for as long: ask again with the same lease_id, or
 release that. In plain SQL, call pglimits.acquire_wait(...) does all of this.
 
-Errors: PL001 a bad argument, PL002 strict and the limit is missing, PL004 more slots than the limit has, PL006 the line is full, PL009
-somebody keeps the limit locked, PL010 asked again before a commit.
+Errors: PL001 a bad argument; PL002 strict, and the limit is missing; PL004 more slots than the limit has; PL006 the line is full; PL009
+an open transaction keeps the limit locked; PL010 asked again before a commit.
 
 Call it in a transaction of its own: the limit is locked until the commit. Call it as select * from pglimits.acquire(...), since
 select (pglimits.acquire(...)).* calls it once a column.$$;

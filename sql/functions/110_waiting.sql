@@ -392,7 +392,7 @@ $$Takes slots of one limit and waits for them, in plain SQL, without keeping the
 outside a transaction block.
 
 Arguments and errors are as of acquire, but timeout_seconds is null by default, which waits for ever. status: granted, refused or
-unlimited, never queued.
+unlimited, never queued. PL010 also means that it was called inside a transaction block.
 
 If the caller dies while it waits, the request leaves the line as soon as the server notices. Have the server look every second:
   set client_connection_check_interval = '1s'

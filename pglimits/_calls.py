@@ -523,7 +523,7 @@ class Calls(Base):
         return bool(found[0][0])
 
     def renew(self, lease: Lease | UUID | str, lease_duration: float | None = None) -> Course[bool]:
-        """Renew a lease that is not renewed by itself. Whether it was still live."""
+        """Renew a lease that is not renewed by itself. Returns whether it was still live."""
         seconds = None if lease_duration is None else _arguments.lease_duration(lease_duration)
         asked = time.monotonic()
 
@@ -546,7 +546,10 @@ class Calls(Base):
         return str(found[0][0])
 
     def close(self) -> Course[None]:
-        """Release what is still held, which whoever is at work under it has lost, and close connections of our own."""
+        """Release every lease that is still held, and close the limiter's connections.
+
+        Work that goes on under such a lease has lost it.
+        """
         if self._user.gone:
             return
         self._user.closed = True

@@ -42,6 +42,7 @@ def prose(text: str, names: Iterable[str] = ()) -> str:
 def paragraphs(text: str, names: Iterable[str] = ()) -> str:
     """Folded lines as paragraphs; lines that are set off are code, each a paragraph of its own."""
     found: list[str] = []
+    text = re.sub(r"(?<=[.)])\s+(?=Errors: )", "\n\n", text)
     for paragraph in re.split(r"\n\n+", text.strip()):
         for is_code, lines in itertools.groupby(paragraph.split("\n"), lambda line: line.startswith("  ")):
             each = list(lines)

@@ -43,10 +43,9 @@ $$Tells how many slots of a rate limit a lease has really used: the level gets t
 If it is more, the level goes up, even past the limit, and waiters wait until it has decayed. If it is less, waiters are granted. The
 slots that are held stay the same until the release.
 
-Call it before the release, as often as you like: the last number counts. True if the lease is live. False if it has ended: then what it
-took, or was settled last, stands. A limit that is missing or inactive is not enforced, so there is nothing to settle.
-
-Errors: PL001 a bad argument, or a limit and key that the lease is not on; PL005 the limit has no slot_decay_per_second.$$;
+Call it before the release, as often as you like: the last number counts. True if the lease is live; false if it has ended, and then what
+it took, or was settled last, stands. A limit that is missing or inactive is not enforced, so there is nothing to settle. Errors: PL001 a bad
+argument, or a limit and key that the lease is not on; PL005 the limit has no slot_decay_per_second.$$;
 
 create or replace function pglimits.settle_all(lease_id uuid, names text[], slots integer[], keys text[] default '{""}')
 returns boolean

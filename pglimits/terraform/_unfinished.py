@@ -1,7 +1,7 @@
 """Limits that Terraform asked for and may not have heard of: it was killed before it wrote them into its state.
 
-Invariant: an apply that creates a limit which exists gets an error. The exception is a limit that was made for the
-same folder of Terraform, by a run that ended before it could know. The next apply takes that limit over, and completes.
+Invariant: whoever asks for a limit that there is gets an error, unless it was made for the very same folder of
+Terraform by a run that ended before it could know. Then the limit is taken over, so that the next apply completes.
 
 A note in Terraform's data folder is written before a limit is created. It is taken away once the limit was seen in a
 state, or the run has ended in peace.

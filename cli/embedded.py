@@ -21,7 +21,7 @@ app = typer.Typer(
 
 @command(app)
 def start(output: Output = Format.table) -> None:
-    """Start it, unless it runs, and install pglimits in it.
+    """Start the embedded PostgreSQL, unless it runs, and install pglimits in it.
 
     Example: export PGLIMITS_DSN=$(pglimits embedded start -o json | jq -r .dsn)
     """
@@ -37,7 +37,7 @@ def start(output: Output = Format.table) -> None:
 
 @command(app)
 def stop(output: Output = Format.table) -> None:
-    """Stop it, for all your processes. Its data is kept.
+    """Stop the embedded PostgreSQL, for all your processes. Its data is kept.
 
     Example: pglimits embedded stop
     """
@@ -50,7 +50,7 @@ def stop(output: Output = Format.table) -> None:
 
 @command(app)
 def status(output: Output = Format.table) -> None:
-    """Say whether it runs. Exits with 1 if it does not.
+    """Say whether the embedded PostgreSQL runs. Exits with 1 if it does not.
 
     Example: pglimits embedded status
     """

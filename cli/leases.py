@@ -72,7 +72,7 @@ def holders(name: SomeName = None, dsn: Dsn = None, output: Output = Format.tabl
 
 @command(app, _LOOK)
 def waiters(name: SomeName = None, dsn: Dsn = None, output: Output = Format.table) -> None:
-    """Show who waits for slots, in the order they go.
+    """Show who waits for slots, in the order of the line.
 
     Example: pglimits waiters database
     """

@@ -191,7 +191,7 @@ def update(
     ] = None,
     slot_decay_per_second: Rate = None,
     enable: Annotated[bool, typer.Option("--enable", help="Enforce it.")] = False,
-    disable: Annotated[bool, typer.Option("--disable", help="Do not enforce it; who waits goes on at once.")] = False,
+    disable: Annotated[bool, typer.Option("--disable", help="Do not enforce it; waiters go on at once.")] = False,
     new_name: Annotated[
         str | None,
         typer.Option("--new-name", metavar="NAME", show_default=False, help="Rename it; everything is kept."),
@@ -205,7 +205,8 @@ def update(
 ) -> None:
     """Change a limit, at once.
 
-    Grown: those who wait are granted. Shrunk: holders keep what they have, and nobody new gets in until it fits.
+    If it grows, waiters are granted. If it shrinks, holders keep their slots, and nobody new is granted until there is
+    room.
 
     Example: pglimits update database --limit 20
 
@@ -240,7 +241,7 @@ def update(
 def delete(name: Name, yes: Yes = False, dsn: Dsn = None, output: Output = Format.table) -> None:
     """Delete a limit with its leases.
 
-    Who waits for it goes on, as with any missing limit.
+    Its waiters go on, as with any missing limit.
 
     Example: pglimits delete database --yes
     """
@@ -262,7 +263,7 @@ def enable(name: Name, dsn: Dsn = None, output: Output = Format.table) -> None:
 
 @command(app, _PANEL)
 def disable(name: Name, dsn: Dsn = None, output: Output = Format.table) -> None:
-    """Do not enforce a limit, for now; who waits goes on.
+    """Do not enforce a limit, for now. Its waiters go on.
 
     Example: pglimits disable database
     """

@@ -34,8 +34,8 @@ def sweep(
 ) -> None:
     """Tidy up, once or regularly.
 
-    Removes ended leases that nobody wanted, dead waiters and idle keys. Nothing depends on it but the size of the
-    tables. Where pg_cron is installed, `pglimits cron enable` does it.
+    Removes ended leases that nobody wanted, dead waiters and idle keys, and takes the samples of the history. Nothing
+    else depends on it but the size of the tables. Where pg_cron is installed, `pglimits cron enable` schedules it.
 
     Example: pglimits sweep --every 60
     """

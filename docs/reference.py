@@ -16,6 +16,8 @@ from typing import Any
 
 import psycopg
 
+from pglimits import Lease
+
 FOLDER = Path(__file__).resolve().parent / "reference"
 Connection = psycopg.Connection[Any]
 
@@ -40,6 +42,7 @@ def prose(text: str, names: Iterable[str] = ()) -> str:
 def paragraphs(text: str, names: Iterable[str] = ()) -> str:
     """Folded lines as paragraphs; lines that are set off are code, each a paragraph of its own."""
     found: list[str] = []
+    text = re.sub(r"(?<=[.)])\s+(?=Errors: )", "\n\n", text)
     for paragraph in re.split(r"\n\n+", text.strip()):
         for is_code, lines in itertools.groupby(paragraph.split("\n"), lambda line: line.startswith("  ")):
             each = list(lines)
@@ -49,7 +52,7 @@ def paragraphs(text: str, names: Iterable[str] = ()) -> str:
 
 def listed(text: str) -> str:
     """A paragraph that explains several names, as a list of them."""
-    intro, *items = re.split(r"(?<=[.;)] )(?=`\w+`: )", text)
+    intro, *items = re.split(r"(?<=[.;:)] )(?=`\w+`: )", text)
     if intro.startswith("`"):
         intro, items = "", [intro, *items]
     if len(items) < 3:
@@ -109,9 +112,9 @@ def sql(connection: Connection) -> str:
     for routine in routines:
         groups[next(role for role in ROLES if role in routine[3])].append(routine)
     parts = [
-        "What is in the schema `pglimits`, by the comments of an installation. In psql, `\\df+ pglimits.acquire` shows"
-        " the same. Durations are in seconds, everywhere. Arguments can be passed by name: `timeout_seconds => 60`."
-        " What begins with an underscore is private.",
+        "The functions, procedures and views of the schema `pglimits`, with their comments. In psql,"
+        " `\\df+ pglimits.acquire` shows the same. Durations are in seconds, everywhere. Arguments can be passed by"
+        " name: `timeout_seconds => 60`. Names that begin with an underscore are private.",
     ]
     for role, title in ROLES.items():
         may = "" if role == "pglimits_admin" else " or `pglimits_admin`"
@@ -178,8 +181,8 @@ MODULES = {
 
 def python() -> str:
     parts = [
-        "The signatures and docstrings of the public modules. How they are used is in the [tutorial](../tutorial.md),"
-        " and for some of them in [frameworks](../frameworks.md) and [metrics](../metrics.md)."
+        "The signatures and docstrings of the public modules. The [tutorial](../tutorial.md) shows how to use them,"
+        " and so do [Frameworks](../frameworks.md), [Task queues](../task-queues.md) and [Metrics](../metrics.md)."
     ]
     for name, wanted in MODULES.items():
         module = importlib.import_module(name)
@@ -204,13 +207,18 @@ def members(module: str, name: str, found: Any) -> Iterator[str]:
             yield signature(title, found)
             yield docstring(found)
         return
-    if dataclasses.is_dataclass(found):
+    if found.__base__ is Lease:
+        yield docstring(found)
+        yield "It has the attributes and methods of `Lease`, and `settle`."
+    elif dataclasses.is_dataclass(found):
         yield docstring(found)
         fields = ((field.name, field.type) for field in dataclasses.fields(found))
         yield table(["field", "type"], ([code(field), code(of)] for field, of in fields if not field.startswith("_")))
     else:
         yield signature(title, found)
         yield docstring(found)
+        if "__init__" in vars(found) and found.__init__.__doc__:
+            yield docstring(found.__init__)
     if name == "AsyncLimiter":
         yield "It has the methods of `Limiter` as coroutines, and `concurrency` for `async with`."
         return
@@ -218,6 +226,8 @@ def members(module: str, name: str, found: Any) -> Iterator[str]:
         found, lambda member: inspect.isfunction(member) or isinstance(member, property)
     ):
         if method.startswith("_") or not of.__doc__ or not in_here(of):
+            continue
+        if found.__base__ is Lease and hasattr(Lease, method):
             continue
         yield f"#### {title}.{method}"
         if not isinstance(of, property):
@@ -320,7 +330,8 @@ def commands(app: Any, path: str) -> Iterator[Iterable[str]]:
 def command(path: str, function: Any) -> Iterator[str]:
     yield f"## {path}"
     told = [" ".join(part.split()) for part in (inspect.getdoc(function) or "").split("\n\n")]
-    yield "\n\n".join(prose(part) for part in told if not part.startswith("Example: "))
+    # Typer takes brackets for markup, unless they are escaped.
+    yield "\n\n".join(prose(part.replace("\\[", "[")) for part in told if not part.startswith("Example: "))
     usage, rows = [path], []
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
@@ -334,7 +345,7 @@ def command(path: str, function: Any) -> Iterator[str]:
             usage.append(name if is_needed else f"[{name}]")
         else:
             decls = [*([info.default] if isinstance(info.default, str) else ()), *(info.param_decls or ())]
-            takes = info.metavar or ("" if of is bool else "VALUE")
+            takes = info.metavar or ("" if "bool" in str(of) else "VALUE")
             name = f"{', '.join(decls)} {takes}".strip()
         is_told = info.show_default is not False and parameter.default not in (None, False, "", parameter.empty)
         says = [prose(info.help or ""), "Needed." * is_needed, f"Default: {parameter.default}." if is_told else ""]
@@ -364,7 +375,28 @@ def http() -> str:
             by_tag.setdefault(tag, []).extend(operation_parts(_docs, api, path, method, operation))
     for tag, told in sorted(by_tag.items(), key=lambda item: item[0].startswith("for ")):
         parts += [f"## {tag[0].upper()}{tag[1:]}", *told]
+    parts.append("## Types")
+    for name, schema in _docs._types(api):
+        fields = [(name, of, False, text) for name, of, _, text in _docs._fields(api, schema)]
+        parts += [f"### {name}", paragraphs(schema.get("description", "")), field_table(_docs, api, "Fields", fields)]
     return page("HTTP reference", *parts)
+
+
+def field_table(docs: Any, api: Any, title: str, fields: Any) -> str:
+    """A table of fields, with their types and bounds."""
+
+    def bounds(schema: Any) -> str:
+        return re.sub(r"(?<=\d)\.0(?=[,)])", "", docs._bounds(schema))
+
+    rows = [
+        [
+            code(name),
+            prose(docs._kind(api, schema)) + (", needed" if needed else ""),
+            prose((" ".join((text or schema.get("description", "")).split()) + bounds(schema)).strip()),
+        ]
+        for name, schema, needed, text in fields
+    ]
+    return f"{title}:\n\n{table(['name', 'type', 'meaning'], rows)}" if rows else ""
 
 
 def operation_parts(docs: Any, api: Any, path: str, method: str, operation: Any) -> Iterator[str]:
@@ -374,31 +406,16 @@ def operation_parts(docs: Any, api: Any, path: str, method: str, operation: Any)
         (each["name"], each.get("schema", {}), each.get("required", False), each.get("description", ""))
         for each in operation.get("parameters", [])
     ]
-
-    def bounds(schema: Any) -> str:
-        return re.sub(r"(?<=\d)\.0(?=[,)])", "", docs._bounds(schema))
-
-    def told(title: str, fields: Any) -> str:
-        rows = [
-            [
-                code(name),
-                prose(docs._kind(api, schema)) + (", needed" if needed else ""),
-                prose((" ".join((text or schema.get("description", "")).split()) + bounds(schema)).strip()),
-            ]
-            for name, schema, needed, text in fields
-        ]
-        return f"{title}:\n\n{table(['name', 'type', 'meaning'], rows)}" if rows else ""
-
-    yield told("Parameters", fields)
+    yield field_table(docs, api, "Parameters", fields)
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body is not None:
-        yield told("Body", docs._fields(api, body))
+        yield field_table(docs, api, "Body", docs._fields(api, body))
     answers: dict[str, list[str]] = {}
     for status, answer in operation.get("responses", {}).items():
         schema = answer.get("content", {}).get("application/json", {}).get("schema")
         if schema is not None and status.startswith("2"):
             answers.setdefault(
-                told("", [(*field[:2], False, field[3]) for field in docs._fields(api, schema)]), []
+                field_table(docs, api, "", [(*field[:2], False, field[3]) for field in docs._fields(api, schema)]), []
             ).append(status)
     for fields_told, statuses in answers.items():
         yield f"Answer {', '.join(statuses)}{fields_told}" if fields_told else ""

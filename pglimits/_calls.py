@@ -258,15 +258,15 @@ class Calls(Base):
     ) -> Course[Lease]:
         """Take slots until ``release``, or for a block. Arguments and errors as ``concurrency``.
 
-        ``with limiter.acquire(…) as use`` (``async with`` for tasks) gives them back at the end of the block. Else keep
-        what it returns: a lease that nobody refers to any longer is given back.
+        ``with limiter.acquire(…) as use`` (``async with`` for tasks) gives them back at the end of the block. Otherwise
+        keep the lease that it returns: a lease that is no longer referred to is given back.
 
-        Of a rate limit the slots are held, and added to its level. ``use.settle({name: slots})`` corrects the level.
+        Slots of a rate limit are held, and also added to its level. ``use.settle({name: slots})`` corrects the level.
 
         clamp: more slots than a limit has count as the limit; ``use.slots`` says what was taken.
 
-        renew: False leaves the lease alone: it lives on after this process, for ``lease_duration`` or until somebody
-        releases it by its id.
+        renew: False does not renew the lease. It goes on after this process has ended, for ``lease_duration`` seconds
+        or until it is released by its id.
         """
         kind = checked(
             *(names, occupy, timeout_seconds, max_retries, lease_duration, self._is_strict(strict)),
@@ -291,15 +291,16 @@ class Calls(Base):
         yield from self._acquiring(kind, None)
 
     def release(self, lease: Lease | UUID | str) -> Course[bool]:
-        """End a lease now instead of at its expiry. Whether it was still live; doing it twice is harmless.
+        """End a lease now instead of at its expiry. Safe to repeat.
 
-        True also where the connection was lost before the reply came, and asking again found it ended.
+        Given the id of a waiting request, it takes that request out of its line.
 
-        Given the id of a waiting request, takes it out of its queue.
+        Returns whether it was still live, or waiting. Also True if the connection was lost before the reply came, and
+        the lease had ended when the release was repeated.
 
         Raises:
-            LimiterUnavailable: an id was given, and the database could not be reached. A lease of our own is released
-                once it can be.
+            LimiterUnavailable: an id was given, and the database could not be reached. A lease of this limiter is
+                released as soon as it can be.
         """
         if not isinstance(lease, Lease):
             lease = Lease.foreign(_lease_id(lease))
@@ -308,10 +309,12 @@ class Calls(Base):
     def settle(self, lease: Lease | UUID | str, used: Counts) -> Course[bool]:
         """Tell how many slots of rate limits a lease has really used: their levels get them instead of what was taken.
 
-        Up, even past the limit, so that who is in line waits until it has decayed; or down. What is held stays as it is
-        until the lease ends. Called again, the last numbers count. Without it, what was taken stands.
+        A level goes up, even past the limit, so that waiters wait until it has decayed; or it goes down. The slots that
+        are held stay the same until the lease ends. If it is called again, the last numbers count. Without it, what was
+        taken stands.
 
-        used: by limit, or by (name, key) where the lease has several keys of it. What is not enforced is left out.
+        used: slots by limit, or by (name, key) where the lease has several keys of a limit. A limit that is not
+        enforced is left out.
 
         Returns whether the lease was live. If it had ended, nothing was changed: settle before the release. With
         ``on_unavailable="allow"`` also False, with a warning, where the database cannot be reached.
@@ -349,7 +352,16 @@ class Calls(Base):
         max_waiters: int | None = None,
         description: str | None = None,
     ) -> Course[Limit]:
-        """Create a limit. Raises LimitExists, InvalidArgument."""
+        """Create a limit, and return it. Raises LimitExists, InvalidArgument.
+
+        Args:
+            name: 1 to 200 characters, no control character, none of ``/ % & > <``.
+            limit: how many slots; 0 admits nobody.
+            slot_decay_per_second: slots that come back each second; 0 makes it a concurrency limit.
+            active: False does not enforce it.
+            max_waiters: the longest line for each key; None: no bound.
+            description: what it is for.
+        """
         yield from self._ask(
             _sql.CREATE,
             _arguments.text("name", name),
@@ -372,7 +384,10 @@ class Calls(Base):
         description: str | None = None,
         new_name: str | None = None,
     ) -> Course[Limit]:
-        """Change what is given, at once. ``max_waiters=-1``: no bound. Raises LimitNotFound, LimitExists."""
+        """Change the fields that are given, at once, and return the limit. Raises LimitNotFound, LimitExists.
+
+        ``max_waiters=-1``: no bound. ``description=""``: none. ``new_name`` renames the limit and keeps everything.
+        """
         yield from self._ask(
             _sql.UPDATE,
             _arguments.text("name", name),
@@ -394,7 +409,7 @@ class Calls(Base):
         max_waiters: int | None = None,
         description: str | None = None,
     ) -> Course[Limit]:
-        """Create a limit, or make the one of that name so."""
+        """Create a limit, or change the one of that name to these values, and return it. Arguments as ``create``."""
         _arguments.whole("limit", limit, least=0)
         _arguments.flag("active", active)
         _arguments.optional_whole("max_waiters", max_waiters, least=0)
@@ -466,7 +481,7 @@ class Calls(Base):
         strict: bool = False,
         for_rate: bool = False,
     ) -> Course[Peek]:
-        """What a request would be answered now, without making it. ``for_rate``: for ``rate_limit``."""
+        """Tell what a request would be answered now, without making it. ``for_rate``: by ``rate_limit``."""
         parts = _arguments.parts(names, occupy, key)
         found = yield from self._ask(
             _sql.PEEK,
@@ -480,9 +495,9 @@ class Calls(Base):
         return Peek(*found[0])
 
     def adjust(self, name: str, slots: int, key: str = "") -> Course[float]:
-        """Add slots to (or take them off) the level of a rate limit after the fact. Returns the new level.
+        """Add slots to the level of a rate limit; a number below 0 takes them off. Returns the new level in slots.
 
-        Raises LimitNotFound, NoSlotDecay.
+        Needs the role pglimits_admin. Raises LimitNotFound, NoSlotDecay.
         """
         found = yield from self._ask(
             _sql.ADJUST, _arguments.text("name", name), _arguments.whole("slots", slots), _arguments.text("key", key)
@@ -499,14 +514,14 @@ class Calls(Base):
     def waiters(
         self, name: str | None = None, *, count: int | None = None, offset: int = 0
     ) -> Course[builtins.list[Waiter]]:
-        """Who waits, in order, for one limit or for all: at most ``count`` of them, from the one at ``offset`` on."""
+        """The waiters of one limit or of all, in order: at most ``count`` of them, from the one at ``offset`` on."""
         found = yield from self._ask(_sql.WAITERS, _arguments.optional_text("name", name), *page(count, offset))
         return [Waiter(*with_holder(row)) for row in found]
 
     def force_release(self, lease: UUID | str) -> Course[bool]:
-        """End a lease that somebody else holds, or take a request out of its line. Whether it was still there.
+        """End a lease that somebody else holds, or take a request out of its line. Returns whether it was still there.
 
-        The events tell of it. Its holder is not stopped: it finds out when it next renews.
+        It makes an event. The holder is not stopped: it finds out when it next renews.
 
         Raises:
             PermissionDenied: the role is no pglimits_admin.
@@ -515,7 +530,7 @@ class Calls(Base):
         return bool(found[0][0])
 
     def renew(self, lease: Lease | UUID | str, lease_duration: float | None = None) -> Course[bool]:
-        """Renew a lease that is not renewed by itself. Whether it was still live."""
+        """Renew a lease that is not renewed by itself. Returns whether it was still live."""
         seconds = None if lease_duration is None else _arguments.lease_duration(lease_duration)
         asked = time.monotonic()
 
@@ -528,7 +543,7 @@ class Calls(Base):
         return bool(found[0][1])
 
     def sweep(self) -> Course[Swept]:
-        """Tidy up. Nothing depends on it but the size of the tables."""
+        """Tidy up, and take the samples of ``history``. Nothing else depends on it but the size of the tables."""
         found = yield from self._ask(_sql.SWEEP)
         return Swept(*found[0])
 
@@ -538,7 +553,10 @@ class Calls(Base):
         return str(found[0][0])
 
     def close(self) -> Course[None]:
-        """Release what is still held, which whoever is at work under it has lost, and close connections of our own."""
+        """Release every lease that is still held, and close the limiter's connections.
+
+        Work that goes on under such a lease has lost it.
+        """
         if self._user.gone:
             return
         self._user.closed = True

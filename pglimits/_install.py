@@ -173,7 +173,7 @@ def install(connection: psycopg.Connection[Any] | str, *, without_roles: bool = 
         connection: a psycopg connection, or a PostgreSQL connection string. A transaction that is open on the
             connection is joined: the caller commits it, and its settings are as before. Else it is one of its own.
         without_roles: go on where the roles pglimits_user, pglimits_reader and pglimits_admin do not exist and may not
-            be created. Then only the owner may use pglimits, and whoever is granted its functions by hand.
+            be created. Then only the owner may use pglimits, and roles that are granted its functions.
 
     Returns:
         What was there before, what is there now, and which roles are missing.

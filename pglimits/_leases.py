@@ -107,7 +107,7 @@ class Lease:
         return cls(lease_id, (), (), True, _pid)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
-        """Have something called when the lease is lost, by the thread that notices; at once if it is lost already."""
+        """Have a function called when the lease is lost, by the thread that notices. At once, if it is lost already."""
         self._on_lost.append(callback)
         if self._lost:
             self._tell()
@@ -124,11 +124,11 @@ class Lease:
                 log.exception("what is to be done when the lease %s is lost has failed", self.id)
 
     def is_here(self) -> bool:
-        """Whether it was taken by this process, not by the one that has forked it, and not released."""
+        """Whether this process took it, and has not released it. False in a process that was forked since."""
         return self.enforced and not self.released and self.pid == _pid
 
     def is_ours(self) -> bool:
-        """Whether it is this process that has to give it back, and has not done so."""
+        """Whether this process still has to give it back. False once its limiter was closed."""
         return not self._given_back and self.is_here()
 
     @property
@@ -145,13 +145,13 @@ class Lease:
     def expires_at(self) -> datetime | None:
         """When it ends unless it is renewed, by the database's clock; None if nothing is held.
 
-        For a moment after a hand-over that is at most 10 seconds ahead, until its full duration has begun.
+        For a moment after a waiter was granted it is at most 10 seconds ahead. Then the full duration has begun.
         """
         return self._expires_at
 
     @property
     def lost(self) -> bool:
-        """Whether it has ended while it should still be held."""
+        """Whether it has ended before it was released: somebody else may have its slots."""
         return self._lost or (self.enforced and not self.released and time.monotonic() >= self._ends)
 
     def _extend(self, asked: float, expires_at: datetime | None) -> None:

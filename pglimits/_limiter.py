@@ -195,8 +195,7 @@ class Limiter(_Either):
 class AsyncLimiter(_Either):
     """Limits of one database, for asyncio. Arguments as Limiter.
 
-    All that its tasks ask meanwhile travels together. Leases are renewed from a thread: a blocked event loop loses
-    none.
+    Requests of its tasks travel together. Leases are renewed from a thread, so a blocked event loop loses none.
     """
 
     concurrency = _holds(_Hold.__init__, AsyncConcurrency, _Either)

@@ -32,7 +32,7 @@ class Reports(Base):
         return [Reason(*row) for row in found]
 
     def counters(self, name: str | None = None) -> Course[builtins.list[Counters]]:
-        """What limits have done since they were created, one of them or all, by name."""
+        """What was counted of one limit, or of all by name, since they were created."""
         found = yield from self._ask(_sql.COUNTERS, _arguments.optional_text("name", name))
         return [Counters(*row) for row in found]
 
@@ -45,11 +45,13 @@ class Reports(Base):
         count: int = 100,
         offset: int = 0,
     ) -> Course[builtins.list[Usage]]:
-        """How limits are used, a page of them: the busiest first, unless ``sort`` says otherwise.
+        """How limits are used now, a page of them: the busiest first, unless ``sort`` says otherwise.
 
-        contains: only those whose name has this in it, in upper or lower case.
-        names: only these. ``sort="given"`` keeps their order.
-        count, offset: at most so many, from the one at ``offset`` on.
+        Args:
+            contains: only limits whose name contains this, in upper or lower case.
+            names: only these limits. ``sort="given"`` keeps their order.
+            sort: ``busiest``, ``name``, ``limit``, ``held``, ``level``, ``waiting``, ``oldest_wait`` or ``given``.
+            count, offset: at most so many limits, from the one at ``offset`` on.
         """
         if sort not in _sql.USAGE:
             raise InvalidArgument(f"sort must be one of {', '.join(map(repr, _sql.USAGE))}, not {sort!r}")
@@ -64,12 +66,12 @@ class Reports(Base):
     def events(
         self, name: str | None = None, kind: str | None = None, *, after: int | None = None, count: int = 100
     ) -> Course[builtins.list[Event]]:
-        """What happened, oldest first: the newest ``count``, or the first ``count`` behind the event_id ``after``.
+        """What happened, oldest first: the newest ``count`` events, or the first ``count`` after the event ``after``.
 
-        name, kind: only those of this limit, of this kind.
+        name, kind: only events of this limit, of this kind. after: an event_id.
 
-        An event_id is drawn before its transaction commits. So one with a lower id than the last one read may still
-        show; ``pglimits events --follow`` waits for it.
+        An event gets its event_id before its transaction commits. So an event with a lower id than the last one read
+        may still appear; ``pglimits events --follow`` waits for it.
         """
         wanted = (_arguments.optional_text("name", name), _arguments.optional_text("kind", kind))
         count = _arguments.whole("count", count, least=1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Use(Lease):
-    """A lease of a thread. ``with`` it, a block ends it."""
+    """A lease that a thread has taken. Used in a ``with`` statement, it ends with the block."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class Use(Lease):
 
 
 class AsyncUse(Lease):
-    """A lease of a task."""
+    """A lease that a task has taken."""
 
     __slots__ = ()
 

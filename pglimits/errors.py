@@ -54,7 +54,7 @@ class QueueFull(PglimitsError):
 
 
 class CronUnavailable(PglimitsError):
-    """pg_cron is not to be had in this database (PL007)."""
+    """pg_cron is not installed in this database (PL007)."""
 
 
 class AcquireTimeout(PglimitsError, TimeoutError):
@@ -71,7 +71,7 @@ class LimitLocked(AcquireTimeout):
 
 
 class CommitFirst(PglimitsError):
-    """The open transaction of the caller is in its own way (PL010); only SQL callers can meet that."""
+    """The caller's open transaction is in the way: commit, and call again (PL010). Only SQL callers can meet that."""
 
 
 class LimitsChanged(PglimitsError):
@@ -83,7 +83,7 @@ class LeaseLost(PglimitsError):
 
 
 class LimiterUnavailable(PglimitsError):
-    """The database could not be reached, or gave up in the middle."""
+    """The database could not be reached, or the connection broke during a call."""
 
 
 class ReadOnlyServer(LimiterUnavailable):

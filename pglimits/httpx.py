@@ -137,9 +137,9 @@ class LimitTransport(_Either, httpx.BaseTransport):
             strict: a missing limit is an error.
             longest_retry_after: seconds that an answer can ask for at most.
 
-        A request waits as long as the pool timeout of httpx says, then httpx.PoolTimeout comes; so it does where the
-        line is full. An answer of 429, or of 503, with ``Retry-After`` raises the limit's level, so that all processes
-        wait; that needs ``pglimits_admin``, and a limit with ``slot_decay_per_second``. Nothing is sent again.
+        A request waits as long as the pool timeout of httpx says. Then, or where the line is full, httpx.PoolTimeout is
+        raised. An answer of 429 or 503 with ``Retry-After`` raises the limit's level, so that all processes wait. That
+        needs ``pglimits_admin``, and a limit with ``slot_decay_per_second``. Nothing is sent again.
 
         Requests raise LimitNotFound (strict), LimiterUnavailable, InvalidArgument.
         """

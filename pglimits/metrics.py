@@ -177,7 +177,7 @@ def disable(registry: CollectorRegistry | None = None) -> None:
 
 
 def flush(seconds: float = 5.0) -> bool:
-    """Wait until what has happened so far is counted, for so long at most. Whether it is.
+    """Wait until what has happened so far is counted, for at most so many seconds. Returns whether it is.
 
     Counting runs up to 0.1 s behind. A job that pushes its metrics when it is done calls this first.
     """

@@ -12,7 +12,18 @@ __all__ = ["Counters", "Event", "Holder", "Key", "Limit", "Peek", "Reason", "Ste
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A named budget of slots, and how much of it is used right now, over all its keys."""
+    """A named budget of slots, and how much of it is used now, over all its keys.
+
+    Attributes:
+        limit: how many slots it has, for each key.
+        held: slots under live leases.
+        waiting: live requests in line.
+        active: whether it is enforced.
+        slot_decay_per_second: slots that come back each second; 0 for a concurrency limit.
+        level: slots that a rate limit has used and that have not decayed yet.
+        max_waiters: the longest line for each key; None: no bound.
+        updated_at: when its definition was changed last.
+    """
 
     name: str
     limit: int
@@ -29,7 +40,15 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """How much of a limit one of its keys uses right now. No grant of this key had a higher fence."""
+    """How much of a limit one of its keys uses now.
+
+    Attributes:
+        name: the limit.
+        held: slots under live leases.
+        level: slots that a rate limit has used and that have not decayed yet.
+        waiting: live requests in line.
+        fence: no grant of this key had a higher one.
+    """
 
     name: str
     key: str
@@ -41,7 +60,16 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A live lease on one limit."""
+    """A live lease on one limit. A lease on several limits is several of these, with the same ``lease_id``.
+
+    Attributes:
+        name: the limit.
+        slots: how many it holds.
+        holder: JSON that says who has it.
+        fence: a number that grows with every grant of the limit and key.
+        acquired_at: when it was granted.
+        expires_at: when it ends unless it is renewed.
+    """
 
     lease_id: UUID
     name: str
@@ -56,7 +84,16 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Waiter:
-    """A request that stands in line."""
+    """A request that stands in line.
+
+    Attributes:
+        name: the limit in whose line it stands.
+        slots: how many it asks for.
+        holder: JSON that says who waits.
+        priority: higher goes first.
+        position: its place in the line of the limit and key, from 1.
+        waiting_since: when it arrived.
+    """
 
     lease_id: UUID
     name: str
@@ -70,9 +107,19 @@ class Waiter:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a limit has done since it was created, over all its keys; and who uses it right now.
+    """What was counted of a limit since it was created, over all its keys, and its use now.
 
-    ``held_slot_seconds``: slots times the seconds that they were held. ``waited_seconds``: of all that were granted.
+    Attributes:
+        grants: requests that were granted.
+        granted_slots: slots that they got.
+        releases: leases that were released.
+        expired_leases: leases that ended without a release, counted when they are taken out.
+        force_released_leases: leases that an administrator ended.
+        held_slot_seconds: slots times the seconds that they were held, until now.
+        waited_seconds: how long the granted requests had waited, together.
+        leases: live now.
+        keys: used and not swept since.
+        oldest_waiting_since: when the oldest request in line arrived; None if none waits.
     """
 
     name: str
@@ -91,9 +138,13 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A limit and how it is used, as of ``now``; ``of``: how many limits there are that were asked for.
+    """A limit and how it is used. The fields of ``Limit`` and of ``Counters`` mean the same here.
 
-    ``keys``: each of them has the whole limit. ``oldest_wait``: seconds.
+    Attributes:
+        keys: how many keys are in use; each of them has the whole limit.
+        oldest_wait: for how many seconds the oldest request in line has waited; None if none waits.
+        now: the moment of which all of this is, by the database's clock.
+        of: how many limits match the question, on all pages.
     """
 
     name: str
@@ -117,9 +168,17 @@ class Usage:
 class Event:
     """Something that happened to a limit or to a lease.
 
-    ``kind``: ``created``, ``updated`` (``old`` and ``new`` have what changed), ``deleted``, ``reset``, ``expired``,
-    ``lost`` or ``force_released``. ``by``: who did it: application, user, address, pid, and whom it was done ``for``.
-    ``held_seconds``: for how long a lease was held.
+    Attributes:
+        event_id: grows, but becomes visible with its transaction, so not always in order.
+        at: when it happened.
+        kind: ``created``, ``updated``, ``deleted``, ``reset``, ``expired``, ``lost`` or ``force_released``.
+        name: the limit.
+        slots: that the lease held.
+        holder: who had the lease.
+        held_seconds: for how long the lease was held.
+        old: what was changed, as it was.
+        new: what was changed, as it is since.
+        by: who did it: application, user, address, pid, and whom it was done ``for``.
     """
 
     event_id: int
@@ -139,10 +198,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a limit's history, which ends at ``at``; its samples cover ``covered_seconds``.
+    """A step of a limit's history.
 
-    ``held`` is the mean; limit, level and waiting are those at the end. ``waited_p50`` and ``waited_p95``: half, and
-    95 of 100, of those that were granted had waited for so many seconds at most; None where nobody was granted.
+    Attributes:
+        at: its end.
+        covered_seconds: how much of it the samples cover.
+        limit, level, waiting: at its last sample.
+        held: slots, on average.
+        grants, granted_slots, releases, expired_leases, force_released_leases: counted within the step.
+        waited_seconds: how long the granted requests had waited, together.
+        waited_p50: half of the granted requests had waited for so many seconds at most; None if none was granted.
+        waited_p95: 95 of 100 had waited for so many seconds at most.
     """
 
     at: datetime
@@ -163,9 +229,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a waiter waits: in the line of which limit, in words, and when its turn can come at the earliest.
+    """Why a waiter waits.
 
-    ``earliest`` is None where only a release can tell. ``key`` and ``position`` are those of that line.
+    Attributes:
+        blocked_by: the limit in whose line it stands, which may be another limit that it needs too.
+        key: of that line.
+        position: in that line, from 1.
+        reason: a sentence.
+        earliest: its turn does not come before; None where only a release can tell.
     """
 
     lease_id: UUID
@@ -180,8 +251,8 @@ class Reason:
 class Peek:
     """What a request would be answered now: ``granted``, ``queued``, ``refused`` or ``unlimited``.
 
-    ``retry_after``: in how many seconds time alone would let it in (None: only a release can tell). ``position`` is
-    the place that it would have in the queue.
+    ``retry_after``: in how many seconds time alone would let it in (None: only a release can). ``position`` is the
+    place that it would have in line.
     """
 
     status: str
@@ -191,7 +262,7 @@ class Peek:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep removed: slots under ended leases, dead waiters, idle keys."""
+    """What a sweep removed. ``leases``: slots of ended leases. ``waiters``: dead ones. ``keys``: idle ones."""
 
     leases: int
     waiters: int

@@ -233,7 +233,7 @@ def _disable() -> None:
 
 
 def flush(seconds: float = 5.0) -> bool:
-    """Wait until what has happened so far is recorded, for so long at most. Whether it is.
+    """Wait until what has happened so far is recorded, for at most so many seconds. Returns whether it is.
 
     Recording runs up to 0.1 s behind. Call this before the SDK is shut down.
     """

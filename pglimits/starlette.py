@@ -34,7 +34,7 @@ Key: TypeAlias = str | Callable[[Any], str | Awaitable[str | None] | None]
 
 
 class Refused(HTTPException):
-    """A request that a dependency lets not through: 429, or 503 where the database could not be reached.
+    """A request that a dependency refuses: 429, or 503 where the database could not be reached.
 
     FastAPI answers it as any HTTPException; ``add_handler`` has it answered with problem details.
     """

@@ -1,5 +1,5 @@
--- Begins an installation or an upgrade, in a transaction that is open: one at a time, whatever the caller's settings are,
--- and in the name of the role that owns the schema, so that all of it belongs to one, and nobody's functions run as another.
+-- Begins an installation or an upgrade, in a transaction that is open. It runs alone, whatever the caller's settings are, and
+-- in the name of the role that owns the schema: so all of it belongs to one role, and no function runs as another.
 -- The isolation comes first: it cannot be chosen once the transaction has looked at anything.
 set transaction isolation level read committed, read write;
 

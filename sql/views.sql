@@ -34,8 +34,11 @@ group by c.limit_id, c.name
 order by c.name;
 
 comment on view pglimits.limits is
-  'Every limit. held, waiting and level are over all its keys: slots under live leases; live requests in line; slots that a rate limit '
-  'has used and that have not decayed yet.';
+$$Every limit, and how it is used now, over all its keys.
+
+limit: its slots. held: slots under live leases. waiting: live requests in line. active: false, it is not enforced. slot_decay_per_second:
+slots that come back each second; 0 for a concurrency limit. level: slots that a rate limit has used and that have not decayed yet.
+max_waiters: the longest line for each key; null: no bound. updated_at: when its definition was changed last.$$;
 
 create or replace view pglimits.keys as
 select u.name, u.key, u.held, u.level, u.waiting, u.fence
@@ -43,7 +46,10 @@ from pglimits._uses u
 order by u.name, u.key;
 
 comment on view pglimits.keys is
-  'Every key that was used and not swept since. fence: no grant of this key had a higher one.';
+$$Every key that was used and not swept since.
+
+held: slots under its live leases. level: slots used and not decayed yet. waiting: live requests in its line. fence: no grant of this key
+had a higher one.$$;
 
 create or replace view pglimits.holders as
 select l.lease_id, c.name, l.key, l.slots,
@@ -54,7 +60,11 @@ join pglimits.configs c on c.limit_id = l.limit_id
 where l.slots > 0 and l.fence > 0
 order by c.name, l.key, l.acquired_at, l.lease_id;
 
-comment on view pglimits.holders is 'Every live lease: one row for each limit that it is on.';
+comment on view pglimits.holders is
+$$Every live lease: one row for each limit that it is on.
+
+slots: how many it holds. holder: who has it, as the caller said, or else its session. fence: a number that grows with every grant of the
+limit and key. acquired_at: when it was granted. expires_at: when it ends unless it is renewed.$$;
 
 create or replace view pglimits.waiters as
 select
@@ -69,7 +79,10 @@ where greatest(q.expires_at, p.expires_at) > clock.now
 order by c.name, q.key, "position";
 
 comment on view pglimits.waiters is
-  'Every live waiter, in the order in which they go on. A request over several limits has one row, where it stands in line.';
+$$Every live waiter, in the order in which they go on. A request over several limits has one row, where it stands in line.
+
+slots: how many it asks for. priority: higher goes first. position: the place in the line of its limit and key, from 1. waiting_since: when
+it arrived.$$;
 
 create or replace view pglimits._totals as
 select
@@ -104,8 +117,12 @@ cross join pglimits._totals t
 order by t.name;
 
 comment on view pglimits.counters is
-  'What was counted of every limit since it was created, over all its keys. Expired leases are counted when they are taken out. '
-  'held_slot_seconds: slots times how long they were held, until now. waited_seconds: of those who were granted. leases and keys: now.';
+$$What was counted of every limit since it was created, over all its keys, and its use now.
+
+grants: requests that were granted. granted_slots: slots that they got. releases: leases that were released. expired_leases: leases that
+ended without a release, counted when they are taken out. force_released_leases: leases that an administrator ended. held_slot_seconds:
+slots times the seconds that they were held, until now. waited_seconds: how long the granted requests had waited, together. leases: live
+now. keys: used and not swept since. oldest_waiting_since: when the oldest request in line arrived; null if none waits.$$;
 
 create or replace view pglimits.events as
 select
@@ -115,5 +132,8 @@ from pglimits.event_log e
 order by e.event_id;
 
 comment on view pglimits.events is
-  'What happened to limits and leases. kind: created, updated, deleted, reset, expired, lost, force_released. old and new: what was '
-  'changed. held_seconds: for how long the lease was held. by: whose session did it, or found it, and whom that acted for.';
+$$What happened to limits and leases. Grants and releases are no events.
+
+event_id: grows, but becomes visible with its transaction, so not always in order. at: when. kind: created, updated, deleted, reset,
+expired, lost or force_released. slots: that the lease held. held_seconds: for how long. old: what was changed, as it was. new: as it is
+since. by: whose session did it, or found it, and for whom.$$;

@@ -233,12 +233,15 @@ def test_what_a_page_names_is_there(conn: psycopg.Connection[tuple[object, ...]]
         ), name
 
 
-def test_the_architecture_names_every_file_of_the_functions_and_its_drawings_no_other() -> None:
+def test_the_architecture_names_every_file_of_the_sql_the_wrapper_and_the_commands_and_its_drawings_no_other() -> None:
     page = "docs/architecture.md"
     text = (ROOT / page).read_text(encoding="utf-8")
     files = sorted((ROOT / "sql" / "functions").glob("*.sql"))
-    for file in files:
-        assert f"`sql/functions/{file.name}`" in text
+    for file in (file for folder in ("sql", "pglimits", "cli") for file in (ROOT / folder).rglob("*.*")):
+        if file.suffix in (".py", ".sql") and not file.name.startswith("__"):
+            path = file.relative_to(ROOT).as_posix()
+            whole = [folder for folder in ("sql/migrations/", "pglimits/django/") if path.startswith(folder)]
+            assert f"`{(whole or [path])[0]}`" in text, path
     drawn = "".join(block.code for block in blocks(page, "text"))
     numbers, modules = set(re.findall(r"\b\d{3}\b", drawn)), set(re.findall(r"\b_\w+\.py", drawn))
     assert min(len(numbers), len(modules)) > 5

@@ -59,6 +59,7 @@ def _page(api: Schema, root: str) -> str:
                 operation = methods[method]
                 tag = (operation.get("tags") or ["more"])[0]
                 by_tag.setdefault(tag, []).append("".join(_operation(api, path, method, operation)))
+    by_tag["types"] = ["".join(_type(api, name, schema)) for name, schema in _types(api)]
     sections = "".join(f"<h2>{escape(tag)}</h2>{''.join(found)}" for tag, found in by_tag.items())
     title = escape(f"{api['info']['title']} {api['info']['version']}")
     return (
@@ -92,6 +93,29 @@ def _operation(api: Schema, path: str, method: str, operation: Schema) -> Iterat
         if schema is not None and status.startswith("2"):
             yield _table(api, f"Answer {status}: {answer.get('description', '')}", _fields(api, schema))
     yield "</details>"
+
+
+def _types(api: Schema) -> list[tuple[str, Schema]]:
+    """The objects that are fields of others, by name."""
+    named: set[str] = set()
+
+    def collect(found: Any) -> None:
+        for value in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+            collect(value)
+        if isinstance(found, dict) and "$ref" in found:
+            named.add(found["$ref"].rpartition("/")[2])
+
+    schemas = api["components"]["schemas"]
+    for name, schema in schemas.items():
+        if name not in ("HTTPValidationError", "ProblemDetails"):
+            collect(schema.get("properties", {}))
+    return [(name, schemas[name]) for name in sorted(named) if "properties" in schemas[name]]
+
+
+def _type(api: Schema, name: str, schema: Schema) -> Iterator[str]:
+    text = schema.get("description", "")
+    yield f"<details><summary><code>{escape(name)}</code> {_prose(text)}</summary>"
+    yield f"{_table(api, 'Fields', _fields(api, schema))}</details>"
 
 
 def _fields(api: Schema, schema: Schema) -> list[tuple[str, Schema, bool, str]]:

@@ -35,10 +35,22 @@ def allowed(app: FastAPI, path: str) -> set[str]:
     return found
 
 
+def _tell_attributes(schema: dict[str, Any]) -> None:
+    """Each field is described by what the docstring of its class says under ``Attributes:``."""
+    text, _, told = schema.get("description", "").partition("\n\nAttributes:\n")
+    for names, says in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n     .*)*)", told, re.MULTILINE):
+        schema["description"] = text
+        for name in names.split(", "):
+            says = " ".join(says.split()).replace("None", "null")
+            schema["properties"][name].setdefault("description", says[0].upper() + says[1:])
+
+
 def _described(app: FastAPI) -> dict[str, Any]:
     api = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes, servers=app.servers)
     schemas = api.setdefault("components", {}).setdefault("schemas", {})
     schemas["ProblemDetails"] = ProblemDetails.model_json_schema()
+    for schema in schemas.values():
+        _tell_attributes(schema)
     for path, methods in api["paths"].items():
         if not path.startswith("/v1/"):
             continue

@@ -102,7 +102,7 @@ class Filter(BaseModel):
     offset: Annotated[int, Field(ge=0, le=2**62)] = 0
 
 
-class Holder(Body):
+class LeaseHolder(Body):
     """Which run of a flow or task has a lease."""
 
     type: Literal["flow_run", "task_run", "deployment"]
@@ -122,7 +122,7 @@ class IncrementWithLease(Increment):
     """The same, for a lease."""
 
     lease_duration: Duration = 300
-    holder: Holder | None = None
+    holder: LeaseHolder | None = None
 
 
 class Decrement(BaseModel):

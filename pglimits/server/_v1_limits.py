@@ -149,7 +149,7 @@ def add_to(routes: APIRouter) -> None:
         request.app.state.budgets.forget(name)
 
     @routes.post("/limits/{name}/reset", tags=["limits"])
-    async def reset(request: Request, caller: Writer, name: Name, body: models.Key | None = None) -> dict[str, int]:
+    async def reset(request: Request, caller: Writer, name: Name, body: models.OneKey | None = None) -> dict[str, int]:
         """End every lease of a limit, or of one key, and set its level to zero."""
         row = await database(request).row(
             "select pglimits.reset(%s, %s::text) as ended",

@@ -8,8 +8,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
-from ..models import Event, Holder, Limit, Step, Waiter
-from ..models import Key as KeyUse
+from ..models import Event, Holder, Key, Limit, Step, Waiter
 
 _MOST = 2**31 - 1
 
@@ -30,9 +29,10 @@ KeyText = Annotated[
     str, Field(max_length=200, description="Each key has the whole limit for itself."), AfterValidator(_storable)
 ]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Slots = Annotated[StrictInt, Field(ge=1, le=_MOST)]
+Slots = Annotated[StrictInt, Field(ge=1, le=_MOST, description="How many slots.")]
 Count = Annotated[StrictInt, Field(ge=0, le=_MOST)]
 Rate = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False, description="Slots that come back each second.")]
+Total = Annotated[int, Field(description="How many there are, on all pages.")]
 Duration = Annotated[float, Field(ge=1, le=366 * 86400, allow_inf_nan=False, description="Seconds.")]
 
 
@@ -48,9 +48,9 @@ class NewLimit(Body):
     name: LimitName
     limit: Annotated[Count, Field(description="Slots. 0 admits nobody.")]
     slot_decay_per_second: Rate = 0.0
-    active: StrictBool = True
+    active: Annotated[StrictBool, Field(description="Whether it is enforced.")] = True
     max_waiters: Annotated[Count | None, Field(description="The longest line, for each key; null: no bound.")] = None
-    description: Text | None = None
+    description: Annotated[Text | None, Field(description="What it is for.")] = None
 
 
 class LimitChange(Body):
@@ -59,9 +59,9 @@ class LimitChange(Body):
     name: Annotated[LimitName, Field(description="A new name. Everything is kept.")] = ""
     limit: Annotated[Count, Field(description="Slots. 0 admits nobody.")] = 0
     slot_decay_per_second: Rate = 0.0
-    active: StrictBool = True
-    max_waiters: Annotated[Count | None, Field(description="null: no bound.")] = None
-    description: Annotated[Text | None, Field(description="null: none.")] = None
+    active: Annotated[StrictBool, Field(description="Whether it is enforced.")] = True
+    max_waiters: Annotated[Count | None, Field(description="The longest line, for each key; null: no bound.")] = None
+    description: Annotated[Text | None, Field(description="What it is for; null: none.")] = None
 
 
 class Part(Body):
@@ -78,7 +78,10 @@ class Wanted(Body):
     name: LimitName | None = None
     slots: Slots = 1
     key: KeyText = ""
-    limits: Annotated[list[Part], Field(min_length=1, max_length=100)] | None = None
+    limits: Annotated[
+        Annotated[list[Part], Field(min_length=1, max_length=100)] | None,
+        Field(description="In place of name, slots and key: several limits, all or none."),
+    ] = None
     priority: Annotated[StrictInt, Field(ge=-1_000_000, le=1_000_000, description="Higher goes first.")] = 0
     strict: Annotated[StrictBool, Field(description="A limit that is missing is an error.")] = False
 
@@ -100,7 +103,7 @@ class Wanted(Body):
 class Peeked(Wanted):
     """A request that is not made."""
 
-    for_rate: StrictBool = False
+    for_rate: Annotated[StrictBool, Field(description="As rate_limit would answer, not acquire.")] = False
 
 
 class RateRequest(Wanted):
@@ -111,7 +114,7 @@ class RateRequest(Wanted):
         Seconds | None,
         Field(description="Seconds to stand in line in all; null: for ever. If it is not sent: as long as wait."),
     ] = 0.0
-    holder: Annotated[Any, Field(description="JSON that says who it is.")] = None
+    holder: Annotated[Any, Field(description="JSON that says who has the lease, or waits.")] = None
     lease_id: Annotated[UUID | None, Field(description="Chosen by you, it makes the request safe to repeat.")] = None
 
     @property
@@ -137,7 +140,9 @@ class UsedPart(Body):
 class Settlement(Body):
     """What a lease has really used of rate limits."""
 
-    limits: Annotated[list[UsedPart], Field(min_length=1, max_length=100)]
+    limits: Annotated[
+        list[UsedPart], Field(min_length=1, max_length=100, description="Each rate limit that is settled.")
+    ]
 
     @property
     def used(self) -> dict[tuple[str, str], int]:
@@ -149,16 +154,23 @@ class Settlement(Body):
 
 
 class Settled(BaseModel):
-    """Whether the lease was still live. If it had ended, what it took stands."""
+    """Whether it was settled."""
 
-    settled: bool
+    settled: Annotated[bool, Field(description="Whether the lease was still live. If not, what it took stands.")]
 
 
 class Granted(BaseModel):
     """What a request was answered.
 
-    granted: go now. queued: ask again with the same body and this lease_id, within retry_after. unlimited: nothing is
-    enforced, as every limit is missing or inactive.
+    Attributes:
+        status: granted: go now. queued: ask again with the same body and this lease_id, within retry_after. unlimited:
+            nothing is enforced, as every limit is missing or inactive.
+        lease_id: what to renew, settle and release by, or to ask again by.
+        fence: a number that grows with every grant of the limit and key; null where there are several limits.
+        fences: one for each of several limits; null where one is not enforced.
+        expires_at: when the lease ends unless it is renewed.
+        retry_after: in how many seconds to ask again at the latest.
+        position: the place in line, from 1.
     """
 
     status: Literal["granted", "queued", "unlimited"]
@@ -171,7 +183,13 @@ class Granted(BaseModel):
 
 
 class Peek(BaseModel):
-    """What a request would be answered."""
+    """What a request would be answered.
+
+    Attributes:
+        status: as the request would have it.
+        retry_after: in how many seconds time alone would let it in; null: only a release can.
+        position: the place that it would have in line, from 1.
+    """
 
     status: Literal["granted", "queued", "refused", "unlimited"]
     retry_after: float | None
@@ -181,55 +199,69 @@ class Peek(BaseModel):
 class Renewal(Body):
     """How long the lease is to last from now."""
 
-    lease_duration: Duration | None = None
+    lease_duration: Annotated[
+        Duration | None, Field(description="Seconds from now; null: as long as it was taken for.")
+    ] = None
 
 
 class RenewedLease(BaseModel):
+    """A lease that was renewed."""
+
     lease_id: UUID
-    expires_at: datetime | None
+    expires_at: Annotated[datetime | None, Field(description="Its new end.")]
 
 
 class Released(BaseModel):
-    """Whether it was still live. Doing it twice is harmless."""
+    """Whether it was released. Safe to repeat."""
 
-    released: bool
+    released: Annotated[bool, Field(description="Whether it was still live, or waiting.")]
 
 
-class Key(Body):
-    key: KeyText | None = None
+class OneKey(Body):
+    """Which key: one of them, or all."""
+
+    key: Annotated[KeyText | None, Field(description="Only this key; null: all.")] = None
 
 
 class Adjustment(Body):
     """Slots to be added to the level of a rate limit, or taken off."""
 
-    slots: Annotated[StrictInt, Field(ge=-_MOST, le=_MOST)]
+    slots: Annotated[StrictInt, Field(ge=-_MOST, le=_MOST, description="How many to add; below 0: to take off.")]
     key: KeyText = ""
 
 
 class Limits(BaseModel):
     limits: list[Limit]
-    total: int
+    total: Total
 
 
 class Keys(BaseModel):
-    keys: list[KeyUse]
-    total: int
+    keys: list[Key]
+    total: Total
 
 
 class Holders(BaseModel):
     holders: list[Holder]
-    total: int
+    total: Total
 
 
 class Waiters(BaseModel):
     waiters: list[Waiter]
-    total: int
+    total: Total
 
 
 class Reason(BaseModel):
     """Why a request waits.
 
-    blocked_by: the limit in whose line it stands. earliest: not before then; null where only a release can tell.
+    Attributes:
+        blocked_by: the limit in whose line it stands, which may be another limit that it needs too.
+        key: of that line.
+        position: in that line, from 1.
+        reason: a sentence.
+        earliest: its turn does not come before; null where only a release can tell.
+        slots: how many it asks for.
+        priority: higher goes first.
+        waiting_since: when it arrived.
     """
 
     lease_id: UUID
@@ -246,11 +278,16 @@ class Reason(BaseModel):
 
 class Waiting(BaseModel):
     waiters: list[Reason]
-    total: int
+    total: Total
 
 
 class Events(BaseModel):
-    """Newest first, or with ``after`` oldest first. next: pass it on as ``before``, or ``after``; null: that is all."""
+    """A page of events.
+
+    Attributes:
+        events: newest first, or with ``after`` oldest first.
+        next: pass it on as ``before``, or as ``after``; null: that is all.
+    """
 
     events: list[Event]
     next: int | None

@@ -54,10 +54,10 @@ as $$
     ('PL004', 'SlotsExceedLimit', 'more slots were asked for than the limit has; waiting would not help'),
     ('PL005', 'NoSlotDecay', 'the limit has no slot_decay_per_second, so it is not a rate limit'),
     ('PL006', 'QueueFull', 'max_waiters requests wait already'),
-    ('PL007', 'CronUnavailable', 'pg_cron is not to be had here'),
+    ('PL007', 'CronUnavailable', 'pg_cron is not installed in this database'),
     ('PL008', 'VersionMismatch', 'the database has a newer pglimits than the one that is to be installed'),
     ('PL009', 'LimitLocked', 'an open transaction keeps the limit locked; nothing was taken'),
-    ('PL010', 'CommitFirst', 'the open transaction of the caller is in its own way'),
+    ('PL010', 'CommitFirst', 'the caller''s open transaction is in the way: commit, and call again'),
     ('PL011', 'LimitsChanged', 'the limits are not as the plan that is to be applied found them; nothing was changed')
 $$;
 

@@ -434,21 +434,25 @@ comment on function pglimits.acquire(
   text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text, boolean) is
 $$Takes slots of one limit, until they are released or the lease ends. Durations are in seconds.
 
-key: each key of a limit has the whole budget for itself. timeout_seconds: how long the caller is ready to wait in all; 0 tries once,
-null waits for ever. lease_duration: 1 second to 366 days. priority: higher goes first. holder: who it is (the session, if null).
-lease_id: an id of the caller's choice, so that the call can be repeated. strict: a missing limit is an error. channel: what to notify
-when there is news. clamp: more slots than the limit has, at the first call or at the grant, count as the limit.
+slots: how many. key: each key of a limit has the whole budget for itself. timeout_seconds: how long the request may wait in all; 0 tries
+once, null waits for ever. lease_duration: from 1 second to 366 days. priority: higher goes first. holder: JSON that says who it is; null:
+the session. lease_id: a random id of the caller's choice, so that the call can be repeated; null: a new one. strict: a missing limit is
+an error; otherwise it is not enforced, with a warning. channel: what to notify when the request should be asked again, pglimits_ and up
+to 40 of a-z, 0-9 and _. clamp: more slots than the limit has, at the first call or at the grant, count as the limit.
 
-status: granted (go now); queued (call again with the same arguments and lease_id within retry_after, after a commit; who does not call
-for 10 seconds loses the place; the deadline counts from the first call); refused (retry_after: when time alone would let it in; null:
-only a release can tell); unlimited (the limit is missing or inactive). In plain SQL, call pglimits.acquire_wait(...) does all of that.
+The answer: status: granted, go now; queued, the request stands in line; refused, there is no room in time; unlimited, the limit is
+missing or inactive. lease_id: what to renew and to release by. fence: a number that grows with every grant of the limit and key.
+expires_at: when the lease ends unless it is renewed. retry_after: in seconds: queued, call again within them; refused, time alone would
+let the request in by then, and null means that only a release can. position: the place in line, from 1.
 
-Who is interrupted while queued keeps the place for 10 seconds: ask again with the same lease_id, or release it.
+After queued, call again with the same arguments and lease_id, after a commit. The deadline counts from the first call. A request that is
+not asked again for 10 seconds loses its place. A caller that is interrupted keeps it for as long: ask again with the same lease_id, or
+release that. In plain SQL, call pglimits.acquire_wait(...) does all of this.
 
-Errors: PL001 a bad argument, PL002 strict and the limit is missing, PL004 more slots than the limit has, PL006 the line is full, PL009
-somebody keeps the limit locked, PL010 asked again before a commit.
+Errors: PL001 a bad argument; PL002 strict, and the limit is missing; PL004 more slots than the limit has; PL006 the line is full; PL009
+an open transaction keeps the limit locked; PL010 asked again before a commit.
 
-Call it in a transaction of its own: the limit is locked until the commit. And as select * from pglimits.acquire(...), since
+Call it in a transaction of its own: the limit is locked until the commit. Call it as select * from pglimits.acquire(...), since
 select (pglimits.acquire(...)).* calls it once a column.$$;
 
 create or replace function pglimits.acquire_all(
@@ -476,8 +480,10 @@ end $$;
 
 comment on function pglimits.acquire_all(
   text[], integer[], text[], double precision, double precision, integer, jsonb, uuid, boolean, text, boolean) is
-$$Takes slots of several limits, all or none. As acquire, with slots and keys given once for all names or once for each, and a fence for
-each name in the answer (null where it is not enforced).$$;
+$$Takes slots of several limits, all or none. Arguments, answer and errors are as of acquire. slots and keys are given once for all
+names, or once for each.
+
+fences: one for each name; null where the limit is not enforced. position: the place in the line in which the request stands now.$$;
 
 create or replace function pglimits.rate_limit(
   name text,
@@ -513,10 +519,13 @@ end $$;
 
 comment on function pglimits.rate_limit(
   text, integer, text, double precision, integer, jsonb, uuid, boolean, text) is
-$$Takes slots of one rate limit, which come back by decay only. Arguments and status as of acquire; granted means: go now.
+$$Takes slots of one rate limit, which come back by decay only. Arguments and answer are as of acquire: granted means go now.
 
-A request whose earliest moment lies beyond timeout_seconds is refused at once and takes nothing. What was granted at once and is asked
-again under the same id is charged again. Errors: as acquire, and PL005 for a limit without slot_decay_per_second.$$;
+A request whose earliest moment lies beyond timeout_seconds is refused at once and takes nothing. A request that was granted at once and
+is asked again under the same id is charged again. lease_id: what to ask a queued request again by, or to release it by, which takes it
+out of the line.
+
+Errors: as acquire, and PL005 for a limit without slot_decay_per_second.$$;
 
 create or replace function pglimits.rate_limit_all(
   names text[],
@@ -540,7 +549,7 @@ end $$;
 
 comment on function pglimits.rate_limit_all(
   text[], integer[], text[], double precision, integer, jsonb, uuid, boolean, text) is
-  'Takes slots of several rate limits, all or none. As rate_limit, with slots and keys given once for all names or once for each.';
+$$Takes slots of several rate limits, all or none. As rate_limit, with slots and keys given once for all names, or once for each.$$;
 
 create or replace function pglimits._rate_limit(
   what text, names text[], slots integer[], keys text[], timeout_seconds double precision, priority integer, holder jsonb,
@@ -579,8 +588,12 @@ begin
 end $$;
 
 comment on function pglimits.peek(text, integer, text, double precision, integer, boolean, boolean) is
-$$What acquire (for_rate: rate_limit) with these arguments would be answered now: status, retry_after in seconds, position. Takes no lock
-and changes nothing. Errors as acquire.$$;
+$$Tells what a request with these arguments would be answered now. Takes no lock and changes nothing.
+
+for_rate: as rate_limit would answer; otherwise as acquire would. status: granted, queued, refused or unlimited. retry_after: in how many
+seconds time alone would let the request in; null: only a release can. position: the place that it would have in line.
+
+Errors: as acquire.$$;
 
 create or replace function pglimits.peek_all(
   names text[],
@@ -601,7 +614,8 @@ begin
 end $$;
 
 comment on function pglimits.peek_all(text[], integer[], text[], double precision, integer, boolean, boolean) is
-  'What acquire_all (for_rate: rate_limit_all) would be answered now. As peek.';
+$$Tells what acquire_all (for_rate: rate_limit_all) would answer now. As peek, with slots and keys given once for all names, or once for
+each.$$;
 
 create or replace function pglimits._peek(
   what text, names text[], slots integer[], keys text[], timeout_seconds double precision, priority integer, strict boolean,

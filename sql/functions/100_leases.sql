@@ -45,8 +45,12 @@ begin
 end $$;
 
 comment on function pglimits.renew_all(uuid[], double precision) is
-  'Moves the ends of live leases to lease_duration seconds from now (null: the duration they were taken with), never nearer. A row for '
-  'each id: whether it was still live (on all its limits), and its new end. Safe to repeat. PL001 for a duration below 1 second.';
+$$Moves the ends of live leases to lease_duration seconds from now, never nearer; null: the duration that each was taken with. Safe to
+repeat.
+
+Answers a row for each id. renewed: whether it was still live, on all its limits. expires_at: its new end.
+
+Errors: PL001 a duration below 1 second or above 366 days.$$;
 
 -- Those of some leases that somebody wanted to renew too late: told once, by what is left of them, or by the event of their end.
 -- The fence tells apart what an id was used for before.
@@ -99,7 +103,10 @@ begin
 end $$;
 
 comment on function pglimits.renew(uuid, double precision) is
-  'Moves the end of a live lease to lease_duration seconds from now (null: as it was taken), never nearer. False if it had ended.';
+$$Moves the end of a live lease to lease_duration seconds from now, never nearer; null: the duration that it was taken with. False if the
+lease had ended: then its slots may be somebody else's.
+
+Errors: PL001 a duration below 1 second or above 366 days.$$;
 
 -- Ends leases, and lets waiters leave, and hands what comes free to the heads of the lines. Returns the ids that were live. own: as in
 -- _serve.
@@ -233,7 +240,8 @@ begin
 end $$;
 
 comment on function pglimits.release(uuid) is
-  'Ends a lease, or takes a waiting request out of its line. True if it was live, false if it had ended already. Wakes waiters.';
+$$Ends a lease, or takes a waiting request out of its line, and grants what comes free to the heads of the lines. True if it was live or
+waiting; false if not. Safe to repeat.$$;
 
 create or replace function pglimits.release_all(lease_ids uuid[])
 returns table (lease_id uuid, released boolean)
@@ -252,7 +260,9 @@ begin
 end $$;
 
 comment on function pglimits.release_all(uuid[]) is
-  'Ends leases, and takes waiting requests out of their lines. A row for each id: true if it was live, false if it had ended already.';
+$$Ends leases, and takes waiting requests out of their lines. As release.
+
+Answers a row for each id. released: whether it was live or waiting.$$;
 
 -- For an operator: as release, but told as what it is.
 create or replace function pglimits.force_release(lease_id uuid)
@@ -312,6 +322,9 @@ begin
 end $$;
 
 comment on function pglimits.force_release(uuid) is
-$$Ends somebody else's lease, or takes somebody else's request out of its line. As release, but it is told as an event and counted by
-itself. The holder is not stopped: it finds out when it next renews. The request is refused when it asks again, within 10 seconds. True
-if it was live. Errors: PL001 a bad argument.$$;
+$$Ends somebody else's lease, or takes somebody else's request out of its line. As release, but it makes an event and has a counter of its
+own. True if it was live or waiting.
+
+The holder is not stopped: it finds out when it next renews. The request is refused when it asks again, within 10 seconds.
+
+Errors: PL001 a bad argument.$$;

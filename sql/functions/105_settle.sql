@@ -1,8 +1,8 @@
 -- Levels that are corrected afterwards: by a lease that knows by now what it used (settle), or by an administrator (adjust).
 --
 -- A lease on a rate limit took an estimate: that is held, and was added to the level. Settled, the level has what was really used in its
--- place. What is held stays the estimate until the lease ends: so what is under way never exceeds the limit, and what is really used in t
--- seconds is at most twice the limit, and what decays in t, if no estimate is too low and each is settled once.
+-- place. What is held stays the estimate until the lease ends, so what is under way never exceeds the limit. If no estimate is too low and
+-- each is settled once, what is really used in t seconds is at most twice the limit and what decays in t.
 --
 -- Invariant: a lease takes off a level no more than it has added itself (leases.used). What it really used, its holder says.
 -- Called by: anybody who was granted pglimits_user and knows the lease's id; adjust: pglimits_admin.
@@ -39,8 +39,9 @@ begin
 end $$;
 
 comment on function pglimits.settle(uuid, text, integer, text) is
-$$Tells how many slots of a rate limit a lease has really used: its level gets them in place of what was taken, or settled before. More,
-even past the limit: who is in line waits until it has decayed. Fewer: waiters are granted. What is held stays as it is until the release.
+$$Tells how many slots of a rate limit a lease has really used: the level gets that number in place of what was taken, or settled before.
+If it is more, the level goes up, even past the limit, and waiters wait until it has decayed. If it is less, waiters are granted. The
+slots that are held stay the same until the release.
 
 Call it before the release, as often as you like: the last number counts. True if the lease is live; false if it has ended, and then what
 it took, or was settled last, stands. A limit that is missing, or that the lease is not on as it was inactive then, is not settled: a warning
@@ -59,8 +60,8 @@ begin
 end $$;
 
 comment on function pglimits.settle_all(uuid, text[], integer[], text[]) is
-  'Settles a lease on several limits, in one transaction. As settle, with slots and keys given once for all names or once for each. '
-  'Named twice, a limit gets the sum.';
+$$Settles a lease on several limits, in one transaction. As settle, with slots and keys given once for all names, or once for each. A limit
+that is named twice gets the sum.$$;
 
 create or replace function pglimits._settle(lease_id uuid, names text[], slots integer[], keys text[])
 returns boolean
@@ -205,7 +206,9 @@ begin
 end $$;
 
 comment on function pglimits.adjust(text, integer, text) is
-$$Adds slots to the level of a rate limit after the fact (an estimate was 500 tokens, the call used 1312: adjust by 812),
-or takes them off, never below zero. Past the limit, whoever is in line waits until it has decayed. Returns the new level in slots.
-For slots that are held, settle needs no administrator. Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no
-slot_decay_per_second.$$;
+$$Adds slots to the level of a rate limit, or takes them off, never below zero. Returns the new level in slots.
+
+An example: an estimate was 500 tokens, and the call used 1312, so adjust by 812. While the level is past the limit, waiters wait until it
+has decayed. A lease corrects its own slots by settle, which needs no administrator.
+
+Errors: PL001 a bad argument, PL002 no such limit, PL005 the limit has no slot_decay_per_second.$$;

@@ -388,14 +388,17 @@ end $$;
 comment on procedure pglimits.acquire_wait(
   text, integer, text, double precision, double precision, integer, jsonb, uuid, boolean, text, bigint, timestamptz,
   double precision, boolean) is
-$$Takes slots of one limit and waits for them, in plain SQL, without keeping the limit locked while its answer is written to disk.
-Arguments as of acquire, but timeout_seconds null, the default, waits for ever; 0 tries once. Answers lease_id, status (granted, refused,
-unlimited), fence, expires_at, retry_after. Call it outside a transaction block.
+$$Takes slots of one limit and waits for them, in plain SQL, without keeping the limit locked while its answer is written to disk. Call it
+outside a transaction block.
 
-A caller that dies while it waits leaves the line as soon as the server notices. Have it look every second:
+Arguments and errors are as of acquire, but timeout_seconds is null by default, which waits for ever. status: granted, refused or
+unlimited, never queued. PL010 also means that it was called inside a transaction block.
+
+If the caller dies while it waits, the request leaves the line as soon as the server notices. Have the server look every second:
   set client_connection_check_interval = '1s'
-(or for a role: alter role app set client_connection_check_interval = '1s'). Else its turn comes to nobody, for a whole lease.
-Interrupted (Ctrl-C, statement_timeout), it keeps its place for 10 seconds: call again with the same lease_id, or release that.$$;
+For a role: alter role app set client_connection_check_interval = '1s'. Without it, the server takes the slots for nobody, until the lease
+ends. A caller that is interrupted (Ctrl-C, statement_timeout) keeps its place for 10 seconds: call again with the same lease_id, or
+release that.$$;
 
 create or replace procedure pglimits.rate_limit_wait(
   name text,
@@ -438,7 +441,10 @@ end $$;
 
 comment on procedure pglimits.rate_limit_wait(
   text, integer, text, double precision, integer, jsonb, uuid, boolean, text, double precision) is
-  'Takes slots of one rate limit and waits for them, in plain SQL: rate_limit, as acquire_wait is acquire. Outside a transaction block.';
+$$Takes slots of one rate limit and waits for them, in plain SQL: what acquire_wait is to acquire, this is to rate_limit. Call it outside a
+transaction block.
+
+retry_after: after refused, in how many seconds there would be room.$$;
 
 create or replace procedure pglimits.release_wait(lease_id uuid, inout released boolean default null)
 language plpgsql
@@ -458,5 +464,5 @@ begin
 end $$;
 
 comment on procedure pglimits.release_wait(uuid, boolean) is
-  'Ends a lease as release does, without keeping the limit locked while that is written to disk: for a limit that many connections '
-  'fight over. Answers once it is there. Call it outside a transaction block.';
+$$Ends a lease as release does, without keeping the limit locked while that is written to disk. It is for a limit that many connections
+want at once. It answers once the release is on disk. Call it outside a transaction block.$$;

@@ -73,6 +73,10 @@ begin
 end $$;
 
 comment on function pglimits.why_waiting(text) is
-$$Who waits for a limit, in order, and why. blocked_by: the limit in whose line the request stands, which may
-be another that it needs too; such requests come last. key and position are of that line. reason: a sentence. earliest: not before then;
-null where only a release can tell. Errors: PL001 a bad argument, PL002 no such limit.$$;
+$$Lists the requests that wait for a limit, in order, and why.
+
+lease_id: that of the request. key: of the line in which it stands. position: in that line, from 1. blocked_by: the limit of that line,
+which may be another limit that the request needs too; such requests come last. reason: a sentence. earliest: its turn does not come
+before; null where only a release can tell.
+
+Errors: PL001 a bad argument, PL002 no such limit.$$;

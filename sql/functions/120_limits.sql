@@ -69,9 +69,13 @@ begin
 end $$;
 
 comment on function pglimits.create_limit(text, integer, double precision, boolean, integer, text) is
-$$Creates a limit. name: 1 to 200 characters, no control character, none of / % & > <. limit: slots, 0 admits nobody.
-slot_decay_per_second: 0 for a concurrency limit, above 0 for a rate limit. active: false does not enforce it.
-max_waiters: the longest line for each key; null, no bound. Errors: PL001 a bad argument, PL003 the name is taken.$$;
+$$Creates a limit.
+
+name: 1 to 200 characters, no control character, none of / % & > <. limit: how many slots; 0 admits nobody. slot_decay_per_second: slots
+that come back each second; 0 makes it a concurrency limit, above 0 a rate limit. active: false does not enforce it. max_waiters: the
+longest line for each key; null: no bound. description: what it is for, up to 2,000 characters.
+
+Errors: PL001 a bad argument, PL003 the name is taken.$$;
 
 -- Locks the config of a limit and all its states. Whoever uses a key first waits for the config.
 create or replace function pglimits._lock_limit(name text)
@@ -180,9 +184,12 @@ begin
 end $$;
 
 comment on function pglimits.update_limit(text, integer, double precision, boolean, integer, text, text) is
-$$Changes a limit, at once and in one transaction; what is null stays as it is. Where nothing changes, nothing is done. max_waiters -1: no bound. description '':
-none. new_name renames it and keeps everything. Grown: waiters are granted. Shrunk: holders keep their slots, nobody new
-until it fits. Rate: the level so far is kept and decays at the new rate. Inactive: waiters go on at once.
+$$Changes a limit, at once and in one transaction. An argument that is null leaves its field as it is.
+
+limit: if it grows, waiters are granted; if it shrinks, holders keep their slots, and nobody new is granted until there is room.
+slot_decay_per_second: the level so far is kept, and decays at the new rate. active: false lets waiters go on at once. max_waiters: -1
+for no bound. description: an empty text for none. new_name: renames the limit and keeps everything.
+
 Errors: PL001 a bad argument, PL002 no such limit, PL003 new_name is taken.$$;
 
 -- Takes those out of a line who cannot be granted by a limit as it is now, or need not be: they are told, ask again, and hear why. Who is
@@ -277,7 +284,9 @@ begin
 end $$;
 
 comment on function pglimits.delete_limit(text) is
-  'Deletes a limit with its leases; its waiters are told; a later release is a no-op. Errors: PL002 no such limit.';
+$$Deletes a limit with its leases and its counters. Its waiters are told. To release one of its leases later returns false.
+
+Errors: PL002 no such limit.$$;
 
 create or replace function pglimits.reset(name text, key text default null)
 returns integer
@@ -338,6 +347,7 @@ begin
 end $$;
 
 comment on function pglimits.reset(text, text) is
-$$Ends every lease of a limit (of one key, if given) and sets its level to zero, as if nothing had been taken; waiters are
-granted. The holders are not stopped: they find out when they next renew. Returns how many leases were ended.
+$$Ends every lease of a limit, or of one key if it is given, and sets the level to zero, as if nothing had been taken. Waiters are granted.
+Returns how many leases were ended. The holders are not stopped: they find out when they next renew.
+
 Errors: PL001 a bad argument, PL002 no such limit.$$;

@@ -62,9 +62,12 @@ begin
 end $$;
 
 comment on function pglimits.sweep(integer, double precision) is
-$$Tidies: removes ended leases that nobody wanted, dead waiters, and keys that have been idle for so many seconds; at most max_keys of
-each at a time. Returns how many slots, waiters and keys it freed. Samples every limit that was used, at most once a minute, and forgets
-old samples and events. Nothing depends on it but the history and the size of the tables.
+$$Tidies: removes ended leases that nobody wanted, dead waiters, and idle keys. Also takes the samples of every limit that was used, at most
+once a minute, and deletes old samples and events. Nothing depends on it but the history and the size of the tables.
+
+max_keys: at most so many of each at a time. idle_seconds: a key is idle if it was not used for so long.
+leases: how many slots of ended leases it freed. waiters: how many dead waiters it removed. keys: how many idle keys it removed.
+
 Errors: PL001 a bad argument.$$;
 
 -- Forgets keys with nothing in them. Waits for no lock: it holds the config's, which comes before the states'.

@@ -117,8 +117,9 @@ begin
 end $$;
 
 comment on function pglimits.keep_history(double precision) is
-$$For how many seconds samples and events are kept: 8 days, if never called. 0 keeps none. The next sweep forgets what is older,
+$$Sets for how many seconds samples and events are kept: 8 days, if it is never called. 0 keeps none. The next sweep deletes what is older,
 but for the last sample of each limit.
+
 Errors: PL001 a bad argument.$$;
 
 create or replace function pglimits.last_sweep()
@@ -132,7 +133,8 @@ begin
   return (select nullif(u.swept_at, '-infinity') from pglimits.upkeep u);
 end $$;
 
-comment on function pglimits.last_sweep() is 'When sweep() was called last; null: never.';
+comment on function pglimits.last_sweep() is
+$$When sweep() was called last; null: never.$$;
 
 -- What is known of a limit by samples, and by a look now. since: the first sample is the last one before it.
 create or replace function pglimits._samples_since(of_limit bigint, since timestamptz, now timestamptz)
@@ -245,10 +247,15 @@ begin
 end $$;
 
 comment on function pglimits.history(text, double precision, integer) is
-$$How a limit was used, in steps of seconds / points up to now, the oldest first; a step in which nothing was sampled is not there.
-at: the end of a step; covered_seconds: what its samples cover. held: on average. limit, level, waiting: at its last sample. Counted within
-the step: grants, granted_slots, releases, expired_leases, force_released_leases, and for how long those who were granted had waited:
-together, and half of them and 95 % of them at most (who was granted at once counts, with 0).
+$$How a limit was used in the last so many seconds, in so many steps (points) of the same length, the oldest first. A step without a sample
+is left out.
+
+at: the end of the step. covered_seconds: how much of it the samples cover. limit: slots, at its last sample. held: slots, on average.
+level: slots, at its last sample. waiting: requests, at its last sample. grants: requests granted within the step. granted_slots: slots
+that they got. releases: leases that were released. expired_leases: leases that ended without a release. force_released_leases: leases that
+an administrator ended. waited_seconds: how long the granted requests had waited, together. waited_p50: half of them had waited no longer.
+waited_p95: 95 of 100 had waited no longer. A request that was granted at once counts with 0.
+
 Errors: PL001 a bad argument, PL002 no such limit.$$;
 
 create or replace function pglimits.sparklines(names text[], seconds double precision default 3600, points integer default 30)
@@ -275,5 +282,8 @@ begin
 end $$;
 
 comment on function pglimits.sparklines(text[], double precision, integer) is
-$$What was held of some limits on average, in steps up to now, the oldest first; null where nothing was sampled. Of names that there are
-not, there is no row. Errors: PL001 a bad argument.$$;
+$$The slots that were held of some limits on average, in the last so many seconds, in so many steps (points), the oldest first.
+
+held: one number for each step; null where there is no sample. A name without a limit has no row.
+
+Errors: PL001 a bad argument.$$;

@@ -57,8 +57,10 @@ begin
 end $$;
 
 comment on function pglimits.cron_enable(double precision) is
-$$Has pg_cron call sweep() every so many seconds (below a minute from pg_cron 1.5 on, else rounded up to minutes). Run twice, it is
-scheduled once. Returns the schedule. Errors: PL001 a bad argument, PL007 pg_cron is not in this database.$$;
+$$Has pg_cron call sweep() every so many seconds: below a minute from pg_cron 1.5 on, before that rounded up to minutes. Scheduled twice, it
+is one job. Returns the schedule.
+
+Errors: PL001 a bad argument, PL007 pg_cron is not in this database.$$;
 
 create or replace function pglimits.cron_disable()
 returns boolean
@@ -81,7 +83,8 @@ begin
   return true;
 end $$;
 
-comment on function pglimits.cron_disable() is 'Stops pg_cron from calling sweep(). False if it was not scheduled here.';
+comment on function pglimits.cron_disable() is
+$$Stops pg_cron from calling sweep(). False if it was not scheduled for this database.$$;
 
 create or replace function pglimits._cron_job()
 returns text

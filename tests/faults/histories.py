@@ -1,6 +1,6 @@
 """What the histories share: workers that are processes, a run that is checked at its end, and what is asked for.
 
-PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds), PGLIMITS_FAULT_SEED which of them, and
+PGLIMITS_FAULT_SECONDS says how long each of them runs (default 6 seconds), and PGLIMITS_FAULT_SEED says which of them.
 PGLIMITS_FAULT_REPORT names a file to which each adds a line of JSON that sums it up.
 """
 

@@ -1,10 +1,10 @@
 """A history of what processes asked and got. ``history_checker`` proves that it keeps the promises.
 
-There are two logs. The clients': every worker writes down what it asks, what it gets, and for how long it believes
-to hold it, by the database's clock (they share the machine, and so the clock). The database's: triggers write down
-every change of a lease, of a place in line, of a level and of a limit, in the transaction that makes it, while that has
-the lock of the (limit, key); and every heartbeat. An attempt has the id of its lease. What the clients believe must lie
-within what the database says.
+There are two logs. In the clients', every worker writes down what it asks, what it gets, and for how long it believes
+to hold that. It does so by the database's clock, as both are on one machine. In the database's, triggers write down
+every heartbeat, and every change of a lease, a place in line, a level and a limit. They do so in the transaction that
+makes the change, while it has the lock of the (limit, key). An attempt has the id of its lease. What the clients
+believe must lie within what the database says.
 """
 
 from __future__ import annotations

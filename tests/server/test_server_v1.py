@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -362,6 +363,10 @@ def test_the_api_is_described_on_a_page_without_scripts(http: httpx.Client) -> N
     assert "<script" not in page.text and "http://" not in page.text and "https://" not in page.text
     for path in http.get("/openapi.json").json()["paths"]:
         assert path.replace("<", "&lt;") in page.text
+    types = set(re.findall(r"list of ([A-Z]\w+)", page.text))
+    assert types > {"Limit", "Part"}
+    for name in types:
+        assert f"<code>{name}</code>" in page.text
     assert http.get("/docs.css").headers["content-type"].startswith("text/css")
 
 

@@ -40,11 +40,13 @@ insert into pglimits.meta (schema_version) values (1) on conflict (only_row) do 
 \ir functions/060_request.sql
 \ir functions/070_decide.sql
 \ir functions/080_short_way.sql
-\ir functions/090_acquire.sql
+\ir functions/090_answer.sql
+\ir functions/092_acquire.sql
 \ir functions/095_batches.sql
 \ir functions/100_leases.sql
 \ir functions/105_settle.sql
-\ir functions/110_waiting.sql
+\ir functions/110_looking.sql
+\ir functions/112_waiting.sql
 \ir functions/115_why_waiting.sql
 \ir functions/120_limits.sql
 \ir functions/125_apply.sql

@@ -221,7 +221,7 @@ def test_every_error_that_is_raised_is_listed_once_and_every_listed_one_is_raise
     assert all(re.fullmatch(r"PL\d{3}", row.code) for row in listed)
     raised = {kind for row in routines(s) for kind in re.findall(r"_fail\(\s*'(\w+)'", row.source)}
     # Raised before there are any functions, or where the caller's own search_path holds.
-    sources = [(SQL / name).read_text() for name in ("lock.sql", "install.sql", "functions/110_waiting.sql")]
+    sources = [(SQL / name).read_text() for name in ("lock.sql", "install.sql", "functions/112_waiting.sql")]
     codes = re.findall(r"errcode = '(PL\d+)'", "".join(sources))
     assert raised | {row.kind for row in listed if row.code in codes} == {row.kind for row in listed}
     for row in listed:

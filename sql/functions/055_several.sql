@@ -3,7 +3,8 @@
 -- Such a request stands, with its arrival, in one line at a time. At the head of that:
 --   where somebody older waits for another of its limits, or another cannot be had soon, it goes to stand there;
 --   else it is the oldest everywhere, and is granted on all as of their joint moment, if that lies within the horizon or the slowest
---   of its limits has come so far (what decays until then goes to others who wait); else it goes to stand on the slowest.
+--   of its limits has come so far (what decays until then goes to others who wait); else it goes to stand on the slowest. "Soon" is
+--   within a quarter of the time that it has waited: nothing is booked far ahead for a request that came just now.
 -- So it is served by age like everybody else. But where all its limits are always in use, it would never find them free at the same
 -- moment: as it goes to wait for one, what it has found free of the others is kept for it for a quarter of the time that it has waited.
 --
@@ -93,8 +94,9 @@ begin
     ready[p] := pglimits._ready_at(other, part.slots, mine.lease_duration is null, now);
     joint := greatest(joint, ready[p]);
     takes := case when other.slot_decay_per_second > 0 then part.slots / other.slot_decay_per_second else 0 end;
-    if ready[p] > now + pglimits._horizon() + takes * interval '1 second' then
-      wanting := coalesce(wanting, p);  -- full of leases; or more is booked than those before it have used
+    -- Full of leases; or it would be booked further ahead than this limit takes for it, or than a quarter of the time it has waited.
+    if ready[p] > now + pglimits._horizon() + least(takes * interval '1 second', (now - mine.arrival) / 4) then
+      wanting := coalesce(wanting, p);
     end if;
     if takes > takes_longest then
       takes_longest := takes;

@@ -341,9 +341,9 @@ class Model:
         ready = {place: self.ready_at(place, slots, for_rate) for place, slots in parts.items()}
         takes = {place: slots / place.limit.rate if place.limit.rate else Fraction(0) for place, slots in parts.items()}
         older = [place for place in parts if place is not here and self.before(place, head.order())]
-        wanting = [
-            place for place, at in ready.items() if at is None or at > self.now + HORIZON + round(takes[place] * SECOND)
-        ]
+        waited = round(Fraction(self.now - head.arrival, 4))
+        soon = {place: self.now + HORIZON + min(round(takes[place] * SECOND), waited) for place in parts}
+        wanting = [place for place, at in ready.items() if at is None or at > soon[place]]
         slowest = max(parts, key=lambda place: takes[place])
         slowest_at = ready[slowest]
         beyond = takes[slowest] > 0 and slowest_at is not None and slowest_at > self.now + HORIZON

@@ -427,6 +427,23 @@ def test_it_is_booked_on_all_as_of_their_joint_moment(clock: Clock, s: Session) 
     assert (s.limit("fast").level, s.limit("slow").level) == (pytest.approx(1), pytest.approx(1))
 
 
+def test_nothing_is_booked_far_ahead_for_one_that_came_just_now(clock: Clock, db: Db, s: Session) -> None:
+    clock.freeze()
+    s.create("fast", 5, 10)
+    s.create("slow", 2, 0.02)
+    s.create("slower", 1, 0.01)
+    s.adjust("slower", 1)
+    clock.advance(98)  # two seconds to go
+    waiter = s.rate_limit(["fast", "slow", "slower"], timeout_seconds=FOREVER, lease_id=uuid4(), channel="pglimits_t")
+    s.adjust("slow", 2)  # fifty to go
+    clock.advance(2)
+    assert s.watch_one(waiter.lease_id).status == "queued"
+    assert s.rate_limit("fast", slots=5).status == "granted"
+    s.adjust("slow", -2)
+    assert s.watch_one(waiter.lease_id).status == "granted"
+    db.consistent()
+
+
 def test_what_would_be_lost_until_the_joint_moment_goes_to_those_who_wait_for_that_limit_alone(
     clock: Clock, s: Session
 ) -> None:

@@ -314,7 +314,7 @@ class Calls(Base):
         taken stands.
 
         used: slots by limit, or by (name, key) where the lease has several keys of a limit. A limit that is not
-        enforced is left out.
+        enforced is left out. So is one that was renamed meanwhile: what was taken of it stands.
 
         Returns whether the lease was live. If it had ended, nothing was changed: settle before the release. With
         ``on_unavailable="allow"`` also False, with a warning, where the database cannot be reached.

@@ -350,4 +350,4 @@ def _hears(connection: Connection, source: Source, channel: str) -> bool:
         other.execute(Statement(b"select pg_notify($1, '')"), [trial.encode()])
     finally:
         other.close()
-    return connection.hears_within(1.0)
+    return connection.hears_within(trial, 1.0)

@@ -209,17 +209,19 @@ class Connection:
         _raise(result)
         return rows(result)
 
-    def hears_within(self, seconds: float) -> bool:
-        """Whether a notification comes within so many seconds."""
+    def hears_within(self, channel: str, seconds: float) -> bool:
+        """Whether a notification on a channel comes within so many seconds. By a pooler come those of others, too."""
         until = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
-        while self.pgconn.notifies() is None:
+        while True:
+            while (found := self.pgconn.notifies()) is not None:
+                if found.relname == channel.encode():
+                    return True
             left = until - time.monotonic()
             if left <= 0 or not poll.poll(left * 1000):
                 return False
             self.pgconn.consume_input()
-        return True
 
     def begin(self) -> None:
         """Find out whether the versions match, and whether there is a pooler.

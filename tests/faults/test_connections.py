@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -500,6 +501,32 @@ def test_no_session_of_the_server_is_left_to_hear_of_waiters_behind_pgbouncer(
             assert value(one, "select pg_backend_pid()") != value(other, "select pg_backend_pid()")
             for connection in (one, other):
                 assert (channel,) not in connection.execute("select pg_listening_channels()").fetchall()
+        api.release(lease)
+        assert api.release(waits.result(30))
+
+
+def test_what_another_client_of_pgbouncer_listens_to_is_not_taken_for_news(
+    bouncer: str, conn: Connection, connect: Any, wait_until: WaitUntil, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes to whoever has the session: a process that believed it heard would wait for news that never come."""
+    with psycopg.connect(bouncer) as one, psycopg.connect(bouncer) as other:
+        for connection in (one, other):
+            connection.execute("listen somebody")
+    noisy, over = connect(), threading.Event()
+
+    def notify() -> None:
+        while not over.is_set():
+            noisy.execute("notify somebody")
+
+    noise = threading.Thread(target=notify)
+    noise.start()
+    with open_api("sync", dsn=bouncer) as api, contextlib.ExitStack() as at_end:
+        at_end.callback(noise.join)
+        at_end.callback(over.set)
+        api.create("database", 1)
+        lease = api.acquire("database")
+        waits = api.start("acquire", "database")
+        wait_until(lambda: "LISTEN does not work" in caplog.text)
         api.release(lease)
         assert api.release(waits.result(30))
 

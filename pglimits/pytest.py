@@ -43,8 +43,10 @@ def pglimits_limiter(pglimits_dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     Limits that a test creates are deleted at its end, with their leases. Those that were there before stay as they are.
     So tests that share a database take turns, such as those of several workers of pytest-xdist.
     """
-    with psycopg.connect(pglimits_dsn, autocommit=True) as turn, Limiter(pglimits_dsn) as limiter:
-        turn.execute("select pg_advisory_lock(hashtextextended('pglimits.pytest', 0))")
+    with psycopg.connect(pglimits_dsn) as turn, Limiter(pglimits_dsn) as limiter:
+        # Of the transaction: a pooler would leave one of the session to whoever has that next.
+        turn.execute("set local idle_in_transaction_session_timeout = 0")
+        turn.execute("select pg_advisory_xact_lock(hashtextextended('pglimits.pytest', 0))")
         monkeypatch.setenv("PGLIMITS_DSN", pglimits_dsn)
         monkeypatch.setattr(_default, "_limiter", limiter)
         before = {limit.name for limit in limiter.list()}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from documents import blocks
 
 import pglimits
@@ -60,9 +61,13 @@ def test_a_project_without_a_database_gets_a_throwaway_one(tmp_path: Path) -> No
     run(tmp_path)
 
 
-def test_limits_of_a_given_database_stay(tmp_path: Path, dsn: str, limiter: pglimits.Limiter) -> None:
+@pytest.mark.parametrize("pooler", [None, "transaction"])
+def test_limits_of_a_given_database_stay(
+    tmp_path: Path, dsn: str, limiter: pglimits.Limiter, request: pytest.FixtureRequest, pooler: str | None
+) -> None:
     limiter.create("kept", 1)
-    run(tmp_path, "-n", "2", PGLIMITS_TEST_DSN=dsn)  # workers take turns
+    given = dsn if pooler is None else request.getfixturevalue("pooled")(pooler, size=10)
+    run(tmp_path, "-n", "2", PGLIMITS_TEST_DSN=given)  # workers take turns
     assert [limit.name for limit in limiter.list()] == ["kept"]
 
 

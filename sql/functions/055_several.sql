@@ -3,8 +3,9 @@
 -- Such a request stands, with its arrival, in one line at a time. At the head of that:
 --   where somebody older waits for another of its limits, or another cannot be had soon, it goes to stand there;
 --   else it is the oldest everywhere, and is granted on all as of their joint moment, if that lies within the horizon or the slowest
---   of its limits has come so far (what decays until then goes to others who wait); else it goes to stand on the slowest. "Soon" is
---   within a quarter of the time that it has waited: nothing is booked far ahead for a request that came just now.
+--   of its limits has come so far (what decays until then goes to others who wait); else it goes to stand on the slowest.
+-- A rate limit can be had soon if its moment is ahead by no more than the horizon and a quarter of the time that the request has waited:
+-- nothing is booked far ahead for one that came just now.
 -- So it is served by age like everybody else. But where all its limits are always in use, it would never find them free at the same
 -- moment: as it goes to wait for one, what it has found free of the others is kept for it for a quarter of the time that it has waited.
 --

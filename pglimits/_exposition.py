@@ -43,12 +43,10 @@ from (
          date_part('epoch', pglimits.last_sweep()) as last_sweep
 ) f
 left join (
-  select l.name, l."limit", l.active, l.slot_decay_per_second, l.held, l.level, l.waiting,
-         c.grants, c.granted_slots, c.releases, c.expired_leases, c.force_released_leases, c.held_slot_seconds,
-         c.waited_seconds, c.leases, c.keys,
+  select c.name, c."limit", c.active, c.slot_decay_per_second, c.held, c.level, c.waiting, c.grants, c.granted_slots,
+         c.releases, c.expired_leases, c.force_released_leases, c.held_slot_seconds, c.waited_seconds, c.leases, c.keys,
          coalesce(greatest(date_part('epoch', pglimits._now() - c.oldest_waiting_since), 0), 0) as oldest
-  from pglimits.limits l
-  join pglimits.counters c on c.name = l.name
+  from pglimits.counters c
 ) l on true
 """
 """A row for each limit, or one without a name."""

@@ -142,36 +142,34 @@ GRANTS = Statement(
     where $1::text is null or strpos(lower(c.name), lower($1)) > 0"""
 )
 
-_ROOM = 'l."limit" * greatest(c.keys, 1)'
+_ROOM = 'c."limit" * greatest(c.keys, 1)'
 _STATE = f"""
-      case when not l.active then 5 when l."limit" = 0 then 4 when l.waiting > 0 then 0
-           when l.held >= {_ROOM} or l.level > {_ROOM} - 1 then 1 when l.held > 0 or l.level > 0 then 2 else 3 end"""
+      case when not c.active then 5 when c."limit" = 0 then 4 when c.waiting > 0 then 0
+           when c.held >= {_ROOM} or c.level > {_ROOM} - 1 then 1 when c.held > 0 or c.level > 0 then 2 else 3 end"""
 _ORDERS = {
     # Rounded, so that they do not change places over trifles.
-    "busiest": f"{_STATE}, l.waiting desc, round(10 * greatest(l.held, l.level) / nullif({_ROOM}, 0)) desc",
+    "busiest": f"{_STATE}, c.waiting desc, round(10 * greatest(c.held, c.level) / nullif({_ROOM}, 0)) desc",
     "name": "",
-    "limit": 'l."limit" desc',
-    "held": "l.held desc",
-    "level": "l.level desc",
-    "waiting": "l.waiting desc, c.oldest_waiting_since",
+    "limit": 'c."limit" desc',
+    "held": "c.held desc",
+    "level": "c.level desc",
+    "waiting": "c.waiting desc, c.oldest_waiting_since",
     "oldest_wait": "c.oldest_waiting_since nulls last",
-    "given": "array_position($2::text[], l.name)",
+    "given": "array_position($2::text[], c.name)",
 }
 _USAGE = """
     select u.name, u."limit", u.held, u.waiting, u.active, u.slot_decay_per_second, u.level, u.max_waiters,
            u.description, u.grants, u.leases, u.keys, u.oldest_wait, u.now, u.of
     from (
-      select l.*, c.grants, c.leases, c.keys, clock.now,
-             extract(epoch from clock.now - c.oldest_waiting_since)::float8 as oldest_wait,
+      select c.*, clock.now, extract(epoch from clock.now - c.oldest_waiting_since)::float8 as oldest_wait,
              count(*) over () as of, row_number() over (order by {order}) as nth
       from (select pglimits._now() as now) clock
-      cross join pglimits.limits l
-      join pglimits.counters c on c.name = l.name
-      where ($1::text is null or strpos(lower(l.name), lower($1)) > 0) and ($2::text[] is null or l.name = any ($2))
+      cross join pglimits.counters c
+      where ($1::text is null or strpos(lower(c.name), lower($1)) > 0) and ($2::text[] is null or c.name = any ($2))
     ) u
     order by u.nth limit $3::int offset $4::int"""
 USAGE = {
-    sort: Statement(_USAGE.format(order=", ".join(filter(None, (order, "l.name")))).encode())
+    sort: Statement(_USAGE.format(order=", ".join(filter(None, (order, "c.name")))).encode())
     for sort, order in _ORDERS.items()
 }
 """Limits and how they are used, the rows of one page, by how they are sorted."""

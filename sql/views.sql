@@ -23,15 +23,35 @@ cross join pglimits.states s;
 
 comment on view pglimits._uses is 'Every state, less what has ended or died and was not taken out yet.';
 
--- Sums of integers: those of bigint are computed as numeric.
+-- Sums of integers: those of bigint are computed as numeric. A full join, though no state is without its limit: it is never a nested loop,
+-- which the planner would take, for minutes, where there were few limits when they were analyzed last, and are many now.
+create or replace view pglimits._totals as
+select
+  c.limit_id, c.name, c."limit", coalesce(sum(u.held::integer), 0) as held, coalesce(sum(u.waiting::integer), 0) as waiting, c.active,
+  c.slot_decay_per_second, coalesce(sum(u.level), 0) as level, c.max_waiters, c.description, c.created_at, c.updated_at,
+  count(u.key) as keys, greatest(max(u.changed_at), c.updated_at) as changed_at,
+  (c.grants + coalesce(sum(u.grants), 0))::bigint as grants,
+  (c.granted_slots + coalesce(sum(u.granted_slots), 0))::bigint as granted_slots,
+  (c.releases + coalesce(sum(u.releases), 0))::bigint as releases,
+  (c.expired_leases + coalesce(sum(u.expired_leases), 0))::bigint as expired_leases,
+  (c.force_released_leases + coalesce(sum(u.force_released_leases), 0))::bigint as force_released_leases,
+  c.held_slot_seconds + coalesce(sum(u.held_slot_seconds), 0) as held_slot_seconds,
+  c.waited_seconds + coalesce(sum(u.waited_seconds), 0) as waited_seconds,
+  pglimits._sum_waits(
+    array_agg(u.waits) filter (where u.waits is not null) || case when c.waits is not null then array[c.waits] end) as waits
+from pglimits.configs c
+full join pglimits._uses u on u.limit_id = c.limit_id
+group by c.limit_id, c.name
+having count(c.name) > 0;
+
+comment on view pglimits._totals is 'Every limit with what is so now, and with what was counted since it was created.';
+
 create or replace view pglimits.limits as
 select
-  c.name, c."limit", coalesce(sum(u.held::integer), 0) as held, coalesce(sum(u.waiting::integer), 0) as waiting, c.active,
-  c.slot_decay_per_second, coalesce(sum(u.level), 0) as level, c.max_waiters, c.description, c.created_at, c.updated_at
-from pglimits.configs c
-left join pglimits._uses u on u.limit_id = c.limit_id
-group by c.limit_id, c.name
-order by c.name;
+  t.name, t."limit", t.held, t.waiting, t.active, t.slot_decay_per_second, t.level, t.max_waiters, t.description, t.created_at,
+  t.updated_at
+from pglimits._totals t
+order by t.name;
 
 comment on view pglimits.limits is
 $$Every limit, and how it is used now, over all its keys.
@@ -84,25 +104,8 @@ $$Every live waiter, in the order in which they go on. A request over several li
 slots: how many it asks for. priority: higher goes first. position: the place in the line of its limit and key, from 1. waiting_since: when
 it arrived.$$;
 
-create or replace view pglimits._totals as
-select
-  c.limit_id, c.name, c."limit", coalesce(sum(u.held), 0)::bigint as held, coalesce(sum(u.level), 0) as level,
-  coalesce(sum(u.waiting), 0)::bigint as waiting, count(u.key) as keys, greatest(max(u.changed_at), c.updated_at) as changed_at,
-  (c.grants + coalesce(sum(u.grants), 0))::bigint as grants,
-  (c.granted_slots + coalesce(sum(u.granted_slots), 0))::bigint as granted_slots,
-  (c.releases + coalesce(sum(u.releases), 0))::bigint as releases,
-  (c.expired_leases + coalesce(sum(u.expired_leases), 0))::bigint as expired_leases,
-  (c.force_released_leases + coalesce(sum(u.force_released_leases), 0))::bigint as force_released_leases,
-  c.held_slot_seconds + coalesce(sum(u.held_slot_seconds), 0) as held_slot_seconds,
-  c.waited_seconds + coalesce(sum(u.waited_seconds), 0) as waited_seconds,
-  pglimits._sum_waits(
-    array_agg(u.waits) filter (where u.waits is not null) || case when c.waits is not null then array[c.waits] end) as waits
-from pglimits.configs c
-left join pglimits._uses u on u.limit_id = c.limit_id
-group by c.limit_id, c.name;
-
-comment on view pglimits._totals is 'Every limit with what is so now, and with what was counted since it was created.';
-
+-- It has the columns of limits, too: a join of the two would sum up everything twice, and takes minutes where the planner takes the limits
+-- for few, as it does when it looked last while there were few.
 create or replace view pglimits.counters as
 select
   t.name, t.limit_id, t.grants, t.granted_slots, t.releases, t.expired_leases, t.force_released_leases, t.held_slot_seconds,
@@ -111,18 +114,21 @@ select
    where l.limit_id = t.limit_id and l.expires_at > clock.now and l.slots > 0 and l.fence > 0) as leases,
   t.keys,
   (select min(q.arrival) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
-   where q.limit_id = t.limit_id and greatest(q.expires_at, p.expires_at) > clock.now) as oldest_waiting_since
+   where q.limit_id = t.limit_id and greatest(q.expires_at, p.expires_at) > clock.now) as oldest_waiting_since,
+  t."limit", t.held, t.waiting, t.active, t.slot_decay_per_second, t.level, t.max_waiters, t.description, t.created_at, t.updated_at
 from (select pglimits._now() as now) clock
 cross join pglimits._totals t
 order by t.name;
 
 comment on view pglimits.counters is
-$$What was counted of every limit since it was created, over all its keys, and its use now.
+$$What was counted of every limit since it was created, over all its keys, and its use now. It has all columns of the view limits, so that
+nobody has to join the two.
 
 grants: requests that were granted. granted_slots: slots that they got. releases: leases that were released. expired_leases: leases that
 ended without a release, counted when they are taken out. force_released_leases: leases that an administrator ended. held_slot_seconds:
 slots times the seconds that they were held, until now. waited_seconds: how long the granted requests had waited, together. leases: live
-now. keys: used and not swept since. oldest_waiting_since: when the oldest request in line arrived; null if none waits.$$;
+now. keys: used and not swept since. oldest_waiting_since: when the oldest request in line arrived; null if none waits. limit, held, waiting,
+active, slot_decay_per_second, level, max_waiters, description, created_at, updated_at: as in limits.$$;
 
 create or replace view pglimits.events as
 select

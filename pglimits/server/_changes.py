@@ -49,7 +49,7 @@ class Change:
         difference: the limits that changed. first: it has all of them.
         events: oldest first. missed: there were more than are kept.
         details: of the names that the stream asked for, where that has changed.
-        down_since: since when the database has not been reached; None if it is there.
+        down_since: since when the database has not been reached, or not answered; None if it answers.
         database_changed: whether that is news.
     """
 

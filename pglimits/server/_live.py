@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 
 from ..errors import LimiterUnavailable, PglimitsError
 from ._changes import KEPT, Change, Detail, KnownEvents, KnownLimits, Row, Seen, mark_of
@@ -29,10 +29,10 @@ _AT_LEAST_EVERY = 3.0
 _LINGERS = 5.0
 """Seconds for which it polls on when nobody looks any longer: a page that is loaded anew finds it running."""
 LIMITS = """
-    select l.name, l."limit", l.held, l.waiting, l.active, l.slot_decay_per_second, l.level, l.max_waiters,
-           l.description, l.created_at, l.updated_at, c.leases, c.keys, c.grants, c.granted_slots, c.releases,
+    select c.name, c."limit", c.held, c.waiting, c.active, c.slot_decay_per_second, c.level, c.max_waiters,
+           c.description, c.created_at, c.updated_at, c.leases, c.keys, c.grants, c.granted_slots, c.releases,
            c.expired_leases, c.force_released_leases, c.oldest_waiting_since
-    from pglimits.limits l left join pglimits.counters c on c.name = l.name
+    from pglimits.counters c
 """
 EVENT = """
     select e.event_id, e.at, e.kind, e.name, e.key, e.lease_id, e.slots, e.fence, e.holder, e.held_seconds, e.old,
@@ -69,6 +69,8 @@ class Live:
         details: by name, of the limits that somebody looks at.
         at: when all of it was read, by the database's clock; None while nobody looks.
         polls: how often the database was asked.
+        error: why the last poll failed, so that all of it is old; None if it did not.
+        down_since: since when polls have failed; None if they do not.
         changed_at: when the last poll was over that found a change, by ``time.monotonic()``.
     """
 
@@ -78,6 +80,8 @@ class Live:
         self.details: dict[str, Detail] = {}
         self.at: datetime | None = None
         self.polls = 0
+        self.error: PglimitsError | None = None
+        self.down_since: datetime | None = None
         self.changed_at = 0.0
         self._begun = 0
         self._limits = KnownLimits()
@@ -104,22 +108,19 @@ class Live:
         row = self.limits.get(name)
         return "0" if row is None else str(mark_of(row))
 
-    @property
-    def down_since(self) -> datetime | None:
-        """Since when the database has not been reached; None if it is there."""
-        return self._db.down_since
-
     async def snapshot(self) -> dict[str, Row]:
         """The rows of all limits, as of the last second. However many ask, the database is asked once.
 
         Raises:
-            LimiterUnavailable: the database is gone.
+            PglimitsError: why the last poll failed. LimiterUnavailable: the database is gone, or has not answered.
         """
         async with self._look():
             if self.at is None:
                 await self._next_poll()
-            if self._db.down_since is not None or self.at is None:
-                raise LimiterUnavailable(self._db.why or "the server ends")
+            if self.error is not None:
+                raise self.error.with_traceback(None)
+            if self.at is None:
+                raise LimiterUnavailable("the server ends")
             return self.limits
 
     async def stream(
@@ -188,7 +189,7 @@ class Live:
             for name, had in seen.details.items()
             if (detail := self.details.get(name)) is not None and detail is not had
         }
-        first, down_since = seen.version < 0, self._db.down_since
+        first, down_since = seen.version < 0, self.down_since
         changed = first or down_since != seen.down_since
         seen.version, seen.number, seen.down_since = self._limits.version, self._events.number, down_since
         seen.details.update(details)
@@ -215,18 +216,20 @@ class Live:
             began = time.monotonic()
             self._begun += 1
             self._wake.clear()
-            before = self._limits.version, self._events.number, self._db.down_since
+            before = self._limits.version, self._events.number, self.down_since
+            details_changed = False
             try:
                 details_changed = await self._poll()
+                self.error = self.down_since = None
             except PglimitsError as error:
                 log.debug("a poll failed: %s", error)
-                details_changed = False
-            except Exception:
+                self._failed(error)
+            except Exception as error:
                 log.exception("a poll failed")
-                details_changed = False
+                self._failed(PglimitsError(f"the server cannot read the limits: {error}"))
             self.polls = self._begun
             self._polled = _tell(self._polled)
-            if details_changed or before != (self._limits.version, self._events.number, self._db.down_since):
+            if details_changed or before != (self._limits.version, self._events.number, self.down_since):
                 self.changed_at = time.monotonic()
                 self._changed = _tell(self._changed)
             pause = min(max(POLLS_EVERY, (time.monotonic() - began) * _SHARE), _AT_LEAST_EVERY)
@@ -235,8 +238,13 @@ class Live:
                 async with asyncio.timeout(pause - _AT_MOST_EVERY):
                     await self._wake.wait()
         self.details, self.at = {}, None
+        self.error = self.down_since = None
         self._limits.forget()
         self._events.forget()
+
+    def _failed(self, error: PglimitsError) -> None:
+        self.error = error
+        self.down_since = self.down_since or self._db.down_since or datetime.now(UTC)
 
     async def _poll(self) -> bool:
         """Ask the database once. Whether the details of a limit have changed."""

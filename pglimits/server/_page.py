@@ -82,7 +82,7 @@ def failed(request: Request, error: Exception) -> Response:
     down = down_of(request) if is_down else None
     heading, text = "" if down else _HEADINGS.get(said.status, "That did not work"), said.detail
     if down and in_dialog(request):
-        heading = "The database cannot be reached"
+        heading = down.text
         text = "It is not known what this would do. Try again when the page is live."
         if request.method == "POST":
             text = "It is not known whether that was done. Look again when the page is live."
@@ -101,15 +101,18 @@ async def nothing_here(request: Request, error: Exception) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class Down:
-    """That the database is gone."""
+    """That the database is gone, or does not answer in time."""
 
+    text: str
     since: datetime
     now: datetime
 
 
 def down_of(request: Request) -> Down:
     now = datetime.now(UTC)
-    return Down(request.app.state.db.down_since or now, now)
+    gone_since, silent_since = request.app.state.db.down_since, request.app.state.live.down_since
+    text = "The database cannot be reached" if gone_since else "The database has not answered in time"
+    return Down(text, gone_since or silent_since or now, now)
 
 
 def _number(text: str | None, most: int = 2**62) -> int | None:

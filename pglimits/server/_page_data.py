@@ -180,7 +180,7 @@ class Overview:
             PglimitsError: the database could not be asked.
         """
         live = self._live
-        source = live.limits if live.at is not None and live.down_since is None else await live.snapshot()
+        source = live.limits if live.at is not None and live.error is None else await live.snapshot()
         if source is not self._source and live.at is not None:
             self._measure(time.monotonic(), {name: each["granted_slots"] for name, each in source.items()})
             rows = [make_row(each, live.at, self._rates.get(name)) for name, each in source.items()]

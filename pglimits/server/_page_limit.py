@@ -46,8 +46,7 @@ order by k.waiting desc, k.held desc, k.level desc, k.key limit %(most)s offset 
 """
 _HISTORY = "select * from pglimits.history(%(name)s, %(seconds)s, %(points)s)"
 _ROW = """
-select l.*, c.grants, c.granted_slots, c.leases, c.keys, c.oldest_waiting_since, pglimits._now() as now
-from pglimits.limits l join pglimits.counters c on c.name = l.name where l.name = %(name)s
+select c.*, pglimits._now() as now from pglimits.counters c where c.name = %(name)s
 """
 
 

@@ -24,8 +24,8 @@ _REMEMBERED_FOR = 5.0
 _REMEMBERED = 10_000
 
 _LIMIT = """
-    select c.limit_id, l.name, l."limit", l.held, l.level, l.active, l.slot_decay_per_second, l.created_at, l.updated_at
-    from pglimits.limits l join pglimits.counters c on c.name = l.name
+    select c.limit_id, c.name, c."limit", c.held, c.level, c.active, c.slot_decay_per_second, c.created_at, c.updated_at
+    from pglimits.counters c
 """
 
 
@@ -47,10 +47,8 @@ class Limits:
             found = {name: kept for name in names if (kept := self._known.get(name)) is not None and kept[0] > now}
         if asked := [name for name in names if name not in found]:
             rows = await db.rows(
-                """select c.limit_id, l.name, l."limit"
-                   from pglimits.limits l join pglimits.counters c on c.name = l.name
-                   where l.name = any (%s) and c.name = any (%s)""",
-                [asked, asked],
+                """select c.limit_id, c.name, c."limit" from pglimits.counters c where c.name = any (%s)""",
+                [asked],
             )
             fresh = {row["name"]: (now + _REMEMBERED_FOR, row["limit_id"], row["limit"]) for row in rows}
             if len(self._known) + len(fresh) > _REMEMBERED:
@@ -70,15 +68,15 @@ async def find(db: Database, id_or_name: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         limit_id = limit_id_of(UUID(id_or_name))
     if limit_id is not None:
-        named = await db.row("select c.name from pglimits.counters c where c.limit_id = %s", [limit_id])
-        if named is not None:
-            return await find_by_name(db, named["name"])
+        row = await db.row(f"{_LIMIT} where c.limit_id = %s", [limit_id])
+        if row is not None:
+            return row
     return await find_by_name(db, id_or_name)
 
 
 async def find_by_name(db: Database, name: str) -> dict[str, Any]:
     """The same, where it is no id: a name may look like one."""
-    row = await db.row(f"{_LIMIT} where l.name = %s", [name]) if is_text(name) else None
+    row = await db.row(f"{_LIMIT} where c.name = %s", [name]) if is_text(name) else None
     if row is None:
         raise Problem(404, "Concurrency Limit not found")
     return row
@@ -86,9 +84,7 @@ async def find_by_name(db: Database, name: str) -> dict[str, Any]:
 
 async def some(db: Database, limit: int, offset: int) -> list[dict[str, Any]]:
     """So many limits in the order of their names."""
-    rows = await db.rows("select c.name from pglimits.counters c order by c.name limit %s offset %s", [limit, offset])
-    names = [row["name"] for row in rows]
-    return await db.rows(f"{_LIMIT} where l.name = any (%s) and c.name = any (%s) order by l.name", [names, names])
+    return await db.rows(f"{_LIMIT} order by c.name limit %s offset %s", [limit, offset])
 
 
 async def set_active_slots(db: Database, grants: Grants, row: dict[str, Any], wanted: int, by: str | None) -> None:

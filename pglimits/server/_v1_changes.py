@@ -39,7 +39,8 @@ def add_to(routes: APIRouter) -> None:
 
         ``limits``: rows that changed (``first``: all of them) and names that are ``gone``. ``event``: one of
         /v1/events, with its id, from which a stream goes on that is asked for again. ``missed``: there were more
-        events than are sent, of which the newest follow. ``database``: since when it has not been reached, or null.
+        events than are sent, of which the newest follow. ``database``: since when it has not been reached, or
+        not answered in time, or null.
         """
         live: Live = request.app.state.live
         if last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit():

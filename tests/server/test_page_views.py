@@ -101,7 +101,7 @@ def test_a_page_beyond_the_last_is_the_last_and_states_are_counted_of_what_the_f
 def test_rates_are_measured_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Looked:
         limits: dict[str, Any]
-        at, down_since = NOW, None
+        at, error = NOW, None
 
     now = [100.0]
     monkeypatch.setattr("pglimits.server._page_data.time", SimpleNamespace(monotonic=lambda: now[0]))

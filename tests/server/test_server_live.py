@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from pglimits.errors import LimiterUnavailable
 from pglimits.server._changes import KEPT, Change, KnownEvents, KnownLimits
 from pglimits.server._database import Database, Params, Rows
 from pglimits.server._listener import Listener
@@ -20,10 +21,11 @@ class Counting(Database):
     """Counts what it asks."""
 
     asked = 0
+    within = 15.0
 
     async def rows(self, query: str, params: Params = (), **options: Any) -> Rows:
         self.asked += 1
-        return await super().rows(query, params, **options)
+        return await super().rows(query, params, **{"within": self.within, **options})
 
 
 @contextlib.asynccontextmanager
@@ -76,6 +78,29 @@ def test_two_hundred_streams_cost_the_database_as_much_as_twenty(dsn: str, conn:
             told = {id(seen[-1].difference) for seen in streams}
             assert len(told) == 1  # they share what they are told
             live.begin_closing()
+
+    asyncio.run(main())
+
+
+def test_a_database_that_does_not_answer_in_time_is_told_of_and_nothing_old_is_taken_for_new(
+    dsn: str, conn: psycopg.Connection[Any]
+) -> None:
+    async def main() -> None:
+        async with looking(dsn) as (database, live):
+            seen: list[Change] = []
+            task = asyncio.create_task(follow(live, seen))
+            await until(lambda: seen)
+            database.within = 0.3
+            with conn.transaction():
+                conn.execute("lock table pglimits.configs")
+                await until(lambda: seen[-1].down_since is not None)
+                with pytest.raises(LimiterUnavailable, match="not answered in time"):
+                    await live.snapshot()
+            database.within = 15.0
+            conn.execute("select pglimits.create_limit('one', 1)")
+            await until(lambda: seen[-1].down_since is None and "one" in live.limits)
+            assert await live.snapshot() == live.limits
+            task.cancel()
 
     asyncio.run(main())
 

@@ -9,6 +9,9 @@ from uuid import UUID
 import pytest
 from sqltest import FOREVER, Clock, Db, Session, changes_nothing
 
+from pglimits import _exposition, _sql
+from pglimits.server import _live
+
 
 def counters(s: Session, name: str = "database") -> Any:
     return s.one("select * from pglimits.counters where name = %s", name)
@@ -288,3 +291,28 @@ def test_counters_are_exact_after_many_sessions_at_once(db: Db, s: Session) -> N
 
     done = sum(db.together([work] * 6))
     assert counted(s) == (done, done, done, 0, 0)
+
+
+def steps(plan: dict[str, Any]) -> list[float]:
+    """How many rows each step of a plan has gone through."""
+    rows = sum(value for name, value in plan.items() if name == "Actual Rows" or name.startswith("Rows Removed"))
+    return [rows * plan["Actual Loops"], *(each for inner in plan.get("Plans", ()) for each in steps(inner))]
+
+
+def test_all_limits_are_read_once_whatever_the_planner_knows_of_them(db: Db, s: Session) -> None:
+    many = 400
+    for table in ("configs", "states", "leases"):
+        s.run(f"alter table pglimits.{table} set (autovacuum_enabled = off)")
+    for _ in "ab":  # it was told of these tables when they were empty
+        s.run("analyze pglimits.configs, pglimits.states, pglimits.leases")
+        s.run("select pglimits.delete_limit(name) from pglimits.limits")
+        s.run("analyze pglimits.configs, pglimits.states, pglimits.leases")
+        s.run("select pglimits.create_limit('limit-' || n, 5) from generate_series(1, %s) n", many)
+        db.session().run("select count(*) from pglimits.limits l, pglimits.acquire(l.name)")
+    usage = _sql.USAGE["busiest"].sql.decode()
+    for number, value in ((4, "0"), (3, "50"), (2, "null"), (1, "null")):
+        usage = usage.replace(f"${number}", value)
+    every = [f"select * from pglimits.{view}" for view in ("limits", "counters", "keys", "holders")]
+    for query in (*every, _live.LIMITS, _exposition.QUERY, usage):
+        plan = s.value(f"explain (analyze, timing off, format json) {query}")[0]["Plan"]
+        assert many <= max(steps(plan)) <= 5 * many, query

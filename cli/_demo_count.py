@@ -116,7 +116,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A time during which the limit stood still, and the most slots held at once just after a grant in it."""
+    """A time during which the limit stood still, and the most slots held at once, the last of them granted in it."""
 
     limit: int
     grants: int
@@ -219,18 +219,24 @@ def count(
 def _never_too_many(
     summary: Summary, ran: Sequence[Job], events: Sequence[Event], seen: Mapping[str, Seen], slots: int
 ) -> Check:
-    # Most are held just after a grant, so it is enough to look there; and those who held a slot already when the
-    # limit shrank may keep it, so that each grant is measured by the limit of its own moment.
+    # Most are held just after one more runs, so it is enough to look there. All of them held a slot when the last of
+    # them was granted, so the limit of that moment is what measures them: it may change before they run, and they may
+    # run in another order.
     changes = [(-math.inf, slots), *((event.at, event.slots) for event in events if event.what == "limit")]
-    held: list[list[int]] = [[] for _ in changes]
-    for job in ran:
+
+    def phase_of(job: Job) -> int:
         granted = _of(seen, job).granted
         at = job.ran if granted is None else granted
-        number = max(number for number, (begin, _) in enumerate(changes) if begin <= at)
-        held[number].append(sum(other.ran <= job.ran < other.ended for other in ran))
-    summary.phases = [
-        Phase(limit, len(counts), max(counts, default=0)) for (_, limit), counts in zip(changes, held, strict=True)
-    ]
+        return max(number for number, (begin, _) in enumerate(changes) if begin <= at)
+
+    grants, most_held = [0 for _ in changes], [0 for _ in changes]
+    for job in ran:
+        grants[phase_of(job)] += 1
+        held = [other for other in ran if other.ran <= job.ran < other.ended]
+        for last in (job, max(held, key=lambda other: other.fence, default=job)):
+            number = phase_of(last)
+            most_held[number] = max(most_held[number], sum(other.fence <= last.fence for other in held))
+    summary.phases = [Phase(limit, *counted) for (_, limit), *counted in zip(changes, grants, most_held, strict=True)]
     words = [f"at most {summary.phases[0].most_held} of {slots} slots held at once"]
     for before, phase in zip(summary.phases, summary.phases[1:], strict=False):
         change = "growing" if phase.limit > before.limit else "shrinking"

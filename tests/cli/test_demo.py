@@ -288,6 +288,17 @@ def test_who_holds_a_slot_when_the_limit_shrinks_may_keep_it_but_nobody_new_gets
     assert "never too many" in broken(bad)
 
 
+def test_who_was_granted_before_the_limit_grew_may_run_after_one_who_was_granted_then() -> None:
+    log = [Event(0.0, "ask", number) for number in (1, 2, 3)] + [Event(0.01, "run", 1, "a", 1)]
+    log += [Event(0.99, "release", 1), Event(1.0, "limit", slots=2), Event(1.02, "run", 3, "c", 3)]
+    seen = {"a": Seen(None, 0.005), "b": Seen(0.001, 0.991), "c": Seen(0.002, 1.001)}
+    late = counted([*log, Event(1.05, "run", 2, "b", 2)], seen)
+    assert "never too many" not in broken(late)
+    assert [(phase.grants, phase.most_held) for phase in late.phases] == [(2, 1), (1, 2)]
+    seen["c"] = Seen(0.002, 0.992)  # and so by the limit of then
+    assert "never too many" in broken(counted([*log, Event(1.05, "run", 2, "b", 2)], seen))
+
+
 def test_a_waiter_that_was_passed_is_seen() -> None:
     log, seen = log_of_a_good_day()
     seen["b"], seen["c"] = replace_arrival(seen["b"], 0.201), replace_arrival(seen["c"], 0.101)

@@ -340,6 +340,13 @@ def test_a_rate_that_is_surpassed_in_one_window_is_seen() -> None:
     assert broken(counted(*log_of_a_good_day(), fast)) == ["never too fast"]
 
 
+def test_calls_that_come_close_together_are_no_fault_where_the_machine_wakes_others_as_late() -> None:
+    log, seen = log_of_a_good_day()
+    late = [replace(event, at=2.29) if 1.95 < event.at < 2.3 else event for event in CALLS]
+    assert broken(counted(log, seen, late)) == ["never too fast"]
+    assert broken(counted(changed(log, 5, at=1.3), seen, late)) == []
+
+
 def test_what_is_left_over_is_seen() -> None:
     log, seen = log_of_a_good_day()
     assert broken(counted(log, seen, held=1)) == ["nothing left"]

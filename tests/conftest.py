@@ -239,7 +239,7 @@ def clock(connect: Connect) -> Clock:
     return Clock(connect())
 
 
-def wait_for(condition: Callable[[], T], timeout: float = 20.0, what: str = "") -> T:
+def wait_for(condition: Callable[[], T], timeout: float = 40.0, what: str = "") -> T:
     """Wait until a condition holds and return what it returned. Fails after timeout seconds."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -251,7 +251,7 @@ def wait_for(condition: Callable[[], T], timeout: float = 20.0, what: str = "") 
 
 @pytest.fixture
 def wait_until() -> Callable[..., Any]:
-    """wait_until(callable, timeout=20): waits until it returns something true, and returns that."""
+    """wait_until(callable, timeout=40): waits until it returns something true, and returns that."""
     return wait_for
 
 

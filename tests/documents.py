@@ -69,7 +69,7 @@ def environment(dsn: str) -> dict[str, str]:
     return {**os.environ, "PGLIMITS_DSN": dsn, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def shell(code: str, known: dict[str, str], folder: Path, *, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def shell(code: str, known: dict[str, str], folder: Path, *, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     """Run a session of a shell in a folder. Stand-ins take the place of what would install, or would not end."""
     stands = folder / ".stand-ins"
     if not stands.exists():

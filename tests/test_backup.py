@@ -117,7 +117,7 @@ def run(binaries: Binaries, old: str, tmp_path: Path) -> Run:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr
         return done.stderr
@@ -235,7 +235,7 @@ def test_a_logical_subscriber_takes_over(old: str, new: str, run: Run, wait_unti
                 one(subscriber, "select bool_and(srsubstate = 'r') from pg_subscription_rel") == (True,)
                 and one(connection, has_everything)[1]
             ),
-            timeout=60,
+            timeout=200,
             what="for the subscriber to have everything",
         )
         states = "select name, version, held, booked, waiting from pglimits.states order by name"

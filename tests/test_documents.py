@@ -126,7 +126,7 @@ def test_an_example_of_python_prints_what_the_document_says(dsn: str, block: Blo
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=200,
     )
     said = done.stderr if poolers.MODE is None else re.sub(r"^LISTEN does not work.*\n", "", done.stderr)
     assert (done.returncode, said) == (0, "")
@@ -201,7 +201,7 @@ def test_the_workflow_comments_on_what_there_is_to_do_and_fails_on_errors_only(
     known = environment(dsn) | {"NUMBER": "17", "GITHUB_STEP_SUMMARY": "summary"}
     done = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", script], env=known | {"PATH": f"{tmp_path}:{known['PATH']}"}, cwd=tmp_path,
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert ("Error: limits.toml:2:11: " in done.stdout) is (code == 1)

@@ -102,7 +102,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     docs = tmp_path_factory.mktemp("site") / "docs"
     shutil.copytree(DOCS, docs, ignore=shutil.ignore_patterns(".*", "__pycache__"))
     command = [PROGRAM, "build", "--strict", "-f", str(docs / "zensical.toml")]
-    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=docs.parent)
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, cwd=docs.parent)
     said = built.stdout + built.stderr
     assert (built.returncode, "No issues found" in said, "arning" in said) == (0, True, False), said
     return docs / ".site"

@@ -42,7 +42,7 @@ def bench(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProc
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pglimits_cli", "bench", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
     return call
 

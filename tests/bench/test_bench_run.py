@@ -89,7 +89,7 @@ def test_interrupted_it_ends_everything_that_it_started(start: Callable[..., sub
     data = Path(server.cmdline()[server.cmdline().index("-D") + 1])
     assert len(started) > 4  # the server with its processes, and workers
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert process.returncode == 130
     psutil.wait_procs(started, timeout=20)
     assert not [child for child in started if child.is_running()]

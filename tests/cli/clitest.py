@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import json
@@ -62,6 +63,7 @@ class Terminal:
 
     def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
         self.shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a piece may end amid a character
         self.code: int | None = None
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
@@ -71,10 +73,19 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
+    def read(self) -> bool:
+        """Read what is there, or wait for some. False if there will be no more."""
+        try:
+            piece = os.read(self.fd, 4096)
+        except OSError:  # Linux, when the last process on the terminal is gone
+            return False
+        self.shown += self._decoder.decode(piece)
+        return bool(piece)
+
     def read_until(self, text: str) -> str:
         """Read until a text has been shown."""
         while text not in self.plain:
-            self.shown += os.read(self.fd, 4096).decode()
+            assert self.read(), self.plain
         return self.plain
 
     def interrupt(self) -> None:
@@ -86,21 +97,13 @@ class Terminal:
             while True:
                 self.type("\x03")
                 while select.select([self.fd], [], [], 10)[0]:
-                    piece = os.read(self.fd, 4096)
-                    if not piece:
+                    if not self.read():
                         return
-                    self.shown += piece.decode()
 
     def wait(self) -> int:
         """Read to the end."""
-        while True:
-            try:
-                piece = os.read(self.fd, 4096)
-            except OSError:  # Linux, when the last process on the terminal is gone
-                break
-            if not piece:
-                break
-            self.shown += piece.decode()
+        while self.read():
+            pass
         if self.code is None:
             self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.code

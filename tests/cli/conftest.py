@@ -77,7 +77,7 @@ def process(environment: dict[str, str]) -> Callable[..., Result]:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)

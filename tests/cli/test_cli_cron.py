@@ -88,7 +88,7 @@ def test_a_tick_sweeps_a_database_that_pg_cron_does_not_live_in(
         pglimits("cron", "enable", *to)
         wait_until(
             lambda: away.execute("select count(*) from pglimits.leases").fetchone() == (0,),
-            timeout=120,
+            timeout=200,
             what="for a minute to pass",
         )
         away.execute("select pglimits.delete_limit('database')")

@@ -78,10 +78,10 @@ def test_acquire_waits_for_a_release_and_goes_by_priority(
     wait_until(lambda: count(conn, "waiters") == 2)
     assert [row["priority"] for row in pglimits("waiters", "database", "-o", "json").json] == [5, 0]
     pglimits("release", lease)
-    first, _ = high.communicate(timeout=30)
+    first, _ = high.communicate(timeout=100)
     assert high.returncode == 0 and low.poll() is None
     pglimits("release", first.strip())
-    low.communicate(timeout=30)
+    low.communicate(timeout=100)
     assert low.returncode == 0
 
 
@@ -93,7 +93,7 @@ def test_a_signal_while_acquire_waits_gives_up_its_place(
     waiting = start("acquire", "database")
     wait_until(lambda: count(conn, "waiters") == 1)
     waiting.send_signal(number)
-    out, err = waiting.communicate(timeout=30)
+    out, err = waiting.communicate(timeout=100)
     assert (waiting.returncode, out, err) == (128 + number, "", "")
     assert count(conn, "waiters") == 0
 
@@ -103,7 +103,7 @@ def test_a_lease_whose_id_nobody_could_read_is_given_back(start: Callable[..., A
     os.close(reader)
     process = start("acquire", "database", stdout=writer)
     os.close(writer)
-    process.wait(timeout=30)
+    process.wait(timeout=100)
     assert process.returncode == 1
     assert count(conn, "holders") == 0
 
@@ -229,6 +229,6 @@ def test_a_signal_while_rate_sleeps_gives_up_its_turn(
     sleeping = start("rate", "api")
     wait_until(lambda: count(conn, "waiters") == 1)
     sleeping.send_signal(signal.SIGTERM)
-    sleeping.communicate(timeout=30)
+    sleeping.communicate(timeout=100)
     assert sleeping.returncode == 128 + signal.SIGTERM
     assert count(conn, "waiters") == 0

@@ -328,7 +328,7 @@ def blocked(conn: Connection, count: int) -> bool:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
 

@@ -341,7 +341,7 @@ def test_sweep_every_so_often_until_a_signal(start: Callable[..., Any], pglimits
         for _ in range(2):
             assert set(json.loads(sweeping.stdout.readline())) == {"at", "leases", "waiters", "keys"}
         sweeping.send_signal(number)
-        _, err = sweeping.communicate(timeout=30)
+        _, err = sweeping.communicate(timeout=100)
         assert (sweeping.returncode, err) == (0, "")
     assert pglimits("sweep", "--every", "0").code == 2
 

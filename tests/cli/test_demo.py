@@ -288,6 +288,17 @@ def test_who_holds_a_slot_when_the_limit_shrinks_may_keep_it_but_nobody_new_gets
     assert "never too many" in broken(bad)
 
 
+def test_who_was_granted_before_the_limit_grew_may_run_after_one_who_was_granted_then() -> None:
+    log = [Event(0.0, "ask", number) for number in (1, 2, 3)] + [Event(0.01, "run", 1, "a", 1)]
+    log += [Event(0.99, "release", 1), Event(1.0, "limit", slots=2), Event(1.02, "run", 3, "c", 3)]
+    seen = {"a": Seen(None, 0.005), "b": Seen(0.001, 0.991), "c": Seen(0.002, 1.001)}
+    late = counted([*log, Event(1.05, "run", 2, "b", 2)], seen)
+    assert "never too many" not in broken(late)
+    assert [(phase.grants, phase.most_held) for phase in late.phases] == [(2, 1), (1, 2)]
+    seen["c"] = Seen(0.002, 0.992)  # and so by the limit of then
+    assert "never too many" in broken(counted([*log, Event(1.05, "run", 2, "b", 2)], seen))
+
+
 def test_a_waiter_that_was_passed_is_seen() -> None:
     log, seen = log_of_a_good_day()
     seen["b"], seen["c"] = replace_arrival(seen["b"], 0.201), replace_arrival(seen["c"], 0.101)
@@ -327,6 +338,13 @@ def test_a_rate_that_is_not_reached_is_seen() -> None:
 def test_a_rate_that_is_surpassed_in_one_window_is_seen() -> None:
     fast = [replace(event, at=2.0) if 2.0 < event.at < 2.3 else event for event in CALLS]
     assert broken(counted(*log_of_a_good_day(), fast)) == ["never too fast"]
+
+
+def test_calls_that_come_close_together_are_no_fault_where_the_machine_wakes_others_as_late() -> None:
+    log, seen = log_of_a_good_day()
+    late = [replace(event, at=2.29) if 1.95 < event.at < 2.3 else event for event in CALLS]
+    assert broken(counted(log, seen, late)) == ["never too fast"]
+    assert broken(counted(changed(log, 5, at=1.3), seen, late)) == []
 
 
 def test_what_is_left_over_is_seen() -> None:

@@ -75,7 +75,7 @@ def run_ours(environment: dict[str, str]) -> list[str]:
         command = [sys.executable, "-c", changed]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-    ended = [process.communicate(timeout=60) for process in running]
+    ended = [process.communicate(timeout=200) for process in running]
     assert [process.returncode for process in running] == [0] * len(running), ended
     return [out for out, _ in ended]
 
@@ -85,7 +85,7 @@ def import_limits(environment: dict[str, str], url: str) -> None:
     (commands, shown) = SHELL.findall(TEXT)[0]
     done = subprocess.run(
         ["bash", "-euc", commands], env={**environment, "PREFECT_API_URL": url}, capture_output=True, text=True,
-        timeout=60, check=False,
+        timeout=200, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     printed = done.stdout.replace(url, API)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 
@@ -38,3 +40,17 @@ def serve(wait_until: Callable[..., Any]) -> Iterator[Callable[[Any], str]]:
             return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
         yield start
+
+
+@pytest.fixture
+def asks() -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """``with asks(url):``: a client asks for it, and goes at the end of the block, whether it was answered or not."""
+
+    @contextlib.contextmanager
+    def ask(url: str) -> Iterator[None]:
+        to = httpx.URL(url)
+        with socket.create_connection((to.host, to.port or 80)) as client:
+            client.sendall(f"GET {to.path or '/'} HTTP/1.1\r\nHost: {to.host}\r\n\r\n".encode())
+            yield
+
+    return ask

@@ -99,7 +99,7 @@ def test_retry_after_makes_everybody_wait(call: Callable[..., httpx.Response], l
 def test_several_that_hear_it_at_once_raise_it_once(dsn: str, url: str, limiter: Limiter) -> None:
     limiter.create(LOCAL, 100, slot_decay_per_second=10)
     transport = LimitTransport(limiter=limiter)
-    with httpx.Client(transport=transport) as client, ThreadPoolExecutor(8) as threads:
+    with httpx.Client(transport=transport, timeout=30) as client, ThreadPoolExecutor(8) as threads:
         asked = [url + "?status=503&Retry-After=30&together="] * 8
         assert {each.status_code for each in threads.map(client.get, asked)} == {503}
     assert 20 < (limiter.peek(LOCAL, for_rate=True).retry_after or 0) < 31
@@ -132,7 +132,7 @@ def test_a_role_that_may_not_adjust_is_warned(
 
 def test_a_slot_is_held_until_the_response_is_closed(dsn: str, url: str, limiter: Limiter) -> None:
     limiter.create(LOCAL, 1)
-    with httpx.Client(transport=LimitTransport(limiter=limiter, kind="concurrency")) as client:
+    with httpx.Client(transport=LimitTransport(limiter=limiter, kind="concurrency"), timeout=30) as client:
         with client.stream("GET", url) as response:
             assert [holder.holder["host"] for holder in limiter.holders()] == [LOCAL]
             with pytest.raises(httpx.PoolTimeout):
@@ -145,7 +145,7 @@ def test_a_slot_is_held_until_the_response_is_closed(dsn: str, url: str, limiter
     async def work() -> None:
         async with AsyncLimiter(dsn) as tasks:
             transport = AsyncLimitTransport(limiter=tasks, kind="concurrency")
-            async with httpx.AsyncClient(transport=transport) as client:
+            async with httpx.AsyncClient(transport=transport, timeout=30) as client:
                 async with client.stream("GET", url):
                     assert len(await tasks.holders()) == 1
                 assert await tasks.holders() == []
@@ -181,9 +181,9 @@ def test_a_call_that_is_cancelled_while_it_heeds_an_answer_gives_its_connection_
     async def work() -> None:
         only_one = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=1))
         async with (
-            asyncio.timeout(20),
+            asyncio.timeout(60),
             AsyncLimiter(dsn) as tasks,
-            httpx.AsyncClient(transport=AsyncLimitTransport(only_one, tasks), timeout=3) as client,
+            httpx.AsyncClient(transport=AsyncLimitTransport(only_one, tasks), timeout=15) as client,
         ):
             await client.get(url)
             with conn.transaction():

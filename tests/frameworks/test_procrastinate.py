@@ -55,6 +55,7 @@ def workers(
                 crew.tasks.app.schema_manager.apply_schema()
                 crew.start("first", "-c", "1", "-q", "default,one")
                 crew.start("second", "-c", "4", "-q", "default")
+                crew.await_start(first="Starting worker on", second="Starting worker on")
                 yield crew
         finally:
             crew.stop()

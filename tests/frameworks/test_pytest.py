@@ -49,10 +49,11 @@ def run(folder: Path, *options: str, **environment: str) -> None:
     (folder / "test_project.py").write_text(TESTS)
     (folder / "test_reports.py").write_text(EXAMPLE)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PGLIMITS_DSN"))}
+    kept["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     nothing_else = ("-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *nothing_else, *options],
-        cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False, timeout=60,
+        cwd=folder, env={**kept, **environment}, capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout + done.stderr
 
@@ -67,7 +68,7 @@ def test_limits_of_a_given_database_stay(
 ) -> None:
     limiter.create("kept", 1)
     given = dsn if pooler is None else request.getfixturevalue("pooled")(pooler, size=10)
-    run(tmp_path, "-n", "2", PGLIMITS_TEST_DSN=given)  # workers take turns
+    run(tmp_path, "-p", "xdist", "-n", "2", PGLIMITS_TEST_DSN=given)  # workers take turns
     assert [limit.name for limit in limiter.list()] == ["kept"]
 
 
@@ -80,6 +81,6 @@ def test_nothing_of_a_framework_is_imported_unasked(dsn: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PGLIMITS_DSN": dsn},
-        capture_output=True, text=True, check=True, timeout=60,
+        capture_output=True, text=True, check=True, timeout=200,
     )  # fmt: skip
     assert done.stdout == "set()\n"

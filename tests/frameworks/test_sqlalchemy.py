@@ -47,7 +47,7 @@ import sqlalchemy
 from pglimits.sqlalchemy import limiter_for
 print(type(limiter_for(sqlalchemy.create_engine("postgresql+psycopg://u@h/d"))).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=200)
     assert done.stdout == "Limiter\n", done.stderr
 
 

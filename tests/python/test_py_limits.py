@@ -225,7 +225,7 @@ def test_holders_and_waiters_show_who_and_how_much(api: Api, conn: Connection, w
 def test_a_waiter_is_taken_out_of_its_queue_by_its_id(api: Api, conn: Connection, wait_until: WaitUntil) -> None:
     api.create("database", 1)
     lease = api.acquire("database")
-    waits = api.start("acquire", "database", timeout_seconds=1)
+    waits = api.start("acquire", "database", timeout_seconds=4)
     wait_until(lambda: waiting(conn) == 1)
     [waiter] = api.waiters()
     assert api.release(waiter.lease_id) is True

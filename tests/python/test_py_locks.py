@@ -31,8 +31,10 @@ def passes(conn: Connection, wait_until: WaitUntil, interval: str) -> None:
     wait_until(lambda: value(conn, "select clock_timestamp() > %s + %s::interval", [since, interval]), timeout=60)
 
 
-def taken_for_a_second(conn: Connection, *names: str) -> None:
-    """Whoever waits for these limits looks again in a second, as time alone frees a slot then."""
+def taken_for_a_second(conn: Connection, clock: Any, *names: str) -> None:
+    """Whoever waits for these limits looks again in a second, as time alone frees a slot then. The clock stands still
+    until the test lets that second pass."""
+    clock.freeze()
     for name in names:
         conn.execute("select pglimits.acquire(%s, lease_duration => 1)", [name])
 
@@ -42,17 +44,18 @@ def taken_for_a_second(conn: Connection, *names: str) -> None:
 
 @pytest.mark.parametrize("several", [1, 3])
 def test_who_waits_for_a_limit_gets_its_slot_while_somebody_keeps_others_locked(
-    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil, several: int
+    api: Api, conn: Connection, connect: Any, clock: Any, wait_until: WaitUntil, several: int
 ) -> None:
     locks = [f"locked-{number}" for number in range(several)]
     frees = [f"free-{number}" for number in range(several)]
     for name in (*locks, *frees):
         api.create(name, 1)
     leases = [api.acquire(name) for name in frees]
-    taken_for_a_second(conn, *locks)
+    taken_for_a_second(conn, clock, *locks)
     held_up = [api.start("acquire", name) for name in locks]
     wait_until(lambda: waiting(conn) == several)
     locked = Locked(connect, *locks)
+    clock.advance(1)
     wait_until(lambda: blocked(conn, "pglimits._watch"))
     served = [api.start("acquire", name) for name in frees]
     wait_until(lambda: waiting(conn) == 2 * several)
@@ -99,31 +102,36 @@ def test_who_waits_keeps_its_place_while_somebody_keeps_its_limit_or_another_one
 
 
 def test_what_time_frees_is_found_while_somebody_keeps_another_limit_locked(
-    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+    api: Api, conn: Connection, connect: Any, clock: Any, wait_until: WaitUntil
 ) -> None:
     for name in ("locked", "free"):
         api.create(name, 1)
-    taken_for_a_second(conn, "locked")
+    taken_for_a_second(conn, clock, "locked")
     held_up = api.start("acquire", "locked")
     wait_until(lambda: waiting(conn) == 1)
     locked = Locked(connect, "locked")
+    clock.advance(1)
     wait_until(lambda: blocked(conn, "pglimits._watch"))
     for _ in range(3):
-        taken_for_a_second(conn, "free")
-        api.release(api.start("acquire", "free").result(30))
+        taken_for_a_second(conn, clock, "free")
+        acquiring = api.start("acquire", "free")
+        wait_until(lambda: waiting(conn, "free") == 1)
+        clock.advance(1)
+        api.release(acquiring.result(30))
     assert not held_up.done()
     locked.unlock()
     api.release(held_up.result(30))
 
 
 def test_who_waits_for_a_limit_that_somebody_keeps_locked_waits_no_longer_than_its_timeout(
-    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+    api: Api, conn: Connection, connect: Any, clock: Any, wait_until: WaitUntil
 ) -> None:
     api.create("locked", 1)
-    taken_for_a_second(conn, "locked")
+    taken_for_a_second(conn, clock, "locked")
     held_up = api.start("acquire", "locked", timeout_seconds=4)
     wait_until(lambda: waiting(conn) == 1)
     locked = Locked(connect, "locked")
+    clock.advance(1)
     with pytest.raises(AcquireTimeout):
         held_up.result(30)
     locked.unlock()
@@ -131,16 +139,17 @@ def test_who_waits_for_a_limit_that_somebody_keeps_locked_waits_no_longer_than_i
 
 
 def test_a_request_over_a_locked_limit_and_another_is_apart_from_those_on_the_other(
-    api: Api, conn: Connection, connect: Any, wait_until: WaitUntil
+    api: Api, conn: Connection, connect: Any, clock: Any, wait_until: WaitUntil
 ) -> None:
     for name in ("locked", "free"):
         api.create(name, 1)
-    taken_for_a_second(conn, "locked")
+    taken_for_a_second(conn, clock, "locked")
     lease = api.acquire("free")
     # It stands in line for the first of them.
     both = api.start("acquire", ["locked", "free"])
     wait_until(lambda: waiting(conn) == 1)
     locked = Locked(connect, "locked")
+    clock.advance(1)
     one = api.start("acquire", "free")
     wait_until(lambda: waiting(conn) == 2)
     wait_until(lambda: blocked(conn, "pglimits._watch"))

@@ -387,7 +387,7 @@ def test_the_calls_of_the_page_are_answered_429_without_the_limiter(dsn: str) ->
     assert f"{code}```\n\n```text\n1000 answers, 0 times 429\n```" in PAGE.read_text(encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", code, "--unlimited"], env={"PGLIMITS_DSN": dsn}, capture_output=True, text=True,
-        check=False, timeout=120,
+        check=False, timeout=200,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     said = re.fullmatch(r"(\d+) answers, (\d+) times 429\n", done.stdout)

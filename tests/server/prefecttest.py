@@ -64,7 +64,7 @@ class Process:
         """What it said, line by line, as JSON."""
         return [json.loads(line) for line in self.out.splitlines()]
 
-    def wait(self, timeout: float = 40) -> Process:
+    def wait(self, timeout: float = 120) -> Process:
         """Until it has ended well."""
         deadline = time.monotonic() + timeout
         while self.code is None:

@@ -61,7 +61,7 @@ class Server:
         return httpx.Client(**{"base_url": self.url, "headers": headers, "timeout": 30, **options})
 
     def terminate(self) -> tuple[int, str]:
-        """SIGTERM, and wait. Its exit code and what it said on stderr."""
+        """SIGTERM, and wait, half as long as tests have requests held. Its exit code and what it said on stderr."""
         self.process.send_signal(signal.SIGTERM)
         _, err = self.process.communicate(timeout=30)
         return self.process.returncode, err
@@ -92,7 +92,7 @@ def messages(response: httpx.Response) -> Iterator[tuple[str, str | None, Any]]:
             data.append(line[5:].strip())
 
 
-def until(condition: Any, what: str, seconds: float = 20.0) -> Any:
+def until(condition: Any, what: str, seconds: float = 40.0) -> Any:
     """Wait until it is true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

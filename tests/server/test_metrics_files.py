@@ -25,7 +25,7 @@ NAMES = re.findall(r"- alert: (\w+)", ALERTS.read_text())
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     program = [str(PROMTOOL), *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=200)
 
 
 # What is asked for is there.

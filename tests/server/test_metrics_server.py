@@ -51,7 +51,7 @@ def look(conn: Connection) -> Scraped:
 
 def command(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "pglimits_cli", "metrics", "--dsn", dsn, *arguments]
-    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=200)
 
 
 # What it says.

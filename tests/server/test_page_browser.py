@@ -46,14 +46,25 @@ def holds(sql: Callable[..., Any], name: str, holder: str = '"somebody"', key: s
     return lease
 
 
+def stay(sql: Callable[..., Any]) -> str:
+    """The channel of a process that gives signs of life, whoever waits in it: for as long as a browser may take."""
+    sql(
+        "insert into pglimits.processes (channel, expires_at) values ('pglimits_page', now() + interval '1 hour')"
+        " on conflict (channel) do update set expires_at = excluded.expires_at"
+    )
+    return "pglimits_page"
+
+
 def waits(sql: Callable[..., Any], name: str, holder: str = '"another"', key: str = "") -> str:
     lease = str(uuid4())
     found = sql(
-        "select status from pglimits.acquire(%s, 1, %s, timeout_seconds => null, holder => %s::jsonb, lease_id => %s)",
+        "select status from pglimits.acquire(%s, 1, %s, timeout_seconds => null, holder => %s::jsonb, lease_id => %s,"
+        " channel => %s)",
         name,
         key,
         holder,
         lease,
+        stay(sql),
     )
     assert found == [("queued",)]
     return lease
@@ -446,7 +457,8 @@ def test_a_request_over_several_limits_names_the_one_that_it_waits_for(
 ) -> None:
     sql("select pglimits.create_limit('gpu', 1), pglimits.create_limit('licence', 1)")
     holds(sql, "licence")
-    sql("select pglimits.acquire_all('{gpu,licence}', timeout_seconds => null, holder => '\"both\"')")
+    both = "select pglimits.acquire_all('{gpu,licence}', timeout_seconds => null, holder => '\"both\"', channel => %s)"
+    sql(both, stay(sql))
     tab = browse()
     tab.goto(f"{shared.url}/limits/gpu")
     row = tab.locator("tr", has_text="both")

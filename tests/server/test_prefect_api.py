@@ -262,7 +262,7 @@ def test_a_limit_of_zero_refuses_until_it_is_opened(client: httpx.Client, looks:
 def test_tokens(guarded: Server) -> None:
     basic = base64.b64encode(f"ops:{FULL}".encode()).decode()
     body = {"names": ["none"], "slots": 1}
-    with httpx.Client(base_url=guarded.url) as client:
+    with guarded.client() as client:
         assert client.get("/api/health").status_code == client.get("/api/ready").status_code == 200
         assert client.get("/api/admin/version").status_code == 401
         assert client.post(f"{LIMITS}/filter", json={}).status_code == 401

@@ -196,11 +196,12 @@ def test_a_grant_whose_answer_was_lost_is_told_again_and_then_never(
 
 
 def test_a_place_outlives_the_server(
-    serve: Callable[..., Server], server_dsn: str, pool: ThreadPoolExecutor, connect: Any, wait_until: Any
+    serve: Callable[..., Server], clock: Any, pool: ThreadPoolExecutor, connect: Any, wait_until: Any
 ) -> None:
+    clock.freeze()  # who waits gives no sign of life while there is no server
     looks = connect()
     held = take(looks)
-    first, client = serve(), httpx.Client(timeout=20)
+    first, client = serve(), httpx.Client(timeout=60)
     with client:
 
         def ask_at(server: Server) -> httpx.Response:
@@ -219,8 +220,10 @@ def test_a_place_outlives_the_server(
         with pytest.raises(httpx.TransportError):
             future.result()
         second = serve()
+        clock.advance(5)
         again = pool.submit(ask_at, second)
-        wait_until(lambda: looks.execute("select from pglimits.queue where expires_at > now() + '9 seconds'").rowcount)
+        lives = "select from pglimits.queue where expires_at > pglimits._now() + '9 seconds'"
+        wait_until(lambda: looks.execute(lives).rowcount)
         assert waiters(looks) == place
         release(looks, held)
         assert again.result().json()["lease_id"] == str(place[0])

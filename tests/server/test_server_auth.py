@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI, routing
 from servertest import FULL, READ, TOKENS, Server
@@ -164,7 +163,8 @@ def test_a_forged_cookie_opens_nothing(guarded: Server) -> None:
         "",
         "x.y",
     ):
-        response = httpx.get(f"{guarded.url}/v1/limits", headers={"Cookie": f"pglimits_session={forged}".encode()})
+        with guarded.client() as nobody:
+            response = nobody.get("/v1/limits", headers={"Cookie": f"pglimits_session={forged}".encode()})
         assert response.status_code == 401
 
 

@@ -69,7 +69,7 @@ def psql(server: Any) -> Any:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=200,
             cwd="/",
         )
 

@@ -33,7 +33,7 @@ def initialised(binary: str, tmp_path_factory: pytest.TempPathFactory) -> Folder
     home = tmp_path_factory.mktemp("terraform")
     known = environment(home, TF_CLI_CONFIG_FILE=str(home / "mirror" / "pglimits.tfrc"))
     command = [sys.executable, "-m", "pglimits_cli", "terraform", "install", str(home / "mirror")]
-    subprocess.run(command, env=known, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, env=known, check=True, capture_output=True, timeout=200)
     folder = Folder(home / "initialised", binary, known)
     folder.path.mkdir()
     folder.write("")

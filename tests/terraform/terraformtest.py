@@ -67,7 +67,7 @@ class Folder:
     def _run(self, *arguments: str, code: int) -> str:
         done = subprocess.run(
             [self.binary, *arguments], cwd=self.path, env=self.environment, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=200,
         )  # fmt: skip
         assert done.returncode == code, done.stdout
         return done.stdout

@@ -53,7 +53,7 @@ class Ways:
     def _cli(self, *words: str) -> str:
         environment = {**os.environ, "PGLIMITS_DSN": self.dsn}
         command = [sys.executable, "-m", "pglimits_cli", *words]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=200).stdout
 
     def _make_by_sql(self, name: str, fields: dict[str, Any]) -> None:
         arguments = ", ".join(f'"{field}" => %({field})s' for field in fields)

@@ -81,7 +81,7 @@ def test_limits_are_created_changed_in_place_and_destroyed_and_no_password_is_to
     ]
     exported = subprocess.run(
         [sys.executable, "-m", "pglimits_cli", "export", "--dsn", dsn], env=folder.environment, capture_output=True,
-        text=True, check=True, timeout=60,
+        text=True, check=True, timeout=200,
     ).stdout  # fmt: skip
     assert exported.startswith('[limits.database]\nlimit = 10\n\n[limits."emails, daily"]\nlimit = 5\n')
     assert "slot_decay_per_second = 0.1\nactive = false\nmax_waiters = 7\n" in exported
@@ -273,7 +273,7 @@ def test_two_applies_at_once_make_each_limit_once_and_one_of_them_is_told(
     for folder in folders:
         folder.write(configuration)
     running = [folder.start("apply", "-auto-approve") for folder in folders]
-    said = [unfolded(process.communicate(timeout=120)[0]) for process in running]
+    said = [unfolded(process.communicate(timeout=200)[0]) for process in running]
     states = [{each["id"]: each["name"] for each in folder.state.values()} for folder in folders]
     assert names(conn) == [f"n{nth}" for nth in range(10)]
     assert not states[0].keys() & states[1].keys() and len(states[0]) + len(states[1]) == 10
@@ -306,7 +306,7 @@ def test_an_apply_that_was_interrupted_is_completed_by_the_next_after_imports_if
     if by == signal.SIGINT:
         assert any("Interrupt received" in line for line in process.stdout)
     lock.commit()
-    process.communicate(timeout=120)
+    process.communicate(timeout=200)
     assert process.returncode == (1 if by == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not providers("true"), what="for the provider to end")
     there = names(conn)

@@ -27,7 +27,7 @@ def test_each_command_prints_what_the_page_says(binary: str, dsn: str, tmp_path:
     assert len(examples) == 5
     for code, prints in examples:
         done = subprocess.run(
-            ["bash", "-euc", code], cwd=work, env=known, capture_output=True, text=True, check=False, timeout=120
+            ["bash", "-euc", code], cwd=work, env=known, capture_output=True, text=True, check=False, timeout=200
         )
         assert done.returncode == 0, done.stdout + done.stderr
         printed = iter(done.stdout.replace(str(home), "/home/you").replace("OpenTofu", "Terraform").splitlines())

@@ -191,6 +191,6 @@ def test_a_state_is_moved_from_another_registry_or_from_prefects_provider(kind: 
 def test_the_provider_says_who_starts_it(folder: Folder) -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("terraform-provider-pglimits")], env=folder.environment, capture_output=True,
-        text=True, check=False, timeout=60,
+        text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 1 and "pglimits terraform install" in done.stderr

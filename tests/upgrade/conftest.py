@@ -88,7 +88,7 @@ def shell(server: Any) -> Callable[..., str]:
     def run(script: str, folder: Path | None = None, **to: str) -> str:
         done = subprocess.run(
             ["bash", "-euc", script], env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **to},
-            cwd=folder or ROOT, capture_output=True, text=True, check=False, timeout=120,
+            cwd=folder or ROOT, capture_output=True, text=True, check=False, timeout=200,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ class Crew:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
+
+    def await_start(self, **said: str) -> None:
+        """Wait until workers have said in their logs that they are at work."""
+        deadline = time.monotonic() + 2 * PATIENCE
+        while missing := [name for name, text in said.items() if text not in self.log(name)]:
+            assert time.monotonic() < deadline, "".join(map(self.log, missing))
+            time.sleep(0.05)
 
     def say(self, word: str) -> None:
         """What some tasks work until."""

@@ -25,7 +25,7 @@ def run(section: str, folder: Path, **environment: str) -> tuple[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euc", blocks[2][1]], cwd=folder, env={**os.environ, "PATH": path, **environment},
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     log = "".join(file.read_text() for file in folder.glob("*.log"))
     assert done.returncode in (0, 143), done.stderr + log

@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 from uuid import UUID
 
 from psycopg.pq.abc import PGresult
@@ -93,6 +93,10 @@ class Base:
         else:
             source = Source(resolve(dsn).conninfo)
         self._courier = courier_for(source, durable, self._user)
+
+    def __reduce__(self) -> NoReturn:
+        # A copy would have the connections and descriptors of this one, and close them when it is forgotten.
+        raise TypeError("a limiter cannot be copied or pickled: make one where it is needed")
 
     def _as(self, kind: type[B]) -> B:
         """The same limiter, which waits as that kind does."""

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID
 
 from . import _observer
@@ -158,6 +158,9 @@ class Lease:
         """It was renewed, by a statement that was sent then (monotonic). That moves its end no nearer."""
         self._expires_at = expires_at
         self._ends = max(self._ends, asked + self._duration)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a lease cannot be copied or pickled: hand on its id, with which it can be released")
 
     def __repr__(self) -> str:
         return f"<Lease {self.id} on {', '.join(self.names)}{' (lost)' if self.lost else ''}>"

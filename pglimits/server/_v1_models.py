@@ -166,8 +166,8 @@ class Granted(BaseModel):
         status: granted: go now. queued: ask again with the same body and this lease_id, within retry_after. unlimited:
             nothing is enforced, as every limit is missing or inactive.
         lease_id: what to renew, settle and release by, or to ask again by.
-        fence: a number that grows with every grant of the limit and key; null where there are several limits.
-        fences: one for each of several limits; null where one is not enforced.
+        fence: a number that grows with every grant of the limit and key; of several, that of the first enforced limit.
+        fences: one for each limit of a lease; null where one is not enforced.
         expires_at: when the lease ends unless it is renewed.
         retry_after: in how many seconds to ask again at the latest.
         position: the place in line, from 1.

@@ -95,8 +95,9 @@ begin
     ready[p] := pglimits._ready_at(other, part.slots, mine.lease_duration is null, now);
     joint := greatest(joint, ready[p]);
     takes := case when other.slot_decay_per_second > 0 then part.slots / other.slot_decay_per_second else 0 end;
-    -- Full of leases; or it would be booked further ahead than this limit takes for it, or than a quarter of the time it has waited.
-    if ready[p] > now + pglimits._horizon() + least(takes * interval '1 second', (now - mine.arrival) / 4) then
+    -- Full of leases; or it would be booked further ahead than this limit takes for it, or than a quarter of the time it has waited
+    -- (it may have arrived a moment after now: of those who come together, each arrives a microsecond after the one before).
+    if p <> here and ready[p] > now + pglimits._horizon() + least(takes * interval '1 second', (now - mine.arrival) / 4) then
       wanting := coalesce(wanting, p);
     end if;
     if takes > takes_longest then
@@ -104,7 +105,7 @@ begin
       slowest := p;
     end if;
   end loop;
-  target := coalesce(older, wanting, case when ready[slowest] > now + pglimits._horizon() then slowest end);
+  target := coalesce(older, wanting, case when slowest <> here and ready[slowest] > now + pglimits._horizon() then slowest end);
   if target is null and mine.lease_duration is null then
     for p in 1 .. cardinality(mine.parts) loop
       continue when p = here or ready[p] is null;

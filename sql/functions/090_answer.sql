@@ -103,6 +103,31 @@ end $$;
 comment on function pglimits._is_same(pglimits._request, uuid) is
   'Whether a request can be the one that is known under an id.';
 
+-- The answer to a request that has stood in line in vain: like one that is refused at once, it is told when time alone would let it in.
+create or replace function pglimits._refused(request pglimits._request)
+returns pglimits._outcome
+language plpgsql
+volatile
+as $$
+declare
+  is_hopeless boolean;
+begin
+  select array_agg(p.limit_id), array_agg(p.key), array_agg(p.slots),
+         bool_or(pglimits._is_hopeless(p."limit", p.slot_decay_per_second, p.slots, request.for_rate))
+  into request.limit_ids, request.keys, request.slots, is_hopeless
+  from (
+    select c.limit_id, n.key, c."limit", c.slot_decay_per_second,
+           least(sum(n.slots), case when request.clamp and c."limit" > 0 then c."limit" else 2147483647 end)::integer as slots
+    from unnest(request.names, request.keys, request.slots) as n(name, key, slots)
+    join pglimits.configs c on c.name = n.name and c.active
+    group by c.limit_id, n.key
+  ) p;
+  return row(1, 1, 'refused', null, null,
+             case when not is_hopeless then array[(pglimits._glance(request)).seconds] end)::pglimits._outcome;
+end $$;
+
+comment on function pglimits._refused(pglimits._request) is 'The answer to a request that has stood in line in vain.';
+
 -- A request whose id is known: asked again, as a reply was lost, or as it waits. Null: it is to be asked as a new one. The request is
 -- not checked: what would be wrong with it now is no matter to who has what it asked for.
 create or replace function pglimits._ask_again(request pglimits._request, lease_id uuid, told boolean)
@@ -141,7 +166,7 @@ begin
       -- Unless it has just been granted: its time is over, or it is another request by now.
       if exists (select from pglimits.queue q where q.lease_id = _ask_again.lease_id) then
         perform pglimits._release(array[lease_id], told);
-        return case when waiter.deadline <= now then row(1, 1, 'refused', null, null, null)::pglimits._outcome end;
+        return case when waiter.deadline <= now then pglimits._refused(request) end;
       end if;
     end if;
   end if;
@@ -155,6 +180,8 @@ begin
   end if;
   if outcome.status is null then
     perform pglimits._release(array[lease_id], told);
+  elsif outcome.status = 'refused' then
+    outcome := pglimits._refused(request);
   end if;
   return outcome;
 end $$;
@@ -212,6 +239,7 @@ begin
     end if;
     if again and pglimits._is_known(lease_ids) then
       request.for_rate := for_rate;
+      request.rank := -priority;
       request.timeout_seconds := timeout_seconds;
       request.names := names;
       request.clamp := clamp;

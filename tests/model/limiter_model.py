@@ -343,10 +343,11 @@ class Model:
         older = [place for place in parts if place is not here and self.before(place, head.order())]
         waited = round(Fraction(self.now - head.arrival, 4))
         soon = {place: self.now + HORIZON + min(round(takes[place] * SECOND), waited) for place in parts}
-        wanting = [place for place, at in ready.items() if at is None or at > soon[place]]
+        wanting = [place for place, at in ready.items() if place is not here and (at is None or at > soon[place])]
         slowest = max(parts, key=lambda place: takes[place])
         slowest_at = ready[slowest]
         beyond = takes[slowest] > 0 and slowest_at is not None and slowest_at > self.now + HORIZON
+        beyond = beyond and slowest is not here
         targets = older or wanting or ([slowest] if beyond else [])
         joint = max((at for at in ready.values() if at is not None), default=self.now)
         if not targets and for_rate:
@@ -477,8 +478,9 @@ class Model:
         except Wrong as wrong:
             return Answer("error", codes=wrong.codes)
 
-    def refusal(self, request: Request, parts: Parts) -> Answer | None:
-        """What is certain without any lock: there is no room even without a line, or not in time, or none in line."""
+    def glance(self, request: Request, parts: Parts) -> tuple[Place | None, bool, bool, int, bool]:
+        """Without any lock: where it is blocked; if that is certain; if somebody there is due; when it can be its turn,
+        by who is before it, and whether time alone will do."""
         blocked: Place | None = None
         waits, certain, by_time, is_due = [0], False, True, False
         for place, slots in parts.items():
@@ -492,11 +494,16 @@ class Model:
                 by_time = by_time and bool(place.limit.rate) and ready is not None
                 if place.limit.rate and place.limit.most:
                     waits.append(self.moment(place, self.slots_of(before) + slots) - self.now)
+        return blocked, certain, is_due, max(waits), by_time
+
+    def refusal(self, request: Request, parts: Parts) -> Answer | None:
+        """What is certain without any lock: there is no room even without a line, or not in time, or none in line."""
+        blocked, certain, is_due, wait, by_time = self.glance(request, parts)
         if blocked is None:
             return None
-        if request.timeout is not None and (request.timeout == 0 or max(waits) > request.timeout):
+        if request.timeout is not None and (request.timeout == 0 or wait > request.timeout):
             is_certain = certain or (request.timeout > 0 and not is_due)
-            return Answer("refused", wait=max(waits) if by_time else None) if is_certain else None
+            return Answer("refused", wait=wait if by_time else None) if is_certain else None
         if blocked.limit.max_waiters is not None and len(self.waiting(blocked)) >= blocked.limit.max_waiters:
             raise Wrong("PL006")
         return None
@@ -606,11 +613,25 @@ class Model:
             is_over = waiter.deadline is not None and waiter.deadline <= self.now
             if self.waiter(request.lease_id) is not None and (is_over or self.is_outdated(waiter)):
                 self.release([request.lease_id], told)
-                return Answer("refused") if is_over else None
+                return self.refused(request) if is_over else None
         answer = self.answer_known(request, told)
         if answer is None:
             self.release([request.lease_id], told)  # what was kept for it, as it stood in a line that it had to leave
+        elif answer.status == "refused":
+            return self.refused(request)
         return answer
+
+    def refused(self, request: Request) -> Answer:
+        """It has stood in line in vain: when time alone would let it in."""
+        parts: Parts = {}
+        for name, key, slots in zip(request.names, request.keys, request.slots, strict=True):
+            if name in self.limits and self.limits[name].active:
+                place = self.limits[name].place(key)
+                parts[place] = parts.get(place, 0) + slots
+        parts = {place: self.clamped(place.limit, request, slots) for place, slots in parts.items()}
+        hopeless = any(self.is_hopeless(place.limit, slots, request.for_rate) for place, slots in parts.items())
+        _, _, _, wait, by_time = self.glance(request, parts)
+        return Answer("refused", wait=wait if parts and by_time and not hopeless else None)
 
     def is_same(self, request: Request) -> bool:
         known: dict[Place, int | None] = {}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import enum
+import gc
 import inspect
 import os
+import pickle
 import socket
 import threading
 from datetime import datetime
@@ -899,6 +902,18 @@ def test_a_limiter_checks_its_own_arguments(dsn: str) -> None:
             cls(connect="not a function")  # type: ignore[arg-type]
         with pytest.raises(InvalidArgument, match="strict"):
             cls(dsn, strict=1)  # type: ignore[arg-type]
+
+
+def test_a_limiter_and_its_leases_cannot_be_copied_and_go_on_after_it_was_tried(limiter: Any) -> None:
+    limiter.create("one", 1)
+    lease = limiter.acquire("one")
+    for original in (limiter, lease, {"settings": limiter}):
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                copied(original)
+    gc.collect()  # what there was of a copy closed the descriptors of the original
+    assert limiter.release(lease)
+    limiter.release(limiter.acquire("one"))
 
 
 def test_closing_one_of_several_limiters_on_a_database_releases_what_it_holds_and_no_more(

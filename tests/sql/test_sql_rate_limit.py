@@ -208,6 +208,21 @@ def test_a_rate_limit_that_was_granted_at_once_leaves_no_trace_and_is_charged_ag
     assert s.release(lease_id) is False
 
 
+@pytest.mark.parametrize("names", ["api", ["api", "other"]])
+def test_who_stood_in_line_in_vain_is_told_when_time_alone_would_let_it_in(
+    clock: Clock, s: Session, names: str | list[str]
+) -> None:
+    clock.freeze()
+    s.create("api", 1, 0.5)
+    s.create("other", 1, 1)
+    s.rate_limit("api")
+    waiter = s.rate_limit(names, timeout_seconds=5, lease_id=uuid4()).lease_id
+    assert s.adjust("api", 3) == 4
+    clock.advance(1)
+    answer = s.rate_limit(names, timeout_seconds=5, lease_id=waiter)
+    assert (answer.status, answer.retry_after) == ("refused", 7)
+
+
 def test_a_request_whose_moment_lies_beyond_its_timeout_is_refused_at_once_and_takes_nothing(
     clock: Clock, db: Db, s: Session
 ) -> None:

@@ -444,6 +444,21 @@ def test_nothing_is_booked_far_ahead_for_one_that_came_just_now(clock: Clock, db
     db.consistent()
 
 
+def test_one_that_arrives_in_the_same_moment_as_others_and_fits_at_the_very_horizon_is_put_in_line(
+    clock: Clock, db: Db, s: Session
+) -> None:
+    s.create("one", 3, 20)
+    s.create("two", 1, 0.25)
+    clock.freeze()
+    s.rate_limit("one", slots=2)  # so there is room for 3 in 0.1 s
+    s.rate_limit("two")
+    for _ in range(4):
+        s.rate_limit("two", timeout_seconds=FOREVER, priority=-1)
+    s.run("set statement_timeout = '10s'")  # it went on for ever
+    assert s.rate_limit(BOTH, slots=[3, 1], timeout_seconds=FOREVER).status == "queued"
+    db.consistent()
+
+
 def test_what_would_be_lost_until_the_joint_moment_goes_to_those_who_wait_for_that_limit_alone(
     clock: Clock, s: Session
 ) -> None:

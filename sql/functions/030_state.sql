@@ -184,7 +184,7 @@ begin
       force_released_leases = state.force_released_leases,
       held_slot_seconds = state.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now),
       waited_seconds = state.waited_seconds, waits = state.waits
-  where s.limit_id = state.limit_id and s.key = state.key and s.generation = state.generation;
+  where s.limit_id = state.limit_id and s.name = state.name and s.key = state.key and s.generation = state.generation;
 end $$;
 
 comment on function pglimits._save(pglimits.states, timestamptz) is 'Writes a locked state back under a higher version.';
@@ -205,8 +205,7 @@ declare
 begin
   with lockers as (
     select l.pid, case when l.locktype = 'transactionid' then l.transactionid in (
-      select s.xmax from pglimits.configs c join pglimits.states s on s.limit_id = c.limit_id
-      where c.name = any (names) and s.key = any (keys)) end as is_sure
+      select s.xmax from pglimits.states s where s.name = any (names) and s.key = any (keys)) end as is_sure
     from pg_locks l
     where l.granted and l.pid is distinct from pg_backend_pid() and (
       l.locktype = 'transactionid'

@@ -51,7 +51,9 @@ language plpgsql
 volatile
 as $$
 begin
-  if (select max(e.event_id) from pglimits.event_log e) > (select n.last_value from pglimits.event_log_event_id_seq n) then
+  if (select e.event_id from pglimits.event_log e order by e.event_id desc limit 1)
+     > (select n.last_value from pglimits.event_log_event_id_seq n)
+  then
     -- One at a time: who comes second finds that it has been done.
     perform pg_advisory_xact_lock(7210911204761543);
     perform setval('pglimits.event_log_event_id_seq', greatest(

@@ -18,12 +18,12 @@ declare
 begin
   if at_once then
     select s.* into state from pglimits.states s
-    where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
-    order by s.generation desc limit 1 for update nowait;
+    where (s.limit_id, s.key) >= (_lock_used.limit_id, _lock_used.key) and (s.limit_id, s.key) <= (_lock_used.limit_id, _lock_used.key)
+    order by s.limit_id desc, s.key desc, s.generation desc limit 1 for update nowait;
   else
     select s.* into state from pglimits.states s
-    where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
-    order by s.generation desc limit 1 for update;
+    where (s.limit_id, s.key) >= (_lock_used.limit_id, _lock_used.key) and (s.limit_id, s.key) <= (_lock_used.limit_id, _lock_used.key)
+    order by s.limit_id desc, s.key desc, s.generation desc limit 1 for update;
   end if;
   return state;
 end $$;
@@ -162,7 +162,8 @@ declare
   state pglimits.states;
 begin
   select s.* into state from pglimits.states s
-  where s.limit_id = _reload.limit_id and s.key = _reload.key order by s.generation desc limit 1;
+  where (s.limit_id, s.key) >= (_reload.limit_id, _reload.key) and (s.limit_id, s.key) <= (_reload.limit_id, _reload.key)
+  order by s.limit_id desc, s.key desc, s.generation desc limit 1;
   return state;
 end $$;
 
@@ -184,7 +185,7 @@ begin
       force_released_leases = state.force_released_leases,
       held_slot_seconds = state.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now),
       waited_seconds = state.waited_seconds, waits = state.waits
-  where s.limit_id = state.limit_id and s.key = state.key and s.generation = state.generation;
+  where s.limit_id = state.limit_id and s.name = state.name and s.key = state.key and s.generation = state.generation;
 end $$;
 
 comment on function pglimits._save(pglimits.states, timestamptz) is 'Writes a locked state back under a higher version.';
@@ -205,8 +206,7 @@ declare
 begin
   with lockers as (
     select l.pid, case when l.locktype = 'transactionid' then l.transactionid in (
-      select s.xmax from pglimits.configs c join pglimits.states s on s.limit_id = c.limit_id
-      where c.name = any (names) and s.key = any (keys)) end as is_sure
+      select s.xmax from pglimits.states s where s.name = any (names) and s.key = any (keys)) end as is_sure
     from pg_locks l
     where l.granted and l.pid is distinct from pg_backend_pid() and (
       l.locktype = 'transactionid'

@@ -22,9 +22,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select coalesce(sum(pglimits._slot_seconds(l.slots, l.expires_at, _ended_slot_seconds.now)), 0) from pglimits.leases l
-    where l.limit_id = _ended_slot_seconds.limit_id and l.key = _ended_slot_seconds.key
-      and l.expires_at >= _ended_slot_seconds.next_expiry and l.expires_at <= _ended_slot_seconds.now);
+    select coalesce(sum(pglimits._slot_seconds(x.slots, x.expires_at, _ended_slot_seconds.now)), 0) from (
+      select l.slots, l.expires_at from pglimits.leases l
+      where l.limit_id = _ended_slot_seconds.limit_id and l.key = _ended_slot_seconds.key
+        and l.expires_at >= _ended_slot_seconds.next_expiry and l.expires_at <= _ended_slot_seconds.now
+      order by l.expires_at offset 0) x);
 end $$;
 
 comment on function pglimits._ended_slot_seconds(bigint, text, timestamptz, timestamptz) is

@@ -55,9 +55,11 @@ begin
     waiters := waiters - 1;
     slots := slots - here.slots;
   elsif here.others > 0 then
-    select count(*), coalesce(sum(q.slots), 0) into waiters, slots from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-      and (q.rank, q.arrival) < (_before.rank, _before.arrival);
+    select count(*), coalesce(sum(x.slots), 0) into waiters, slots from (
+      select q.slots from pglimits.queue q
+      where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
+        and (q.rank, q.arrival) < (_before.rank, _before.arrival)
+      order by q.rank, q.arrival offset 0) x;
   end if;
 end $$;
 
@@ -212,9 +214,13 @@ declare
 begin
   with dead as (
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
-      and q.expires_at <= now
-      and not exists (select from pglimits.processes p where p.channel = q.channel and p.expires_at > now)
+    where q.lease_id = any (array(
+        select w.lease_id from pglimits.queue w
+        where w.limit_id = state.limit_id and w.key = state.key and (w.rank, w.arrival) >= (state.head_rank, state.head_arrival)
+          and w.expires_at <= now
+        order by w.rank, w.arrival))
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key and q.expires_at <= now
+      and not exists (select from pglimits.processes p where p.channel = q.channel and p.expires_at > now offset 0)
     returning q.slots
   )
   select count(*)::integer as waiters, coalesce(sum(d.slots), 0)::bigint as slots into gone from dead d;
@@ -237,10 +243,12 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select count(*) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
-    where q.limit_id = _dead_waiters.limit_id and q.key = _dead_waiters.key
-      and (q.rank, q.arrival) >= (_dead_waiters.head_rank, _dead_waiters.head_arrival)
-      and greatest(q.expires_at, p.expires_at) <= _dead_waiters.now);
+    select count(*) from (
+      select q.expires_at, q.channel from pglimits.queue q
+      where q.limit_id = _dead_waiters.limit_id and q.key = _dead_waiters.key
+        and (q.rank, q.arrival) >= (_dead_waiters.head_rank, _dead_waiters.head_arrival)
+      order by q.rank, q.arrival offset 0) x
+    where greatest(x.expires_at, (select p.expires_at from pglimits.processes p where p.channel = x.channel)) <= _dead_waiters.now);
 end $$;
 
 comment on function pglimits._dead_waiters(bigint, text, integer, timestamptz, timestamptz) is
@@ -271,8 +279,9 @@ begin
   end if;
   state.next_look := timestamptz 'infinity';
   loop
-    select q.*, greatest(q.expires_at, p.expires_at) as lives_until into head
-    from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
+    select q.*, greatest(q.expires_at, (
+      select p.expires_at from pglimits.processes p where p.channel = q.channel)) as lives_until into head
+    from pglimits.queue q
     where q.limit_id = state.limit_id and q.key = state.key and (q.rank, q.arrival) >= (state.head_rank, state.head_arrival)
     order by q.rank, q.arrival limit 1;
     exit when not found;

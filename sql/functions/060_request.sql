@@ -124,7 +124,8 @@ language plpgsql
 volatile
 as $$
 begin
-  return (select array_agg(n.name) from unnest(names) as n(name) where not exists (select from pglimits.configs c where c.name = n.name));
+  return (select array_agg(n.name) from unnest(names) as n(name)
+          where not exists (select from pglimits.configs c where c.name = n.name offset 0));
 end $$;
 
 comment on function pglimits._missing(text[]) is 'Those of some names of which there is no limit; null if there are none.';

@@ -52,7 +52,7 @@ begin
           next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now(),
           grants = s.grants + 1, granted_slots = s.granted_slots + slots,
           held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-      where s.limit_id = seen.limit_id and s.key = _take_at_once.key and s.generation >= seen.generation
+      where s.limit_id = seen.limit_id and s.name = _take_at_once.name and s.key = _take_at_once.key and s.generation >= seen.generation
         and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and slots <= s."limit" - s.held
         and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
       returning s.version, pglimits._now() into fence, now;
@@ -108,9 +108,9 @@ begin
       next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now(),
       grants = s.grants + many, granted_slots = s.granted_slots + slots * many,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-  where s.limit_id = seen.limit_id and s.key = _take_many_at_once.key and s.generation >= seen.generation
-    and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and slots * many <= s."limit" - s.held
-    and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
+  where s.limit_id = seen.limit_id and s.name = _take_many_at_once.name and s.key = _take_many_at_once.key
+    and s.generation >= seen.generation and s.active and s.slot_decay_per_second = 0 and s.waiting = 0
+    and slots * many <= s."limit" - s.held and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
   returning s.version - many + 1, pglimits._now() into fence, now;
   if found then
     insert into pglimits.leases (
@@ -175,7 +175,7 @@ begin
     update pglimits.states s
     set booked = greatest(s.booked, pglimits._millionths(slots::bigint * many) + pglimits._decayed(
           s.decayed, s.slot_decay_per_second, s.decayed_at, pglimits._now()))
-    where s.limit_id = seen.limit_id and s.key = _use_at_once.key and s.version = seen.version + 1;
+    where s.limit_id = seen.limit_id and s.name = _use_at_once.name and s.key = _use_at_once.key and s.version = seen.version + 1;
   end if;
   return 0;
 end $$;
@@ -206,10 +206,10 @@ declare
   seen record;
   live boolean;
 begin
-  select l.limit_id, l.key, l.slots, l.fence, s.generation into seen
+  select l.limit_id, l.key, l.slots, l.fence, s.name, s.generation into seen
   from pglimits.leases l
   cross join lateral (
-    select x.generation, x.waiting from pglimits.states x
+    select x.name, x.generation, x.waiting from pglimits.states x
     where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
   where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and l.slots > 0 and l.expires_at > pglimits._now()
     and s.waiting = 0;
@@ -220,7 +220,7 @@ begin
   set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
       releases = s.releases + 1,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-  where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
+  where s.limit_id = seen.limit_id and s.name = seen.name and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
   if not found then
     return null;
   end if;
@@ -231,7 +231,7 @@ begin
   if not found then
     -- Somebody else ended it before its state was locked.
     update pglimits.states s set held = s.held + seen.slots, releases = s.releases - 1
-    where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation;
+    where s.limit_id = seen.limit_id and s.name = seen.name and s.key = seen.key and s.generation >= seen.generation;
   end if;
   return live;
 end $$;
@@ -253,18 +253,19 @@ begin
   select count(*) as leases, sum(l.slots) as slots, min(l.limit_id) as limit_id, min(l.key) as key,
          min(l.limit_id) = max(l.limit_id) and min(l.key) = max(l.key) and min(l.fence) > 0 and max(l.parts) = 1
          and min(l.slots) > 0 and min(l.expires_at) > pglimits._now() as is_simple,
-         array_agg(l.lease_id) as ids, array_agg(l.fence) as fences
+         array_agg(l.lease_id) as ids, max(l.fence) as last_fence
   into seen from pglimits.leases l where l.lease_id = any (lease_ids);
   if (seen.leases = cardinality(lease_ids) and seen.is_simple) is not true then
     return null;
   end if;
-  select s.generation, s.waiting into place from pglimits.states s
-  where s.limit_id = seen.limit_id and s.key = seen.key order by s.generation desc limit 1;
+  select s.name, s.generation, s.waiting into place from pglimits.states s
+  where (s.limit_id, s.key) >= (seen.limit_id, seen.key) and (s.limit_id, s.key) <= (seen.limit_id, seen.key)
+  order by s.limit_id desc, s.key desc, s.generation desc limit 1;
   update pglimits.states s
   set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
       releases = s.releases + seen.leases,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-  where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation and s.waiting = 0;
+  where s.limit_id = seen.limit_id and s.name = place.name and s.key = seen.key and s.generation >= place.generation and s.waiting = 0;
   if not found then
     return null;
   end if;
@@ -274,8 +275,9 @@ begin
     and l.limit_id is not distinct from seen.limit_id and l.key is not distinct from seen.key
   order by l.lease_id for update;
   with gone as (
-    delete from pglimits.leases l using unnest(seen.ids, seen.fences) as u(lease_id, fence)
-    where l.lease_id = u.lease_id and l.fence = u.fence
+    -- Whoever took one of these ids anew since has a later fence.
+    delete from pglimits.leases l
+    where l.lease_id = any (seen.ids) and l.fence <= seen.last_fence
       and l.limit_id is not distinct from seen.limit_id and l.key is not distinct from seen.key
     returning l.lease_id, l.slots, l.expires_at
   )
@@ -285,7 +287,7 @@ begin
   if ended.slots < seen.slots then
     -- Somebody else ended some of them before their state was locked.
     update pglimits.states s set held = s.held + (seen.slots - ended.slots), releases = s.releases - (seen.leases - ended.leases)
-    where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation;
+    where s.limit_id = seen.limit_id and s.name = place.name and s.key = seen.key and s.generation >= place.generation;
   end if;
   return ended.live;
 end $$;

@@ -1,7 +1,17 @@
 -- How a request is answered, whoever sends it: a new one, and one that is asked again.
 --
--- A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key: with "=", a plan made on
--- empty tables may take the index on (limit_id, key, ...) instead, and walk all that was ever there.
+-- Plans outlive what the planner knew when it made them: made for tables that were empty, or were when they were analyzed, they have to do
+-- for a hundred thousand rows. So there is one way only in which a query can be executed:
+--   A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key, with _is_live() in its end, and
+--   put in order by limit_id + 0: else the index on (limit_id, key, ...) may be taken instead, and all be walked that was ever there.
+--   A state is looked up by comparisons of rows that begin with limit_id, which the index on its name does not know.
+--   A state that is written is given by limit_id and name: so each of its indexes finds it, without reading all of it. A request that waits
+--   for a limit that is being renamed is therefore asked anew, by a name that is no more.
+--   What is looked up by (limit_id, key) is put in the order of the index that is to be taken, which saves a sort; what is to be written of
+--   it is looked up by its lease id then.
+--   What is looked up for each row of something else is a subquery with "offset 0", which is not made a join: else all rows of one may be
+--   compared with all of the other.
+-- The same holds in the other files.
 --
 -- Invariant: an id has one answer. A request that is asked again is never decided anew while something is known of it.
 -- Called by: the functions of 092_acquire.sql, and those by which the wrapper sends many requests at once.
@@ -22,7 +32,7 @@ begin
   select min(l.fence) as fence, max(l.acquired_at) as acquired_at, min(l.expires_at) as expires_at, max(l.slots) as slots,
          bool_and(l.claimed) as claimed
   into lease from pglimits.leases l
-  where l.lease_id = _answer_known.lease_id and l.expires_at > now and (l.fence > 0 or l.slots = 0);
+  where l.lease_id = _answer_known.lease_id and pglimits._is_live(l.expires_at, now) and (l.fence > 0 or l.slots = 0);
   if lease.fence = 0 then
     return row(1, 1, 'refused', null, null, null)::pglimits._outcome;
   elsif lease.fence > 0 then
@@ -56,16 +66,15 @@ as $$
 #variable_conflict use_column
 begin
   return query
+  with mine as (
+    select u.ctid as place from pglimits.leases u
+    where u.lease_id = any (lease_ids) and not u.claimed and u.slots > 0 and u.fence > 0 and pglimits._is_live(u.expires_at, now)
+    for update skip locked
+  )
   update pglimits.leases l
   set claimed = true,
       expires_at = greatest(l.expires_at, greatest(now, l.acquired_at) + l.lease_duration * interval '1 second')
-  from (
-    select u.lease_id, u.limit_id, u.key from pglimits.leases u
-    where u.lease_id = any (lease_ids) and not u.claimed and u.slots > 0 and u.fence > 0 and u.expires_at > now
-    for update skip locked
-  ) mine
-  where l.lease_id = mine.lease_id
-    and l.limit_id is not distinct from mine.limit_id and l.key is not distinct from mine.key
+  where l.ctid = any (array(select m.place from mine m))
   returning l.lease_id, l.expires_at;
 end $$;
 
@@ -92,7 +101,7 @@ begin
     ), asked as (
       select c.limit_id, n.key, sum(n.slots) as slots
       from unnest(request.names, request.keys, request.slots) as n(name, key, slots)
-      join pglimits.configs c on c.name = n.name
+      cross join lateral (select x.limit_id from pglimits.configs x where x.name = n.name offset 0) c
       group by c.limit_id, n.key
     )
     select not coalesce(bool_or(k.slots <> a.slots and (k.slots > a.slots or request.clamp is not true)), false) and coalesce(bool_and(k.for_rate = request.for_rate), true)
@@ -174,8 +183,8 @@ begin
   if outcome.status is null then
     -- What has ended is all that is known of it, unless somebody is renewing it right now.
     perform pglimits._lock_used(p.limit_id, p.key, request.at_once)
-    from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = _ask_again.lease_id order by 1, 2) p;
-    perform from pglimits.leases l where l.lease_id = _ask_again.lease_id order by l.limit_id, l.key for update;
+    from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = _ask_again.lease_id order by l.limit_id + 0, l.key) p;
+    perform from pglimits.leases l where l.lease_id = _ask_again.lease_id order by l.limit_id + 0, l.key for update;
     outcome := pglimits._answer_known(lease_id, told);
   end if;
   if outcome.status is null then
@@ -197,7 +206,8 @@ volatile
 as $$
 begin
   return exists (
-    select from unnest(waiter.parts) as p(limit_id, key, slots) left join pglimits.configs c on c.limit_id = p.limit_id
+    select from unnest(waiter.parts) as p(limit_id, key, slots)
+    left join lateral (select x.* from pglimits.configs x where x.limit_id = p.limit_id offset 0) c on true
     where c.limit_id is null
        or c.active and not waiter.clamp
           and pglimits._is_hopeless(c."limit", c.slot_decay_per_second, p.slots, waiter.lease_duration is null));
@@ -391,10 +401,12 @@ volatile
 as $$
 begin
   return array(
-    select l.fence from unnest(names) with ordinality as n(name, nth)
-    left join pglimits.configs c on c.name = n.name
-    left join pglimits.leases l on l.lease_id = _fences.lease_id and l.limit_id = c.limit_id and l.expires_at > pglimits._now()
-      and l.key = keys[array_lower(keys, 1) + least(n.nth, cardinality(keys))::integer - 1]
+    select (
+      select l.fence from pglimits.leases l
+      where l.lease_id = _fences.lease_id and l.expires_at > pglimits._now()
+        and l.limit_id is not distinct from (select c.limit_id from pglimits.configs c where c.name = n.name)
+        and l.key is not distinct from keys[array_lower(keys, 1) + least(n.nth, cardinality(keys))::integer - 1])
+    from unnest(names) with ordinality as n(name, nth)
     order by n.nth);
 end $$;
 

@@ -25,8 +25,8 @@ begin
   -- Not those that have ended: who takes them out passes over a row that is locked.
   select array_agg(x.place) into mine from (
     select l.ctid as place from pglimits.leases l
-    where l.lease_id = any (lease_ids) and l.expires_at > now and l.fence > 0 and l.slots > 0
-    order by l.limit_id, l.key, l.lease_id for update) x;
+    where l.lease_id = any (lease_ids) and pglimits._is_live(l.expires_at, now) and l.fence > 0 and l.slots > 0
+    order by l.limit_id + 0, l.key, l.lease_id for update) x;
   now := pglimits._now();
   return query
   with later as (
@@ -34,7 +34,7 @@ begin
     set expires_at = greatest(
           l.expires_at, greatest(now, l.acquired_at) + coalesce(seconds, l.lease_duration) * interval '1 second'),
         lease_duration = coalesce(seconds, l.lease_duration), claimed = true
-    where l.ctid = any (mine) and l.expires_at > now
+    where l.ctid = any (mine) and pglimits._is_live(l.expires_at, now)
     returning l.lease_id, l.expires_at, l.parts
   )
   select asked.id, count(later.lease_id) > 0 and count(later.lease_id) = min(later.parts), min(later.expires_at)
@@ -63,7 +63,8 @@ declare
   live uuid[];
   lost uuid[];
 begin
-  live := array(select l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids) and l.expires_at > now);
+  live := array(
+    select l.lease_id from pglimits.leases l where l.lease_id = any (lease_ids) and pglimits._is_live(l.expires_at, now));
   lost := array(select u.id from unnest(lease_ids) as u(id) where u.id <> all (live));
   if cardinality(lost) = 0 then
     return;
@@ -71,20 +72,22 @@ begin
   perform pglimits._note_leases('lost', x.name, array_agg(x.lease), now)
   from (
     select c.name, l as lease
-    from pglimits.leases l join pglimits.configs c on c.limit_id = l.limit_id
+    from pglimits.leases l
+    cross join lateral (select y.name from pglimits.configs y where y.limit_id = l.limit_id offset 0) c
     where l.lease_id = any (lost)
     union all
     (select distinct on (e.lease_id, e.name, e.key) e.name, jsonb_populate_record(null::pglimits.leases, jsonb_build_object(
               'lease_id', e.lease_id, 'key', e.key, 'slots', e.slots, 'fence', e.fence, 'holder', e.holder, 'expires_at', now,
               'acquired_at', now - e.held_seconds * interval '1 second'))
-     from pglimits.event_log e
-     where e.lease_id = any (lost) and e.kind in ('expired', 'force_released') and e.fence is not null
-       and not exists (select from pglimits.leases l where l.lease_id = e.lease_id)
+     from (select y.* from pglimits.event_log y where y.lease_id = any (lost) offset 0) e
+     where e.kind in ('expired', 'force_released') and e.fence is not null
+       and not exists (select from pglimits.leases l where l.lease_id = e.lease_id offset 0)
      order by e.lease_id, e.name, e.key, e.event_id desc)
   ) x
   where not exists (
     select from pglimits.event_log e
-    where e.lease_id = (x.lease).lease_id and e.kind = 'lost' and e.key = (x.lease).key and e.fence = (x.lease).fence)
+    where e.lease_id = (x.lease).lease_id and e.kind = 'lost' and e.key = (x.lease).key and e.fence = (x.lease).fence
+    offset 0)
   group by x.name;
 end $$;
 
@@ -135,18 +138,22 @@ begin
     -- All states first: delete_limit holds the states of one limit, and touches its leases on others. And all that somebody waits for,
     -- who may go to stand in another line while these locks are waited for.
     perform pglimits._lock_used(p.limit_id, p.key)
-    from (select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+    from (select x.limit_id, x.key from (
+            select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) offset 0) x
           union
-          select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+          select y.limit_id, y.key from (
+            select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids) offset 0) y
           union
           select w.limit_id, w.key collate "C"
           from pglimits.queue q cross join lateral unnest(q.parts) as w(limit_id, key, slots) where q.lease_id = any (lease_ids)
           order by 1, 2) p;
   end if;
   for place in
-    select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids)
+    select x.limit_id, x.key from (
+      select l.limit_id, l.key from pglimits.leases l where l.lease_id = any (lease_ids) offset 0) x
     union
-    select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids)
+    select y.limit_id, y.key from (
+      select q.limit_id, q.key from pglimits.queue q where q.lease_id = any (lease_ids) offset 0) y
     order by 1, 2
   loop
     ended := ended || pglimits._release_at(place.limit_id, place.key, lease_ids, own);
@@ -285,14 +292,15 @@ begin
   end if;
   -- States first, as everywhere.
   perform pglimits._lock_used(l.limit_id, l.key)
-  from (select x.limit_id, x.key from pglimits.leases x where x.lease_id = force_release.lease_id and x.fence > 0 order by 1, 2) l;
+  from (select x.limit_id, x.key from pglimits.leases x where x.lease_id = force_release.lease_id and x.fence > 0
+        order by x.limit_id + 0, x.key) l;
   now := pglimits._now();
   ended := array(
     select l from pglimits.leases l
-    where l.lease_id = force_release.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > now
-    order by l.limit_id, l.key);
-  select c.name, q.limit_id, q.key, q.slots, q.holder, q.channel into waiting
-  from pglimits.queue q join pglimits.configs c on c.limit_id = q.limit_id where q.lease_id = force_release.lease_id;
+    where l.lease_id = force_release.lease_id and l.fence > 0 and l.slots > 0 and pglimits._is_live(l.expires_at, now)
+    order by l.limit_id + 0, l.key);
+  select (select c.name from pglimits.configs c where c.limit_id = q.limit_id) as name, q.limit_id, q.key, q.slots, q.holder, q.channel
+  into waiting from pglimits.queue q where q.lease_id = force_release.lease_id;
   waiter.lease_id := lease_id;
   waiter.key := waiting.key;
   waiter.slots := waiting.slots;
@@ -302,19 +310,20 @@ begin
   end if;
   for place in
     select e.limit_id, e.key, c.name, array_agg(e) as leases
-    from unnest(ended) e join pglimits.configs c on c.limit_id = e.limit_id
+    from unnest(ended) e
+    cross join lateral (select x.name from pglimits.configs x where x.limit_id = e.limit_id offset 0) c
     where e.expires_at > pglimits._now()  -- else it has just expired, and was counted so
     group by e.limit_id, e.key, c.name
     order by e.limit_id, e.key
   loop
     update pglimits.states s set releases = s.releases - 1, force_released_leases = s.force_released_leases + 1
-    where s.limit_id = place.limit_id and s.key = place.key;
+    where s.limit_id = place.limit_id and s.name = place.name and s.key = place.key;
     perform pglimits._note_leases('force_released', place.name, place.leases, now);
   end loop;
   if cardinality(ended) = 0 and waiting.name is not null then
     perform pglimits._note_refused(waiting.limit_id, waiting.key, lease_id, now);
     update pglimits.states s set next_expiry = least(s.next_expiry, now + pglimits._liveness())
-    where s.limit_id = waiting.limit_id and s.key = waiting.key;
+    where s.limit_id = waiting.limit_id and s.name = waiting.name and s.key = waiting.key;
     perform pglimits._tell(waiting.channel, lease_id::text);
     perform pglimits._note_leases('force_released', waiting.name, array[waiter], now);
   end if;

@@ -122,7 +122,7 @@ begin
   now := pglimits._now();
   live := exists (
     select from pglimits.leases l
-    where l.lease_id = _settle.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > now);
+    where l.lease_id = _settle.lease_id and l.fence > 0 and l.slots > 0 and pglimits._is_live(l.expires_at, now));
   for part in
     -- The same limit named twice: the slots add up.
     select u.limit_id, u.key collate "C" as key, least(sum(u.slots), 2147483647)::integer as slots
@@ -132,7 +132,7 @@ begin
     select l.used into used from pglimits.leases l
     where l.lease_id = _settle.lease_id
       and l.limit_id is not distinct from part.limit_id and l.key is not distinct from part.key
-      and l.fence > 0 and l.slots > 0 and l.expires_at > now
+      and l.fence > 0 and l.slots > 0 and pglimits._is_live(l.expires_at, now)
     for update;
     continue when not found or state.limit_id is null;
     if used is null and state.slot_decay_per_second = 0 then
@@ -167,7 +167,8 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  select c.name, l.key, l.slots from pglimits.leases l join pglimits.configs c on c.limit_id = l.limit_id
+  select c.name, l.key, l.slots from pglimits.leases l
+  cross join lateral (select x.name from pglimits.configs x where x.limit_id = l.limit_id offset 0) c
   where l.lease_id = _taken.lease_id and l.fence > 0 and l.slots > 0 and l.expires_at > pglimits._now()
   order by c.name, l.key;
 end $$;

@@ -18,9 +18,13 @@ declare
 begin
   select array_agg(p.limit_id), array_agg(p.key) into limit_ids, keys
   from (
-    select q.limit_id, q.key from pglimits.queue q
-    where q.lease_id = any (lease_ids) and now >= (
-      select s.next_look from pglimits.states s where s.limit_id = q.limit_id and s.key = q.key order by s.generation desc limit 1)
+    select x.limit_id, x.key from (
+      select q.limit_id, q.key from pglimits.queue q
+      where q.lease_id = any (lease_ids) and now >= (
+        select s.next_look from pglimits.states s
+        where (s.limit_id, s.key) >= (q.limit_id, q.key) and (s.limit_id, s.key) <= (q.limit_id, q.key)
+        order by s.limit_id desc, s.key desc, s.generation desc limit 1)
+      offset 0) x
     union
     select p.limit_id, p.key collate "C" from pglimits.queue q cross join lateral unnest(q.parts) as p(limit_id, key, slots)
     where q.lease_id = any (lease_ids) and q.looks_at <= now
@@ -99,7 +103,7 @@ begin
     select l.lease_id, min(l.fence) as fence, min(coalesce(c.expires_at, l.expires_at)) as expires_at,
            max(l.acquired_at) as acquired_at
     from pglimits.leases l left join claimed c on c.lease_id = l.lease_id
-    where l.lease_id = any (lease_ids) and l.expires_at > now and (l.fence > 0 or l.slots = 0)
+    where l.lease_id = any (lease_ids) and pglimits._is_live(l.expires_at, now) and (l.fence > 0 or l.slots = 0)
     group by l.lease_id
   ), waiting as materialized (
     select q.lease_id, q.parts is not null and pglimits._is_outdated(q) as is_outdated,

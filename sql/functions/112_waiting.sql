@@ -33,9 +33,11 @@ begin
     end if;
     select hashtextextended(b.lease_id::text, 0) into before
     from pglimits.queue q
-    join pglimits.queue b on b.limit_id = q.limit_id and b.key = q.key and (b.rank, b.arrival) < (q.rank, q.arrival)
-    where q.lease_id = _sleep.lease_id
-    order by b.rank desc, b.arrival desc limit 1;
+    cross join lateral (
+      select x.lease_id from pglimits.queue x
+      where x.limit_id = q.limit_id and x.key = q.key and (x.rank, x.arrival) < (q.rank, q.arrival)
+      order by x.rank desc, x.arrival desc limit 1) b
+    where q.lease_id = _sleep.lease_id;
     exit when not found;
     if pg_try_advisory_lock_shared(before) then
       perform pg_advisory_unlock_shared(before), pg_sleep(0.005);

@@ -32,9 +32,9 @@ begin
     select q.*, row_number() over line as nth, sum(q.slots) over line - q.slots as slots_before,
            exists (select from unnest(q.parts) p where p.limit_id = of_limit) as needs_it
     from places x
-    join pglimits.queue q on q.limit_id = x.limit_id and q.key = x.key
-    left join pglimits.processes p on p.channel = q.channel
-    where greatest(q.expires_at, p.expires_at) > now
+    cross join lateral (select w.* from pglimits.queue w where w.limit_id = x.limit_id and w.key = x.key
+                        order by w.rank, w.arrival offset 0) q
+    where greatest(q.expires_at, (select p.expires_at from pglimits.processes p where p.channel = q.channel)) > now
     window line as (partition by q.limit_id, q.key order by q.rank, q.arrival)
     order by q.limit_id <> of_limit, q.key, nth
   loop

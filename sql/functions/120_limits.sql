@@ -116,6 +116,7 @@ as $$
 declare
   old pglimits.configs;
   new pglimits.configs;
+  kept record;
   state pglimits.states;
   now timestamptz;
 begin
@@ -162,14 +163,21 @@ begin
   where s.limit_id = old.limit_id;
   if not new.active then
     -- Nothing is kept of what is not enforced, for those who wait for other limits too.
-    with kept as (
-      delete from pglimits.leases l where l.limit_id = old.limit_id and l.fence = 0 and l.slots > 0 returning l.key, l.slots
-    )
-    update pglimits.states s
-    set held = s.held - k.slots, changed_at = now,
-        held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now)
-    from (select x.key, sum(x.slots) as slots from kept x group by x.key) k
-    where s.limit_id = old.limit_id and s.key = k.key;
+    for kept in
+      with gone as (
+        delete from pglimits.leases l
+        where l.lease_id = any (array(
+            select x.lease_id from pglimits.leases x where x.limit_id = old.limit_id and x.fence = 0 order by x.key, x.expires_at))
+          and l.limit_id is not distinct from old.limit_id and l.fence = 0 and l.slots > 0
+        returning l.key, l.slots
+      )
+      select g.key, sum(g.slots) as slots from gone g group by g.key
+    loop
+      update pglimits.states s
+      set held = s.held - kept.slots, changed_at = now,
+          held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now)
+      where s.limit_id = old.limit_id and s.name = new.name and s.key = kept.key;
+    end loop;
   end if;
 
   for state in
@@ -200,19 +208,29 @@ language plpgsql
 volatile
 as $$
 declare
-  too_many constant bigint := (
-    select sum(q.slots - state."limit") from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key and q.clamp and q.slots > state."limit");
+  line uuid[];
   waiter record;
 begin
-  if too_many > 0 and state.active and state."limit" > 0 then
+  if state.waiting = 0 then
+    return state;
+  end if;
+  line := array(
+    select q.lease_id from pglimits.queue q where q.limit_id = state.limit_id and q.key = state.key order by q.rank, q.arrival);
+  if state.active and state."limit" > 0 then
+    state.waiting_slots := state.waiting_slots - coalesce((
+      select sum(q.slots - state."limit") from pglimits.queue q
+      where q.lease_id = any (line)
+        and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+        and q.clamp and q.slots > state."limit"), 0);
     update pglimits.queue q set slots = state."limit"
-    where q.limit_id = state.limit_id and q.key = state.key and q.clamp and q.slots > state."limit";
-    state.waiting_slots := state.waiting_slots - too_many;
+    where q.lease_id = any (line)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
+      and q.clamp and q.slots > state."limit";
   end if;
   for waiter in
     delete from pglimits.queue q
-    where q.limit_id = state.limit_id and q.key = state.key
+    where q.lease_id = any (line)
+      and q.limit_id is not distinct from state.limit_id and q.key is not distinct from state.key
       and (not state.active
            or pglimits._is_hopeless(state."limit", state.slot_decay_per_second, q.slots, q.lease_duration is null))
     returning q.channel, q.lease_id, q.slots
@@ -252,6 +270,7 @@ as $$
 declare
   gone pglimits.configs;
   state pglimits.states;
+  leases uuid[];
 begin
   if pg_is_in_recovery() then
     perform pglimits._refuse_standby();
@@ -265,15 +284,15 @@ begin
     perform pglimits._send_away(state);
     gone.fence_floor := greatest(gone.fence_floor, state.version);
   end loop;
+  leases := array(select l.lease_id from pglimits.leases l where l.limit_id = gone.limit_id order by l.key, l.expires_at);
   -- In the order in which renew locks them. A lease on other limits too goes on there.
   perform from pglimits.leases l
-  where l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = gone.limit_id)
-  order by l.limit_id, l.key, l.lease_id for update;
-  update pglimits.leases l set parts = l.parts - d.dropped
-  from (select x.lease_id, count(*)::integer as dropped from pglimits.leases x
-        where x.limit_id = gone.limit_id and x.parts > 1 group by x.lease_id) d
-  where l.lease_id = d.lease_id and l.limit_id <> gone.limit_id;
-  delete from pglimits.leases l where l.limit_id = gone.limit_id;
+  where l.lease_id = any (leases)
+  order by l.limit_id + 0, l.key, l.lease_id for update;
+  update pglimits.leases l set parts = l.parts - (
+    select count(*) from pglimits.leases x where x.lease_id = l.lease_id and x.limit_id is not distinct from gone.limit_id)
+  where l.lease_id = any (leases) and l.limit_id <> gone.limit_id;
+  delete from pglimits.leases l where l.lease_id = any (leases) and l.limit_id is not distinct from gone.limit_id;
   delete from pglimits.states s where s.limit_id = gone.limit_id;
   delete from pglimits.known_keys k where k.limit_id = gone.limit_id;
   delete from pglimits.configs c where c.limit_id = gone.limit_id;
@@ -300,6 +319,7 @@ declare
   state pglimits.states;
   now timestamptz;
   used_key text;
+  leases uuid[];
   here integer;
   ended integer := 0;
 begin
@@ -323,11 +343,17 @@ begin
     if now >= state.next_expiry then
       state := pglimits._take_expired(state, now);
     end if;
+    leases := array(
+      select l.lease_id from pglimits.leases l where l.limit_id = state.limit_id and l.key = used_key order by l.expires_at);
     -- In the order in which renew locks them.
     perform from pglimits.leases l
-    where l.limit_id = state.limit_id and l.key = used_key order by l.lease_id for update;
+    where l.lease_id = any (leases)
+      and l.limit_id is not distinct from state.limit_id and l.key is not distinct from used_key
+    order by l.lease_id for update;
     with gone as (
-      delete from pglimits.leases l where l.limit_id = state.limit_id and l.key = used_key
+      delete from pglimits.leases l
+      where l.lease_id = any (leases)
+        and l.limit_id is not distinct from state.limit_id and l.key is not distinct from used_key
       returning l.expires_at, l.fence, l.slots
     )
     select count(*) filter (where g.expires_at > now and g.fence > 0 and g.slots > 0) into here from gone g;

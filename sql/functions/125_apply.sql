@@ -46,7 +46,7 @@ as $$
             from jsonb_each(pglimits._differing(pglimits._as_event(o), pglimits._as_event(c))) d where d.key <> 'name')
       end as what
     from jsonb_to_recordset(plan -> 'limits') w(name text, action text, old jsonb)
-    left join pglimits.configs c on c.name = w.name
+    left join lateral (select x.* from pglimits.configs x where x.name = w.name offset 0) c on true
     cross join lateral jsonb_populate_record(null::pglimits.configs, w.old) o
     where case w.action
       when 'create' then c.name is not null
@@ -56,7 +56,7 @@ as $$
     union all
     select c.name, 'it was created' from pglimits.configs c
     where (plan ->> 'prune')::boolean
-      and not exists (select from jsonb_to_recordset(plan -> 'limits') w(name text) where w.name = c.name)
+      and c.name not in (select w.name from jsonb_to_recordset(plan -> 'limits') w(name text) where w.name is not null)
   ) x
 $$;
 
@@ -82,8 +82,8 @@ begin
   perform from pglimits.meta m for update;
   -- Each config before its states, and limit after limit, as whoever needs several of them and uses a key first.
   for step in
-    select c.limit_id, w.action from pglimits.configs c
-    join jsonb_to_recordset(plan -> 'limits') w(name text, action text) on w.name = c.name
+    select c.limit_id, w.action from jsonb_to_recordset(plan -> 'limits') w(name text, action text)
+    cross join lateral (select x.limit_id from pglimits.configs x where x.name = w.name offset 0) c
     order by c.limit_id
   loop
     perform from pglimits.configs c where c.limit_id = step.limit_id for update;
@@ -100,12 +100,15 @@ begin
 
   doomed := array(
     select c.limit_id from jsonb_to_recordset(plan -> 'limits') w(name text, action text)
-    join pglimits.configs c on c.name = w.name
+    cross join lateral (select x.limit_id from pglimits.configs x where x.name = w.name offset 0) c
     where w.action = 'delete');
   -- In the order in which renew locks them.
   perform from pglimits.leases l
-  where l.lease_id in (select d.lease_id from pglimits.leases d where d.limit_id = any (doomed))
-  order by l.limit_id, l.key, l.lease_id for update;
+  where l.lease_id = any (array(
+    select d.lease_id from unnest(doomed) as u(limit_id)
+    cross join lateral (select x.lease_id from pglimits.leases x where x.limit_id = u.limit_id
+                        order by x.key, x.expires_at offset 0) d))
+  order by l.limit_id + 0, l.key, l.lease_id for update;
 
   for step in
     select w.name as called, w.action, n.*

@@ -35,8 +35,8 @@ begin
     from (
       select l.limit_id, l.key from pglimits.leases l where l.expires_at <= now
       union
-      select q.limit_id, q.key from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
-      where greatest(q.expires_at, p.expires_at) <= now
+      select q.limit_id, q.key from pglimits.queue q
+      where greatest(q.expires_at, (select p.expires_at from pglimits.processes p where p.channel = q.channel)) <= now
     ) due
     order by due.limit_id, due.key limit max_keys
   ) p;
@@ -56,7 +56,8 @@ begin
     end if;
   end loop;
   delete from pglimits.processes p
-  where p.expires_at <= now - interval '1 minute' and not exists (select from pglimits.queue q where q.channel = p.channel);
+  where p.expires_at <= now - interval '1 minute'
+    and p.channel <> all (array(select distinct q.channel from pglimits.queue q where q.channel is not null));
   keys := pglimits._sweep_idle_keys(max_keys, now - idle_seconds * interval '1 second', now);
   return next;
 end $$;
@@ -84,21 +85,23 @@ begin
   for config in
     select c.* from pglimits.configs c
     where exists (select from pglimits.states s where s.limit_id = c.limit_id and s.changed_at <= idle_since
-                                                  and s.held = 0 and s.waiting = 0)
+                                                  and s.held = 0 and s.waiting = 0 offset 0)
     order by c.limit_id for update skip locked
   loop
     with unused as (
-      select s.limit_id, s.key, s.generation from pglimits.states s
+      select s.ctid as place from pglimits.states s
       where s.limit_id = config.limit_id and s.changed_at <= idle_since and s.held = 0 and s.waiting = 0
         and s.booked <= pglimits._decayed(s.decayed, s.slot_decay_per_second, s.decayed_at, now)
-        and not exists (select from pglimits.leases l where l.limit_id = s.limit_id and l.key = s.key)
+        and not exists (select from pglimits.leases l where l.limit_id = s.limit_id and l.key = s.key order by l.expires_at offset 0)
       order by s.key limit max_keys - total for update skip locked
     ), gone as (
-      delete from pglimits.states s using unused u
-      where s.limit_id = u.limit_id and s.key = u.key and s.generation = u.generation
+      delete from pglimits.states s where s.ctid = any (array(select u.place from unused u))
       returning s.*
     ), forgotten as (
-      delete from pglimits.known_keys k using gone g where k.limit_id = g.limit_id and k.key = g.key
+      delete from pglimits.known_keys k
+      where k.ctid = any (array(
+        select y.place from gone g
+        cross join lateral (select x.ctid as place from pglimits.known_keys x where x.limit_id = g.limit_id and x.key = g.key offset 0) y))
     )
     select count(*)::integer as keys, max(g.version) as fence, sum(g.grants) as grants, sum(g.granted_slots) as granted_slots,
            sum(g.releases) as releases, sum(g.expired_leases) as expired_leases, sum(g.force_released_leases) as force_released_leases,

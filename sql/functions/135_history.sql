@@ -4,6 +4,9 @@
 -- their difference, and no sample is missed when it is thinned out. Kept are one a minute for three hours, one in 5 minutes for a day,
 -- one in half an hour up to history_seconds.
 --
+-- Samples of a limit are read by their key, and asked for in ways that the index on their moments does not know (comparisons of rows,
+-- "between"): a plan that was made on an empty table may take that, and read those of all limits.
+--
 -- Invariant: it only reads what it samples, and locks none of it.
 -- Called by: sweep() (_keep_history), and anybody who was granted pglimits_reader.
 
@@ -30,7 +33,8 @@ begin
   -- The oldest first, as whoever deletes a limit does. Of each limit the last one stays: what is counted from then on is told by it.
   delete from pglimits.samples s
   where s.at < now - last.history_seconds * interval '1 second'
-    and (exists (select from pglimits.samples n where n.limit_id = s.limit_id and n.at > s.at)
+    and (exists (select from pglimits.samples n
+                 where (n.limit_id, n.at) > (s.limit_id, s.at) and (n.limit_id, n.at) <= (s.limit_id, 'infinity') offset 0)
          or not exists (select from pglimits.configs c where c.limit_id = s.limit_id));
   if is_due then
     perform pglimits._thin(now - interval '1 day', last.sampled_at - interval '1 day', interval '30 minutes');
@@ -58,7 +62,8 @@ begin
     select t.*, s as before
     from pglimits._totals t
     left join lateral (
-      select x.* from pglimits.samples x where x.limit_id = t.limit_id order by x.at desc limit 1) s on true
+      select x.* from pglimits.samples x where x.limit_id between t.limit_id and t.limit_id
+      order by x.limit_id desc, x.at desc limit 1) s on true
     where t.changed_at >= last or t.held > 0 or t.waiting > 0 or t.level > 0
        or t.grants + t.releases + t.expired_leases + t.force_released_leases
           > coalesce(s.grants + s.releases + s.expired_leases + s.force_released_leases, 0)
@@ -93,8 +98,8 @@ begin atomic
     and s.at < date_bin(step, until, timestamptz '2000-01-01 00:00+00')
     and exists (
       select from pglimits.samples n
-      where n.limit_id = s.limit_id and n.at > s.at
-        and n.at < date_bin(step, s.at, timestamptz '2000-01-01 00:00+00') + step);
+      where (n.limit_id, n.at) > (s.limit_id, s.at)
+        and (n.limit_id, n.at) < (s.limit_id, date_bin(step, s.at, timestamptz '2000-01-01 00:00+00') + step) offset 0);
 end;
 
 comment on function pglimits._thin(timestamptz, timestamptz, interval) is 'Keeps the last sample of each step, of those that have just become this old.';
@@ -145,7 +150,9 @@ as $$
 declare
   sample pglimits.samples;
   last pglimits.samples;
-  before constant timestamptz := (select max(s.at) from pglimits.samples s where s.limit_id = of_limit and s.at < since);
+  before constant timestamptz := (
+    select s.at from pglimits.samples s where s.limit_id between of_limit and of_limit and s.at < since
+    order by s.limit_id desc, s.at desc limit 1);
   sampled_at constant timestamptz := (select u.sampled_at from pglimits.upkeep u);
 begin
   if before is null then
@@ -160,7 +167,9 @@ begin
     end if;
   end if;
   for sample in
-    select s.* from pglimits.samples s where s.limit_id = of_limit and s.at >= coalesce(before, since) and s.at <= now order by s.at
+    select s.* from pglimits.samples s
+    where (s.limit_id, s.at) >= (of_limit, coalesce(before, since)) and (s.limit_id, s.at) <= (of_limit, now)
+    order by s.limit_id, s.at
   loop
     last := sample;
     return next last;
@@ -176,7 +185,8 @@ begin
   return query
   select t.limit_id, now, t."limit", t.held, t.level, t.waiting, t.grants, t.granted_slots, t.releases, t.expired_leases,
          t.force_released_leases, t.held_slot_seconds, t.waited_seconds, t.waits
-  from pglimits._totals t where t.limit_id = of_limit;
+  from pglimits._totals t
+  where t.limit_id = of_limit and t.name = (select c.name from pglimits.configs c where c.limit_id = of_limit);  -- whatever index is taken
 end $$;
 
 comment on function pglimits._samples_since(bigint, timestamptz, timestamptz) is 'The samples of a limit since a moment, with the last one before, and what is so now.';

@@ -18,12 +18,12 @@ declare
 begin
   if at_once then
     select s.* into state from pglimits.states s
-    where (s.limit_id, s.key) >= (_lock_used.limit_id, _lock_used.key) and (s.limit_id, s.key) <= (_lock_used.limit_id, _lock_used.key)
-    order by s.limit_id desc, s.key desc, s.generation desc limit 1 for update nowait;
+    where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+    order by s.generation desc limit 1 for update nowait;
   else
     select s.* into state from pglimits.states s
-    where (s.limit_id, s.key) >= (_lock_used.limit_id, _lock_used.key) and (s.limit_id, s.key) <= (_lock_used.limit_id, _lock_used.key)
-    order by s.limit_id desc, s.key desc, s.generation desc limit 1 for update;
+    where s.limit_id = _lock_used.limit_id and s.key = _lock_used.key
+    order by s.generation desc limit 1 for update;
   end if;
   return state;
 end $$;
@@ -162,8 +162,7 @@ declare
   state pglimits.states;
 begin
   select s.* into state from pglimits.states s
-  where (s.limit_id, s.key) >= (_reload.limit_id, _reload.key) and (s.limit_id, s.key) <= (_reload.limit_id, _reload.key)
-  order by s.limit_id desc, s.key desc, s.generation desc limit 1;
+  where s.limit_id = _reload.limit_id and s.key = _reload.key order by s.generation desc limit 1;
   return state;
 end $$;
 

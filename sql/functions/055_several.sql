@@ -54,8 +54,7 @@ begin
     other := null;
     if own then
       select s.* into other from pglimits.states s
-      where (s.limit_id, s.key) >= (part.limit_id, part.key) and (s.limit_id, s.key) <= (part.limit_id, part.key)
-      order by s.limit_id desc, s.key desc, s.generation desc limit 1 for update skip locked;
+      where s.limit_id = part.limit_id and s.key = part.key order by s.generation desc limit 1 for update skip locked;
     end if;
     if other.limit_id is null then
       stays := true;

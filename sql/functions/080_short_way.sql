@@ -259,8 +259,7 @@ begin
     return null;
   end if;
   select s.name, s.generation, s.waiting into place from pglimits.states s
-  where (s.limit_id, s.key) >= (seen.limit_id, seen.key) and (s.limit_id, s.key) <= (seen.limit_id, seen.key)
-  order by s.limit_id desc, s.key desc, s.generation desc limit 1;
+  where s.limit_id = seen.limit_id and s.key = seen.key order by s.generation desc limit 1;
   update pglimits.states s
   set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
       releases = s.releases + seen.leases,

@@ -4,7 +4,6 @@
 -- for a hundred thousand rows. So there is one way only in which a query can be executed:
 --   A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key, with _is_live() in its end, and
 --   put in order by limit_id + 0: else the index on (limit_id, key, ...) may be taken instead, and all be walked that was ever there.
---   A state is looked up by comparisons of rows that begin with limit_id, which the index on its name does not know.
 --   A state that is written is given by limit_id and name: so each of its indexes finds it, without reading all of it. A request that waits
 --   for a limit that is being renamed is therefore asked anew, by a name that is no more.
 --   What is looked up by (limit_id, key) is put in the order of the index that is to be taken, which saves a sort; what is to be written of

@@ -21,9 +21,7 @@ begin
     select x.limit_id, x.key from (
       select q.limit_id, q.key from pglimits.queue q
       where q.lease_id = any (lease_ids) and now >= (
-        select s.next_look from pglimits.states s
-        where (s.limit_id, s.key) >= (q.limit_id, q.key) and (s.limit_id, s.key) <= (q.limit_id, q.key)
-        order by s.limit_id desc, s.key desc, s.generation desc limit 1)
+        select s.next_look from pglimits.states s where s.limit_id = q.limit_id and s.key = q.key order by s.generation desc limit 1)
       offset 0) x
     union
     select p.limit_id, p.key collate "C" from pglimits.queue q cross join lateral unnest(q.parts) as p(limit_id, key, slots)

@@ -56,9 +56,10 @@ order by t.name;
 comment on view pglimits.limits is
 $$Every limit, and how it is used now, over all its keys.
 
-limit: its slots. held: slots under live leases. waiting: live requests in line. active: false, it is not enforced. slot_decay_per_second:
-slots that come back each second; 0 for a concurrency limit. level: slots that a rate limit has used and that have not decayed yet.
-max_waiters: the longest line for each key; null: no bound. updated_at: when its definition was changed last.$$;
+limit: its slots. held: slots under live leases, and those that are kept for a moment for a request over several limits. waiting: live
+requests in line. active: false, it is not enforced. slot_decay_per_second: slots that come back each second; 0 for a concurrency limit.
+level: slots that a rate limit has used and that have not decayed yet. max_waiters: the longest line for each key; null: no bound.
+updated_at: when its definition was changed last.$$;
 
 create or replace view pglimits.keys as
 select u.name, u.key, u.held, u.level, u.waiting, u.fence
@@ -68,8 +69,8 @@ order by u.name, u.key;
 comment on view pglimits.keys is
 $$Every key that was used and not swept since.
 
-held: slots under its live leases. level: slots used and not decayed yet. waiting: live requests in its line. fence: no grant of this key
-had a higher one.$$;
+held: slots under its live leases, and those that are kept for a moment for a request over several limits. level: slots used and not
+decayed yet. waiting: live requests in its line. fence: no grant of this key had a higher one.$$;
 
 create or replace view pglimits.holders as
 select l.lease_id, c.name, l.key, l.slots,
@@ -110,11 +111,13 @@ create or replace view pglimits.counters as
 select
   t.name, t.limit_id, t.grants, t.granted_slots, t.releases, t.expired_leases, t.force_released_leases, t.held_slot_seconds,
   t.waited_seconds,
-  (select count(*) from pglimits.leases l
-   where l.limit_id = t.limit_id and l.expires_at > clock.now and l.slots > 0 and l.fence > 0) as leases,
+  case when t.held > 0 then (
+    select count(*) from pglimits.leases l
+    where l.limit_id = t.limit_id and l.expires_at > clock.now and l.slots > 0 and l.fence > 0) else 0 end as leases,
   t.keys,
-  (select min(q.arrival) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
-   where q.limit_id = t.limit_id and greatest(q.expires_at, p.expires_at) > clock.now) as oldest_waiting_since,
+  case when t.waiting > 0 then (
+    select min(q.arrival) from pglimits.queue q left join pglimits.processes p on p.channel = q.channel
+    where q.limit_id = t.limit_id and greatest(q.expires_at, p.expires_at) > clock.now) end as oldest_waiting_since,
   t."limit", t.held, t.waiting, t.active, t.slot_decay_per_second, t.level, t.max_waiters, t.description, t.created_at, t.updated_at
 from (select pglimits._now() as now) clock
 cross join pglimits._totals t

@@ -184,7 +184,7 @@ begin
       force_released_leases = state.force_released_leases,
       held_slot_seconds = state.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now),
       waited_seconds = state.waited_seconds, waits = state.waits
-  where s.limit_id = state.limit_id and s.name = state.name and s.key = state.key and s.generation = state.generation;
+  where s.limit_id = state.limit_id and s.key = state.key and s.generation = state.generation;
 end $$;
 
 comment on function pglimits._save(pglimits.states, timestamptz) is 'Writes a locked state back under a higher version.';

@@ -38,8 +38,8 @@ begin
          patient or pglimits._is_unlocked(s.xmin, s.xmax)
          or timeout_seconds is null and current_setting('lock_timeout') = '0' as may_go
   into seen from pglimits.states s
-  where s.name = _take_at_once.name and s.key = _take_at_once.key and s.active and s.slot_decay_per_second = 0
-  order by s.generation desc limit 1;
+  where s.name = _take_at_once.name and s.key || '' = _take_at_once.key and s.active and s.slot_decay_per_second = 0
+  order by s.generation + 0 desc limit 1;
   if chosen then
     if pglimits._is_known(array[lease_id]) then
       return null;
@@ -52,7 +52,7 @@ begin
           next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now(),
           grants = s.grants + 1, granted_slots = s.granted_slots + slots,
           held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-      where s.limit_id = seen.limit_id and s.name = _take_at_once.name and s.key = _take_at_once.key and s.generation >= seen.generation
+      where s.limit_id = seen.limit_id and s.key = _take_at_once.key and s.generation >= seen.generation
         and s.active and s.slot_decay_per_second = 0 and s.waiting = 0 and slots <= s."limit" - s.held
         and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
       returning s.version, pglimits._now() into fence, now;
@@ -94,8 +94,8 @@ declare
 begin
   select s.limit_id, s.generation, s.version, s."limit" - s.held as room, s.next_expiry > pglimits._now() as is_current, s.waiting
   into seen from pglimits.states s
-  where s.name = _take_many_at_once.name and s.key = _take_many_at_once.key and s.active and s.slot_decay_per_second = 0
-  order by s.generation desc limit 1;
+  where s.name = _take_many_at_once.name and s.key || '' = _take_many_at_once.key and s.active and s.slot_decay_per_second = 0
+  order by s.generation + 0 desc limit 1;
   if (slots > 0 and slots::bigint * many <= seen.room and seen.waiting = 0 and seen.is_current) is not true then
     return;
   elsif chosen then
@@ -108,7 +108,7 @@ begin
       next_expiry = least(s.next_expiry, pglimits._now() + lease_duration * interval '1 second'), changed_at = pglimits._now(),
       grants = s.grants + many, granted_slots = s.granted_slots + slots * many,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-  where s.limit_id = seen.limit_id and s.name = _take_many_at_once.name and s.key = _take_many_at_once.key
+  where s.limit_id = seen.limit_id and s.key = _take_many_at_once.key
     and s.generation >= seen.generation and s.active and s.slot_decay_per_second = 0 and s.waiting = 0
     and slots * many <= s."limit" - s.held and s.next_expiry > pglimits._now() and (s.version = seen.version or not chosen)
   returning s.version - many + 1, pglimits._now() into fence, now;
@@ -144,8 +144,8 @@ begin
   select s.limit_id, s.ctid as place, s.xmin as written_by, s."limit", s.slot_decay_per_second, s.decayed, s.decayed_at, s.version,
          s.booked, s.waiting, pglimits._is_unlocked(s.xmin, s.xmax) as is_unlocked
   into seen from pglimits.states s
-  where s.name = _use_at_once.name and s.key = _use_at_once.key and s.active and s.slot_decay_per_second > 0
-  order by s.generation desc limit 1;
+  where s.name = _use_at_once.name and s.key || '' = _use_at_once.key and s.active and s.slot_decay_per_second > 0
+  order by s.generation + 0 desc limit 1;
   if (slots > 0 and slots <= seen."limit" and seen.waiting = 0) is not true then
     return null;
   elsif lease_ids is not null then
@@ -175,7 +175,7 @@ begin
     update pglimits.states s
     set booked = greatest(s.booked, pglimits._millionths(slots::bigint * many) + pglimits._decayed(
           s.decayed, s.slot_decay_per_second, s.decayed_at, pglimits._now()))
-    where s.limit_id = seen.limit_id and s.name = _use_at_once.name and s.key = _use_at_once.key and s.version = seen.version + 1;
+    where s.limit_id = seen.limit_id and s.key = _use_at_once.key and s.version = seen.version + 1;
   end if;
   return 0;
 end $$;
@@ -206,10 +206,10 @@ declare
   seen record;
   live boolean;
 begin
-  select l.limit_id, l.key, l.slots, l.fence, s.name, s.generation into seen
+  select l.limit_id, l.key, l.slots, l.fence, s.generation into seen
   from pglimits.leases l
   cross join lateral (
-    select x.name, x.generation, x.waiting from pglimits.states x
+    select x.generation, x.waiting from pglimits.states x
     where x.limit_id = l.limit_id and x.key = l.key order by x.generation desc limit 1) s
   where l.lease_id = _release_at_once.lease_id and l.parts = 1 and l.fence > 0 and l.slots > 0 and l.expires_at > pglimits._now()
     and s.waiting = 0;
@@ -220,7 +220,7 @@ begin
   set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
       releases = s.releases + 1,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-  where s.limit_id = seen.limit_id and s.name = seen.name and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
+  where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation and s.waiting = 0;
   if not found then
     return null;
   end if;
@@ -231,7 +231,7 @@ begin
   if not found then
     -- Somebody else ended it before its state was locked.
     update pglimits.states s set held = s.held + seen.slots, releases = s.releases - 1
-    where s.limit_id = seen.limit_id and s.name = seen.name and s.key = seen.key and s.generation >= seen.generation;
+    where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= seen.generation;
   end if;
   return live;
 end $$;
@@ -258,13 +258,13 @@ begin
   if (seen.leases = cardinality(lease_ids) and seen.is_simple) is not true then
     return null;
   end if;
-  select s.name, s.generation, s.waiting into place from pglimits.states s
+  select s.generation, s.waiting into place from pglimits.states s
   where s.limit_id = seen.limit_id and s.key = seen.key order by s.generation desc limit 1;
   update pglimits.states s
   set version = s.version + 1, generation = (s.version + 1) / 16, held = s.held - seen.slots, changed_at = pglimits._now(),
       releases = s.releases + seen.leases,
       held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, pglimits._now())
-  where s.limit_id = seen.limit_id and s.name = place.name and s.key = seen.key and s.generation >= place.generation and s.waiting = 0;
+  where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation and s.waiting = 0;
   if not found then
     return null;
   end if;
@@ -286,7 +286,7 @@ begin
   if ended.slots < seen.slots then
     -- Somebody else ended some of them before their state was locked.
     update pglimits.states s set held = s.held + (seen.slots - ended.slots), releases = s.releases - (seen.leases - ended.leases)
-    where s.limit_id = seen.limit_id and s.name = place.name and s.key = seen.key and s.generation >= place.generation;
+    where s.limit_id = seen.limit_id and s.key = seen.key and s.generation >= place.generation;
   end if;
   return ended.live;
 end $$;

@@ -4,8 +4,7 @@
 -- for a hundred thousand rows. So there is one way only in which a query can be executed:
 --   A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key, with _is_live() in its end, and
 --   put in order by limit_id + 0: else the index on (limit_id, key, ...) may be taken instead, and all be walked that was ever there.
---   A state that is written is given by limit_id and name: so each of its indexes finds it, without reading all of it. A request that waits
---   for a limit that is being renamed is therefore asked anew, by a name that is no more.
+--   A state is looked up by its key, which the index on its name does not know (0001_tables.sql).
 --   What is looked up by (limit_id, key) is put in the order of the index that is to be taken, which saves a sort; what is to be written of
 --   it is looked up by its lease id then.
 --   What is looked up for each row of something else is a subquery with "offset 0", which is not made a join: else all rows of one may be
@@ -63,17 +62,18 @@ language plpgsql
 volatile
 as $$
 #variable_conflict use_column
+declare
+  -- In a statement of its own: a row that was written since the snapshot is where the next one sees it.
+  mine constant tid[] := array(
+    select u.ctid from pglimits.leases u
+    where u.lease_id = any (lease_ids) and not u.claimed and u.slots > 0 and u.fence > 0 and pglimits._is_live(u.expires_at, now)
+    for update skip locked);
 begin
   return query
-  with mine as (
-    select u.ctid as place from pglimits.leases u
-    where u.lease_id = any (lease_ids) and not u.claimed and u.slots > 0 and u.fence > 0 and pglimits._is_live(u.expires_at, now)
-    for update skip locked
-  )
   update pglimits.leases l
   set claimed = true,
       expires_at = greatest(l.expires_at, greatest(now, l.acquired_at) + l.lease_duration * interval '1 second')
-  where l.ctid = any (array(select m.place from mine m))
+  where l.ctid = any (mine)
   returning l.lease_id, l.expires_at;
 end $$;
 

@@ -317,13 +317,13 @@ begin
     order by e.limit_id, e.key
   loop
     update pglimits.states s set releases = s.releases - 1, force_released_leases = s.force_released_leases + 1
-    where s.limit_id = place.limit_id and s.name = place.name and s.key = place.key;
+    where s.limit_id = place.limit_id and s.key = place.key;
     perform pglimits._note_leases('force_released', place.name, place.leases, now);
   end loop;
   if cardinality(ended) = 0 and waiting.name is not null then
     perform pglimits._note_refused(waiting.limit_id, waiting.key, lease_id, now);
     update pglimits.states s set next_expiry = least(s.next_expiry, now + pglimits._liveness())
-    where s.limit_id = waiting.limit_id and s.name = waiting.name and s.key = waiting.key;
+    where s.limit_id = waiting.limit_id and s.key = waiting.key;
     perform pglimits._tell(waiting.channel, lease_id::text);
     perform pglimits._note_leases('force_released', waiting.name, array[waiter], now);
   end if;

@@ -176,7 +176,7 @@ begin
       update pglimits.states s
       set held = s.held - kept.slots, changed_at = now,
           held_slot_seconds = s.held_slot_seconds + pglimits._slot_seconds(s.held, s.changed_at, now)
-      where s.limit_id = old.limit_id and s.name = new.name and s.key = kept.key;
+      where s.limit_id = old.limit_id and s.key = kept.key;
     end loop;
   end if;
 

@@ -90,7 +90,9 @@ create table pglimits.states (
   autovacuum_analyze_scale_factor = 0.5,
   autovacuum_vacuum_cost_delay = 0
 );
-create unique index states_by_name on pglimits.states (name, key, generation);
+-- Of expressions, so that only who looks a limit up by its name takes it. Who has its id might, too, where the tables were empty when they
+-- were analyzed, and would read all of it.
+create unique index states_by_name on pglimits.states (name, (key || ''), (generation + 0));
 comment on table pglimits.states is
   'The hot row: one per (limit, key), rewritten by every grant and release. Whoever decides has it locked.';
 comment on column pglimits.states.generation is

@@ -1,7 +1,8 @@
 -- The short way: what most calls and batches ask for, in a few statements. A look without a lock, and if it shows room and nobody in
 -- line, one UPDATE that changes the state if all of that still holds. Where another transaction is at work, acquire and release wait for
 -- it in this UPDATE. So only what has to be written comes between the lock and the commit. PostgreSQL looks at the conditions of an
--- UPDATE again, in the newest version of the row, when it had to wait. Everything that is not so simple is left to those who decide.
+-- UPDATE again, in the newest version of the row, when it had to wait. Everything that is not so simple is left to those who decide. A
+-- limit is looked up by its name in the words of the index on that (0001_tables.sql): key || '' and generation + 0.
 --
 -- Invariant: what is done here is what _decide, or _release_at, would do.
 -- Called by: the public functions and the batches, first.

@@ -1,16 +1,5 @@
 -- How a request is answered, whoever sends it: a new one, and one that is asked again.
 --
--- Plans outlive what the planner knew when it made them: made for tables that were empty, or were when they were analyzed, they have to do
--- for a hundred thousand rows. So there is one way only in which a query can be executed:
---   A row that is looked up by its lease id is compared with "is not distinct from" in the rest of its key, with _is_live() in its end, and
---   put in order by limit_id + 0: else the index on (limit_id, key, ...) may be taken instead, and all be walked that was ever there.
---   A state is looked up by its key, which the index on its name does not know (0001_tables.sql).
---   What is looked up by (limit_id, key) is put in the order of the index that is to be taken, which saves a sort; what is to be written of
---   it is looked up by its lease id then.
---   What is looked up for each row of something else is a subquery with "offset 0", which is not made a join: else all rows of one may be
---   compared with all of the other.
--- The same holds in the other files.
---
 -- Invariant: an id has one answer. A request that is asked again is never decided anew while something is known of it.
 -- Called by: the functions of 092_acquire.sql, and those by which the wrapper sends many requests at once.
 

@@ -108,6 +108,7 @@ def test_without_what_it_needs_it_says_what_to_install(
     pglimits: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tf", None)
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor in an environment of its own
     result = pglimits("terraform", "install", str(tmp_path / "mirror"))
     assert result.code == 1 and "pip install 'pglimits[terraform]'" in result.err
     assert not (tmp_path / "mirror").exists()

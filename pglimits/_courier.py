@@ -82,6 +82,8 @@ class Courier(Errands):
         self._ended = False
         # It is about to end: nobody is let in any more.
         self.closes = False
+        # The interpreter is about to end, too.
+        self.exits = False
         self._closing: list[_Closing] = []
         self.loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._looks_round_at = 0.0
@@ -121,7 +123,7 @@ class Courier(Errands):
                     subject[0].close()  # a connection that comes too late
 
     def _refuse(self, errand: Errand) -> None:
-        if not errand.answered:
+        if not errand.answered and not self.exits:
             errand.error = closed()
             errand.answered = True
             if errand.waker is not None:
@@ -390,8 +392,10 @@ def _after_fork() -> None:
 
 def _at_exit() -> None:
     for courier in list(_couriers):
+        courier.exits = True
         with contextlib.suppress(Exception):
             courier.shut()
+        courier.exits = False  # what is still called at exit after this hears that the limiter has been closed
 
 
 os.register_at_fork(after_in_child=_after_fork)

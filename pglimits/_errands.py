@@ -52,6 +52,7 @@ class Errands:
     questions: deque[Question]
     asking: set[Request]
     closes: bool
+    exits: bool
     connections: Connections
     # Those whose tasks count on the courier.
     loops: weakref.WeakSet[asyncio.AbstractEventLoop]
@@ -67,6 +68,8 @@ class Errands:
         heapq.heappush(self._later, (time.monotonic() + seconds, next(self._count), what))
 
     def _answered(self, errand: Errand, error: PglimitsError | None = None, cause: BaseException | None = None) -> None:
+        if error is not None and self.exits:
+            return  # only daemon threads can wait by now: what they write as the interpreter ends may abort it
         if error is not None:
             # Each its own: an exception that many raise gathers the tracebacks of all.
             errand.error = copy.copy(error)

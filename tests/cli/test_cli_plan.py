@@ -376,10 +376,11 @@ def test_applying_does_not_deadlock_with_whoever_needs_several_limits_for_the_fi
     conn.execute("select pglimits.create_limit('a', 5), pglimits.create_limit('b', 5)")
     conn.execute("select pglimits.acquire('a')")
     other = connect(autocommit=False)
-    other.execute("select pglimits.acquire('b', key => 'new')")  # shares the config of b until its end
+    other.execute("set deadlock_timeout = '1ms'")  # it is the one to find a deadlock
+    other.execute("select pglimits.acquire('a')")
     applying = start("apply", write("limits.toml", "[limits]\na.limit = 2\nb.limit = 2"))
     wait_until(lambda: blocked(conn, 1))
-    other.execute("select pglimits.acquire('a')")
+    other.execute("select pglimits.acquire('b', key => 'new')")  # shares the config of b, which nobody has locked yet
     other.commit()
     assert ended(applying)[0] == 0
     assert [row[:2] for row in limits(conn)] == [("a", 2), ("b", 2)]

@@ -156,6 +156,7 @@ def test_daemon_threads_that_wait_and_hold_do_not_keep_a_process_from_ending(
     wait_until(lambda: held(conn) == 1 and waiting(conn) == 2)
     child.tell()
     child.end()
+    assert child.errors == ""
     # Those who were queued need not have been withdrawn, but then they are dead within 10 seconds.
     clock.advance(11)
     wait_until(lambda: nothing_left(conn))

@@ -487,7 +487,7 @@ def test_several_limits_in_any_order_never_deadlock_and_never_let_too_many_in(db
         if rng.random() < 0.5:
             assert session.release(lease_id)
         else:
-            assert session.value("select pglimits._release_batch(%s::uuid[])", [lease_id]) == []
+            assert session.value("select pglimits._release_batch(%s::uuid[], true, 20)", [lease_id]) == []
 
     work_until_told(db, [caller] * THREADS)
 
@@ -534,7 +534,7 @@ def test_lines_of_rates_over_several_limits_give_ups_and_changes_never_deadlock(
         session.watch(*mine)
         rng.shuffle(mine)
         session.all("select * from pglimits.release_all(%s::uuid[])", mine[:2])
-        session.value("select pglimits._release_batch(%s::uuid[])", mine[2:])
+        session.value("select pglimits._release_batch(%s::uuid[], true, 20)", mine[2:])
 
     def administrator(session: Session, rng: random.Random) -> None:
         name = rng.choice(names)

@@ -124,14 +124,13 @@ cross join pglimits._totals t
 order by t.name;
 
 comment on view pglimits.counters is
-$$What was counted of every limit since it was created, over all its keys, and its use now. It has all columns of the view limits, so that
-nobody has to join the two.
+$$What was counted of every limit since it was created, over all its keys, and its use now. It has all columns of the view limits, with the
+same meaning, so that nobody has to join the two.
 
 grants: requests that were granted. granted_slots: slots that they got. releases: leases that were released. expired_leases: leases that
 ended without a release, counted when they are taken out. force_released_leases: leases that an administrator ended. held_slot_seconds:
 slots times the seconds that they were held, until now. waited_seconds: how long the granted requests had waited, together. leases: live
-now. keys: used and not swept since. oldest_waiting_since: when the oldest request in line arrived; null if none waits. limit, held, waiting,
-active, slot_decay_per_second, level, max_waiters, description, created_at, updated_at: as in limits.$$;
+now. keys: used and not swept since. oldest_waiting_since: when the oldest request in line arrived; null if none waits.$$;
 
 create or replace view pglimits.events as
 select

@@ -47,8 +47,7 @@ class Limits:
             found = {name: kept for name in names if (kept := self._known.get(name)) is not None and kept[0] > now}
         if asked := [name for name in names if name not in found]:
             rows = await db.rows(
-                """select c.limit_id, c.name, c."limit" from pglimits.counters c where c.name = any (%s)""",
-                [asked],
+                'select c.limit_id, c.name, c."limit" from pglimits.counters c where c.name = any (%s)', [asked]
             )
             fresh = {row["name"]: (now + _REMEMBERED_FOR, row["limit_id"], row["limit"]) for row in rows}
             if len(self._known) + len(fresh) > _REMEMBERED:

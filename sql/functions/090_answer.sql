@@ -116,8 +116,8 @@ begin
     select c.limit_id, n.key, c."limit", c.slot_decay_per_second,
            least(sum(n.slots), case when request.clamp and c."limit" > 0 then c."limit" else 2147483647 end)::integer as slots
     from unnest(request.names, request.keys, request.slots) as n(name, key, slots)
-    join pglimits.configs c on c.name = n.name and c.active
-    group by c.limit_id, n.key
+    cross join lateral (select x.* from pglimits.configs x where x.name = n.name and x.active offset 0) c
+    group by c.limit_id, n.key, c."limit", c.slot_decay_per_second
   ) p;
   return row(1, 1, 'refused', null, null,
              case when not is_hopeless then array[(pglimits._glance(request)).seconds] end)::pglimits._outcome;
